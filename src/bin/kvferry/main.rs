@@ -1,0 +1,2 @@
+//! The `kvferry` command.
+fn main() {}

@@ -280,6 +280,24 @@ impl PositionSet {
         }
     }
 
+    /// Adds positions that ascend, run by run.
+    pub fn insert_ascending(&mut self, positions: impl Iterator<Item = u32>) {
+        let mut run: Option<(u32, u32)> = None;
+        for p in positions {
+            match &mut run {
+                Some((_, last)) if last.checked_add(1) == Some(p) => *last = p,
+                _ => {
+                    if let Some((a, b)) = run.replace((p, p)) {
+                        self.insert_range(a, b);
+                    }
+                }
+            }
+        }
+        if let Some((a, b)) = run {
+            self.insert_range(a, b);
+        }
+    }
+
     /// Whether `p` is in the set.
     pub fn contains(&self, p: u32) -> bool {
         let i = self.0.partition_point(|r| r[1] < p);

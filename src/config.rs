@@ -34,8 +34,12 @@ impl Default for LeaseConfig {
 /// How a session notices that its peer died, and how it comes back.
 #[derive(Debug, Clone)]
 pub struct SessionConfig {
-    /// Between two pings.
+    /// Between two pings while claims are held.
     pub heartbeat: Duration,
+    /// Between two pings while none is: idle sessions must cost next to nothing.
+    pub idle_heartbeat: Duration,
+    /// A producer ends a session that it has not heard of for this long.
+    pub silence: Duration,
     /// Silence that makes a peer suspect: no new claims.
     pub suspect: Duration,
     /// Silence that makes it down.
@@ -54,6 +58,8 @@ impl Default for SessionConfig {
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_millis(500),
+            idle_heartbeat: Duration::from_secs(10),
+            silence: Duration::from_secs(60),
             suspect: Duration::from_millis(2000),
             down: Duration::from_secs(10),
             hello_timeout: Duration::from_secs(5),

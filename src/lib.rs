@@ -3,6 +3,7 @@
 
 pub mod block;
 pub mod config;
+pub mod driver;
 pub mod error;
 pub mod group;
 pub mod lane;

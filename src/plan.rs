@@ -22,6 +22,22 @@ pub struct LocalBlocks {
     pub blocks: Vec<Option<BlockId>>,
 }
 
+impl LocalBlocks {
+    /// The wanted `(position, block)`s, ascending by position.
+    pub fn wants(&self) -> impl Iterator<Item = (u32, BlockId)> + Clone + '_ {
+        self.blocks.iter().enumerate().filter_map(|(i, b)| {
+            // Past 2^32 there is no position.
+            let position = u32::try_from(i).ok().and_then(|i| self.first_position.checked_add(i))?;
+            b.map(|b| (position, b))
+        })
+    }
+
+    /// The wanted blocks.
+    pub fn wanted_blocks(&self) -> impl Iterator<Item = Block> + Clone + '_ {
+        self.wants().map(|(_, id)| Block { group: self.group, id })
+    }
+}
+
 /// One contiguous copy from a source rank's memory into this rank's.
 ///
 /// `src_*` says where the bytes lie, for lanes that address memory; `group`, `region`, `position`, `blocks`, `within`
@@ -361,16 +377,13 @@ fn plan_group(
     let offered = offer.groups.iter().find(|o| o.group == g.id);
     let most = sources.iter().filter_map(|s| s.layout.group(g.id)).map(|s| s.blocks).min().unwrap_or(0);
     let mut seen = std::collections::HashSet::with_capacity(local.blocks.len());
-    for (i, dst) in local.blocks.iter().enumerate() {
-        let Some(dst) = *dst else { continue };
+    for (position, dst) in local.wants() {
         if dst.0 >= g.blocks {
             return Err(PlanError::LocalBlock { group: g.id.0, block: dst.0, blocks: g.blocks });
         }
         if !seen.insert(dst) {
             return Err(PlanError::LocalBlockTwice { group: g.id.0, block: dst.0 });
         }
-        // Past 2^32 there is nothing to be offered.
-        let position = u32::try_from(i).ok().and_then(|i| local.first_position.checked_add(i)).unwrap_or(u32::MAX);
         let src = offered.and_then(|o| {
             position.checked_sub(o.first_position).and_then(|at| o.blocks.get(at as usize).copied().flatten())
         });

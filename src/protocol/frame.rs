@@ -40,7 +40,7 @@ impl Reader {
 /// From consumer to producer. A non-zero `seq` is acknowledged, and sent again until it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientFrame {
-    /// Position in the sequence of releases of this session's incarnation pair; 0 for frames that may get lost.
+    /// Names a frame that must not get lost (a release); 0 for those that may.
     pub seq: u64,
     /// What it says.
     pub body: ClientBody,
@@ -89,7 +89,7 @@ pub struct Release {
 /// From producer to consumer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerFrame {
-    /// Every release with a sequence number up to this one has been carried out.
+    /// The release with this sequence number has been carried out; 0: none is acknowledged.
     pub ack: u64,
     /// What it says; `None`: the acknowledgement only.
     pub body: Option<ServerBody>,
@@ -134,7 +134,7 @@ pub enum ServerBody {
         /// Why.
         why: Gone,
     },
-    /// No new claims.
+    /// No new offers will be made; what is offered can still be claimed.
     Draining,
 }
 

@@ -7,7 +7,14 @@ use std::time::Instant;
 
 pub mod fence;
 pub mod frame;
+pub mod hello;
+pub mod offer;
+pub mod outcome;
+pub mod pull;
+pub mod quarantine;
+pub mod retry;
 pub mod sabotage;
+pub mod session;
 
 /// A state machine that is fed events and asked for actions.
 pub trait Machine {

@@ -1,0 +1,85 @@
+//! Which local blocks a pull may still write. A block is in here from the pull's start until its end, and for ever when a
+//! lane wedged: nobody else gets it meanwhile, so no late write can hit a good block (promise 4).
+
+use std::collections::HashMap;
+
+use crate::{
+    block::{Block, GroupId},
+    error::PullError,
+    group::PoolLayout,
+};
+
+/// The local blocks that pulls hold.
+#[derive(Debug, Default)]
+pub struct Quarantine {
+    /// For each group, for each block, the pull that holds it; 0: none. Pull ids start at 1.
+    held: HashMap<GroupId, Vec<u64>>,
+    count: usize,
+}
+
+impl Quarantine {
+    /// Nothing is held.
+    pub fn new(layout: &PoolLayout) -> Self {
+        let held = layout.groups.iter().map(|g| (g.id, vec![0; g.blocks as usize])).collect();
+        Self { held, count: 0 }
+    }
+
+    /// Takes all of `blocks` for a pull, or none of them. A block past the pool is left to the plan to refuse.
+    pub fn take(&mut self, pull: u64, blocks: impl Iterator<Item = Block> + Clone) -> Result<(), PullError> {
+        for b in blocks.clone() {
+            if let Some(&holder) = self.held.get(&b.group).and_then(|g| g.get(b.id.0 as usize))
+                && holder != 0
+            {
+                return Err(PullError::BlockBusy { group: b.group.0, block: b.id.0, pull: holder });
+            }
+        }
+        for b in blocks {
+            if let Some(h) = self.held.get_mut(&b.group).and_then(|g| g.get_mut(b.id.0 as usize)) {
+                self.count += usize::from(*h == 0);
+                *h = pull;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what a pull holds of `blocks`.
+    pub fn give_back(&mut self, pull: u64, blocks: impl Iterator<Item = Block>) {
+        for b in blocks {
+            if let Some(h) = self.held.get_mut(&b.group).and_then(|g| g.get_mut(b.id.0 as usize))
+                && *h == pull
+            {
+                *h = 0;
+                self.count -= 1;
+            }
+        }
+    }
+
+    /// Blocks held.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockId;
+
+    #[test]
+    fn a_block_has_one_pull_at_a_time_and_a_refusal_takes_nothing() {
+        let mut q = Quarantine::new(&PoolLayout::uniform(8, 1, 64, 16));
+        let b = |id| Block { group: GroupId(0), id: BlockId(id) };
+        assert!(q.take(1, [b(0), b(1)].into_iter()).is_ok());
+        assert!(matches!(q.take(2, [b(2), b(1)].into_iter()), Err(PullError::BlockBusy { block: 1, pull: 1, .. })));
+        assert_eq!(q.len(), 2, "block 2 was not taken");
+        q.give_back(2, [b(0)].into_iter());
+        assert_eq!(q.len(), 2, "only the holder gives back");
+        q.give_back(1, [b(0), b(1)].into_iter());
+        assert!(q.is_empty());
+    }
+}

@@ -1,0 +1,75 @@
+//! Mail to a thread that sleeps in epoll: a queue, and an eventfd that is written only when the reader is asleep.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+/// A queue into one thread. Clones send to the same one.
+#[derive(Debug)]
+pub struct Mailbox<T>(Arc<Inner<T>>);
+
+#[derive(Debug)]
+struct Inner<T> {
+    queue: Mutex<VecDeque<T>>,
+    asleep: AtomicBool,
+    wake: OwnedFd,
+}
+
+impl<T> Clone for Mailbox<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Mailbox<T> {
+    /// An empty one.
+    pub fn new() -> io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self(Arc::new(Inner { queue: Mutex::new(VecDeque::new()), asleep: AtomicBool::new(false), wake })))
+    }
+
+    /// Sends one, and wakes the reader if it sleeps.
+    pub fn send(&self, mail: T) {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(mail);
+        if self.0.asleep.swap(false, Ordering::SeqCst) {
+            // The counter cannot overflow: it is written once for each sleep.
+            let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Moves all mail to `into`.
+    pub fn take(&self, into: &mut VecDeque<T>) {
+        into.append(&mut self.0.queue.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Says that the reader is about to sleep on [`Mailbox::fd`]; `false` when there is mail and it must not.
+    pub fn about_to_sleep(&self) -> bool {
+        self.0.asleep.store(true, Ordering::SeqCst);
+        if self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            return true;
+        }
+        self.0.asleep.store(false, Ordering::SeqCst);
+        false
+    }
+
+    /// Says that the reader is awake again.
+    pub fn awake(&self) {
+        self.0.asleep.store(false, Ordering::SeqCst);
+        let mut count = [0; 8];
+        // Nothing there: it was woken by something else.
+        let _ = rustix::io::read(&self.0.wake, &mut count);
+    }
+
+    /// Readable when there is mail for a sleeper.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.wake.as_fd()
+    }
+}

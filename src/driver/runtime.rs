@@ -1,0 +1,46 @@
+//! A thread with a tokio runtime for the control plane of one rank. One thread is enough: it carries heartbeats and claims,
+//! never blocks of KV.
+
+use std::{io, thread::JoinHandle};
+
+use tokio::{runtime::Handle, sync::oneshot};
+
+/// A running runtime; dropped, it ends with all its tasks.
+#[derive(Debug)]
+pub struct Runtime {
+    handle: Handle,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Runtime {
+    /// Starts one under this thread name.
+    pub fn start(name: &str) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            // Either the sender says stop, or it is gone: both end it.
+            let _ = runtime.block_on(stopped);
+            runtime.shutdown_background();
+        })?;
+        Ok(Self { handle, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// To spawn tasks on it.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(t) = self.thread.take()
+            && t.thread().id() != std::thread::current().id()
+        {
+            // A panic in there was printed already; there is nobody to tell.
+            let _ = t.join();
+        }
+    }
+}

@@ -202,3 +202,39 @@ impl std::fmt::Debug for TlsConfig {
         f.debug_struct("TlsConfig").field("server_name", &self.server_name).finish_non_exhaustive()
     }
 }
+
+impl Config {
+    /// Checks what cannot work.
+    pub fn check(&self) -> Result<(), crate::error::StartError> {
+        let bad = |field, why: &str| Err(crate::error::StartError::Config { field, why: why.into() });
+        let s = &self.session;
+        if s.heartbeat.is_zero() || s.idle_heartbeat.is_zero() {
+            return bad("session.heartbeat", "must be longer than zero");
+        }
+        if s.suspect < s.heartbeat || s.down < s.suspect {
+            return bad("session.suspect", "must lie between heartbeat and down");
+        }
+        if s.silence < s.idle_heartbeat * 2 {
+            return bad("session.silence", "must be at least two idle heartbeats, or idle sessions end");
+        }
+        if self.lease.claimed < s.heartbeat * 2 {
+            return bad("lease.claimed", "must be at least two heartbeats, or live claims run out");
+        }
+        if self.lease.hard_cap < self.lease.claimed {
+            return bad("lease.hard_cap", "must not be shorter than a claim's lease");
+        }
+        if self.limits.offers == 0 || self.limits.offers > 1 << 24 {
+            return bad("limits.offers", "must be 1 to 16777216");
+        }
+        if self.pull.lanes.is_empty() {
+            return bad("pull.lanes", "must name at least one lane");
+        }
+        if self.pull.attempts == 0 {
+            return bad("pull.attempts", "must be at least 1");
+        }
+        if self.tcp.connections == 0 || self.tcp.window == 0 {
+            return bad("tcp", "needs a connection and a window");
+        }
+        Ok(())
+    }
+}

@@ -1,2 +1,66 @@
-//! The `kvferry` command.
-fn main() {}
+//! The `kvferry` command: serve and pull a pattern, measure, look a machine over, and show the bad day.
+
+mod args;
+mod pattern;
+mod pull;
+mod report;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::report::Failure;
+
+/// Moves KV-cache blocks between LLM serving engines and says, block by block, what arrived.
+#[derive(clap::Parser)]
+#[command(name = "kvferry", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Hold blocks of a pattern in memory and let others pull them.
+    Serve(serve::Args),
+    /// Pull blocks from a `kvferry serve` once, and check every loaded byte.
+    ///
+    /// Exit code: 0 all loaded, 3 some invalid, 1 refused or failed, 2 usage.
+    Pull(pull::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) if e.use_stderr() => {
+            // One line: what is wrong, and where the flags are listed.
+            let text = e.render().to_string();
+            let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+            let first = lines.next().unwrap_or("error: wrong usage");
+            let rest: Vec<_> = lines.take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more")).collect();
+            let more = if rest.is_empty() { String::new() } else { format!(" ({})", rest.join("; ")) };
+            eprintln!("{first}{more}; see `kvferry --help`");
+            return ExitCode::from(2);
+        }
+        Err(e) => {
+            // Help or version: what was asked for.
+            let _ = e.print();
+            return ExitCode::SUCCESS;
+        }
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("KVFERRY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let done = match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Pull(args) => pull::run(args),
+    };
+    match done {
+        Ok(code) => code,
+        Err(Failure { code, message }) => {
+            eprintln!("error: {message}");
+            ExitCode::from(code)
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Flags that several commands share, and how their values are read.
+
+use std::{path::PathBuf, time::Duration};
+
+use kvferry::{lane::LaneKind, model::Model};
+
+use crate::report::Failure;
+
+/// Which lanes may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LaneChoice {
+    /// The best that works.
+    Auto,
+    /// TCP only.
+    Tcp,
+    /// Same host only.
+    Local,
+}
+
+impl LaneChoice {
+    /// The lanes, best first.
+    pub fn lanes(self) -> Vec<LaneKind> {
+        match self {
+            Self::Auto => vec![LaneKind::Local, LaneKind::Tcp],
+            Self::Tcp => vec![LaneKind::Tcp],
+            Self::Local => vec![LaneKind::Local],
+        }
+    }
+}
+
+/// What the bytes mean. Both sides must agree.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ModelArgs {
+    /// Model name or weights hash; both sides must agree.
+    #[arg(long, default_value = "pattern")]
+    pub model: String,
+    /// Data type of the cache; both sides must agree.
+    #[arg(long, default_value = "uint8")]
+    pub dtype: String,
+    /// Tokens in a block; both sides must agree.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    pub block_tokens: u32,
+}
+
+impl ModelArgs {
+    /// The model that they name.
+    pub fn model(&self) -> Model {
+        Model {
+            name: self.model.clone(),
+            dtype: self.dtype.clone(),
+            scales: String::new(),
+            attention: "pattern".into(),
+            block_tokens: self.block_tokens,
+        }
+    }
+}
+
+/// A length of time: `5s`, `250ms`, `1.5m`.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("{text:?} is no length of time: write 250ms, 5s or 2m");
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).ok_or_else(bad)?;
+    let number: f64 = text[..split].trim().parse().map_err(|_| bad())?;
+    let scale = match &text[split..] {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(bad()),
+    };
+    Duration::try_from_secs_f64(number * scale).ok().filter(|d| !d.is_zero()).ok_or_else(bad)
+}
+
+/// A number of bytes: `4096`, `64K`, `1M`, `2GiB`.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let bad = || format!("{text:?} is no number of bytes: write 65536, 64K, 1M or 2G");
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let number: u64 = text[..split].trim().parse().map_err(|_| bad())?;
+    let shift = match text[split..].to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(bad()),
+    };
+    number.checked_mul(1 << shift).filter(|n| *n > 0).ok_or_else(bad)
+}
+
+/// Refuses a pool that this machine cannot hold, before the kernel ends somebody for it.
+pub fn check_memory(bytes: u64) -> Result<(), Failure> {
+    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
+    });
+    match available {
+        Some(has) if bytes > has => Err(Failure::failed(format!(
+            "a pool of {bytes} bytes does not fit: {has} bytes of memory are available; ask for fewer blocks or regions"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// `--json`: to standard output, or to a file.
+#[derive(Debug, Clone, clap::Args)]
+pub struct JsonArg {
+    /// Print JSON instead of text; with FILE, write it there beside the text.
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub json: Option<Option<PathBuf>>,
+}
+
+impl JsonArg {
+    /// Whether text is for a person to read.
+    pub fn text(&self) -> bool {
+        !matches!(self.json, Some(None))
+    }
+
+    /// Writes a record where it was asked for, if it was.
+    pub fn write(&self, record: &impl serde::Serialize) -> Result<(), Failure> {
+        let Some(to) = &self.json else { return Ok(()) };
+        let text = serde_json::to_string(record).map_err(|e| Failure::failed(e.to_string()))?;
+        match to {
+            None => println!("{text}"),
+            Some(path) => std::fs::write(path, text + "\n").map_err(|e| {
+                Failure::failed(format!("cannot write {}: {e}; name a file in a folder that exists", path.display()))
+            })?,
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_of_time_and_bytes_are_read_or_refused_by_name() {
+        assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+        for bad in ["", "5", "s", "-1s", "0s", "1e400s", "5 parsecs", "nans"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+        assert_eq!(bytes("64K"), Ok(65536));
+        assert_eq!(bytes("2GiB"), Ok(2 << 30));
+        assert_eq!(bytes("4096"), Ok(4096));
+        for bad in ["", "0", "-1", "1X", "99999999999T"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

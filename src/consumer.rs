@@ -25,7 +25,7 @@ use crate::{
     },
     driver::{
         mailbox::Mailbox,
-        rail::{self, Addr, Rail, Start},
+        rail::{self, Addr, Progress, Rail, Start},
         runtime::Runtime,
         thread::{self, Mail, Peers, Reports},
     },
@@ -244,8 +244,13 @@ impl Consumer {
             self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
             return Err(busy);
         }
-        if let Some(tx) = waiter {
-            lock(&self.shared.done).waiters.insert(id, tx);
+        let progress = Arc::new(Progress::default());
+        {
+            let mut done = lock(&self.shared.done);
+            done.progress.insert(id, progress.clone());
+            if let Some(tx) = waiter {
+                done.waiters.insert(id, tx);
+            }
         }
         let deadline = pull.deadline.unwrap_or(self.config.pull.deadline).min(MAX_DEADLINE);
         self.mailbox.send(Mail::Rail(rail::In::Start(Box::new(Start {
@@ -259,6 +264,7 @@ impl Consumer {
             chunk: self.config.pull.chunk,
             lanes: pull.lanes.unwrap_or_else(|| self.config.pull.lanes.clone()),
             local_ready: pull.local_ready,
+            progress,
         }))));
         Ok(id)
     }
@@ -313,6 +319,11 @@ impl Consumer {
             let left = until.checked_duration_since(Instant::now())?;
             done = self.shared.ended.wait_timeout(done, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// How far a pull is: loaded chunks, and all chunks (0 until its peers have answered). `None` when it has ended.
+    pub fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
+        lock(&self.shared.done).progress.get(&pull).map(|p| p.get())
     }
 
     /// Pulls that have not ended.
@@ -382,6 +393,7 @@ fn check_wanted(layout: &PoolLayout, wanted: &[LocalBlocks], limit: usize) -> Re
 struct Done {
     queue: VecDeque<Ended>,
     waiters: HashMap<PullId, oneshot::Sender<Ended>>,
+    progress: HashMap<PullId, Arc<Progress>>,
 }
 
 struct Shared {
@@ -408,6 +420,7 @@ impl Reports for Shared {
             );
         }
         let mut done = lock(&self.done);
+        done.progress.remove(&ended.pull);
         let unclaimed = match done.waiters.remove(&ended.pull) {
             Some(tx) => tx.send(ended).err(),
             None => Some(ended),

@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Instant,
 };
 
@@ -55,6 +58,22 @@ pub struct Start {
     pub lanes: Vec<LaneKind>,
     /// Whether earlier work on the destination blocks is done.
     pub local_ready: bool,
+    /// Where to say how far it is.
+    pub progress: Arc<Progress>,
+}
+
+/// How far a pull is, for whoever looks from another thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    loaded: AtomicUsize,
+    chunks: AtomicUsize,
+}
+
+impl Progress {
+    /// Loaded chunks, and all chunks; both zero until the pull is planned.
+    pub fn get(&self) -> (usize, usize) {
+        (self.loaded.load(Ordering::Relaxed), self.chunks.load(Ordering::Relaxed))
+    }
 }
 
 /// What happens to the rail.
@@ -194,11 +213,6 @@ impl Rail {
     /// Pulls that have not ended.
     pub fn pulls(&self) -> usize {
         self.pulls.len()
-    }
-
-    /// A pull's loaded and total chunks.
-    pub fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
-        self.pulls.get(&pull).map(|p| p.tracker.progress())
     }
 
     /// Lanes that are connected.
@@ -646,6 +660,9 @@ impl Rail {
 
     fn set_timer(&mut self, id: PullId) {
         let Some(p) = self.pulls.get_mut(&id) else { return };
+        let (loaded, chunks) = p.tracker.progress();
+        p.start.progress.loaded.store(loaded, Ordering::Relaxed);
+        p.start.progress.chunks.store(chunks, Ordering::Relaxed);
         let next = p.tracker.next_timeout();
         if p.timer != next {
             if let Some(t) = p.timer {

@@ -1,6 +1,8 @@
 //! The `kvferry` command: serve and pull a pattern, measure, look a machine over, and show the bad day.
 
 mod args;
+mod child;
+mod demo;
 mod pattern;
 mod pull;
 mod report;
@@ -28,6 +30,8 @@ enum Command {
     ///
     /// Exit code: 0 all loaded, 3 some invalid, 1 refused or failed, 2 usage.
     Pull(pull::Args),
+    /// Show a good day and a bad one with real processes on this machine. Exit code 0 only if every promise held.
+    Demo(demo::Args),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Pull(args) => pull::run(args),
+        Command::Demo(args) => demo::run(args),
     };
     match done {
         Ok(code) => code,

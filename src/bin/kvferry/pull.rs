@@ -47,8 +47,9 @@ pub struct Args {
 
 /// Reads an offer from a file.
 fn read_offer(path: &PathBuf) -> Result<Offer, Failure> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::failed(format!("cannot read {}: {e}; name a file that holds an offer", path.display())))?;
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Failure::failed(format!("cannot read {}: {e}; name a file that holds an offer", path.display()))
+    })?;
     Offer::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
 }
 
@@ -69,7 +70,13 @@ pub fn local_layout(theirs: &PoolLayout, group: GroupId, blocks: u32) -> Result<
 }
 
 /// Compares what was loaded with what the peer holds. Returns verified and mismatched bytes.
-pub fn verify(ended: &Ended, memory: &Memory, ours: &PoolLayout, theirs: &PoolLayout, seed: u64) -> Result<(u64, u64), Failure> {
+pub fn verify(
+    ended: &Ended,
+    memory: &Memory,
+    ours: &PoolLayout,
+    theirs: &PoolLayout,
+    seed: u64,
+) -> Result<(u64, u64), Failure> {
     let mut check = Check::new();
     let (mut good, mut bad) = (0, 0);
     for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
@@ -100,7 +107,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         let welcome = client::probe(&from, &args.engine, &args.model.model(), args.deadline).await?;
         let offer = match file {
             Some(offer) => offer,
-            None => client::make_offer(&from, args.blocks.unwrap_or(0), true, 0, args.deadline).await.map_err(Failure::failed)?,
+            None => client::make_offer(&from, args.blocks.unwrap_or(0), true, 0, args.deadline)
+                .await
+                .map_err(Failure::failed)?,
         };
         Ok::<_, Failure>((welcome, offer))
     })?;
@@ -112,11 +121,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let layout = local_layout(&welcome.pool, group.group, blocks)?;
     args::check_memory(layout.segments[0])?;
     let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).build()?;
-    let wanted = LocalBlocks {
-        group: group.group,
-        first_position: 0,
-        blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
-    };
+    let wanted =
+        LocalBlocks { group: group.group, first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
     let pull = Pull::new(offer, vec![wanted]).deadline(args.deadline).lanes(args.lane.lanes());
     consumer.pull(pull)?;
     // The end comes soon after the deadline, or a lane is wedged.

@@ -3,11 +3,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use kvferry::{
-    block::PositionSet,
-    consumer::Ended,
-    error::Cause,
-};
+use kvferry::{block::PositionSet, consumer::Ended, error::Cause};
 use serde::Serialize;
 
 /// A command that did not do what it was asked to.

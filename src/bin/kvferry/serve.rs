@@ -99,11 +99,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let layout = layout(args.blocks, args.regions, args.block_size, args.model.block_tokens, &args.views)?;
     let bytes = layout.segments[0];
     args::check_memory(bytes)?;
-    let memory = if args.engine_memory {
-        Memory::anonymous(&layout.segments)?
-    } else {
-        Memory::alloc(&layout.segments)?
-    };
+    let memory =
+        if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
     let mut builder = Producer::builder(args.engine, args.model.model(), layout)
         .memory(memory)
         .listen(args.listen)

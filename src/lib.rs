@@ -7,6 +7,7 @@ pub mod driver;
 pub mod error;
 pub mod group;
 pub mod lane;
+pub mod memory;
 pub mod model;
 pub mod offer;
 pub mod plan;

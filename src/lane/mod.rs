@@ -5,6 +5,11 @@ use std::{fmt, io, os::fd::BorrowedFd, time::Duration};
 
 use crate::{error::Cause, plan::Read};
 
+pub mod error;
+pub mod local;
+
+pub use error::LaneError;
+
 /// One try of a pull on one lane. Never used twice in a process, so a late event of an old try cannot be taken for a new
 /// one's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

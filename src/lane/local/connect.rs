@@ -1,0 +1,252 @@
+//! Sets up the consumer's end: finds the process, makes sure that it is the one that answers, and gets at its memory.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::{
+    fs::SealFlags,
+    io::Errno,
+    net::{SendFlags, SocketAddrUnix},
+};
+use tokio::io::Interest;
+
+use super::{
+    reader::{LocalLane, Owner},
+    socket::{self, Credentials, Packet},
+    source::Source,
+    wire::{self, Refusal, Reply, Request},
+};
+use crate::{
+    block::Incarnation,
+    group::PoolLayout,
+    lane::LaneError,
+    memory::{Mapping, Memory},
+};
+
+/// How long the producer has to answer. It does so from a thread that never waits for its engine.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Wait before connecting again while the producer's backlog is full.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
+
+/// Sets up a local lane: `name` and `lane` are what the producer's ConnectLane answered, `incarnation` and `remote` what
+/// its Hello said, and `memory` is where blocks will go. Runs on a tokio runtime; the lane itself needs none.
+pub async fn connect(
+    name: &[u8],
+    lane: u64,
+    incarnation: Incarnation,
+    remote: Arc<PoolLayout>,
+    memory: Memory,
+) -> Result<LocalLane, LaneError> {
+    remote.check().map_err(|e| LaneError::protocol(format!("its pool is malformed: {e}")))?;
+    let work = shake_hands(name, Request { lane, incarnation: incarnation.get() });
+    let (owner, pid, packet, bytes) = match tokio::time::timeout(ANSWER_TIMEOUT, work).await {
+        Ok(done) => done?,
+        Err(_) => return Err(LaneError::Silent { after: ANSWER_TIMEOUT }),
+    };
+    if packet.cut {
+        return Err(LaneError::protocol("an answer that is too long"));
+    }
+    let (words, slots, files, segments) = match Reply::decode(&bytes).map_err(LaneError::protocol)? {
+        Reply::Granted { incarnation: i, .. } if i != incarnation => return Err(LaneError::Restarted),
+        Reply::Granted { words, slots, files, segments, .. } => (words, slots, files, segments),
+        Reply::Refused { refusal: Refusal::Restarted, .. } => return Err(LaneError::Restarted),
+        Reply::Refused { why, .. } => return Err(LaneError::Refused { why }),
+    };
+    let mapped = if files { map(packet.files, slots, &remote)? } else { None };
+    let source = match mapped {
+        Some(mapped) => mapped,
+        None => {
+            let source = Source::Process { pid, segments, words, slots };
+            probe(pid, &source)?;
+            source
+        }
+    };
+    if !source.fits(&remote) {
+        return Err(LaneError::protocol("its segments are not those of its Hello"));
+    }
+    Ok(LocalLane::new(owner, source, remote, memory))
+}
+
+/// Connects, holds on to the process, and only then asks: the answer comes from the process that the pidfd stands for.
+async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packet, Vec<u8>), LaneError> {
+    let address = match name {
+        [0, rest @ ..] => SocketAddrUnix::new_abstract_name(rest),
+        path => SocketAddrUnix::new(path),
+    }
+    .map_err(|_| LaneError::protocol("a socket name that cannot be one"))?;
+    let fd = socket::new().map_err(LaneError::io("socket"))?;
+    rustix::net::sockopt::set_socket_passcred(&fd, true).map_err(|e| LaneError::io("SO_PASSCRED")(e.into()))?;
+    loop {
+        match rustix::net::connect(&fd, &address) {
+            Ok(()) => break,
+            Err(Errno::AGAIN) => tokio::time::sleep(BACKLOG_PAUSE).await,
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNREFUSED | Errno::NOENT) => {
+                return Err(LaneError::Elsewhere {
+                    what: "nobody listens at its socket here; for the local lane both processes must run on one host \
+                           and share the network namespace (hostNetwork, or one pod)"
+                        .into(),
+                });
+            }
+            Err(e) => return Err(LaneError::Connect { to: "the producer's socket".into(), source: e.into() }),
+        }
+    }
+    let peer = socket::peer(fd.as_fd()).map_err(LaneError::io("SO_PEERCRED"))?;
+    if !peer.may_share() {
+        let here = rustix::process::geteuid().as_raw();
+        let why = format!("it runs as user {}, this process as user {here}; use one user for both", peer.uid);
+        return Err(LaneError::Forbidden { why });
+    }
+    let pidfd = match socket::peer_pidfd(fd.as_fd(), peer.pid) {
+        Ok(pidfd) => pidfd,
+        Err(_) if peer.pid == 0 => return Err(elsewhere()),
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(LaneError::Died),
+        Err(e) => return Err(LaneError::io("pidfd_open")(e)),
+    };
+    // A refusal may have come before the request went out, and then the request cannot be sent: the answer tells.
+    let _ = rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    let fd = socket::watch(fd).map_err(LaneError::io("epoll"))?;
+    let mut bytes = vec![0; wire::MAX_REPLY];
+    let packet = match fd.async_io(Interest::READABLE, |s| socket::receive(s.as_fd(), &mut bytes)).await {
+        Ok(packet) if packet.len > 0 => packet,
+        Err(e) if e.kind() != io::ErrorKind::ConnectionReset => {
+            return Err(LaneError::Connect { to: "the producer's socket".into(), source: e });
+        }
+        // Closed, or closed with the request unread.
+        Ok(_) | Err(_) => {
+            let why = "it closed the connection: it may be at its limit of lanes (limits.lanes)".into();
+            return Err(LaneError::Refused { why });
+        }
+    };
+    bytes.truncate(packet.len);
+    // The number that answered must be the one that listened, and still belong to the process that the pidfd holds.
+    let same = packet.from.is_some_and(|c: Credentials| c.pid == peer.pid);
+    if !same {
+        return Err(LaneError::protocol("another process answers than the one that listened"));
+    }
+    let owner = Owner::new(fd.into_inner(), pidfd).map_err(LaneError::io("epoll"))?;
+    if alive(&owner) { Ok((owner, peer.pid, packet, bytes)) } else { Err(LaneError::Died) }
+}
+
+fn alive(owner: &Owner) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(&owner.pidfd, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
+}
+
+/// Maps the peer's segments and words; `None` when this process may not open or map that many. A file that its owner could
+/// still make smaller is refused: a read past its end would kill this process.
+fn map(files: Vec<OwnedFd>, slots: u32, remote: &PoolLayout) -> Result<Option<Source>, LaneError> {
+    if files.len() < remote.segments.len() + 1 {
+        tracing::warn!("this process may not open as many files as the peer's pool has: copying by process_vm_readv");
+        return Ok(None);
+    }
+    if files.len() > remote.segments.len() + 1 {
+        return Err(LaneError::protocol("more files than its pool has segments"));
+    }
+    let lengths = remote.segments.iter().copied().chain([u64::from(slots) * 8]);
+    let mut mappings = Vec::with_capacity(files.len());
+    for (fd, len) in files.iter().zip(lengths) {
+        let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(LaneError::protocol("a file that is not sealed against shrinking"));
+        }
+        let size = rustix::fs::fstat(fd).map_err(|e| LaneError::io("fstat")(e.into()))?.st_size;
+        if u64::try_from(size).is_ok_and(|size| size >= len) {
+            match Mapping::new(fd.as_fd(), len, false) {
+                Ok(m) => mappings.push(m),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot map the peer's pool: copying by process_vm_readv");
+                    return Ok(None);
+                }
+            }
+        } else {
+            return Err(LaneError::protocol("a file that is shorter than its segment"));
+        }
+    }
+    let words = mappings.pop();
+    Ok(words.map(|words| Source::Mapped { segments: mappings, words, slots }))
+}
+
+/// Tries to read the peer's memory once, so that a lane that cannot work is never used.
+fn probe(pid: i32, source: &Source) -> Result<(), LaneError> {
+    if pid == 0 {
+        return Err(elsewhere());
+    }
+    if source.slots() == 0 {
+        return Ok(());
+    }
+    source.words([0].into_iter(), &mut [0]).map_err(|e| match e.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => LaneError::Forbidden { why: forbidden() },
+        Some(libc::ESRCH) => LaneError::Died,
+        Some(libc::EFAULT) => LaneError::protocol("a fence table that is not in its memory"),
+        _ => LaneError::io("process_vm_readv")(e),
+    })
+}
+
+fn elsewhere() -> LaneError {
+    LaneError::Elsewhere {
+        what: "its process is not visible from this pid namespace; share it between both containers \
+               (shareProcessNamespace, or --pid=container:NAME), or let kvferry allocate the producer's pool"
+            .into(),
+    }
+}
+
+fn forbidden() -> String {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    let first = match scope.trim() {
+        "" | "0" => {
+            "run both as the same user in the same user namespace, allow process_vm_readv in the container's seccomp \
+             profile, or give this process CAP_SYS_PTRACE"
+                .to_string()
+        }
+        n => format!("kernel.yama.ptrace_scope is {n}: set it to 0, or give this process CAP_SYS_PTRACE"),
+    };
+    format!("{first}; or let kvferry allocate the producer's pool, which needs no such permission")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::MemfdFlags;
+
+    fn file(len: u64, seals: SealFlags) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&fd, len).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, seals).unwrap();
+        fd
+    }
+
+    #[test]
+    fn a_file_that_could_shrink_or_is_too_short_is_refused() {
+        let layout = PoolLayout::uniform(4, 1, 4096, 16);
+        let good = || file(4 * 4096, SealFlags::SHRINK);
+        let words = || file(4096, SealFlags::SHRINK);
+        let refused = |files: Vec<OwnedFd>| matches!(map(files, 8, &layout), Err(LaneError::Protocol { .. }));
+        assert!(matches!(map(vec![good(), words()], 8, &layout), Ok(Some(Source::Mapped { .. }))));
+        assert!(refused(vec![file(4 * 4096, SealFlags::empty()), words()]), "not sealed");
+        assert!(refused(vec![file(4 * 4096, SealFlags::GROW), words()]), "sealed the wrong way");
+        assert!(refused(vec![file(4 * 4096 - 1, SealFlags::SHRINK), words()]), "too short");
+        assert!(refused(vec![good(), file(63, SealFlags::SHRINK)]), "words too short");
+        assert!(refused(vec![good(), good(), words()]), "too many");
+        assert!(matches!(map(vec![words()], 8, &layout), Ok(None)), "some did not come through");
+        let disk: OwnedFd = std::fs::File::open("/proc/self/exe").unwrap().into();
+        assert!(refused(vec![disk, words()]), "a file on disk cannot be sealed");
+    }
+
+    #[test]
+    fn a_refused_permission_says_what_to_set() {
+        let said = forbidden();
+        assert!(said.contains("CAP_SYS_PTRACE") && said.contains("let kvferry allocate"), "{said}");
+    }
+
+    #[test]
+    fn system_errors_keep_their_source() {
+        let e = LaneError::io("fstat")(io::Error::from_raw_os_error(libc::EBADF));
+        assert!(e.to_string().starts_with("fstat: Bad file descriptor"), "{e}");
+    }
+}

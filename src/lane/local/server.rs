@@ -1,0 +1,230 @@
+//! The producer's end of the local lane: hands out where the pool is, to admitted lanes of the same user.
+//!
+//! Owns the listening socket and one idle connection for each lane. Never touches the pool, and moves no block.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    runtime::Handle,
+    sync::oneshot,
+    task::JoinSet,
+};
+
+use super::{
+    socket,
+    wire::{self, Refusal, Reply, Request},
+};
+use crate::{block::Incarnation, config::Limits, memory::Export};
+
+/// How long a connection has for its request. It comes in the same breath as the connect.
+const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(5) };
+
+/// Wait before accepting again when it failed, for want of descriptors as a rule.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A producer rank's socket for local lanes. Dropping it closes them all.
+#[derive(Debug)]
+pub struct Server {
+    name: Vec<u8>,
+    lanes: Arc<Lanes>,
+    accept: tokio::task::AbortHandle,
+}
+
+impl Server {
+    /// Listens under a random abstract name, which vanishes with the process. At most `limits.lanes` connections are held.
+    /// The runtime must have its I/O and time drivers on.
+    pub fn start(export: Arc<Export>, incarnation: Incarnation, runtime: Handle, limits: &Limits) -> io::Result<Self> {
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(io::Error::other)?;
+        let mut name = b"\0kvferry-".to_vec();
+        name.extend(random.iter().flat_map(|b| [b >> 4, b & 15]).map(|n| b"0123456789abcdef"[usize::from(n)]));
+        let socket = socket::new()?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(&name[1..])?)?;
+        rustix::net::listen(&socket, 128)?;
+        let lanes = Arc::new(Lanes::default());
+        let shared = Arc::new(Shared { export, incarnation, lanes: lanes.clone() });
+        let max = limits.lanes;
+        let guard = runtime.enter();
+        let socket = socket::watch(socket)?;
+        drop(guard);
+        let accept = runtime.spawn(accept(socket, shared, max)).abort_handle();
+        Ok(Self { name, lanes, accept })
+    }
+
+    /// The socket's name: a zero byte, then an abstract name.
+    pub fn name(&self) -> Vec<u8> {
+        self.name.clone()
+    }
+
+    /// Lets one connection in under this number.
+    pub fn admit(&self, lane: u64) {
+        self.lanes.lock().entry(lane).or_insert(State::Expected);
+    }
+
+    /// Closes the lane's connection, or lets none in any more.
+    pub fn dismiss(&self, lane: u64) {
+        // Dropping the state's sender is what its connection waits for.
+        self.lanes.lock().remove(&lane);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.accept.abort();
+    }
+}
+
+/// A lane as the server knows it.
+#[derive(Debug)]
+enum State {
+    /// Admitted, and not there yet.
+    Expected,
+    /// Connected. Dropping it closes the connection.
+    Open { _close: oneshot::Sender<()> },
+}
+
+#[derive(Debug, Default)]
+struct Lanes(Mutex<HashMap<u64, State>>);
+
+impl Lanes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, State>> {
+        // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Shared {
+    export: Arc<Export>,
+    incarnation: Incarnation,
+    lanes: Arc<Lanes>,
+}
+
+async fn accept(socket: AsyncFd<OwnedFd>, shared: Arc<Shared>, max: usize) {
+    let mut connections = JoinSet::new();
+    loop {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let next = socket.async_io(Interest::READABLE, |s| Ok(rustix::net::accept_with(s, flags)?)).await;
+        let accepted = next.and_then(socket::watch);
+        while connections.try_join_next().is_some() {}
+        match accepted {
+            // Over the limit: the connection is closed at once, and the consumer takes another lane.
+            Ok(_) if connections.len() >= max => {}
+            Ok(fd) => {
+                connections.spawn(serve(fd, shared.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a local lane; raise the limit of open files if it is reached");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// One connection, from its request to its end.
+async fn serve(fd: AsyncFd<OwnedFd>, shared: Arc<Shared>) {
+    let mut packet = [0; wire::REQUEST + 1];
+    let Ok(Ok(len)) = tokio::time::timeout(REQUEST_TIMEOUT, receive(&fd, &mut packet)).await else { return };
+    let (lane, closed) = match shared.decide(fd.as_fd(), &packet[..len.min(packet.len())]) {
+        Ok(open) => open,
+        Err((refusal, why)) => {
+            tracing::warn!(why, "refused a local lane");
+            let _ = socket::send(fd.as_fd(), &Reply::Refused { refusal, why }.encode(), &[]);
+            return;
+        }
+    };
+    // From here on the lane is open: whatever ends this task takes it from the table, and tells the consumer if it can.
+    let open = Open { fd, lane, lanes: &shared.lanes };
+    if let Err(error) = shared.grant(open.fd.as_fd()) {
+        tracing::warn!(%error, "cannot answer a local lane");
+        return;
+    }
+    tokio::select! {
+        _ = closed => {}
+        // A consumer has nothing more to say: it has closed, or sends rubbish.
+        _ = receive(&open.fd, &mut packet) => {}
+    }
+}
+
+async fn receive(fd: &AsyncFd<OwnedFd>, into: &mut [u8]) -> io::Result<usize> {
+    fd.async_io(Interest::READABLE, |s| {
+        let (_, len) = rustix::net::recv(s, &mut *into, RecvFlags::TRUNC | RecvFlags::DONTWAIT)?;
+        Ok(len)
+    })
+    .await
+}
+
+struct Open<'a> {
+    fd: AsyncFd<OwnedFd>,
+    lane: u64,
+    lanes: &'a Lanes,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::net::send(&self.fd, wire::BYE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        // A lane is used once: its number opens nothing any more.
+        self.lanes.lock().remove(&self.lane);
+    }
+}
+
+impl Shared {
+    /// Whether this connection may have its lane. If so, the lane is taken, and its number is returned with what becomes
+    /// ready when the lane is dismissed.
+    fn decide(&self, fd: BorrowedFd<'_>, packet: &[u8]) -> Result<(u64, oneshot::Receiver<()>), (Refusal, String)> {
+        let other = |why: String| (Refusal::Other, why);
+        let peer = socket::peer(fd).map_err(|e| other(format!("cannot tell who asks: {e}")))?;
+        if !peer.may_share() {
+            let here = rustix::process::geteuid().as_raw();
+            return Err(other(format!("asked by user {}, but the producer runs as user {here}", peer.uid)));
+        }
+        let request = Request::decode(packet).map_err(|what| other(format!("it received {what}")))?;
+        if request.incarnation != self.incarnation.get() {
+            let why = format!("incarnation {:016x} was asked for, this is {}", request.incarnation, self.incarnation);
+            return Err((Refusal::Restarted, why));
+        }
+        match self.lanes.lock().get_mut(&request.lane) {
+            None => Err(other("the lane was not admitted, or is dismissed: ask for a new one".into())),
+            Some(State::Open { .. }) => Err(other("the lane is in use: ask for a new one".into())),
+            Some(state) => {
+                let (close, closed) = oneshot::channel();
+                *state = State::Open { _close: close };
+                Ok((request.lane, closed))
+            }
+        }
+    }
+
+    /// Tells the consumer where everything is.
+    fn grant(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let e = &self.export;
+        let mut files = e.memory.memfds().unwrap_or_default();
+        files.push(e.words.fd());
+        // More files than a packet holds, or memory of the engine: it is read by process_vm_readv.
+        let with_files = files.len() <= wire::MAX_FILES && e.memory.memfds().is_some();
+        let reply = |files| {
+            Reply::Granted {
+                incarnation: self.incarnation,
+                words: e.words.address(),
+                slots: e.words.len(),
+                files,
+                segments: (0..e.memory.segments().len()).map(|i| e.memory.base(i as u16)).collect(),
+            }
+            .encode()
+        };
+        if with_files {
+            match socket::send(fd, &reply(true), &files) {
+                // Too many files in flight for this user's limit: they are only the faster way.
+                Err(e) if e.raw_os_error() == Some(libc::ETOOMANYREFS) => {}
+                sent => return sent,
+            }
+        }
+        socket::send(fd, &reply(false), &[])
+    }
+}

@@ -1,0 +1,155 @@
+//! The two ways to copy out of another process: from its memfds, mapped here, or by `process_vm_readv`.
+//!
+//! Owns the mappings. Knows no attempts and no chunks.
+
+use std::{
+    collections::VecDeque,
+    io,
+    mem::MaybeUninit,
+    sync::atomic::{AtomicU64, Ordering, fence},
+};
+
+use super::reader::Copy;
+use crate::{
+    group::PoolLayout,
+    memory::{Mapping, Memory},
+};
+
+/// Most pieces of one `process_vm_readv`: the kernel's UIO_MAXIOV.
+const MAX_PIECES: usize = 1024;
+
+/// Where the peer's bytes come from.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// Its memfds, mapped read-only. Each mapping is as long as the peer's layout says.
+    Mapped { segments: Vec<Mapping>, words: Mapping, slots: u32 },
+    /// Its address space.
+    Process { pid: i32, segments: Vec<u64>, words: u64, slots: u32 },
+}
+
+impl Source {
+    /// Words of the peer's fence table.
+    pub fn slots(&self) -> u32 {
+        match self {
+            Self::Mapped { slots, .. } | Self::Process { slots, .. } => *slots,
+        }
+    }
+
+    /// Copies from the front of the queue, at most `budget` bytes, and returns how many. They may end in the middle of a
+    /// read. Every read was checked against `layout`, the peer's, and against `memory` when it was queued.
+    pub fn copy(&self, queue: &VecDeque<Copy>, memory: &Memory, budget: usize) -> io::Result<usize> {
+        match self {
+            Self::Mapped { segments, .. } => {
+                let mut done = 0;
+                for c in queue {
+                    let len = usize::try_from(c.len).unwrap_or(usize::MAX).min(budget - done);
+                    if len == 0 {
+                        break;
+                    }
+                    let to = memory.at(c.dst_segment, c.dst_offset, len as u64)?;
+                    let from = segments[usize::from(c.src_segment)].base();
+                    // SAFETY: `to` is valid for `len` bytes of local memory. The source lies in its segment by the check when
+                    // it was queued, and the mapping is as long as the segment. The file is sealed, so the mapping has no
+                    // hole. The producer may write these bytes meanwhile; they are bytes without meaning until the fence.
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(from.as_ptr().add(c.src_offset as usize), to.as_ptr(), len);
+                    }
+                    done += len;
+                }
+                Ok(done)
+            }
+            Self::Process { pid, segments, .. } => {
+                let mut here = [const { MaybeUninit::<libc::iovec>::uninit() }; MAX_PIECES];
+                let mut there = [const { MaybeUninit::<libc::iovec>::uninit() }; MAX_PIECES];
+                let (mut used, mut left) = (0, budget);
+                for c in queue.iter().take(MAX_PIECES) {
+                    let len = usize::try_from(c.len).unwrap_or(usize::MAX).min(left);
+                    if len == 0 {
+                        break;
+                    }
+                    let to = memory.at(c.dst_segment, c.dst_offset, len as u64)?;
+                    let from = segments[usize::from(c.src_segment)].wrapping_add(c.src_offset) as usize;
+                    here[used].write(libc::iovec { iov_base: to.as_ptr().cast(), iov_len: len });
+                    there[used].write(libc::iovec { iov_base: std::ptr::without_provenance_mut(from), iov_len: len });
+                    used += 1;
+                    left -= len;
+                }
+                // SAFETY: the first `used` pieces of both lists are initialised, and those of `here` lie in local memory.
+                unsafe { read_process(*pid, &here[..used], &there[..used]) }
+            }
+        }
+    }
+
+    /// Reads fence words, after the data: the copies before this call are complete when it reads. A slot past the table
+    /// reads as 0. `words` is as long as `slots`.
+    pub fn words(&self, slots: impl Iterator<Item = u32>, words: &mut [u64]) -> io::Result<()> {
+        match self {
+            Self::Mapped { words: table, slots: len, .. } => {
+                // The data's loads may not pass those of the words.
+                fence(Ordering::SeqCst);
+                let table = table.base().cast::<AtomicU64>();
+                for (word, slot) in words.iter_mut().zip(slots) {
+                    *word = if slot < *len {
+                        // SAFETY: the mapping holds `len` aligned words, which are only ever accessed as atomics.
+                        unsafe { table.add(slot as usize).as_ref() }.load(Ordering::Acquire)
+                    } else {
+                        0
+                    };
+                }
+                Ok(())
+            }
+            Self::Process { pid, words: table, slots: len, .. } => {
+                for (word, slot) in words.iter_mut().zip(slots) {
+                    *word = 0;
+                    if slot >= *len {
+                        continue;
+                    }
+                    let from = table.wrapping_add(u64::from(slot) * 8) as usize;
+                    let here = MaybeUninit::new(libc::iovec { iov_base: (&raw mut *word).cast(), iov_len: 8 });
+                    let from = std::ptr::without_provenance_mut(from);
+                    let there = MaybeUninit::new(libc::iovec { iov_base: from, iov_len: 8 });
+                    // SAFETY: both pieces are initialised, and `here` is one word that is ours.
+                    let n = unsafe { read_process(*pid, &[here], &[there])? };
+                    if n != 8 {
+                        return Err(io::Error::from_raw_os_error(libc::EFAULT));
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether all of the peer's segments are here, with room for what `layout` says.
+    pub fn fits(&self, layout: &PoolLayout) -> bool {
+        match self {
+            Self::Mapped { segments, .. } => segments.len() == layout.segments.len(),
+            Self::Process { segments, .. } => {
+                segments.len() == layout.segments.len()
+                    && segments.iter().zip(&layout.segments).all(|(base, len)| base.checked_add(*len).is_some())
+            }
+        }
+    }
+}
+
+/// Copies from another process's memory; returns how many bytes.
+///
+/// # Safety
+/// All pieces are initialised, and those of `here` are valid for writes.
+unsafe fn read_process(
+    pid: i32,
+    here: &[MaybeUninit<libc::iovec>],
+    there: &[MaybeUninit<libc::iovec>],
+) -> io::Result<usize> {
+    // SAFETY: by the contract of this function; the kernel checks the pieces of the other process.
+    let n = unsafe {
+        libc::process_vm_readv(
+            pid,
+            here.as_ptr().cast(),
+            here.len() as libc::c_ulong,
+            there.as_ptr().cast(),
+            there.len() as libc::c_ulong,
+            0,
+        )
+    };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}

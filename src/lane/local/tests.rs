@@ -1,0 +1,558 @@
+//! The lane against producers in processes of their own: this test binary, started again.
+
+use std::{
+    io::{BufRead, BufReader, Read as _, Write},
+    os::fd::{BorrowedFd, OwnedFd},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    ptr::NonNull,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{RecvFlags, SendFlags, SocketAddrUnix},
+};
+use tokio::runtime::{Handle, Runtime};
+
+use super::{LocalLane, Server, connect, socket, wire};
+use crate::{
+    block::{GroupId, Incarnation, Nonce},
+    config::Limits,
+    error::Cause,
+    group::PoolLayout,
+    lane::{Attempt, FenceSlot, Grant, Lane, LaneError, LaneEvent},
+    memory::{Export, FenceWords, Memory},
+    plan::Read,
+};
+
+const SLOT: u32 = 3;
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn layout() -> Arc<PoolLayout> {
+    let mut layout = PoolLayout::uniform(64, 3, 20_000, 16);
+    layout.segments.push(5000);
+    Arc::new(layout)
+}
+
+fn stamp(segment: u16, i: u64) -> u8 {
+    (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8 ^ segment as u8
+}
+
+/// Memory as kvferry allocates it, or as an engine brings it.
+fn pool(layout: &PoolLayout, ours: bool) -> Memory {
+    let memory = if ours {
+        Memory::alloc(&layout.segments).unwrap()
+    } else {
+        let segments: Vec<_> = layout
+            .segments
+            .iter()
+            .map(|&len| (NonNull::from(Vec::leak(vec![0u8; len as usize])).cast::<u8>(), len))
+            .collect();
+        // SAFETY: the vectors are leaked, and nothing else refers to them.
+        unsafe { Memory::from_raw(&segments, None) }
+    };
+    for (segment, &len) in layout.segments.iter().enumerate() {
+        let bytes: Vec<u8> = (0..len).map(|i| stamp(segment as u16, i)).collect();
+        memory.write_from(segment as u16, 0, &bytes).unwrap();
+    }
+    memory
+}
+
+fn export(ours: bool) -> (Arc<Export>, Nonce) {
+    let layout = layout();
+    let memory = pool(&layout, ours);
+    let export = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(8).unwrap())));
+    let nonce = Nonce::random();
+    export.publish(SLOT, nonce, [].into());
+    (export, nonce)
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A runtime in a thread of its own, until `until` is dropped.
+fn background() -> (Handle, tokio::sync::oneshot::Sender<()>) {
+    let runtime = runtime();
+    let handle = runtime.handle().clone();
+    let (until, gone) = tokio::sync::oneshot::channel::<()>();
+    std::thread::spawn(move || runtime.block_on(gone));
+    (handle, until)
+}
+
+/// Not a test by itself: what [`Producer::start`] starts.
+#[expect(clippy::zombie_processes, reason = "the one process that it starts outlives this one on purpose")]
+#[test]
+fn as_a_producer() {
+    let Ok(kind) = std::env::var("KVFERRY_TEST_LOCAL_PRODUCER") else { return };
+    let (export, nonce) = export(kind == "memfd");
+    let incarnation = Incarnation::random();
+    let (handle, _until) = background();
+    let server = Server::start(export.clone(), incarnation, handle, &Limits::default()).unwrap();
+    server.admit(1);
+    let hex: String = server.name().iter().map(|b| format!("{b:02x}")).collect();
+    println!("\nproducer {hex} {:x} {:x}", incarnation.get(), nonce.get());
+    for line in std::io::stdin().lines() {
+        match line.unwrap().as_str() {
+            "withdraw" => {
+                export.withdraw(SLOT);
+                export.memory.write_from(0, 0, &[0xee; 20_000]).unwrap();
+            }
+            "dismiss" => server.dismiss(1),
+            "leave a child" => {
+                for fd in 3..64 {
+                    // SAFETY: used for this one call, which fails when there is no such descriptor.
+                    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+                    let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty());
+                }
+                let (none, also) = (Stdio::null(), Stdio::null());
+                Command::new("sleep").arg("5").stdin(none).stdout(also).stderr(Stdio::null()).spawn().unwrap();
+            }
+            other => panic!("{other}"),
+        }
+        println!("\ndone");
+    }
+}
+
+struct Producer {
+    child: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+    name: Vec<u8>,
+    incarnation: Incarnation,
+    nonce: u64,
+}
+
+impl Producer {
+    fn start(kind: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "lane::local::tests::as_a_producer", "--nocapture", "--test-threads=1"])
+            .env("KVFERRY_TEST_LOCAL_PRODUCER", kind)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let incarnation = Incarnation::random();
+        let mut it = Self { child, to, from, name: vec![], incarnation, nonce: 0 };
+        let said = it.hear("producer ");
+        let [name, incarnation, nonce] = said.split(' ').collect::<Vec<_>>()[..] else { panic!("{said}") };
+        let byte = |i: usize| u8::from_str_radix(&name[i..i + 2], 16).unwrap();
+        it.name = (0..name.len()).step_by(2).map(byte).collect();
+        it.incarnation = Incarnation::from_wire(u64::from_str_radix(incarnation, 16).unwrap()).unwrap();
+        it.nonce = u64::from_str_radix(nonce, 16).unwrap();
+        it
+    }
+
+    fn hear(&mut self, start: &str) -> String {
+        let mut lines = self.from.by_ref().lines().map_while(Result::ok);
+        lines.find_map(|l| l.strip_prefix(start).map(str::to_owned)).expect("the producer has ended")
+    }
+
+    fn tell(&mut self, what: &str) {
+        writeln!(self.to, "{what}").unwrap();
+        self.hear("done");
+    }
+
+    /// A lane to it, with an attempt begun.
+    fn lane(&self, memory: &Memory) -> LocalLane {
+        let mut lane = dial(&self.name, 1, self.incarnation, memory).unwrap();
+        lane.begin(A, Grant { slot: SLOT, nonce: Nonce::from_wire(self.nonce).unwrap() });
+        lane
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn dial(name: &[u8], lane: u64, incarnation: Incarnation, memory: &Memory) -> Result<LocalLane, LaneError> {
+    runtime().block_on(connect(name, lane, incarnation, layout(), memory.clone()))
+}
+
+const A: Attempt = Attempt(7);
+
+fn read(chunk: u32, src: (u16, u64), dst: (u16, u64), len: u64) -> Read {
+    Read {
+        src_offset: src.1,
+        dst_offset: dst.1,
+        len,
+        piece: len,
+        within: 0,
+        chunk,
+        position: 0,
+        blocks: 1,
+        group: GroupId(0),
+        region: 0,
+        src_segment: src.0,
+        dst_segment: dst.0,
+    }
+}
+
+/// Polls until `enough`, and returns all events.
+fn drive(lane: &mut LocalLane, mut enough: impl FnMut(&[LaneEvent]) -> bool) -> Vec<LaneEvent> {
+    let (start, mut events) = (Instant::now(), vec![]);
+    while !enough(&events) {
+        assert!(start.elapsed() < LIMIT, "nothing more came after {events:?}");
+        match lane.arm() {
+            Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock),
+            Ok(None) => panic!("the lane is over after {events:?}"),
+            Ok(Some(fd)) => {
+                poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
+            }
+        }
+        lane.poll(&mut events);
+    }
+    events
+}
+
+fn done(events: &[LaneEvent], of: u32) -> u32 {
+    let reads = events.iter().map(|e| match e {
+        LaneEvent::Done { chunk, reads, attempt } if *chunk == of && *attempt == A => *reads,
+        _ => 0,
+    });
+    reads.sum()
+}
+
+/// Posts reads as the window lets it, and waits for all of them.
+fn pull(lane: &mut LocalLane, reads: &[Read]) -> Vec<LaneEvent> {
+    let (mut posted, mut all) = (0, vec![]);
+    while posted < reads.len() {
+        posted += lane.post(A, &reads[posted..], true);
+        let before = all.len();
+        all.extend(drive(lane, |events| !events.is_empty()));
+        assert!(all.len() - before <= 2, "events are batched by chunk");
+    }
+    let of = reads[0].chunk;
+    if done(&all, of) < reads.len() as u32 {
+        let left = reads.len() as u32 - done(&all, of);
+        all.extend(drive(lane, |events| done(events, of) >= left));
+    }
+    all
+}
+
+fn fence(lane: &mut LocalLane) -> Vec<LaneEvent> {
+    assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: SLOT }));
+    drive(lane, |events| !events.is_empty())
+}
+
+fn word(word: u64) -> Vec<LaneEvent> {
+    vec![LaneEvent::Fence { attempt: A, chunk: 5, word }]
+}
+
+fn dead(cause: Cause) -> Vec<LaneEvent> {
+    vec![LaneEvent::Failed { attempt: A, cause }, LaneEvent::Down { cause }, LaneEvent::Quiet { attempt: A }]
+}
+
+#[test]
+fn every_byte_arrives_where_it_should_on_both_paths() {
+    for kind in ["memfd", "raw"] {
+        let p = Producer::start(kind);
+        let memory = Memory::alloc(&[1 << 23, 9000]).unwrap();
+        let mut lane = p.lane(&memory);
+        assert_eq!(lane.mapped(), kind == "memfd");
+        // Odd sizes, both segments on both sides, more reads than the window and longer ones than a poll.
+        let mut reads = vec![read(5, (0, 1), (0, 1), 3_000_000), read(5, (1, 0), (1, 4000), 5000)];
+        reads.extend((0..3000u64).map(|i| read(5, (0, i * 1234 % 3_700_000), (0, 3_000_010 + i * 1500), 1 + i % 1500)));
+        let events = pull(&mut lane, &reads);
+        assert_eq!(done(&events, 5), 3002);
+        assert_eq!(fence(&mut lane), word(p.nonce));
+        for r in reads {
+            let mut bytes = vec![0; r.len as usize];
+            memory.read_into(r.dst_segment, r.dst_offset, &mut bytes).unwrap();
+            let right = |(i, b): (usize, &u8)| *b == stamp(r.src_segment, r.src_offset + i as u64);
+            assert!(bytes.iter().enumerate().all(right), "{kind} {r:?}");
+        }
+        let mut rest = [9; 10];
+        memory.read_into(0, 3_000_001, &mut rest[..9]).unwrap();
+        assert_eq!(rest, [0, 0, 0, 0, 0, 0, 0, 0, 0, 9], "nothing was written between the reads");
+    }
+}
+
+#[test]
+fn a_revoked_word_fails_the_fence_on_both_paths() {
+    for kind in ["memfd", "raw"] {
+        let mut p = Producer::start(kind);
+        let memory = Memory::alloc(&[1 << 20]).unwrap();
+        let mut lane = p.lane(&memory);
+        assert_eq!(fence(&mut lane), word(p.nonce));
+        p.tell("withdraw");
+        pull(&mut lane, &[read(5, (0, 0), (0, 0), 100)]);
+        assert_eq!(fence(&mut lane), word(0), "{kind}");
+        assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: 8 }));
+        assert_eq!(drive(&mut lane, |e| !e.is_empty()), word(0), "{kind}: a slot past the table is never live");
+    }
+}
+
+#[test]
+fn a_killed_owner_fails_the_fence_though_its_memory_can_still_be_read() {
+    let mut p = Producer::start("memfd");
+    let memory = Memory::alloc(&[1 << 20]).unwrap();
+    let mut lane = p.lane(&memory);
+    lane.poll(&mut vec![]);
+    p.kill();
+    assert_eq!(lane.post(A, &[read(5, (0, 0), (0, 0), 100)], true), 1);
+    let mut events = vec![];
+    lane.poll(&mut events);
+    assert_eq!(events, [LaneEvent::Done { attempt: A, chunk: 5, reads: 1 }], "the mapping outlives its owner");
+    assert_eq!(fence(&mut lane), dead(Cause::PeerDown));
+    assert!(lane.arm().unwrap().is_none());
+}
+
+#[test]
+fn a_killed_owner_fails_reads_and_fences_of_its_address_space() {
+    for fence_first in [true, false] {
+        let mut p = Producer::start("raw");
+        let memory = Memory::alloc(&[1 << 20]).unwrap();
+        let mut lane = p.lane(&memory);
+        lane.poll(&mut vec![]);
+        p.kill();
+        if fence_first {
+            assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: SLOT }));
+        }
+        lane.post(A, &[read(5, (0, 0), (0, 0), 100)], true);
+        assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::PeerDown));
+        assert!(lane.arm().unwrap().is_none());
+    }
+}
+
+#[test]
+fn a_death_is_noticed_while_the_lane_sleeps() {
+    for kind in ["memfd", "raw"] {
+        let mut p = Producer::start(kind);
+        let memory = Memory::alloc(&[1 << 20]).unwrap();
+        let mut lane = p.lane(&memory);
+        assert!(lane.arm().unwrap().is_some());
+        p.kill();
+        assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::PeerDown));
+        assert!(lane.arm().unwrap().is_none());
+        lane.begin(Attempt(8), Grant { slot: SLOT, nonce: Nonce::random() });
+        let cause = Cause::PeerDown;
+        let attempt = Attempt(8);
+        assert_eq!(
+            drive(&mut lane, |e| !e.is_empty()),
+            [LaneEvent::Failed { attempt, cause }, LaneEvent::Quiet { attempt }],
+            "an attempt that comes too late is told"
+        );
+    }
+}
+
+#[test]
+fn a_dismissed_lane_ends_without_a_death() {
+    let mut p = Producer::start("memfd");
+    let memory = Memory::alloc(&[1 << 20]).unwrap();
+    let mut lane = p.lane(&memory);
+    p.tell("dismiss");
+    assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::LaneFailed));
+    assert!(matches!(dial(&p.name, 1, p.incarnation, &memory), Err(LaneError::Refused { .. })));
+}
+
+/// A producer inside this process, for what needs no death.
+struct Inside {
+    _until: tokio::sync::oneshot::Sender<()>,
+    server: Server,
+    incarnation: Incarnation,
+    memory: Memory,
+}
+
+fn inside(limits: &Limits) -> Inside {
+    let (handle, _until) = background();
+    let incarnation = Incarnation::random();
+    let server = Server::start(export(true).0, incarnation, handle, limits).unwrap();
+    Inside { _until, server, incarnation, memory: Memory::alloc(&[1 << 20]).unwrap() }
+}
+
+impl Inside {
+    fn dial(&self, lane: u64, incarnation: Incarnation) -> Result<LocalLane, LaneError> {
+        dial(&self.server.name(), lane, incarnation, &self.memory)
+    }
+
+    fn raw(&self) -> OwnedFd {
+        let fd = socket::new().unwrap();
+        let name = self.server.name();
+        assert_eq!(name[0], 0);
+        rustix::net::connect(&fd, &SocketAddrUnix::new_abstract_name(&name[1..]).unwrap()).unwrap();
+        fd
+    }
+}
+
+#[test]
+fn only_an_admitted_lane_gets_in_and_only_once() {
+    let p = inside(&Limits::default());
+    let refused = |lane| match p.dial(lane, p.incarnation) {
+        Err(LaneError::Refused { why }) => why,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(4).contains("not admitted"));
+    p.server.admit(4);
+    p.server.dismiss(4);
+    assert!(refused(4).contains("not admitted"));
+    p.server.admit(5);
+    assert!(matches!(p.dial(5, Incarnation::random()), Err(LaneError::Restarted)), "for another process life");
+    let lane = p.dial(5, p.incarnation).unwrap();
+    assert!(refused(5).contains("in use"));
+    drop(lane);
+    let why = loop {
+        let why = refused(5);
+        if !why.contains("in use") {
+            break why;
+        }
+    };
+    assert!(why.contains("not admitted"), "a lane is used once: {why}");
+}
+
+#[test]
+fn a_server_that_goes_takes_its_lanes_along() {
+    let p = inside(&Limits::default());
+    p.server.admit(1);
+    let mut lane = p.dial(1, p.incarnation).unwrap();
+    lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
+    let name = p.server.name();
+    drop(p.server);
+    assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::LaneFailed));
+    match dial(&name, 1, p.incarnation, &p.memory) {
+        Err(LaneError::Elsewhere { what }) => assert!(what.contains("one host"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Waits for the next packet; 0 when the other end closed.
+fn packet(fd: &OwnedFd, into: &mut [u8]) -> usize {
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
+    match rustix::net::recv(fd, into, RecvFlags::DONTWAIT) {
+        Ok((n, _)) => n,
+        // Closed with something of ours unread.
+        Err(Errno::CONNRESET) => 0,
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn rubbish_and_silence_are_turned_away_and_harm_nobody() {
+    let p = inside(&Limits { lanes: 4, ..Limits::default() });
+    let mut answer = vec![0; wire::MAX_REPLY];
+    let good = wire::Request { lane: 1, incarnation: p.incarnation.get() }.encode();
+    let mut long = good.to_vec();
+    long.push(0);
+    for rubbish in [&b"x"[..], &[0xff; 32], &good[..31], &long, &[0x55; 70_000]] {
+        let fd = p.raw();
+        rustix::net::send(&fd, rubbish, SendFlags::NOSIGNAL).unwrap();
+        let n = packet(&fd, &mut answer);
+        assert!(matches!(wire::Reply::decode(&answer[..n]), Ok(wire::Reply::Refused { .. })), "{n}");
+        assert_eq!(packet(&fd, &mut answer), 0, "and closed");
+    }
+    let silent: Vec<_> = (0..4).map(|_| p.raw()).collect();
+    let over = p.raw();
+    assert_eq!(packet(&over, &mut answer), 0, "over the limit");
+    for fd in &silent {
+        assert_eq!(packet(fd, &mut answer), 0, "half-open connections time out");
+    }
+    p.server.admit(1);
+    let mut lane = p.dial(1, p.incarnation).unwrap();
+    lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
+    pull(&mut lane, &[read(1, (0, 0), (0, 0), 4096)]);
+}
+
+#[test]
+fn a_consumer_that_talks_on_an_open_lane_loses_it() {
+    let p = inside(&Limits::default());
+    p.server.admit(1);
+    let fd = p.raw();
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get() };
+    rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
+    let mut answer = vec![0; wire::MAX_REPLY];
+    let n = packet(&fd, &mut answer);
+    assert!(matches!(wire::Reply::decode(&answer[..n]), Ok(wire::Reply::Granted { files: true, .. })));
+    rustix::net::send(&fd, b"and another thing", SendFlags::NOSIGNAL).unwrap();
+    let n = packet(&fd, &mut answer);
+    assert_eq!(&answer[..n], wire::BYE);
+    assert_eq!(packet(&fd, &mut answer), 0);
+}
+
+#[test]
+fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
+    let p = inside(&Limits::default());
+    p.server.admit(1);
+    let mut lane = p.dial(1, p.incarnation).unwrap();
+    let grant = Grant { slot: SLOT, nonce: Nonce::random() };
+    let b = Attempt(8);
+    lane.begin(A, grant);
+    lane.begin(b, grant);
+    assert_eq!(lane.post(A, &[read(0, (0, 0), (0, 0), 50), read(0, (0, 50), (0, 50), 50)], true), 2);
+    assert_eq!(lane.post(b, &[read(9, (0, 0), (0, 200), 50)], true), 1);
+    assert!(lane.post_fence(A, FenceSlot { chunk: 0, slot: SLOT }));
+    lane.stop(A);
+    let mut events = vec![];
+    lane.poll(&mut events);
+    assert_eq!(events, [LaneEvent::Quiet { attempt: A }, LaneEvent::Done { attempt: b, chunk: 9, reads: 1 }]);
+    let mut bytes = [1; 100];
+    p.memory.read_into(0, 0, &mut bytes).unwrap();
+    assert_eq!(bytes, [0; 100], "what was queued was not copied");
+    assert_eq!(lane.post(A, &[read(0, (0, 0), (0, 0), 50)], true), 1);
+    lane.stop(A);
+    lane.poll(&mut events);
+    assert_eq!(events.len(), 2, "a quiet attempt stays quiet");
+    lane.kill();
+    lane.kill();
+    lane.poll(&mut events);
+    let cause = Cause::LaneFailed;
+    assert_eq!(
+        events[2..],
+        [LaneEvent::Failed { attempt: b, cause }, LaneEvent::Down { cause }, LaneEvent::Quiet { attempt: b }]
+    );
+    assert!(lane.arm().unwrap().is_none());
+}
+
+#[test]
+fn a_read_outside_of_either_pool_fails_its_attempt_only() {
+    let p = inside(&Limits::default());
+    p.server.admit(1);
+    let mut lane = p.dial(1, p.incarnation).unwrap();
+    let grant = Grant { slot: SLOT, nonce: Nonce::random() };
+    lane.begin(A, grant);
+    let end = layout().segments[0];
+    let bad = [
+        read(0, (0, end - 99), (0, 0), 100),
+        read(0, (2, 0), (0, 0), 1),
+        read(0, (0, u64::MAX), (0, 0), 100),
+        read(0, (0, 0), (0, (1 << 20) - 99), 100),
+        read(0, (0, 0), (1, 0), 1),
+        read(0, (0, 0), (0, u64::MAX), 100),
+        read(0, (0, 0), (0, 0), u64::MAX),
+        read(0, (0, 0), (0, 0), 0),
+    ];
+    for (i, bad) in bad.into_iter().enumerate() {
+        let attempt = Attempt(100 + i as u64);
+        lane.begin(attempt, grant);
+        lane.post(attempt, &[read(0, (0, 0), (0, 0), 100), bad], true);
+        let mut events = vec![];
+        lane.poll(&mut events);
+        assert_eq!(events, [LaneEvent::Failed { attempt, cause: Cause::BadOffer }], "{bad:?}");
+        lane.stop(attempt);
+        events.clear();
+        lane.poll(&mut events);
+        assert_eq!(events, [LaneEvent::Quiet { attempt }]);
+    }
+    pull(&mut lane, &[read(1, (0, end - 100), (0, (1 << 20) - 100), 100)]);
+}
+
+#[test]
+fn a_child_that_holds_the_socket_does_not_hide_its_owners_death() {
+    let mut p = Producer::start("memfd");
+    let memory = Memory::alloc(&[1 << 20]).unwrap();
+    let mut lane = p.lane(&memory);
+    p.tell("leave a child");
+    p.kill();
+    assert_eq!(fence(&mut lane), dead(Cause::PeerDown));
+    assert!(rustix::net::recv(&lane.owner().socket, &mut [0; 8], RecvFlags::DONTWAIT) == Err(Errno::AGAIN));
+}

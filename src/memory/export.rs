@@ -1,0 +1,113 @@
+//! What the data servers of a producer rank share: its pool, its fence words, and which offers are live.
+//!
+//! Owns the table of live offers. Never decides which those are: the producer publishes and withdraws them.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{Ordering, fence},
+    },
+};
+
+use super::{FenceWords, Memory};
+use crate::{block::Nonce, group::PoolLayout, offer::OfferGroup};
+
+/// A producer rank's pool and live offers.
+#[derive(Debug)]
+pub struct Export {
+    /// The pool; checked against the memory.
+    pub layout: Arc<PoolLayout>,
+    /// Its memory.
+    pub memory: Memory,
+    /// The fence words.
+    pub words: Arc<FenceWords>,
+    live: RwLock<HashMap<u32, Live>>,
+}
+
+#[derive(Debug)]
+struct Live {
+    nonce: Nonce,
+    groups: Arc<[OfferGroup]>,
+}
+
+impl Export {
+    /// An export without live offers.
+    pub fn new(layout: Arc<PoolLayout>, memory: Memory, words: Arc<FenceWords>) -> Self {
+        Self { layout, memory, words, live: RwLock::default() }
+    }
+
+    /// The offer in `slot` may be read from now on. Its word is set last, once everything that it vouches for is in place.
+    pub fn publish(&self, slot: u32, nonce: Nonce, groups: Arc<[OfferGroup]>) {
+        // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
+        self.live.write().unwrap_or_else(PoisonError::into_inner).insert(slot, Live { nonce, groups });
+        self.words.set(slot, nonce);
+    }
+
+    /// The offer in `slot` may be read no more. The word is cleared first, and when this returns the blocks may be written.
+    pub fn withdraw(&self, slot: u32) {
+        self.words.clear(slot);
+        self.live.write().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+    }
+
+    /// The blocks of the offer in `slot`, if it is live and its nonce is this one.
+    pub fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<[OfferGroup]>> {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        live.get(&slot).filter(|l| l.nonce.get() == nonce).map(|l| l.groups.clone())
+    }
+
+    /// The check after the copy: the nonce if the offer in `slot` is still live under it, else 0. What was read from the
+    /// pool before this call was read while the offer was live. Another offer's nonce is never told.
+    pub fn still(&self, slot: u32, nonce: u64) -> u64 {
+        // The copy's loads may not pass the word's: they would read bytes newer than the word vouches for.
+        fence(Ordering::SeqCst);
+        let word = self.words.load(slot);
+        if word == nonce { word } else { 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{BlockId, GroupId};
+
+    #[test]
+    fn only_the_live_offer_with_its_own_nonce_resolves() {
+        let layout = Arc::new(PoolLayout::uniform(4, 1, 4096, 16));
+        let memory = Memory::alloc(&layout.segments).unwrap();
+        let e = Export::new(layout, memory, Arc::new(FenceWords::new(4).unwrap()));
+        let groups: Arc<[OfferGroup]> =
+            [OfferGroup { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(3))] }].into();
+        let (a, b) = (Nonce::random(), Nonce::random());
+        e.publish(2, a, groups.clone());
+        assert_eq!(e.resolve(2, a.get()).as_deref(), Some(&groups[..]));
+        assert_eq!(e.still(2, a.get()), a.get());
+        assert!(e.resolve(2, b.get()).is_none() && e.resolve(1, a.get()).is_none());
+        assert_eq!(e.still(2, b.get()), 0, "the live nonce is not told to who does not know it");
+        e.withdraw(2);
+        assert!(e.resolve(2, a.get()).is_none() && e.resolve(2, 0).is_none());
+        assert_eq!(e.still(2, a.get()), 0);
+        e.publish(2, b, groups);
+        assert!(e.resolve(2, a.get()).is_none(), "a re-used slot is dead to its former offer");
+        assert_eq!(e.still(2, a.get()), 0);
+    }
+
+    #[test]
+    fn a_thread_that_panicked_does_not_take_the_table_along() {
+        let layout = Arc::new(PoolLayout::uniform(4, 1, 4096, 16));
+        let memory = Memory::alloc(&layout.segments).unwrap();
+        let e = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(4).unwrap())));
+        let e2 = e.clone();
+        let _ = std::thread::spawn(move || {
+            let _held = e2.live.write();
+            panic!("on purpose");
+        })
+        .join();
+        assert!(e.live.is_poisoned());
+        let n = Nonce::random();
+        e.publish(0, n, [].into());
+        assert!(e.resolve(0, n.get()).is_some());
+        e.withdraw(0);
+        assert!(e.resolve(0, n.get()).is_none());
+    }
+}

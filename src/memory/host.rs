@@ -1,0 +1,256 @@
+//! Host memory of a rank: segments that kvferry allocates as sealed memfds, or that the engine brings.
+//!
+//! Owns the mappings of its own segments, and keeps whatever the engine gave along with its segments. Never frees a
+//! segment while a clone is held, and never allocates in an access.
+
+use std::{
+    any::Any,
+    fmt, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    sync::Arc,
+};
+
+use super::{Mapping, mapping};
+use crate::{
+    error::StartError,
+    group::{BadLayout, PoolLayout},
+};
+
+/// A rank's memory, as segments that its pool's regions lie in. A clone is another handle to the same memory.
+///
+/// ```
+/// # use kvferry::{group::PoolLayout, memory::Memory};
+/// let layout = PoolLayout::uniform(64, 2, 4096, 16);
+/// let memory = Memory::alloc(&layout.segments)?;
+/// memory.check(&layout)?;
+/// memory.write_from(0, 4096, b"block 1")?;
+/// let mut back = [0; 7];
+/// memory.read_into(0, 4096, &mut back)?;
+/// assert_eq!(&back, b"block 1");
+/// assert!(memory.write_from(0, layout.segments[0], b"past the end").is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Memory(Arc<Inner>);
+
+struct Inner {
+    base: Vec<NonNull<u8>>,
+    lengths: Vec<u64>,
+    owned: Option<Owned>,
+    _keep: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Segments that kvferry allocated.
+struct Owned {
+    files: Vec<OwnedFd>,
+    mappings: Vec<Mapping>,
+}
+
+// SAFETY: the segments are address ranges that stay mapped as long as `Inner` lives (by `owned`, or by the contract of
+// `from_raw`), whichever thread holds it; `keep` is Send and Sync.
+unsafe impl Send for Inner {}
+// SAFETY: shared access reads and writes bytes that are allowed to race (see `from_raw`), and never forms a reference to
+// them.
+unsafe impl Sync for Inner {}
+
+impl Memory {
+    /// Allocates zeroed memory: one sealed memfd for each segment, so that a consumer on the same host can map it. Lengths
+    /// are in bytes. Pages are backed when they are first used; see [`Memory::touch`].
+    pub fn alloc(segments: &[u64]) -> Result<Self, StartError> {
+        let bytes = segments.iter().fold(0u64, |sum, &s| sum.saturating_add(s));
+        let fail = |source: io::Error| StartError::Memory { bytes, source };
+        if let Some(free) = available().filter(|&free| bytes > free) {
+            // Without this check the pool would be granted now, and the process killed when the pages are used.
+            return Err(fail(io::Error::new(
+                io::ErrorKind::OutOfMemory,
+                format!("only {free} bytes of memory are available"),
+            )));
+        }
+        let mut owned = Owned { files: Vec::with_capacity(segments.len()), mappings: Vec::new() };
+        for &len in segments {
+            let (fd, mapping) = mapping::sealed("kvferry-pool", len).map_err(fail)?;
+            owned.files.push(fd);
+            owned.mappings.push(mapping);
+        }
+        Ok(Self(Arc::new(Inner {
+            base: owned.mappings.iter().map(Mapping::base).collect(),
+            lengths: segments.to_vec(),
+            owned: Some(owned),
+            _keep: None,
+        })))
+    }
+
+    /// Takes memory that the engine owns: address and length in bytes of each segment. `keep` is dropped with the last
+    /// clone, for memory whose owner can be held that way.
+    ///
+    /// # Safety
+    /// Every segment must be valid for reads and writes of its whole length until the last clone of this `Memory` is gone
+    /// and every lane that was given one is quiet. In that time it must not be unmapped, given back to an allocator, or
+    /// covered by a Rust reference.
+    ///
+    /// Other threads, other processes and devices (the engine's own kernels among them) may read and write the same bytes
+    /// at any time. Such races are part of this contract: kvferry copies bytes and never gives them a meaning, and what
+    /// raced is thrown away by the fence. Apart from that the engine keeps offered blocks unchanged until they are freed,
+    /// and leaves the local blocks of a pull alone until the pull has ended.
+    pub unsafe fn from_raw(segments: &[(NonNull<u8>, u64)], keep: Option<Arc<dyn Any + Send + Sync>>) -> Self {
+        Self(Arc::new(Inner {
+            base: segments.iter().map(|s| s.0).collect(),
+            lengths: segments.iter().map(|s| s.1).collect(),
+            owned: None,
+            _keep: keep,
+        }))
+    }
+
+    /// Backs every page of allocated memory now, so that the first pull does not pay for page faults. Does nothing for
+    /// memory of the engine.
+    pub fn touch(&self) -> Result<(), StartError> {
+        let fail = |source| StartError::Memory { bytes: self.0.lengths.iter().sum(), source };
+        self.0.owned.iter().flat_map(|o| &o.mappings).try_for_each(|m| m.touch().map_err(fail))
+    }
+
+    /// Length of each segment, in bytes.
+    pub fn segments(&self) -> &[u64] {
+        &self.0.lengths
+    }
+
+    /// Checks the layout's own bounds, and that it describes this memory.
+    pub fn check(&self, layout: &PoolLayout) -> Result<(), BadLayout> {
+        layout.check()?;
+        let (here, there) = (self.segments(), &layout.segments[..]);
+        if here.len() != there.len() {
+            let (has, limit) = (there.len() as u64, here.len() as u64);
+            return Err(BadLayout::TooMany { what: "segments of the layout, next to those of the memory", has, limit });
+        }
+        match here.iter().zip(there).find(|(here, there)| here != there) {
+            Some((&limit, &has)) => {
+                let what = "bytes of a segment in the layout, next to its length in memory";
+                Err(BadLayout::TooMany { what, has, limit })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The files behind the segments, in order; `None` for memory of the engine.
+    pub fn memfds(&self) -> Option<Vec<BorrowedFd<'_>>> {
+        Some(self.0.owned.as_ref()?.files.iter().map(AsFd::as_fd).collect())
+    }
+
+    /// Address of a segment in this process; 0 when there is no such segment.
+    pub fn base(&self, segment: u16) -> u64 {
+        self.0.base.get(usize::from(segment)).map_or(0, |b| b.addr().get() as u64)
+    }
+
+    /// Copies bytes out of a segment. Fails when they do not all lie in it. They may race with writes; see
+    /// [`Memory::from_raw`].
+    pub fn read_into(&self, segment: u16, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let from = self.at(segment, offset, into.len() as u64)?;
+        // SAFETY: `from` is valid for `into.len()` bytes. `into` is a Rust reference, so no segment covers it.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes into a segment. Fails, having written nothing, when they do not all fit.
+    pub fn write_from(&self, segment: u16, offset: u64, from: &[u8]) -> io::Result<()> {
+        let to = self.at(segment, offset, from.len() as u64)?;
+        // SAFETY: `to` is valid for `from.len()` bytes. `from` is a Rust reference, so no segment covers it.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
+        Ok(())
+    }
+
+    /// The address of `len` bytes of a segment: valid for reads and writes of them as long as this memory lives.
+    #[inline]
+    pub(crate) fn at(&self, segment: u16, offset: u64, len: u64) -> io::Result<NonNull<u8>> {
+        let i = usize::from(segment);
+        match (self.0.base.get(i), self.0.lengths.get(i)) {
+            (Some(base), Some(&has)) if offset.checked_add(len).is_some_and(|end| end <= has) => {
+                // SAFETY: `offset` is at most the segment's length, so the result stays in or just past its range.
+                Ok(unsafe { base.add(offset as usize) })
+            }
+            _ => Err(outside()),
+        }
+    }
+}
+
+#[cold]
+fn outside() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "outside the memory's segments")
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("segments", &self.0.lengths).field("ours", &self.0.owned.is_some()).finish()
+    }
+}
+
+/// Bytes of memory that can still be had, as far as the system tells.
+fn available() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = info.lines().find_map(|l| l.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    let host = field("MemAvailable:")?.saturating_add(field("SwapFree:").unwrap_or(0));
+    // Inside a container its own limit is at this path, and nothing is on the host.
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|t| t.trim().parse().ok());
+    Some(group.map_or(host, |g: u64| host.min(g)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_access_leaves_a_segment_whatever_the_numbers() {
+        let m = Memory::alloc(&[4096, 0, 100]).unwrap();
+        let mut buf = [0; 8];
+        assert!(m.read_into(0, 4088, &mut buf).is_ok());
+        assert!(m.read_into(1, 0, &mut []).is_ok());
+        for (segment, offset) in [(0, 4089), (0, u64::MAX), (0, u64::MAX - 7), (1, 0), (2, 93), (3, 0), (u16::MAX, 0)] {
+            assert!(m.read_into(segment, offset, &mut buf).is_err(), "{segment} {offset}");
+            assert!(m.write_from(segment, offset, &buf).is_err(), "{segment} {offset}");
+        }
+    }
+
+    #[test]
+    fn the_layout_must_be_the_memorys() {
+        let layout = PoolLayout::uniform(4, 2, 4096, 16);
+        assert!(Memory::alloc(&layout.segments).unwrap().check(&layout).is_ok());
+        assert!(Memory::alloc(&[4 * 4096]).unwrap().check(&layout).is_err());
+        assert!(Memory::alloc(&[]).unwrap().check(&layout).is_err());
+    }
+
+    #[test]
+    fn memory_of_the_engine_is_kept_as_long_as_a_clone_lives() {
+        let keep: Arc<Vec<std::sync::atomic::AtomicU8>> = Arc::new((0..64).map(|_| 7.into()).collect());
+        let base = NonNull::from(&keep[0]).cast();
+        // SAFETY: `keep` holds 64 bytes at `base`, atomics that may be written through a shared reference.
+        let m = unsafe { Memory::from_raw(&[(base, 64)], Some(keep.clone())) };
+        assert_eq!(m.base(0), base.addr().get() as u64);
+        assert_eq!(m.base(1), 0);
+        assert!(m.memfds().is_none());
+        m.write_from(0, 10, &[9]).unwrap();
+        assert_eq!(keep[10].load(std::sync::atomic::Ordering::Relaxed), 9);
+        let clone = m.clone();
+        drop(m);
+        assert_eq!(Arc::strong_count(&keep), 2);
+        drop(clone);
+        assert_eq!(Arc::strong_count(&keep), 1);
+    }
+
+    #[test]
+    fn more_than_the_machine_has_is_refused_at_once() {
+        let e = Memory::alloc(&[1 << 50, 1 << 50]).unwrap_err().to_string();
+        assert!(e.contains("ask for fewer blocks"), "{e}");
+        assert!(Memory::alloc(&[u64::MAX, u64::MAX]).is_err());
+    }
+
+    #[test]
+    fn allocated_memory_is_sealed_and_touchable() {
+        let m = Memory::alloc(&[5 << 20]).unwrap();
+        m.touch().unwrap();
+        let fds = m.memfds().unwrap();
+        assert!(rustix::fs::fcntl_get_seals(fds[0]).unwrap().contains(mapping::SEALS));
+        assert!(rustix::fs::ftruncate(fds[0], 0).is_err());
+    }
+}

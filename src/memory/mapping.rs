@@ -1,0 +1,120 @@
+//! One shared mapping of a memfd. Owns the address range, and unmaps it on drop.
+
+use std::{
+    ffi::c_void,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ptr::{self, NonNull},
+};
+
+use rustix::{
+    fs::{MemfdFlags, SealFlags},
+    mm::{Advice, MapFlags, ProtFlags},
+};
+
+/// Size of a huge page where it matters (x86-64, and arm64 with 4 KiB pages): mappings of at least this are aligned to it.
+/// Copying 4 KiB blocks between two such mappings is limited by TLB misses otherwise.
+const HUGE: usize = 2 << 20;
+
+/// A shared mapping of the first `len` bytes of a file.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping is an address range that this value alone unmaps; it has no tie to the thread that made it.
+unsafe impl Send for Mapping {}
+// SAFETY: shared access hands out the address only; accesses through it answer for themselves.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `fd`, which has at least as many. `write` asks for a writable mapping.
+    pub(crate) fn new(fd: BorrowedFd<'_>, len: u64, write: bool) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        if len == 0 {
+            return Ok(Self { base: NonNull::dangling(), len });
+        }
+        let prot = if write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        if len < HUGE {
+            // SAFETY: no address is asked for, so no existing mapping is touched.
+            let at = unsafe { rustix::mm::mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0)? };
+            return Self::own(at, len);
+        }
+        // The kernel aligns mappings of shared memory to huge pages only under some settings, and an unaligned one never
+        // gets any: reserve more than needed, and map at the aligned place inside.
+        let reserve = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: no address is asked for, so no existing mapping is touched.
+        let space = unsafe {
+            rustix::mm::mmap_anonymous(
+                ptr::null_mut(),
+                reserve,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )?
+        };
+        let head = space.cast::<u8>().align_offset(HUGE);
+        let at = space.wrapping_byte_add(head);
+        // SAFETY: `at..at + len` lies in `space`, which is ours and unused: `head` is less than HUGE.
+        let mapped = unsafe { rustix::mm::mmap(at, len, prot, MapFlags::SHARED | MapFlags::FIXED, fd, 0) };
+        if mapped.is_err() {
+            // SAFETY: `space` is ours and unused.
+            let _ = unsafe { rustix::mm::munmap(space, reserve) };
+        }
+        let at = mapped?;
+        let end = head + len.next_multiple_of(rustix::param::page_size());
+        for (from, len) in [(0, head), (end, reserve.saturating_sub(end))] {
+            if len > 0 {
+                // SAFETY: the two rests of `space` around the mapping, ours and unused. Failing leaves address space taken.
+                let _ = unsafe { rustix::mm::munmap(space.wrapping_byte_add(from), len) };
+            }
+        }
+        let it = Self::own(at, len)?;
+        // Without huge pages the mapping is as good, only slower.
+        it.advise(Advice::LinuxHugepage).ok();
+        Ok(it)
+    }
+
+    fn own(at: *mut c_void, len: usize) -> io::Result<Self> {
+        let base = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, len })
+    }
+
+    fn advise(&self, advice: Advice) -> io::Result<()> {
+        // SAFETY: the range is this mapping, and none of the advice used here changes its contents.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, advice) }?;
+        Ok(())
+    }
+
+    /// Backs every page now rather than at its first access. Writable mappings only.
+    pub(crate) fn touch(&self) -> io::Result<()> {
+        if self.len == 0 { Ok(()) } else { self.advise(Advice::LinuxPopulateWrite) }
+    }
+
+    /// The address of the first byte.
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: the range was mapped by `new` and is unmapped only here.
+            let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        }
+    }
+}
+
+/// The seals of a file that nobody can make smaller or larger any more: mapping it can never fault for want of bytes.
+pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// A memfd of at least `len` bytes (whole pages), sealed at that size, and its mapping.
+pub(crate) fn sealed(name: &str, len: u64) -> io::Result<(OwnedFd, Mapping)> {
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let page = rustix::param::page_size() as u64;
+    rustix::fs::ftruncate(&fd, len.checked_next_multiple_of(page).ok_or(io::ErrorKind::OutOfMemory)?)?;
+    rustix::fs::fcntl_add_seals(&fd, SEALS)?;
+    let mapping = Mapping::new(fd.as_fd(), len, true)?;
+    Ok((fd, mapping))
+}

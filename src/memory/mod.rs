@@ -1,0 +1,17 @@
+//! A rank's memory: the segments that its pool lies in, its fence words, and what its data servers share.
+//!
+//! Owns mappings and their lifetime; knows blocks only by segment and offset, and never decides what is read. Every
+//! access is checked against the segment's length, so an offset that a peer made up cannot leave the pool. The bytes
+//! themselves race with the engine on purpose: whether they were good is what the fence says afterwards (promise *fresh*).
+
+mod export;
+mod host;
+mod mapping;
+mod spans;
+mod words;
+
+pub use export::Export;
+pub use host::Memory;
+pub(crate) use mapping::Mapping;
+pub use spans::Span;
+pub use words::FenceWords;

@@ -81,6 +81,16 @@ impl Memory {
         })))
     }
 
+    /// Allocates zeroed memory that nobody else can map: what an engine's own allocation looks like to kvferry.
+    pub fn anonymous(segments: &[u64]) -> Result<Self, StartError> {
+        let bytes = segments.iter().fold(0u64, |sum, &s| sum.saturating_add(s));
+        let maps = segments.iter().map(|&len| Mapping::anonymous(len)).collect::<io::Result<Vec<_>>>();
+        let maps = maps.map_err(|source| StartError::Memory { bytes, source })?;
+        let raw: Vec<_> = maps.iter().zip(segments).map(|(m, &len)| (m.base(), len)).collect();
+        // SAFETY: the mappings have these lengths, and live as long as the memory does: it keeps them.
+        Ok(unsafe { Self::from_raw(&raw, Some(Arc::new(maps))) })
+    }
+
     /// Takes memory that the engine owns: address and length in bytes of each segment. `keep` is dropped with the last
     /// clone, for memory whose owner can be held that way.
     ///

@@ -29,6 +29,26 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
+    /// Maps `len` zeroed private bytes, in huge pages where the system has them.
+    pub(crate) fn anonymous(len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        if len == 0 {
+            return Ok(Self { base: NonNull::dangling(), len });
+        }
+        // SAFETY: no address is asked for, so no existing mapping is touched.
+        let at = unsafe {
+            rustix::mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
+        };
+        // SAFETY: the range was mapped just now and is ours; advice does not change what it holds.
+        let advised = unsafe { rustix::mm::madvise(at, len, Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            // Slower, not wrong.
+            tracing::debug!(%error, "no huge pages for anonymous memory");
+        }
+        let base = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, len })
+    }
+
     /// Maps `len` bytes of `fd`, which has at least as many. `write` asks for a writable mapping.
     pub(crate) fn new(fd: BorrowedFd<'_>, len: u64, write: bool) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;

@@ -6,6 +6,7 @@ use std::{fmt, io, os::fd::BorrowedFd, time::Duration};
 use crate::{error::Cause, plan::Read};
 
 pub mod error;
+pub mod fault;
 pub mod local;
 
 pub use error::LaneError;

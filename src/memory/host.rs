@@ -168,6 +168,15 @@ impl Memory {
         Ok(())
     }
 
+    /// Copies `len` bytes from another memory's `(segment, offset)` to this one's. Fails, having written nothing, when
+    /// either side does not have them.
+    pub fn copy_from(&self, from: &Memory, src: (u16, u64), dst: (u16, u64), len: u64) -> io::Result<()> {
+        let (src, dst) = (from.at(src.0, src.1, len)?, self.at(dst.0, dst.1, len)?);
+        // SAFETY: both are valid for `len` bytes. Two memories may be the same one, so the ranges may overlap.
+        unsafe { std::ptr::copy(src.as_ptr(), dst.as_ptr(), len as usize) };
+        Ok(())
+    }
+
     /// The address of `len` bytes of a segment: valid for reads and writes of them as long as this memory lives.
     #[inline]
     pub(crate) fn at(&self, segment: u16, offset: u64, len: u64) -> io::Result<NonNull<u8>> {

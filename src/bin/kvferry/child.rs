@@ -23,6 +23,10 @@ pub struct Ready {
     pub listen: String,
     /// Its incarnation.
     pub incarnation: String,
+    /// Its process id.
+    pub pid: u32,
+    /// Where its memory begins, in its own address space.
+    pub base: u64,
 }
 
 impl Serve {

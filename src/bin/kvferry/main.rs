@@ -1,10 +1,13 @@
 //! The `kvferry` command: serve and pull a pattern, measure, look a machine over, and show the bad day.
 
 mod args;
+mod bench;
 mod child;
 mod demo;
 mod pattern;
+mod plot;
 mod pull;
+mod raw;
 mod report;
 mod serve;
 
@@ -32,6 +35,14 @@ enum Command {
     Pull(pull::Args),
     /// Show a good day and a bad one with real processes on this machine. Exit code 0 only if every promise held.
     Demo(demo::Args),
+    /// Measure pulls of scattered blocks, size by size.
+    Bench(bench::Args),
+    /// The other end of `bench --vs-raw`.
+    #[command(hide = true)]
+    RawSend {
+        /// Where to connect to.
+        port: u16,
+    },
 }
 
 fn main() -> ExitCode {
@@ -60,6 +71,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Pull(args) => pull::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::RawSend { port } => raw::send(port),
     };
     match done {
         Ok(code) => code,

@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long)]
     engine_memory: bool,
     /// Also offer the same memory in one region with blocks of these sizes, for `bench`.
-    #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = args::bytes, hide = true)]
+    #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = args::bytes)]
     views: Vec<u64>,
     /// End when the parent process does.
     #[arg(long, hide = true)]
@@ -66,6 +66,7 @@ struct Ready<'a> {
     block_size: u64,
     bytes: u64,
     pid: u32,
+    base: u64,
 }
 
 /// The pool's layout: group 0 as asked for, and a group for each view.
@@ -121,6 +122,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         block_size: args.block_size,
         bytes,
         pid: std::process::id(),
+        base: producer.memory().base(0),
     };
     if args.json.text() {
         println!(

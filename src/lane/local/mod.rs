@@ -13,6 +13,7 @@
 //! Whoever may connect can read the whole pool, as with `process_vm_readv` itself: the lane protects against mistakes and
 //! other users, not against one's own processes.
 
+mod bare;
 mod connect;
 mod reader;
 mod server;
@@ -23,6 +24,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+pub use bare::bare_read;
 pub use connect::connect;
 pub use reader::LocalLane;
 pub use server::Server;

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Most pieces of one `process_vm_readv`: the kernel's UIO_MAXIOV.
-const MAX_PIECES: usize = 1024;
+pub(super) const MAX_PIECES: usize = 1024;
 
 /// Where the peer's bytes come from.
 #[derive(Debug)]
@@ -135,7 +135,7 @@ impl Source {
 ///
 /// # Safety
 /// All pieces are initialised, and those of `here` are valid for writes.
-unsafe fn read_process(
+pub(super) unsafe fn read_process(
     pid: i32,
     here: &[MaybeUninit<libc::iovec>],
     there: &[MaybeUninit<libc::iovec>],

@@ -1,0 +1,280 @@
+//! Breaks any lane on purpose: for disconnect tests, and for whoever wants to see what a bad day does to an engine.
+//!
+//! The wrapped lane moves real bytes; what is broken is what its owner hears, and when. Faults count bytes from the lane's
+//! connection on, over all attempts.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    str::FromStr,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::epoll,
+    time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
+};
+
+use crate::{
+    error::Cause,
+    lane::{Attempt, FenceSlot, Grant, Lane, LaneCaps, LaneEvent},
+    plan::Read,
+};
+
+/// What to break. Parsed from text such as `down@64M`, `throttle=200M`, `silent@10M,noquiet`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// Bytes a second, at most.
+    pub throttle: Option<u64>,
+    /// The lane goes down once this many bytes were accepted.
+    pub down_at: Option<u64>,
+    /// Completions stop once this many bytes were accepted: what was in flight neither fails nor finishes.
+    pub silent_at: Option<u64>,
+    /// Fences read a word of nobody once this many bytes were accepted.
+    pub stale_at: Option<u64>,
+    /// A stopped attempt does not become quiet before the lane is killed.
+    pub no_quiet: bool,
+    /// Killing the lane does not help: it wedges.
+    pub wedge: bool,
+    /// Break lanes for this many connections, then no more; `None`: all.
+    pub lanes: Option<u32>,
+}
+
+/// A fault that is not known.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, noquiet, wedge, lanes=N")]
+pub struct BadFault(String);
+
+impl FromStr for Faults {
+    type Err = BadFault;
+
+    fn from_str(text: &str) -> Result<Self, BadFault> {
+        let mut f = Self::default();
+        for part in text.split(',').map(str::trim) {
+            let bad = || BadFault(part.into());
+            let (name, value) = part.split_once(['@', '=']).map_or((part, None), |(n, v)| (n, Some(v)));
+            let number = || value.and_then(bytes).ok_or_else(bad);
+            match name {
+                "throttle" => f.throttle = Some(number()?.max(1)),
+                "down" => f.down_at = Some(number()?),
+                "silent" => f.silent_at = Some(number()?),
+                "stale" => f.stale_at = Some(number()?),
+                "lanes" => f.lanes = Some(u32::try_from(number()?).map_err(|_| bad())?),
+                "noquiet" if value.is_none() => f.no_quiet = true,
+                "wedge" if value.is_none() => (f.no_quiet, f.wedge) = (true, true),
+                _ => return Err(bad()),
+            }
+        }
+        Ok(f)
+    }
+}
+
+/// `64M` and the like.
+fn bytes(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers = [
+            ("throttle=", self.throttle),
+            ("down@", self.down_at),
+            ("silent@", self.silent_at),
+            ("stale@", self.stale_at),
+            ("lanes=", self.lanes.map(u64::from)),
+        ];
+        let mut parts: Vec<String> = numbers.iter().filter_map(|(n, v)| v.map(|v| format!("{n}{v}"))).collect();
+        if self.wedge {
+            parts.push("wedge".into());
+        } else if self.no_quiet {
+            parts.push("noquiet".into());
+        }
+        f.write_str(&parts.join(","))
+    }
+}
+
+/// A lane that breaks.
+pub struct Faulty {
+    inner: Box<dyn Lane>,
+    faults: Faults,
+    /// The inner lane's descriptor and the timer, in one.
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    watched: bool,
+    /// Bytes accepted.
+    accepted: u64,
+    /// When the throttle lets the next bytes in.
+    free_at: Instant,
+    nonces: HashMap<Attempt, u64>,
+    /// Quiet events that are kept back.
+    withheld: VecDeque<LaneEvent>,
+    down: bool,
+    killed: bool,
+    wedged: bool,
+    events: Vec<LaneEvent>,
+}
+
+impl Faulty {
+    /// Breaks `inner` as told.
+    pub fn new(inner: Box<dyn Lane>, faults: Faults) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        epoll::add(&epoll, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        Ok(Self {
+            inner,
+            faults,
+            epoll,
+            timer,
+            watched: false,
+            accepted: 0,
+            free_at: Instant::now(),
+            nonces: HashMap::new(),
+            withheld: VecDeque::new(),
+            down: false,
+            killed: false,
+            wedged: false,
+            events: Vec::new(),
+        })
+    }
+
+    fn past(&self, at: Option<u64>) -> bool {
+        at.is_some_and(|at| self.accepted >= at)
+    }
+
+    /// What the owner hears of an event of the inner lane.
+    fn pass(&mut self, event: LaneEvent, out: &mut Vec<LaneEvent>) {
+        match event {
+            LaneEvent::Quiet { attempt } if self.faults.no_quiet && !self.killed => {
+                self.withheld.push_back(LaneEvent::Quiet { attempt });
+            }
+            LaneEvent::Quiet { attempt } => {
+                self.nonces.remove(&attempt);
+                if !self.faults.wedge {
+                    out.push(LaneEvent::Quiet { attempt });
+                }
+            }
+            LaneEvent::Done { .. } | LaneEvent::Fence { .. } if self.past(self.faults.silent_at) => {}
+            LaneEvent::Fence { attempt, chunk, .. } if self.past(self.faults.stale_at) => {
+                let word = self.nonces.get(&attempt).map_or(0, |n| !n);
+                out.push(LaneEvent::Fence { attempt, chunk, word });
+            }
+            LaneEvent::Down { .. } if self.faults.wedge => {}
+            other => out.push(other),
+        }
+    }
+}
+
+impl Lane for Faulty {
+    fn caps(&self) -> LaneCaps {
+        // Room for the ladder, so that a lane that does not become quiet is killed inside of a short deadline.
+        let inner = self.inner.caps();
+        LaneCaps { quiet_bound: inner.quiet_bound.max(Duration::from_millis(50)), ..inner }
+    }
+
+    fn begin(&mut self, a: Attempt, grant: Grant) {
+        self.nonces.insert(a, grant.nonce.get());
+        self.inner.begin(a, grant);
+    }
+
+    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
+        if self.down || self.past(self.faults.down_at) || self.past(self.faults.silent_at) {
+            return 0;
+        }
+        let now = Instant::now();
+        if self.free_at > now {
+            return 0;
+        }
+        let taken = self.inner.post(a, reads, last);
+        let bytes: u64 = reads[..taken].iter().map(|r| r.len).sum();
+        self.accepted += bytes;
+        if let Some(rate) = self.faults.throttle {
+            self.free_at = now + Duration::from_secs_f64(bytes as f64 / rate as f64);
+        }
+        taken
+    }
+
+    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
+        self.inner.post_fence(a, f)
+    }
+
+    fn stop(&mut self, a: Attempt) {
+        self.inner.stop(a);
+    }
+
+    fn kill(&mut self) {
+        self.killed = true;
+        self.inner.kill();
+    }
+
+    fn poll(&mut self, out: &mut Vec<LaneEvent>) {
+        let mut events = std::mem::take(&mut self.events);
+        self.inner.poll(&mut events);
+        for event in events.drain(..) {
+            self.pass(event, out);
+        }
+        self.events = events;
+        if self.killed {
+            if self.faults.wedge {
+                if !std::mem::replace(&mut self.wedged, true) {
+                    out.push(LaneEvent::Wedged);
+                }
+            } else {
+                for event in std::mem::take(&mut self.withheld) {
+                    self.pass(event, out);
+                }
+            }
+        }
+        if self.past(self.faults.down_at) && !self.down {
+            self.down = true;
+            for &attempt in self.nonces.keys() {
+                out.push(LaneEvent::Failed { attempt, cause: Cause::LaneFailed });
+            }
+            out.push(LaneEvent::Down { cause: Cause::LaneFailed });
+        }
+        let mut expired = [0; 8];
+        // Nothing there: the timer has not run out.
+        let _ = rustix::io::read(&self.timer, &mut expired);
+    }
+
+    fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        if let Some(fd) = self.inner.arm()?
+            && !self.watched
+        {
+            epoll::add(&self.epoll, fd, epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+            self.watched = true;
+        }
+        let left = self.free_at.saturating_duration_since(Instant::now());
+        if !left.is_zero() {
+            let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+            timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+        }
+        Ok(Some(self.epoll.as_fd()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_read_as_they_are_written() {
+        for text in ["throttle=1048576", "down@64", "silent@1024,noquiet", "stale@0,lanes=1", "wedge"] {
+            let f: Faults = text.parse().unwrap();
+            assert_eq!(f.to_string(), text);
+        }
+        assert_eq!("down@2M".parse::<Faults>().unwrap().down_at, Some(2 << 20));
+        for bad in ["", "down", "down@", "down@x", "noquiet=1", "explode", "throttle=1Q"] {
+            assert!(bad.parse::<Faults>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,8 +1,65 @@
-//! kvferry moves KV-cache blocks between LLM serving engines and says, block by block, what arrived.
-#![deny(clippy::undocumented_unsafe_blocks)]
+//! kvferry moves KV-cache blocks from a prefill engine to a decode engine, and says, block by block, what arrived.
+//!
+//! One side **offers** blocks, the other **pulls** them: inside one host or over TCP (verbs to come). A gRPC control plane
+//! does the handshake and notices when a peer dies. It is built around the bad day: a prefill process restarts, a lease
+//! runs out, a link stalls.
+//!
+//! # The contract
+//! 1. **Exact.** Every block of a pull ends in exactly one of two sets, `loaded` or `invalid`. A loaded block holds the
+//!    bytes that the producer held in it while the offer was live.
+//! 2. **Fresh.** Bytes read under an expired, revoked or re-used offer, or from an earlier incarnation of the peer, are
+//!    never `loaded`.
+//! 3. **Timely.** Every pull *decides* (its two sets are frozen) by its deadline, whatever the network does.
+//! 4. **Quiet.** A pull *ends*, and only then does the engine hear of it, when nothing can write its local blocks any more.
+//! 5. **Frugal.** What did arrive is kept, prefix first; a failed lane is replaced, and only what is missing is read again.
+//! 6. **Leak-free.** The producer's blocks come back: released, or revoked at the end of the lease.
+//! 7. **Isolated.** A peer's failure, or its bad input, touches that peer's pulls only.
+//! 8. **Healing.** A peer that comes back at the same address is served again by both sides without a restart.
+//!
+//! # In one page
+//! ```
+//! use kvferry::{block::*, consumer::*, group::PoolLayout, model::Model, offer::*, plan::LocalBlocks, producer::*};
+//! use std::time::Duration;
+//!
+//! let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), attention: "HND".into(), block_tokens: 16 };
+//! let layout = PoolLayout::uniform(8, 2, 4096, 16);   // 8 blocks of 16 tokens, in 2 layers of 4096 bytes a block
+//!
+//! // The prefill side holds a request's KV in blocks 5 and 2, and offers them.
+//! let producer = Producer::builder("prefill".parse()?, model.clone(), layout.clone()).build()?;
+//! producer.memory().write_from(0, layout.groups[0].regions[0].block_offset(5), b"KV of the first 16 tokens")?;
+//! let blocks = vec![Some(BlockId(5)), Some(BlockId(2))];
+//! let spec = OfferSpec { tokens: 32, groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }], ..Default::default() };
+//! let offer = producer.offer(spec, Ready::Now)?;
+//!
+//! // Its name travels through the router, and the decode side pulls it into its own blocks 0 and 1.
+//! let consumer = Consumer::builder("decode".parse()?, model, layout).build()?;
+//! let blocks = vec![Some(BlockId(0)), Some(BlockId(1))];
+//! let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
+//! consumer.pull(Pull::new(offer, vec![wanted]).deadline(Duration::from_secs(5)))?;
+//! let ended = consumer.wait(Duration::from_secs(10)).expect("it ends soon after its deadline at the latest");
+//! assert!(ended.outcome.complete());
+//! let mut bytes = [0; 25];
+//! consumer.memory().read_into(0, 0, &mut bytes)?;
+//! assert_eq!(&bytes, b"KV of the first 16 tokens");
+//!
+//! // The producer's blocks come back.
+//! assert!(producer.wait_freed(Duration::from_secs(5)).is_some());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The map
+//! - [`block`], [`group`], [`model`], [`shard`], [`offer`]: the words.
+//! - [`plan`]: offer + shards + local blocks → chunks of reads. A pure function.
+//! - [`protocol`]: offers and leases, pulls, sessions. Machines without I/O or clock; the simulation runs them.
+//! - [`driver`]: the thread that owns lanes and pulls, and its mail.
+//! - [`lane`]: how bytes move. [`memory`]: where they lie.
+//! - [`control`]: gRPC.
+//! - [`producer`], [`consumer`]: what an engine holds.
 
 pub mod block;
 pub mod config;
+pub mod consumer;
+pub mod control;
 pub mod driver;
 pub mod error;
 pub mod group;
@@ -11,5 +68,6 @@ pub mod memory;
 pub mod model;
 pub mod offer;
 pub mod plan;
+pub mod producer;
 pub mod protocol;
 pub mod shard;

@@ -501,10 +501,6 @@ impl Desk for Core {
         }
         let id = SessionId(state.next_session);
         state.next_session += 1;
-        outbox.send(ServerFrame {
-            ack: 0,
-            body: Some(crate::protocol::frame::ServerBody::Opened(self.me.incarnation)),
-        });
         state.sessions.insert(id, Session { from: from.clone(), outbox, lanes: HashSet::new() });
         Ok(id)
     }

@@ -7,6 +7,7 @@ use crate::{error::Cause, plan::Read};
 
 pub mod error;
 pub mod local;
+pub mod tcp;
 
 pub use error::LaneError;
 

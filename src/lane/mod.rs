@@ -8,6 +8,7 @@ use crate::{error::Cause, plan::Read};
 pub mod error;
 pub mod fault;
 pub mod local;
+pub mod tcp;
 
 pub use error::LaneError;
 

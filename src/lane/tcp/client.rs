@@ -1,0 +1,280 @@
+//! The consumer's end of a TCP lane.
+//!
+//! Owns the connections to one producer rank, the window of bytes that may be on their way, and which attempts are on. A
+//! chunk stays on one connection: its replies come in order, so the last one's trailer vouches for all of them. Writes
+//! local blocks only inside [`Lane::poll`], in the owner's thread, so an attempt is quiet the moment it is given up
+//! (promise 4).
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::event::epoll;
+
+use super::{
+    dial,
+    frames::{MAX_BLOCKS, Status},
+    handshake::Key,
+    link::{ENTRIES, Link, Lost, Stop},
+};
+use crate::{
+    block::Incarnation,
+    config::TcpConfig,
+    error::Cause,
+    lane::{Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneError, LaneEvent, LaneKind},
+    memory::Memory,
+    plan::Read,
+};
+
+/// Longest read. A read is one destination of a `readv` and one event, so nothing is gained by longer ones.
+const MAX_READ: u64 = 8 << 20;
+/// Bytes that one `poll` moves at most, about: long enough to be worth it, short enough (about 1 ms) for other lanes.
+const POLL_BYTES: u64 = 4 << 20;
+
+/// A TCP lane to one producer rank.
+pub struct TcpLane {
+    peer: SocketAddr,
+    memory: Memory,
+    window: u64,
+    links: Vec<Link>,
+    /// Readable when any of the links has something to do.
+    epoll: OwnedFd,
+    tries: BTreeMap<Attempt, Try>,
+    /// Events that do not come from the sockets.
+    pending: Vec<LaneEvent>,
+    /// The last `poll` stopped at its bound.
+    more: bool,
+    scratch: Vec<u8>,
+    /// Which link `poll` begins with, so that none is starved.
+    first: usize,
+}
+
+/// An attempt that is not quiet.
+struct Try {
+    grant: Grant,
+    /// Something of it failed: it goes no further.
+    failed: bool,
+    /// The chunk whose reads are not all posted, and its connection.
+    open: Option<(u32, usize)>,
+}
+
+impl TcpLane {
+    /// Connects to a producer rank's data port, and proves that both sides have the lane's key. `lane` and `key` come from
+    /// `ConnectLane`; `incarnation` is the one that the rank had at Hello. Takes 5 s at most for each connection.
+    pub async fn connect(
+        addr: SocketAddr,
+        lane: u64,
+        key: &Key,
+        incarnation: Incarnation,
+        memory: Memory,
+        config: &TcpConfig,
+    ) -> Result<Self, LaneError> {
+        let failed = |e: rustix::io::Errno| LaneError::io("epoll")(e.into());
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
+        let mut links = Vec::with_capacity(config.connections.max(1));
+        for _ in 0..config.connections.max(1) {
+            let fd = dial::dial(addr, lane, key, incarnation).await?;
+            epoll::add(&epoll, &fd, epoll::EventData::new_u64(links.len() as u64), epoll::EventFlags::IN)
+                .map_err(failed)?;
+            links.push(Link::new(fd));
+        }
+        Ok(Self {
+            peer: addr,
+            memory,
+            window: config.window,
+            links,
+            epoll,
+            tries: BTreeMap::new(),
+            pending: Vec::new(),
+            more: false,
+            scratch: Vec::new(),
+            first: 0,
+        })
+    }
+
+    /// Whether the lane is of no more use.
+    fn is_down(&self) -> bool {
+        self.links.is_empty()
+    }
+
+    fn outstanding(&self) -> u64 {
+        self.links.iter().map(|l| l.outstanding).sum()
+    }
+
+    /// The attempt goes no further.
+    fn fail(&mut self, a: Attempt, cause: Cause, out: &mut Vec<LaneEvent>) {
+        self.links.iter_mut().for_each(|l| l.give_up(a));
+        if let Some(t) = self.tries.get_mut(&a)
+            && !t.failed
+        {
+            t.failed = true;
+            out.push(LaneEvent::Failed { attempt: a, cause });
+        }
+    }
+
+    /// Closes everything. A closed connection writes nothing, so all attempts are quiet.
+    fn go_down(&mut self, cause: Cause, failed: bool, out: &mut Vec<LaneEvent>) {
+        for (attempt, t) in std::mem::take(&mut self.tries) {
+            let owed = t.open.is_some() || self.links.iter().any(|l| l.owes(attempt));
+            if failed && owed && !t.failed {
+                out.push(LaneEvent::Failed { attempt, cause: Cause::LaneFailed });
+            }
+            out.push(LaneEvent::Quiet { attempt });
+        }
+        out.push(LaneEvent::Down { cause });
+        self.links.clear();
+        self.more = false;
+        self.scratch = Vec::new();
+    }
+}
+
+impl Lane for TcpLane {
+    fn caps(&self) -> LaneCaps {
+        LaneCaps {
+            kind: LaneKind::Tcp,
+            max_read: MAX_READ,
+            // Nothing is waited for: it is the owner's time to come round to `poll`.
+            quiet_bound: Duration::from_millis(5),
+            fence: FenceKind::Trailer,
+        }
+    }
+
+    fn begin(&mut self, a: Attempt, grant: Grant) {
+        if self.is_down() {
+            self.pending.push(LaneEvent::Failed { attempt: a, cause: Cause::LaneFailed });
+            self.pending.push(LaneEvent::Quiet { attempt: a });
+        } else {
+            self.tries.insert(a, Try { grant, failed: false, open: None });
+        }
+    }
+
+    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
+        let mut room = self.window.saturating_sub(self.outstanding());
+        if self.outstanding() == 0 {
+            room = room.max(1);
+        }
+        let Some(t) = self.tries.get_mut(&a) else { return 0 };
+        let Some(chunk) = reads.first().map(|r| r.chunk) else { return 0 };
+        if t.failed {
+            return 0;
+        }
+        let taken = reads
+            .iter()
+            .take_while(|r| {
+                let take = room > 0 && r.chunk == chunk;
+                room = room.saturating_sub(r.len);
+                take
+            })
+            .count();
+        if taken == 0 {
+            return 0;
+        }
+        let at = match t.open {
+            Some((open, at)) if open == chunk => at,
+            _ => (0..self.links.len()).min_by_key(|&i| self.links[i].outstanding).unwrap_or(0),
+        };
+        let Some(link) = self.links.get_mut(at) else { return 0 };
+        let complete = last && taken == reads.len();
+        let mut rest = &reads[..taken];
+        while !rest.is_empty() {
+            let mut blocks = 0;
+            let fits = |r: &&Read| {
+                blocks += u64::from(r.blocks);
+                blocks <= MAX_BLOCKS
+            };
+            let n = rest.iter().take(ENTRIES).take_while(fits).count().max(1);
+            let (now, then) = rest.split_at(n);
+            link.ask(a, t.grant, now, complete && then.is_empty());
+            rest = then;
+        }
+        t.open = (!complete).then_some((chunk, at));
+        taken
+    }
+
+    fn post_fence(&mut self, _: Attempt, _: FenceSlot) -> bool {
+        false
+    }
+
+    fn stop(&mut self, a: Attempt) {
+        if self.tries.remove(&a).is_some() {
+            self.links.iter_mut().for_each(|l| l.give_up(a));
+            self.pending.push(LaneEvent::Quiet { attempt: a });
+        }
+    }
+
+    fn kill(&mut self) {
+        if !self.is_down() {
+            let mut pending = std::mem::take(&mut self.pending);
+            self.go_down(Cause::LaneFailed, false, &mut pending);
+            self.pending = pending;
+        }
+    }
+
+    fn poll(&mut self, out: &mut Vec<LaneEvent>) {
+        out.append(&mut self.pending);
+        self.more = false;
+        let mut lost: Option<Lost> = None;
+        let mut bound = POLL_BYTES;
+        let n = self.links.len();
+        for i in 0..n {
+            let at = (self.first + i) % n;
+            self.links[at].flush();
+            loop {
+                match self.links[at].receive(&self.memory, &mut self.scratch, &mut bound, out) {
+                    Stop::Empty => break,
+                    Stop::Bound => {
+                        self.more = true;
+                        break;
+                    }
+                    Stop::Refused(attempt, status) => {
+                        let cause = if status == Status::Stale { Cause::Stale } else { Cause::BadOffer };
+                        self.fail(attempt, cause, out);
+                    }
+                    Stop::Lost(why) => {
+                        lost = Some(why);
+                        break;
+                    }
+                }
+            }
+            if self.more {
+                self.first = at + 1;
+                break;
+            }
+        }
+        // What other connections still have is kept first: they are polled again, and the lost one says the same again.
+        if let Some(why) = lost.filter(|_| !self.more) {
+            let cause = match why {
+                Lost::Closed | Lost::Broken(_) => Cause::PeerDown,
+                Lost::Nonsense(_) | Lost::NotDue => Cause::LaneFailed,
+            };
+            tracing::warn!(peer = %self.peer, "tcp lane lost: {why}");
+            self.go_down(cause, true, out);
+        }
+    }
+
+    fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        if self.more || !self.pending.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.is_down() {
+            return Ok(None);
+        }
+        for (i, link) in self.links.iter_mut().enumerate() {
+            let blocked = link.flush();
+            if link.is_mute() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            if blocked != link.wants_room {
+                let mut interest = epoll::EventFlags::IN;
+                interest.set(epoll::EventFlags::OUT, blocked);
+                epoll::modify(&self.epoll, link.fd(), epoll::EventData::new_u64(i as u64), interest)?;
+                link.wants_room = blocked;
+            }
+        }
+        Ok(Some(self.epoll.as_fd()))
+    }
+}

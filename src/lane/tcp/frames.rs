@@ -1,0 +1,407 @@
+//! The frames of a data connection, and nothing else: fixed sizes, little endian, no I/O, no allocation per frame. Any bytes
+//! decode to a frame or to [`BadFrame`]; none panic. See [the module](super) for who sends what, when.
+
+/// What every first frame of a producer begins with.
+const HELLO: u32 = u32::from_le_bytes(*b"KVFd");
+/// What a request begins with.
+const REQUEST: u32 = u32::from_le_bytes(*b"KVFq");
+/// What a reply begins with.
+const REPLY: u32 = u32::from_le_bytes(*b"KVFr");
+/// Version of these frames.
+pub const VERSION: u32 = 1;
+
+/// Most entries of a request. Its frame is then 2 MiB, the most that a producer buffers for one connection.
+pub const MAX_ENTRIES: u32 = 1 << 16;
+/// Most blocks that a request may name, over all entries: each costs the producer a look at its table.
+pub const MAX_BLOCKS: u64 = 1 << 20;
+/// Most contiguous pieces of the producer's memory that a request may come to.
+pub const MAX_PIECES: usize = 1 << 16;
+
+/// Bytes that are no frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadFrame {
+    /// The frame does not begin as it must: another protocol, or a stream out of step.
+    #[error("the frame does not begin as it must")]
+    Magic,
+    /// Another version of the protocol.
+    #[error("version {0} of the data protocol, where {VERSION} is spoken")]
+    Version(u32),
+    /// A field has a value that it may not have.
+    #[error("{0} is out of range")]
+    Field(&'static str),
+}
+
+/// First frame, from the producer: what the proof must be made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Challenge {
+    /// Random, new for every connection.
+    pub random: [u8; 32],
+}
+
+/// Second frame, from the consumer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proof {
+    /// The lane, as `ConnectLane` named it.
+    pub lane: u64,
+    /// Random, new for every connection: what the producer's own proof must be made of.
+    pub random: [u8; 32],
+    /// See [`super::handshake::Keyed::consumer`].
+    pub mac: [u8; 32],
+}
+
+/// Third frame, from the producer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether requests may come.
+    pub verdict: Verdict,
+    /// See [`super::handshake::Keyed::producer`]; zeros unless the verdict is `Welcome`.
+    pub mac: [u8; 32],
+}
+
+/// What a producer says to a proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Requests may come.
+    Welcome,
+    /// The proof does not hold, or there is no such lane (any more).
+    Refused,
+    /// The producer has as many connections as it may.
+    Full,
+    /// The proof did not come in time.
+    TooLate,
+}
+
+/// Asks for pieces of blocks: `count` entries follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// Entries that follow; 1 to [`MAX_ENTRIES`].
+    pub count: u32,
+    /// Comes back in the reply. Only the consumer knows what it means.
+    pub tag: u64,
+    /// What the claim was granted with.
+    pub nonce: u64,
+    /// Likewise.
+    pub slot: u32,
+}
+
+/// One run of a request: the same piece of each of some consecutive blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// The group.
+    pub group: u16,
+    /// Index into the producer's regions of the group.
+    pub region: u16,
+    /// First position.
+    pub position: u32,
+    /// Consecutive positions.
+    pub blocks: u32,
+    /// Where in a block the piece starts, in bytes.
+    pub within: u64,
+    /// Bytes of each block.
+    pub piece: u64,
+}
+
+/// How a producer answers a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// `total` bytes follow, then a [`Trailer`].
+    Ok,
+    /// No live offer has that slot and nonce. Nothing follows.
+    Stale,
+    /// An entry names what the offer or the pool does not have. Nothing follows.
+    OutOfBounds,
+}
+
+/// Head of a reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reply {
+    /// Whether data follows.
+    pub status: Status,
+    /// Of the request.
+    pub tag: u64,
+    /// Bytes of data that follow.
+    pub total: u64,
+}
+
+/// End of a reply with data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trailer {
+    /// Of the request.
+    pub tag: u64,
+    /// The fence word, as it was after the last byte had been copied.
+    pub word: u64,
+}
+
+impl Challenge {
+    /// Length of the frame, in bytes.
+    pub const LEN: usize = 40;
+
+    /// The frame's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, HELLO.to_le_bytes());
+        put(&mut b, 4, VERSION.to_le_bytes());
+        put(&mut b, 8, self.random);
+        b
+    }
+
+    /// Reads the frame.
+    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+        if u32_at(b, 0) != HELLO {
+            return Err(BadFrame::Magic);
+        }
+        match u32_at(b, 4) {
+            VERSION => Ok(Self { random: get(b, 8) }),
+            other => Err(BadFrame::Version(other)),
+        }
+    }
+}
+
+impl Proof {
+    /// Length of the frame, in bytes.
+    pub const LEN: usize = 72;
+
+    /// The frame's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, self.lane.to_le_bytes());
+        put(&mut b, 8, self.random);
+        put(&mut b, 40, self.mac);
+        b
+    }
+
+    /// Reads the frame. All bytes are possible: whether they mean anything, the proof itself says.
+    pub fn decode(b: &[u8; Self::LEN]) -> Self {
+        Self { lane: u64_at(b, 0), random: get(b, 8), mac: get(b, 40) }
+    }
+}
+
+impl Answer {
+    /// Length of the frame, in bytes.
+    pub const LEN: usize = 40;
+
+    /// The frame's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let code: u32 = match self.verdict {
+            Verdict::Welcome => 0,
+            Verdict::Refused => 1,
+            Verdict::Full => 2,
+            Verdict::TooLate => 3,
+        };
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, HELLO.to_le_bytes());
+        put(&mut b, 4, code.to_le_bytes());
+        put(&mut b, 8, self.mac);
+        b
+    }
+
+    /// Reads the frame.
+    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+        if u32_at(b, 0) != HELLO {
+            return Err(BadFrame::Magic);
+        }
+        let verdict = match u32_at(b, 4) {
+            0 => Verdict::Welcome,
+            1 => Verdict::Refused,
+            2 => Verdict::Full,
+            3 => Verdict::TooLate,
+            _ => return Err(BadFrame::Field("verdict")),
+        };
+        Ok(Self { verdict, mac: get(b, 8) })
+    }
+}
+
+impl Request {
+    /// Length of the header, in bytes.
+    pub const LEN: usize = 32;
+
+    /// The header's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, REQUEST.to_le_bytes());
+        put(&mut b, 4, self.count.to_le_bytes());
+        put(&mut b, 8, self.tag.to_le_bytes());
+        put(&mut b, 16, self.nonce.to_le_bytes());
+        put(&mut b, 24, self.slot.to_le_bytes());
+        b
+    }
+
+    /// Reads the header.
+    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+        if u32_at(b, 0) != REQUEST {
+            return Err(BadFrame::Magic);
+        }
+        let count = u32_at(b, 4);
+        if count == 0 || count > MAX_ENTRIES {
+            return Err(BadFrame::Field("number of entries"));
+        }
+        if u32_at(b, 28) != 0 {
+            return Err(BadFrame::Field("reserved"));
+        }
+        Ok(Self { count, tag: u64_at(b, 8), nonce: u64_at(b, 16), slot: u32_at(b, 24) })
+    }
+}
+
+impl Entry {
+    /// Length of an entry, in bytes.
+    pub const LEN: usize = 32;
+
+    /// The entry's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, self.group.to_le_bytes());
+        put(&mut b, 2, self.region.to_le_bytes());
+        put(&mut b, 4, self.position.to_le_bytes());
+        put(&mut b, 8, self.blocks.to_le_bytes());
+        put(&mut b, 16, self.within.to_le_bytes());
+        put(&mut b, 24, self.piece.to_le_bytes());
+        b
+    }
+
+    /// Reads an entry. Whether there is what it names, the producer's tables say.
+    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+        if u32_at(b, 12) != 0 {
+            return Err(BadFrame::Field("reserved"));
+        }
+        Ok(Self {
+            group: u16::from_le_bytes(get(b, 0)),
+            region: u16::from_le_bytes(get(b, 2)),
+            position: u32_at(b, 4),
+            blocks: u32_at(b, 8),
+            within: u64_at(b, 16),
+            piece: u64_at(b, 24),
+        })
+    }
+}
+
+impl Reply {
+    /// Length of the header, in bytes.
+    pub const LEN: usize = 24;
+
+    /// The header's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let status: u32 = match self.status {
+            Status::Ok => 0,
+            Status::Stale => 1,
+            Status::OutOfBounds => 2,
+        };
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, REPLY.to_le_bytes());
+        put(&mut b, 4, status.to_le_bytes());
+        put(&mut b, 8, self.tag.to_le_bytes());
+        put(&mut b, 16, self.total.to_le_bytes());
+        b
+    }
+
+    /// Reads the header.
+    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+        if u32_at(b, 0) != REPLY {
+            return Err(BadFrame::Magic);
+        }
+        let status = match u32_at(b, 4) {
+            0 => Status::Ok,
+            1 => Status::Stale,
+            2 => Status::OutOfBounds,
+            _ => return Err(BadFrame::Field("status")),
+        };
+        Ok(Self { status, tag: u64_at(b, 8), total: u64_at(b, 16) })
+    }
+}
+
+impl Trailer {
+    /// Length of the trailer, in bytes.
+    pub const LEN: usize = 16;
+
+    /// The trailer's bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut b = [0; Self::LEN];
+        put(&mut b, 0, self.tag.to_le_bytes());
+        put(&mut b, 8, self.word.to_le_bytes());
+        b
+    }
+
+    /// Reads the trailer. All bytes are possible.
+    pub fn decode(b: &[u8; Self::LEN]) -> Self {
+        Self { tag: u64_at(b, 0), word: u64_at(b, 8) }
+    }
+}
+
+/// `b[at..at + N]`. Every caller's offsets are constants inside a frame of fixed length.
+fn get<const N: usize>(b: &[u8], at: usize) -> [u8; N] {
+    let mut out = [0; N];
+    out.copy_from_slice(&b[at..at + N]);
+    out
+}
+
+fn put<const N: usize>(b: &mut [u8], at: usize, v: [u8; N]) {
+    b[at..at + N].copy_from_slice(&v);
+}
+
+fn u32_at(b: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(get(b, at))
+}
+
+fn u64_at(b: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(get(b, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Random bytes that begin as a frame does, as often as not: past the magic is where decoders go wrong.
+    fn bytes<const N: usize>(magic: u32) -> impl Strategy<Value = [u8; N]> {
+        (proptest::collection::vec(any::<u8>(), N), any::<bool>()).prop_map(move |(v, begin)| {
+            let mut b: [u8; N] = get(&v, 0);
+            if begin {
+                put(&mut b, 0, magic.to_le_bytes());
+            }
+            b
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_frame_or_an_error(
+            challenge in bytes(HELLO), proof in bytes(HELLO), answer in bytes(HELLO), request in bytes(REQUEST),
+            entry in bytes(0), reply in bytes(REPLY), trailer in bytes(0),
+        ) {
+            let _ = (Challenge::decode(&challenge), Answer::decode(&answer), Entry::decode(&entry), Reply::decode(&reply));
+            if let Ok(r) = Request::decode(&request) {
+                prop_assert!(r.count >= 1 && r.count <= MAX_ENTRIES);
+            }
+            prop_assert_eq!(Proof::decode(&proof).encode(), proof);
+            prop_assert_eq!(Trailer::decode(&trailer).encode(), trailer);
+        }
+
+        #[test]
+        fn frames_come_back_as_they_went(
+            count in 1..=MAX_ENTRIES, tag: u64, nonce: u64, slot: u32, group: u16, region: u16, position: u32,
+            blocks: u32, within: u64, piece: u64, total: u64, random: [u8; 32],
+        ) {
+            let request = Request { count, tag, nonce, slot };
+            prop_assert_eq!(Request::decode(&request.encode()), Ok(request));
+            let entry = Entry { group, region, position, blocks, within, piece };
+            prop_assert_eq!(Entry::decode(&entry.encode()), Ok(entry));
+            for status in [Status::Ok, Status::Stale, Status::OutOfBounds] {
+                let reply = Reply { status, tag, total };
+                prop_assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
+            }
+            prop_assert_eq!(Challenge::decode(&Challenge { random }.encode()), Ok(Challenge { random }));
+            for verdict in [Verdict::Welcome, Verdict::Refused, Verdict::Full, Verdict::TooLate] {
+                let answer = Answer { verdict, mac: random };
+                prop_assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
+            }
+        }
+    }
+
+    #[test]
+    fn another_version_is_named() {
+        let mut b = Challenge { random: [7; 32] }.encode();
+        b[4] = 9;
+        assert_eq!(Challenge::decode(&b), Err(BadFrame::Version(9)));
+        b[0] ^= 1;
+        assert_eq!(Challenge::decode(&b), Err(BadFrame::Magic));
+    }
+}

@@ -1,0 +1,152 @@
+//! From a request to the spans of the pool that answer it.
+//!
+//! Every entry is checked against the layout and the offer's own table: what comes out are bytes of offered blocks and
+//! nothing else, whatever the request says (promise 7). No I/O.
+
+use super::frames::{Entry, MAX_BLOCKS, MAX_PIECES};
+use crate::{
+    block::GroupId,
+    group::{Group, PoolLayout},
+    memory::Span,
+    offer::OfferGroup,
+};
+
+/// A request that names what the offer or the pool does not have, or too much of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct OutOfBounds;
+
+/// Fills `spans` with what `entries` (their bytes, in one piece) ask for, neighbours merged, and returns the number of
+/// bytes in them.
+pub(super) fn gather(
+    layout: &PoolLayout,
+    offered: &[OfferGroup],
+    entries: &[u8],
+    spans: &mut Vec<Span>,
+) -> Result<u64, OutOfBounds> {
+    spans.clear();
+    let (entries, rest) = entries.as_chunks::<{ Entry::LEN }>();
+    if !rest.is_empty() {
+        return Err(OutOfBounds);
+    }
+    let (mut total, mut blocks) = (0u64, 0u64);
+    let mut found: Option<(&Group, &OfferGroup)> = None;
+    for bytes in entries {
+        let e = Entry::decode(bytes).map_err(|_| OutOfBounds)?;
+        let id = GroupId(e.group);
+        // Nearly always the same one as before.
+        let (group, offer) = match found.filter(|f| f.0.id == id) {
+            Some(f) => f,
+            None => layout.group(id).zip(offered.iter().find(|o| o.group == id)).ok_or(OutOfBounds)?,
+        };
+        found = Some((group, offer));
+        let region = group.regions.get(usize::from(e.region)).ok_or(OutOfBounds)?;
+        if e.piece == 0 || e.within.checked_add(e.piece).is_none_or(|end| end > region.block_bytes) {
+            return Err(OutOfBounds);
+        }
+        let first = e.position.checked_sub(offer.first_position).ok_or(OutOfBounds)? as usize;
+        let end = first.checked_add(e.blocks as usize).ok_or(OutOfBounds)?;
+        let ids = offer.blocks.get(first..end).filter(|ids| !ids.is_empty()).ok_or(OutOfBounds)?;
+        blocks += ids.len() as u64;
+        if blocks > MAX_BLOCKS {
+            return Err(OutOfBounds);
+        }
+        for id in ids {
+            // A null block, or one that the pool does not have.
+            let id = id.filter(|id| id.0 < group.blocks).ok_or(OutOfBounds)?;
+            let offset = region.block_offset(id.0) + e.within;
+            let full = spans.len() >= MAX_PIECES;
+            match spans.last_mut() {
+                Some(s) if s.segment == region.segment && s.offset + s.len == offset => s.len += e.piece,
+                _ if full => return Err(OutOfBounds),
+                _ => spans.push(Span { segment: region.segment, offset, len: e.piece }),
+            }
+        }
+        // At most 2^20 pieces of at most 2^56 bytes would overflow; a layout that large is not one of this world.
+        total = e.piece.checked_mul(ids.len() as u64).and_then(|n| total.checked_add(n)).ok_or(OutOfBounds)?;
+    }
+    Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockId;
+    use proptest::prelude::*;
+
+    const BLOCK: u64 = 64;
+
+    fn setting() -> (PoolLayout, Vec<OfferGroup>) {
+        let blocks = [Some(3), Some(4), None, Some(9), Some(9), Some(10)].map(|b| b.map(BlockId)).to_vec();
+        (PoolLayout::uniform(10, 2, BLOCK, 16), vec![OfferGroup { group: GroupId(0), first_position: 100, blocks }])
+    }
+
+    fn ask(entries: &[Entry]) -> Result<(u64, Vec<Span>), OutOfBounds> {
+        let (layout, offered) = setting();
+        let bytes: Vec<u8> = entries.iter().flat_map(|e| e.encode()).collect();
+        let mut spans = Vec::new();
+        gather(&layout, &offered, &bytes, &mut spans).map(|total| (total, spans))
+    }
+
+    const GOOD: Entry = Entry { group: 0, region: 0, position: 100, blocks: 2, within: 0, piece: BLOCK };
+
+    #[test]
+    fn neighbours_become_one_span_and_others_do_not() {
+        let span = |offset, len| Span { segment: 0, offset, len };
+        assert_eq!(ask(&[GOOD]), Ok((128, vec![span(192, 128)])));
+        let part = Entry { within: 8, piece: 16, ..GOOD };
+        assert_eq!(ask(&[part]), Ok((32, vec![span(200, 16), span(264, 16)])));
+        let (a, b) = (Entry { piece: 16, blocks: 1, ..GOOD }, Entry { within: 16, piece: 8, blocks: 1, ..GOOD });
+        assert_eq!(ask(&[a, b]), Ok((24, vec![span(192, 24)])), "also across entries");
+        let far = Entry { position: 103, region: 1, ..GOOD };
+        assert_eq!(ask(&[GOOD, far]), Ok((256, vec![span(192, 128), span(1216, 64), span(1216, 64)])));
+    }
+
+    #[test]
+    fn what_was_not_offered_is_out_of_bounds() {
+        for bad in [
+            Entry { group: 1, ..GOOD },
+            Entry { region: 2, ..GOOD },
+            Entry { position: 99, ..GOOD },
+            Entry { position: 101, ..GOOD },
+            Entry { position: 102, blocks: 1, ..GOOD },
+            Entry { position: 105, blocks: 1, ..GOOD },
+            Entry { position: 106, blocks: 1, ..GOOD },
+            Entry { position: u32::MAX, blocks: u32::MAX, ..GOOD },
+            Entry { blocks: 0, ..GOOD },
+            Entry { piece: 0, ..GOOD },
+            Entry { piece: BLOCK + 1, ..GOOD },
+            Entry { within: 1, ..GOOD },
+            Entry { within: u64::MAX, piece: 2, ..GOOD },
+        ] {
+            assert_eq!(ask(&[GOOD, bad]), Err(OutOfBounds), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_small_request_cannot_name_a_million_pieces() {
+        let piece = Entry { piece: 8, ..GOOD };
+        assert_eq!(ask(&vec![piece; MAX_PIECES / 2]).unwrap().1.len(), MAX_PIECES);
+        assert_eq!(ask(&vec![piece; MAX_PIECES / 2 + 1]), Err(OutOfBounds));
+        assert_eq!(ask(&vec![GOOD; MAX_BLOCKS as usize / 2 + 1]), Err(OutOfBounds));
+    }
+
+    proptest! {
+        #[test]
+        fn no_request_reaches_a_byte_that_was_not_offered(
+            entries in proptest::collection::vec(
+                (0u16..2, 0u16..3, 98u32..108, 0u32..4, 0u64..66, 0u64..66), 1..6)
+        ) {
+            let entries: Vec<_> = entries.into_iter().map(|(group, region, position, blocks, within, piece)| {
+                Entry { group, region, position, blocks, within, piece }
+            }).collect();
+            if let Ok((total, spans)) = ask(&entries) {
+                prop_assert_eq!(total, spans.iter().map(|s| s.len).sum::<u64>());
+                for s in spans {
+                    for byte in s.offset..s.offset + s.len {
+                        prop_assert!([3, 4, 9].contains(&(byte % 640 / BLOCK)) && byte < 1280, "{}", byte);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! The TCP lane: bytes from the producer's pool into the consumer's blocks over plain sockets.
+//!
+//! Owns the data connections of both sides, [`TcpLane`] on the consumer's and [`Server`] on the producer's. The kernel
+//! gathers from the pool and scatters into the blocks: no byte is copied in user space. Requests name blocks by offer, group
+//! and position, never by address, so a peer can read what was offered to it and nothing else (promise 7, Isolated). Each
+//! reply ends with the fence word as it was after the last byte had been copied out of the pool (promise 2, Fresh), and a
+//! lane that was told to stop writes nothing more from that moment on (promise 4, Quiet).
+//!
+//! # Frames
+//! All numbers are little endian. A connection begins with a handshake, bounded in time by both sides:
+//!
+//! | from | frame | bytes |
+//! | --- | --- | --- |
+//! | producer | challenge | `"KVFd"`, version u32 (1), random \[32\] |
+//! | consumer | proof | lane u64, random \[32\], mac \[32\] |
+//! | producer | answer | `"KVFd"`, verdict u32 (0 welcome, 1 refused, 2 full, 3 too late), mac \[32\] |
+//!
+//! A mac is HMAC-SHA256 under the lane's key over a label (`"kvferry data 1 consumer\0"` or `"kvferry data 1 producer\0"`),
+//! the producer's random bytes, the consumer's, the lane and the producer's incarnation. Then come requests, as many as the
+//! consumer likes without waiting, and a reply to each, in order:
+//!
+//! | from | frame | bytes |
+//! | --- | --- | --- |
+//! | consumer | request | `"KVFq"`, entries u32, tag u64, nonce u64, slot u32, 0 u32 |
+//! | | each entry | group u16, region u16, position u32, blocks u32, 0 u32, within u64, piece u64 |
+//! | producer | reply | `"KVFr"`, status u32 (0 ok, 1 stale, 2 out of bounds), tag u64, total u64 |
+//! | | if ok | the data, `total` bytes |
+//! | | if ok | tag u64, word u64 |
+//!
+//! An entry asks for bytes `[within, within + piece)` of each of `blocks` blocks, from `position` on. Data comes in the order
+//! of the entries. `word` is the nonce if the offer was still live after the last byte had been copied, and 0 otherwise.
+//! Whoever breaks this protocol loses the connection, and nothing else.
+
+mod client;
+mod connection;
+mod dial;
+mod frames;
+mod gather;
+mod handshake;
+mod link;
+mod server;
+
+use std::{io, os::fd::AsFd, time::Duration};
+
+use rustix::net::sockopt;
+
+pub use client::TcpLane;
+pub use server::Server;
+
+/// How long a peer may leave sent bytes unacknowledged, and how often a silent connection is tried. The session notices a
+/// dead peer long before; this is for connections that nobody else looks after.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
+
+/// Settings of a data connection, on both sides. Buffer sizes stay as they are: the kernel grows them as needed.
+fn tune(socket: impl AsFd) -> io::Result<()> {
+    let socket = socket.as_fd();
+    // A trailer must not wait for more data to go with it.
+    sockopt::set_tcp_nodelay(socket, true)?;
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepintvl(socket, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepcnt(socket, 4)?;
+    sockopt::set_tcp_user_timeout(socket, UNACKNOWLEDGED.as_millis() as u32)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

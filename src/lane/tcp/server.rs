@@ -1,0 +1,368 @@
+//! The producer's end of TCP lanes: one thread that serves every data connection of a rank.
+//!
+//! Owns the listening socket, the connections and the keys of the lanes that may connect. Goes round all connections that
+//! can go on and moves a bounded number of bytes for each, so a greedy or a stalled peer takes nothing from the others
+//! (promise 7, Isolated); sleeps when none can. Never ends because of what a peer does, and never panics.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    net::{SocketAddr, TcpListener},
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{EventfdFlags, Timespec, epoll, eventfd},
+    io::Errno,
+    net::SocketFlags,
+};
+
+use super::{
+    connection::{Connection, Next, Shared},
+    frames::{Challenge, Verdict},
+    handshake::Key,
+};
+use crate::{block::Incarnation, config::Limits, memory::Export};
+
+/// Bytes that a connection may move before it is the next one's turn.
+const TURN: u64 = 2 << 20;
+/// Longest time from a connection to its proof.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections without a proof. With more, the oldest go: who connects and says nothing must not keep others out.
+const MOST_PROVING: usize = 256;
+/// After the process ran out of descriptors: accepting is tried again then, not at once and for ever.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Requests of 64 KiB are received in one piece.
+const SCRATCH: usize = 128 << 10;
+
+// Tokens that no connection has: there are never that many of them.
+const LISTENER: u64 = u64::MAX;
+const WAKE: u64 = u64::MAX - 1;
+
+/// Serves a rank's pool over TCP until it is dropped.
+pub struct Server {
+    addr: SocketAddr,
+    common: Arc<Common>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the handle and the thread share.
+struct Common {
+    wake: OwnedFd,
+    end: AtomicBool,
+    lanes: Mutex<Lanes>,
+}
+
+#[derive(Default)]
+struct Lanes {
+    keys: HashMap<u64, Key>,
+    dismissed: Vec<u64>,
+}
+
+impl Common {
+    fn lanes(&self) -> std::sync::MutexGuard<'_, Lanes> {
+        // Each change is one call on a map: whole, whatever happened to the thread that made it.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Fails only when the counter is full, and then the thread is awake.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl Server {
+    /// Listens on `bind` and serves `export`. Lanes may connect once they are admitted; `limits.lanes` bounds connections.
+    pub fn start(bind: SocketAddr, export: Arc<Export>, incarnation: Incarnation, limits: &Limits) -> io::Result<Self> {
+        Self::start_with(bind, export, incarnation, limits, PROOF_TIMEOUT, MOST_PROVING)
+    }
+
+    pub(super) fn start_with(
+        bind: SocketAddr,
+        export: Arc<Export>,
+        incarnation: Incarnation,
+        limits: &Limits,
+        proof_timeout: Duration,
+        most_proving: usize,
+    ) -> io::Result<Self> {
+        let listener = TcpListener::bind(bind)?;
+        listener.set_nonblocking(true)?;
+        let addr = listener.local_addr()?;
+        let common = Arc::new(Common {
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            end: AtomicBool::new(false),
+            lanes: Mutex::default(),
+        });
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, &common.wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
+        let mut round = Round {
+            common: common.clone(),
+            export,
+            incarnation,
+            limit: limits.lanes,
+            epoll,
+            listener,
+            slots: Vec::new(),
+            vacant: Vec::new(),
+            count: 0,
+            proving: VecDeque::new(),
+            accept_again: None,
+            proof_timeout,
+            most_proving,
+            scratch: vec![0; SCRATCH],
+        };
+        let thread = std::thread::Builder::new().name("kvferry-tcp".into()).spawn(move || round.run())?;
+        Ok(Self { addr, common, thread: Some(thread) })
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// From now on, who proves to have `key` may read on `lane`.
+    pub fn admit(&self, lane: u64, key: Key) {
+        self.common.lanes().keys.insert(lane, key);
+    }
+
+    /// Closes the lane's connections, and lets nobody connect to it any more.
+    pub fn dismiss(&self, lane: u64) {
+        let mut lanes = self.common.lanes();
+        if lanes.keys.remove(&lane).is_some() {
+            lanes.dismissed.push(lane);
+            drop(lanes);
+            self.common.wake();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.common.end.store(true, Ordering::Release);
+        self.common.wake();
+        if let Some(thread) = self.thread.take() {
+            // It does not panic; if it did, there is nothing left to end.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread's state.
+struct Round {
+    common: Arc<Common>,
+    export: Arc<Export>,
+    incarnation: Incarnation,
+    limit: usize,
+    epoll: OwnedFd,
+    listener: TcpListener,
+    slots: Vec<Slot>,
+    vacant: Vec<usize>,
+    count: usize,
+    /// Connections by age that had no proof when they came in, with the time that they have.
+    proving: VecDeque<(Instant, u64)>,
+    /// When to accept again after there were no descriptors left.
+    accept_again: Option<Instant>,
+    proof_timeout: Duration,
+    most_proving: usize,
+    scratch: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Changes with every connection, so that an event of the former one is not taken for the new one's.
+    generation: u32,
+    connection: Option<Box<Connection>>,
+}
+
+impl Round {
+    fn run(&mut self) {
+        let mut events = Vec::with_capacity(256);
+        while !self.common.end.load(Ordering::Acquire) {
+            let timeout = self.next_timeout();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => {
+                    // Not possible with a descriptor of our own; if it were, turning round at full speed is the worst answer.
+                    tracing::error!("the tcp server cannot wait for its sockets and ends: {e}");
+                    return;
+                }
+            }
+            for event in events.drain(..) {
+                match event.data.u64() {
+                    LISTENER => self.accept(),
+                    WAKE => self.woken(),
+                    token => self.turn(token),
+                }
+            }
+            self.look_at_the_clock();
+        }
+    }
+
+    fn next_timeout(&self) -> Option<Timespec> {
+        let next = self.proving.front().map(|p| p.0).into_iter().chain(self.accept_again).min()?;
+        let left = next.saturating_duration_since(Instant::now());
+        // A millisecond more: to wake up just before the time would be to turn round until it has come.
+        Timespec::try_from(left + Duration::from_millis(1)).ok()
+    }
+
+    fn look_at_the_clock(&mut self) {
+        if self.proving.is_empty() && self.accept_again.is_none() {
+            return;
+        }
+        let now = Instant::now();
+        while let Some(&(by, token)) = self.proving.front() {
+            let proving = find(&mut self.slots, token).is_some_and(|c| c.is_proving());
+            if proving && by > now {
+                break;
+            }
+            self.proving.pop_front();
+            if proving {
+                self.too_late(token);
+            }
+        }
+        if self.accept_again.is_some_and(|at| at <= now) {
+            self.accept_again = None;
+            let _ =
+                epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN);
+            self.accept();
+        }
+    }
+
+    /// The proof did not come in time: the peer is told, as far as it listens.
+    fn too_late(&mut self, token: u64) {
+        if let Some(c) = find(&mut self.slots, token) {
+            c.refuse(Verdict::TooLate);
+            self.turn(token);
+            self.close(token);
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(fd) => self.begin(fd),
+                Err(Errno::AGAIN) => return,
+                // The peer was gone before it was accepted.
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(e) => {
+                    tracing::warn!("the tcp server cannot accept: {e}; raise the limit of open files if this goes on");
+                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                    let none = epoll::EventFlags::empty();
+                    let _ = epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), none);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, fd: OwnedFd) {
+        let mut random = [0; 32];
+        if super::tune(&fd).is_err() || getrandom::fill(&mut random).is_err() {
+            return;
+        }
+        let mut connection = Box::new(Connection::new(fd, Challenge { random }));
+        if self.count >= self.limit {
+            connection.refuse(Verdict::Full);
+        } else if self.proving.len() >= self.most_proving {
+            // Those that have proven themselves are still in the queue.
+            let slots = &mut self.slots;
+            self.proving.retain(|&(_, token)| find(slots, token).is_some_and(|c| c.is_proving()));
+            if self.proving.len() >= self.most_proving
+                && let Some((_, oldest)) = self.proving.pop_front()
+            {
+                self.too_late(oldest);
+            }
+        }
+        let index = self.vacant.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
+        let slot = &mut self.slots[index];
+        slot.generation = slot.generation.wrapping_add(1);
+        let token = token(index, slot.generation);
+        let registered =
+            epoll::add(&self.epoll, connection.fd(), epoll::EventData::new_u64(token), epoll::EventFlags::empty());
+        let proving = connection.is_proving();
+        slot.connection = Some(connection);
+        self.count += 1;
+        if registered.is_err() {
+            self.close(token);
+            return;
+        }
+        if proving {
+            self.proving.push_back((Instant::now() + self.proof_timeout, token));
+        }
+        self.turn(token);
+        if !proving {
+            // It was told what there is to tell, as far as its socket took it.
+            self.close(token);
+        }
+    }
+
+    fn woken(&mut self) {
+        let _ = rustix::io::read(&self.common.wake, &mut [0; 8]);
+        let dismissed = std::mem::take(&mut self.common.lanes().dismissed);
+        if dismissed.is_empty() {
+            return;
+        }
+        for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            let lane = slot.connection.as_ref().and_then(|c| c.lane());
+            if lane.is_some_and(|l| dismissed.contains(&l)) {
+                self.close(token(index, slot.generation));
+            }
+        }
+    }
+
+    fn turn(&mut self, token: u64) {
+        let Some(connection) = find(&mut self.slots, token) else { return };
+        let common = &self.common;
+        let mut shared = Shared {
+            export: &self.export,
+            incarnation: self.incarnation,
+            key: &|lane| common.lanes().keys.get(&lane).copied(),
+            scratch: &mut self.scratch,
+        };
+        let keep = match connection.turn(&mut shared, TURN) {
+            Next::Close => false,
+            Next::Wait(interest) if interest == connection.interest => true,
+            Next::Wait(interest) => {
+                connection.interest = interest;
+                epoll::modify(&self.epoll, connection.fd(), epoll::EventData::new_u64(token), interest).is_ok()
+            }
+        };
+        if !keep {
+            self.close(token);
+        }
+    }
+
+    fn close(&mut self, token: u64) {
+        let index = token as u32 as usize;
+        if find(&mut self.slots, token).is_some()
+            && let Some(slot) = self.slots.get_mut(index)
+        {
+            // The socket's last descriptor goes, and with it its place in the epoll.
+            slot.connection = None;
+            self.vacant.push(index);
+            self.count -= 1;
+        }
+    }
+}
+
+/// What an event carries of its connection.
+fn token(index: usize, generation: u32) -> u64 {
+    u64::from(generation) << 32 | index as u64
+}
+
+/// The connection with this token, unless it is gone.
+fn find(slots: &mut [Slot], token: u64) -> Option<&mut Connection> {
+    let slot = slots.get_mut(token as u32 as usize)?;
+    slot.connection.as_deref_mut().filter(|_| u64::from(slot.generation) == token >> 32)
+}

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{lane::LaneKind, plan::ChunkSize};
+use crate::{
+    lane::{LaneKind, fault::Faults},
+    plan::ChunkSize,
+};
 
 /// How a producer rank keeps offers.
 #[derive(Debug, Clone)]
@@ -137,6 +140,8 @@ pub struct PullConfig {
     pub lanes: Vec<LaneKind>,
     /// See [`OnWedge`].
     pub on_wedge: OnWedge,
+    /// Break lanes on purpose: for disconnect tests.
+    pub faults: Option<Faults>,
 }
 
 impl Default for PullConfig {
@@ -148,6 +153,7 @@ impl Default for PullConfig {
             retry_wait: Duration::from_millis(10),
             lanes: vec![LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp],
             on_wedge: OnWedge::Withhold,
+            faults: None,
         }
     }
 }

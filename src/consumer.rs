@@ -152,7 +152,11 @@ impl Builder {
             hello: Arc::new(hello),
             config: Arc::new(self.config.clone()),
             sink: Arc::new(move |event| to_rail.send(Mail::Rail(event))),
-            connector: Arc::new(Connector::new(memory.clone(), self.config.tcp.clone())),
+            connector: Arc::new(Connector::new(
+                memory.clone(),
+                self.config.tcp.clone(),
+                self.config.pull.faults.clone(),
+            )),
             peers: HashMap::new(),
         };
         let rail = Rail::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer);

@@ -5,7 +5,7 @@
 //! do: released, or revoked at the end of its lease.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
@@ -164,7 +164,7 @@ impl Builder {
             tcp,
             local,
             config: self.config,
-            state: Mutex::new(State { table, groups: HashMap::new(), sessions: HashMap::new(), next_session: 1 }),
+            state: Mutex::new(State { table, groups: HashMap::new(), sessions: HashMap::new(), by_consumer: HashMap::new(), lanes: 0, next_session: 1 }),
             freed: Mutex::new(VecDeque::new()),
             freed_now: Condvar::new(),
             freed_notify: Notify::new(),
@@ -342,13 +342,21 @@ struct State {
     /// The blocks of offers that are live.
     groups: HashMap<OfferId, Arc<[OfferGroup]>>,
     sessions: HashMap<SessionId, Session>,
+    /// The newest session of each consumer incarnation.
+    by_consumer: HashMap<Incarnation, SessionId>,
+    /// Lanes of all sessions.
+    lanes: usize,
     next_session: u64,
 }
+
+/// Lanes of one session.
+const MAX_LANES: usize = 64;
 
 struct Session {
     from: PeerId,
     outbox: Outbox,
-    lanes: HashSet<(LaneKind, u64)>,
+    /// Oldest first.
+    lanes: VecDeque<(LaneKind, u64)>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -429,8 +437,9 @@ impl Core {
                     freed += 1;
                 }
                 books::Out::Send(to, frame) => {
-                    for s in state.sessions.values().filter(|s| s.from.incarnation == to) {
-                        s.outbox.send(frame.clone());
+                    let session = state.by_consumer.get(&to).and_then(|id| state.sessions.get(id));
+                    if let Some(s) = session {
+                        s.outbox.send(frame);
                     }
                 }
                 books::Out::Broadcast(frame) => {
@@ -501,7 +510,8 @@ impl Desk for Core {
         }
         let id = SessionId(state.next_session);
         state.next_session += 1;
-        state.sessions.insert(id, Session { from: from.clone(), outbox, lanes: HashSet::new() });
+        state.by_consumer.insert(from.incarnation, id);
+        state.sessions.insert(id, Session { from: from.clone(), outbox, lanes: VecDeque::new() });
         Ok(id)
     }
 
@@ -510,7 +520,17 @@ impl Desk for Core {
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {
-        let gone = self.lock().sessions.remove(&session);
+        let gone = {
+            let mut state = self.lock();
+            let gone = state.sessions.remove(&session);
+            if let Some(s) = &gone {
+                state.lanes -= s.lanes.len();
+                if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
+                    state.by_consumer.remove(&s.from.incarnation);
+                }
+            }
+            gone
+        };
         for lane in gone.into_iter().flat_map(|s| s.lanes) {
             self.dismiss(lane);
         }
@@ -519,13 +539,14 @@ impl Desk for Core {
     fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
         let mut state = self.lock();
-        let lanes: usize = state.sessions.values().map(|s| s.lanes.len()).sum();
-        let limit = self.config.limits.lanes;
-        let Some(session) = state.sessions.values_mut().find(|s| s.from == *from) else {
+        let (lanes, limit) = (state.lanes, self.config.limits.lanes);
+        let id = state.by_consumer.get(&from.incarnation).copied();
+        let Some(session) = id.and_then(|id| state.sessions.get_mut(&id)).filter(|s| s.from == *from) else {
             return Err(Refusal::Precondition("no session of this consumer is open: open one before asking for a lane".into()));
         };
-        // One consumer rank needs a few lanes at a time; those it has lost are closed with the session.
-        if lanes >= limit || session.lanes.len() >= 64 {
+        // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones.
+        let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.pop_front() } else { None };
+        if oldest.is_none() && lanes >= limit {
             return Err(Refusal::Exhausted(format!("{lanes} lanes are open already: raise limits.lanes on the producer")));
         }
         let lane = Incarnation::random().get();
@@ -544,7 +565,14 @@ impl Desk for Core {
             }
             _ => return Err(Refusal::Unsupported(format!("this producer serves no {kind} lane"))),
         };
-        session.lanes.insert((kind, lane));
+        session.lanes.push_back((kind, lane));
+        if oldest.is_none() {
+            state.lanes += 1;
+        }
+        drop(state);
+        if let Some(oldest) = oldest {
+            self.dismiss(oldest);
+        }
         Ok(ticket)
     }
 

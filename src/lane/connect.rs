@@ -1,11 +1,24 @@
 //! Connects the lane that a producer's ticket is for.
 
-use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
 
 use crate::{
     config::TcpConfig,
     control::{client::LaneConnector, server::LaneTicket},
-    lane::{Lane, LaneError, local, tcp},
+    lane::{
+        Lane, LaneError,
+        fault::{Faults, Faulty},
+        local,
+        tcp::TcpLane,
+    },
     memory::Memory,
     protocol::hello::Welcome,
 };
@@ -14,12 +27,27 @@ use crate::{
 pub struct Connector {
     memory: Memory,
     tcp: TcpConfig,
+    faults: Option<Faults>,
+    /// Lanes connected so far.
+    lanes: AtomicU32,
 }
 
 impl Connector {
     /// A connector of lanes into `memory`.
-    pub fn new(memory: Memory, tcp: TcpConfig) -> Self {
-        Self { memory, tcp }
+    pub fn new(memory: Memory, tcp: TcpConfig, faults: Option<Faults>) -> Self {
+        Self { memory, tcp, faults, lanes: AtomicU32::new(0) }
+    }
+
+    /// Breaks a lane, if it is to be broken.
+    fn break_it(&self, lane: Box<dyn Lane>) -> Result<Box<dyn Lane>, LaneError> {
+        let before = self.lanes.fetch_add(1, Ordering::Relaxed);
+        match &self.faults {
+            Some(f) if f.lanes.is_none_or(|n| before < n) => {
+                let broken = Faulty::new(lane, f.clone());
+                Ok(Box::new(broken.map_err(|source| LaneError::Io { what: "cannot break the lane", source })?))
+            }
+            _ => Ok(lane),
+        }
     }
 }
 
@@ -33,15 +61,16 @@ impl LaneConnector for Connector {
         let memory = self.memory.clone();
         let incarnation = welcome.peer.incarnation;
         Box::pin(async move {
-            Ok(match ticket {
+            let lane = match ticket {
                 LaneTicket::Tcp { port, lane, key, .. } => {
                     let addr = SocketAddr::new(peer.ip(), port);
-                    Box::new(tcp::connect(addr, lane, &key, incarnation, memory, &self.tcp).await?) as Box<dyn Lane>
+                    Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp).await?) as Box<dyn Lane>
                 }
                 LaneTicket::Local { uds, lane } => {
                     Box::new(local::connect(&uds, lane, incarnation, welcome.pool.clone(), memory).await?)
                 }
-            })
+            };
+            self.break_it(lane)
         })
     }
 }

@@ -4,9 +4,11 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use kvferry::{
     block::{BlockId, EngineId, GroupId},
+    config::Config,
     consumer::{Consumer, Ended, Pull},
     control::client,
     group::PoolLayout,
+    lane::fault::Faults,
     memory::Memory,
     offer::Offer,
     plan::LocalBlocks,
@@ -36,6 +38,10 @@ pub struct Args {
     /// Pull the offer in this file (JSON) instead of a fresh one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
+    /// Break the lane on purpose: throttle=BYTES (a second), down@BYTES, silent@BYTES, stale@BYTES, noquiet, wedge, lanes=N
+    /// (break only the first N connections); joined by commas.
+    #[arg(long, value_name = "FAULTS")]
+    fault: Option<Faults>,
     /// Engine id of this side.
     #[arg(long, default_value = "pull")]
     engine: EngineId,
@@ -120,7 +126,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
     let layout = local_layout(&welcome.pool, group.group, blocks)?;
     args::check_memory(layout.segments[0])?;
-    let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).build()?;
+    let mut config = Config::default();
+    config.pull.faults = args.fault;
+    let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).config(config).build()?;
     let wanted =
         LocalBlocks { group: group.group, first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
     let pull = Pull::new(offer, vec![wanted]).deadline(args.deadline).lanes(args.lane.lanes());

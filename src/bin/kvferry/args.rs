@@ -42,6 +42,12 @@ pub struct ModelArgs {
     pub block_tokens: u32,
 }
 
+impl Default for ModelArgs {
+    fn default() -> Self {
+        Self { model: "pattern".into(), dtype: "uint8".into(), block_tokens: 16 }
+    }
+}
+
 impl ModelArgs {
     /// The model that they name.
     pub fn model(&self) -> Model {

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod child;
 mod demo;
+mod doctor;
 mod pattern;
 mod plot;
 mod pull;
@@ -37,6 +38,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure pulls of scattered blocks, size by size.
     Bench(bench::Args),
+    /// Look this machine over: every check with OK, WARN or FAIL, and what to do.
+    Doctor(doctor::Args),
     /// The other end of `bench --vs-raw`.
     #[command(hide = true)]
     RawSend {
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Command::Pull(args) => pull::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::RawSend { port } => raw::send(port),
     };
     match done {

@@ -1,0 +1,215 @@
+//! `kvferry doctor`: looks this machine over. What can be tried is tried, not guessed.
+
+use std::{process::ExitCode, time::Duration};
+
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::{Consumer, Pull},
+    control::client,
+    lane::LaneKind,
+    memory::Memory,
+    plan::LocalBlocks,
+};
+use serde::Serialize;
+
+use crate::{
+    args::{JsonArg, ModelArgs},
+    child::Serve,
+    pull::{local_layout, verify},
+    report::{Failure, size},
+};
+
+/// Flags of `doctor`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Status {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// One check.
+#[derive(Debug, Serialize)]
+struct Finding {
+    check: &'static str,
+    status: Status,
+    /// What was found.
+    found: String,
+    /// What to do about it; empty when there is nothing to do.
+    advice: String,
+}
+
+impl Finding {
+    fn new(check: &'static str, status: Status, found: impl Into<String>, advice: &str) -> Self {
+        let advice = if status == Status::Ok { String::new() } else { advice.into() };
+        Self { check, status, found: found.into(), advice }
+    }
+}
+
+/// Looks everything over. Exit code 1 when a check failed.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let mut findings = vec![cores(), memory(), files(), memfd(), huge_pages(), shared_huge_pages(), ptrace(), pidfd()];
+    findings.extend(lanes());
+    findings.push(Finding::new(
+        "verbs lane",
+        Status::Warn,
+        "not in this build",
+        "pulls go over local or tcp; RDMA comes with the feature `verbs`",
+    ));
+    findings.push(Finding::new(
+        "GPU memory",
+        Status::Warn,
+        "not in this build",
+        "pools lie in host memory; GPU memory comes with the feature `cuda`",
+    ));
+    if args.json.text() {
+        for f in &findings {
+            let status = format!("{:?}", f.status).to_uppercase();
+            println!("{status:<5} {:<22} {}", f.check, f.found);
+            if !f.advice.is_empty() {
+                println!("      {:<22} -> {}", "", f.advice);
+            }
+        }
+    }
+    args.json.write(&findings)?;
+    let failed = findings.iter().any(|f| f.status == Status::Fail);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn cores() -> Finding {
+    let n = std::thread::available_parallelism().map_or(1, usize::from);
+    let status = if n >= 2 { Status::Ok } else { Status::Warn };
+    Finding::new("cores", status, format!("{n}"), "a transfer needs one core on each side beside the engine's: give it two")
+}
+
+fn memory() -> Finding {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))
+        .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    let status = if kib >= 1 << 20 { Status::Ok } else { Status::Warn };
+    Finding::new("memory", status, format!("{} available", size(kib << 10)), "the demo wants 2 GiB: use --total-bytes 100M")
+}
+
+fn files() -> Finding {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let soft = limit.current.unwrap_or(u64::MAX);
+    let status = if soft >= 4096 { Status::Ok } else { Status::Warn };
+    Finding::new(
+        "open files",
+        status,
+        format!("{soft} allowed"),
+        "a peer takes two descriptors, and more with several lanes: raise it with `ulimit -n 65536` for a thousand peers",
+    )
+}
+
+fn memfd() -> Finding {
+    match Memory::alloc(&[1 << 20]) {
+        Ok(_) => Finding::new("shared pools", Status::Ok, "memfds can be made and sealed", ""),
+        Err(e) => Finding::new("shared pools", Status::Fail, e.to_string(), "allow memfd_create (seccomp?), or bring your own memory"),
+    }
+}
+
+/// The chosen word of a setting such as `always [madvise] never`.
+fn chosen(path: &str) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.split(['[', ']']).nth(1).unwrap_or("unknown").to_owned()
+}
+
+fn huge_pages() -> Finding {
+    let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+    let set = chosen(path);
+    let status = if ["always", "madvise"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
+    let advice = format!("small blocks copy up to twice as fast from huge pages: echo madvise > {path}");
+    Finding::new("huge pages", status, set, &advice)
+}
+
+fn shared_huge_pages() -> Finding {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let set = chosen(path);
+    let status = if ["always", "within_size", "advise", "force"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
+    let advice = format!("pools that kvferry allocates would get huge pages: echo advise > {path}");
+    Finding::new("huge pages in pools", status, set, &advice)
+}
+
+fn ptrace() -> Finding {
+    let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") else {
+        return Finding::new("ptrace scope", Status::Ok, "not restricted", "");
+    };
+    let scope = text.trim().to_owned();
+    let status = if scope == "0" { Status::Ok } else { Status::Warn };
+    Finding::new(
+        "ptrace scope",
+        status,
+        scope,
+        "the local lane cannot read an engine's own memory: sysctl kernel.yama.ptrace_scope=0, give CAP_SYS_PTRACE, or use pools that kvferry allocates",
+    )
+}
+
+fn pidfd() -> Finding {
+    match rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty()) {
+        Ok(_) => Finding::new("pidfd", Status::Ok, "works", ""),
+        Err(e) => Finding::new("pidfd", Status::Fail, e.to_string(), "the local lane needs Linux 5.3 or newer; use --lane tcp"),
+    }
+}
+
+/// A producer process on this machine, and a small pull from it over each lane and kind of memory.
+fn lanes() -> Vec<Finding> {
+    let tries = [
+        ("local lane, pools", LaneKind::Local, false, "see the log (KVFERRY_LOG=info); tcp is used instead"),
+        ("local lane, engine", LaneKind::Local, true, "see ptrace scope above; tcp is used instead"),
+        ("tcp lane", LaneKind::Tcp, false, "nothing works without it: is loopback up, and may this user listen?"),
+    ];
+    tries
+        .into_iter()
+        .map(|(check, lane, engine_memory, advice)| {
+            let bad = if lane == LaneKind::Tcp { Status::Fail } else { Status::Warn };
+            match try_lane(lane, engine_memory) {
+                Ok(found) => Finding::new(check, Status::Ok, found, ""),
+                Err(e) => Finding::new(check, bad, e.message, advice),
+            }
+        })
+        .collect()
+}
+
+fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
+    const BLOCKS: u32 = 64;
+    let limit = Duration::from_secs(5);
+    let mut flags: Vec<String> =
+        ["--listen", "127.0.0.1:0", "--blocks", "64", "--regions", "4", "--block-size", "64K"].map(String::from).into();
+    if engine_memory {
+        flags.push("--engine-memory".into());
+    }
+    let serve = Serve::start(&flags)?;
+    let addr = &serve.ready.listen;
+    let model = ModelArgs::default().model();
+    let (welcome, offer) = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let welcome = client::probe(addr, &"doctor".parse()?, &model, limit).await?;
+        let offer = client::make_offer(addr, BLOCKS, true, 0, limit).await.map_err(Failure::failed)?;
+        Ok::<_, Failure>((welcome, offer))
+    })?;
+    let layout = local_layout(&welcome.pool, GroupId(0), BLOCKS)?;
+    let consumer = Consumer::builder("doctor".parse()?, model, layout.clone()).build()?;
+    let blocks = (0..BLOCKS).map(|b| Some(BlockId(b))).collect();
+    let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
+    consumer.pull(Pull::new(offer, vec![wanted]).deadline(limit).lanes(vec![lane]))?;
+    let ended = consumer.wait(limit * 2).ok_or_else(|| Failure::failed("a small pull did not end"))?;
+    let seed = welcome.peer.incarnation.get();
+    let (good, bad) = verify(&ended, consumer.memory(), &layout, &welcome.pool, seed)?;
+    if let Some(cause) = ended.outcome.cause() {
+        return Err(Failure::failed(format!("a small pull failed: {cause}")));
+    }
+    if bad > 0 {
+        return Err(Failure::failed(format!("{bad} bytes were wrong")));
+    }
+    let took = ended.outcome.times.ended.unwrap_or_default();
+    Ok(format!("{} pulled and verified in {:.1} ms, handshake included", size(good), took.as_secs_f64() * 1e3))
+}

@@ -18,7 +18,9 @@ use crate::{
     config::Config,
     control::{
         host,
-        server::{BenchDesk, Desk, LaneTicket, Outbox, Refusal, Server, SessionId},
+        outbox::Outbox,
+        server::{BenchDesk, Desk, Refusal, Server, SessionId},
+        ticket::LaneTicket,
     },
     driver::runtime::Runtime,
     error::{OfferError, StartError},
@@ -29,7 +31,7 @@ use crate::{
     offer::{BadOffer, Offer, OfferGroup, OfferRank},
     protocol::{
         Machine,
-        frame::{ClientFrame, Gone, PeerId, ServerFrame},
+        frame::{ClientFrame, Gone, PeerId},
         hello::{self, Hello, Welcome},
         offer::{self as books, OfferTable},
     },
@@ -467,10 +469,7 @@ impl Core {
         if expect == self.me.incarnation {
             return Ok(());
         }
-        Err(Refusal::Precondition(format!(
-            "incarnation {expect} was expected here, but this is {}: the producer has restarted; say Hello again",
-            self.me.incarnation
-        )))
+        Err(Refusal::OtherIncarnation { here: self.me.incarnation, expected: expect })
     }
 }
 
@@ -503,10 +502,7 @@ impl Desk for Core {
         self.expects_me(expect)?;
         let mut state = self.lock();
         if state.sessions.len() >= self.config.limits.sessions {
-            return Err(Refusal::Exhausted(format!(
-                "{} sessions are open already: raise limits.sessions on the producer, or use another one",
-                self.config.limits.sessions
-            )));
+            return Err(Refusal::Limit { what: "sessions", limit: self.config.limits.sessions });
         }
         let id = SessionId(state.next_session);
         state.next_session += 1;
@@ -547,7 +543,7 @@ impl Desk for Core {
         // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones.
         let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.pop_front() } else { None };
         if oldest.is_none() && lanes >= limit {
-            return Err(Refusal::Exhausted(format!("{lanes} lanes are open already: raise limits.lanes on the producer")));
+            return Err(Refusal::Limit { what: "lanes", limit });
         }
         let lane = Incarnation::random().get();
         let ticket = match (kind, &self.tcp, &self.local) {
@@ -563,7 +559,7 @@ impl Desk for Core {
                 server.admit(lane);
                 LaneTicket::Local { uds: server.name(), lane }
             }
-            _ => return Err(Refusal::Unsupported(format!("this producer serves no {kind} lane"))),
+            _ => return Err(Refusal::Unsupported { what: format!("lane {kind}") }),
         };
         session.lanes.push_back((kind, lane));
         if oldest.is_none() {

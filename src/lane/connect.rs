@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     config::TcpConfig,
-    control::{client::LaneConnector, server::LaneTicket},
+    control::{client::LaneConnector, ticket::LaneTicket},
     lane::{
         Lane, LaneError,
         fault::{Faults, Faulty},

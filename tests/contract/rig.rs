@@ -30,6 +30,9 @@ pub const SOON: Duration = Duration::from_secs(20);
 /// The environment variable that makes this binary a producer.
 pub const ROLE: &str = "KVFERRY_TEST_PRODUCER";
 
+/// The environment variable that makes this binary a consumer.
+pub const CONSUMER: &str = "KVFERRY_TEST_CONSUMER";
+
 /// A producer's settings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Spec {
@@ -336,13 +339,14 @@ pub fn run_producer(spec: &str) {
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp)];
-    let producer = kvferry::producer::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
-        .memory(memory.expect("memory"))
-        .listen(spec.listen.clone())
-        .lanes(lanes.iter().filter(|(on, _)| *on).map(|(_, l)| *l).collect())
-        .config(config)
-        .build()
-        .expect("a producer starts");
+    let producer =
+        kvferry::producer::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
+            .memory(memory.expect("memory"))
+            .listen(spec.listen.clone())
+            .lanes(lanes.iter().filter(|(on, _)| *on).map(|(_, l)| *l).collect())
+            .config(config)
+            .build()
+            .expect("a producer starts");
     let seed = producer.me().incarnation.get();
     pattern::write(seed, producer.memory()).expect("the pool can be filled");
     let tell = |h: &Heard| println!("@@{}", serde_json::to_string(h).expect("JSON"));
@@ -410,7 +414,62 @@ pub fn run_producer(spec: &str) {
                     }
                 }
             }
-            tell(&Heard::Freed { offer: f.offer, why: format!("{:?}", f.why), at_us: started.elapsed().as_micros() as u64 });
+            tell(&Heard::Freed {
+                offer: f.offer,
+                why: format!("{:?}", f.why),
+                at_us: started.elapsed().as_micros() as u64,
+            });
         }
     }
+}
+
+/// A consumer process: claims an offer, and reads it so slowly that it is never done.
+pub fn run_consumer(what: &str) {
+    let (spec, offer): (Spec, Offer) = serde_json::from_str(what).expect("a spec and an offer");
+    let mut config = Config::default();
+    config.pull.faults = Some("throttle=64K".parse().expect("faults"));
+    let consumer = consumer(&spec, config);
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_secs(600))).expect("a pull");
+    let _ = consumer.wait(Duration::from_secs(600));
+}
+
+/// Inodes of the sockets that a process has open.
+fn sockets(pid: u32) -> std::collections::HashSet<String> {
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
+    links
+        .filter_map(|e| std::fs::read_link(e.ok()?.path()).ok())
+        .filter_map(|l| Some(l.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect()
+}
+
+/// TCP ports of 127.0.0.1 that a process listens on.
+pub fn listening_ports(pid: u32) -> Vec<u16> {
+    let mine = sockets(pid);
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).expect("its sockets");
+    table
+        .lines()
+        .skip(1)
+        .filter_map(|l| {
+            let f: Vec<_> = l.split_whitespace().collect();
+            // State 0A is LISTEN; field 9 is the inode.
+            (f.get(3) == Some(&"0A") && mine.contains(*f.get(9)?))
+                .then(|| u16::from_str_radix(f[1].split(':').nth(1)?, 16).ok())?
+        })
+        .collect()
+}
+
+/// Abstract unix names that a process listens on.
+pub fn listening_names(pid: u32) -> Vec<Vec<u8>> {
+    let mine = sockets(pid);
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/unix")).expect("its sockets");
+    table
+        .lines()
+        .skip(1)
+        .filter_map(|l| {
+            let f: Vec<_> = l.split_whitespace().collect();
+            // Flags 00010000 mean that it listens; field 6 is the inode, field 7 the name.
+            let name = f.get(7)?.strip_prefix('@')?;
+            (f.get(3) == Some(&"00010000") && mine.contains(*f.get(6)?)).then(|| name.as_bytes().to_vec())
+        })
+        .collect()
 }

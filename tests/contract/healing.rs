@@ -1,0 +1,68 @@
+//! A peer that comes back at the same address is served again by both sides without a restart.
+
+use kvferry::{config::Config, lane::LaneKind};
+use rustix::process::Signal;
+
+use crate::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded};
+
+#[test]
+fn a_producer_that_restarts_at_the_same_address_is_pulled_from_again_by_the_same_consumer() {
+    for (lane, new_engine) in
+        [(LaneKind::Tcp, false), (LaneKind::Tcp, true), (LaneKind::Local, false), (LaneKind::Local, true)]
+    {
+        let spec = Spec::default();
+        let mut producer = Producer::start(&spec);
+        let consumer = consumer(&spec, Config::default());
+        for life in 0..4 {
+            let offer = producer.offer_all();
+            consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
+            let end = ended(&consumer);
+            assert!(end.outcome.complete(), "{lane}, life {life}: {:?}", end.outcome);
+            assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+            let engine = if new_engine { format!("prefill-{life}") } else { spec.engine.clone() };
+            let next = Spec { listen: producer.addr.clone(), engine, ..spec.clone() };
+            producer.kill();
+            producer = Producer::start(&next);
+        }
+    }
+}
+
+#[test]
+fn a_producer_that_restarts_under_a_pull_ends_that_pull_and_serves_the_next() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let mut config = Config::default();
+    config.pull.faults = Some("throttle=32M".parse().unwrap());
+    let consumer = consumer(&spec, config);
+    for _ in 0..3 {
+        let offer = producer.offer_all();
+        let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+        wait_until_loaded(&consumer, pull, 0.2);
+        let next = Spec { listen: producer.addr.clone(), ..spec.clone() };
+        producer.signal(Signal::KILL);
+        let seed = producer.seed;
+        producer.kill();
+        producer = Producer::start(&next);
+        let end = ended(&consumer);
+        assert!(end.outcome.invalid() > 0);
+        assert_loaded_is_exact(&end, &consumer, &spec, seed);
+    }
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+    let end = ended(&consumer);
+    assert!(end.outcome.complete(), "{:?}", end.outcome);
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+}
+
+#[test]
+fn a_consumer_that_restarts_is_served_again() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    for _ in 0..3 {
+        let consumer = consumer(&spec, Config::default());
+        let offer = producer.offer_all();
+        consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+        assert!(ended(&consumer).outcome.complete());
+        assert_eq!(producer.freed(offer.id).0, "Released");
+    }
+}

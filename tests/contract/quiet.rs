@@ -1,0 +1,112 @@
+//! A pull ends, and only then does the engine hear of it, when nothing can write its local blocks any more.
+
+use std::time::Duration;
+
+use kvferry::{
+    config::Config,
+    consumer::Consumer,
+    error::{Cause, PullError},
+    lane::LaneKind,
+};
+
+use crate::rig::{Producer, SOON, Spec, consumer, ended, pull_all, wait_until_loaded};
+
+const MARK: u8 = 0xA5;
+
+/// What an engine does that gets its blocks back: it writes them.
+fn reuse_all(consumer: &Consumer, spec: &Spec) {
+    let mark = vec![MARK; spec.block_size as usize];
+    for r in &spec.layout().groups[0].regions {
+        for b in 0..spec.blocks {
+            consumer.memory().write_from(r.segment, r.block_offset(b), &mark).unwrap();
+        }
+    }
+}
+
+fn assert_untouched(consumer: &Consumer, spec: &Spec) {
+    let mut found = vec![0; spec.block_size as usize];
+    for r in &spec.layout().groups[0].regions {
+        for b in 0..spec.blocks {
+            consumer.memory().read_into(r.segment, r.block_offset(b), &mut found).unwrap();
+            assert!(found.iter().all(|x| *x == MARK), "block {b} was written after its pull had ended");
+        }
+    }
+}
+
+#[test]
+fn blocks_of_an_aborted_pull_are_never_written_after_its_end() {
+    for lane in [LaneKind::Tcp, LaneKind::Local] {
+        let spec = Spec { blocks: 512, ..Spec::default() };
+        let mut producer = Producer::start(&spec);
+        let mut config = Config::default();
+        config.pull.faults = Some("throttle=64M".parse().unwrap());
+        let consumer = consumer(&spec, config);
+        for _ in 0..5 {
+            let offer = producer.offer_all();
+            let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
+            wait_until_loaded(&consumer, pull, 0.2);
+            consumer.cancel(pull);
+            let end = ended(&consumer);
+            assert_eq!(end.outcome.cause(), Some(Cause::Cancelled));
+            reuse_all(&consumer, &spec);
+            // The producer has heard of the release, so what it had sent is long here or thrown away.
+            assert_eq!(producer.freed(offer.id).0, "Released");
+            assert_untouched(&consumer, &spec);
+        }
+        assert_eq!(consumer.blocks_held(), 0);
+    }
+}
+
+#[test]
+fn a_block_belongs_to_one_pull_until_that_pull_has_ended() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let mut config = Config::default();
+    config.pull.faults = Some("throttle=8M".parse().unwrap());
+    let consumer = consumer(&spec, config);
+    let (one, two) = (producer.offer_all(), producer.offer_all());
+    let pull = consumer.pull(pull_all(&one, LaneKind::Tcp, SOON)).unwrap();
+    assert!(matches!(consumer.pull(pull_all(&two, LaneKind::Tcp, SOON)), Err(PullError::BlockBusy { .. })));
+    consumer.cancel(pull);
+    ended(&consumer);
+    let again = consumer.pull(pull_all(&two, LaneKind::Tcp, SOON)).unwrap();
+    consumer.cancel(again);
+    ended(&consumer);
+}
+
+#[test]
+fn a_lane_that_does_not_drain_is_killed_and_the_pull_ends_after_that() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let mut config = Config::default();
+    config.pull.faults = Some("silent@4M,noquiet".parse().unwrap());
+    let consumer = consumer(&spec, config);
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_millis(500))).unwrap();
+    let end = ended(&consumer);
+    assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
+    assert_eq!((consumer.blocks_held(), consumer.wedged()), (0, 0));
+}
+
+#[test]
+fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let mut config = Config::default();
+    config.pull.faults = Some("silent@4M,wedge,lanes=1".parse().unwrap());
+    let consumer = consumer(&spec, config);
+    let offer = producer.offer_all();
+    let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_millis(500))).unwrap();
+    let until = std::time::Instant::now() + SOON;
+    while consumer.wedged() == 0 {
+        assert!(std::time::Instant::now() < until, "never said to be wedged");
+        std::thread::yield_now();
+    }
+    assert!(consumer.poll().is_none(), "a wedged pull does not end");
+    assert_eq!(consumer.blocks_held(), spec.blocks as usize);
+    assert!(consumer.progress(pull).is_some());
+    let other = producer.offer_all();
+    assert!(matches!(consumer.pull(pull_all(&other, LaneKind::Tcp, SOON)), Err(PullError::BlockBusy { .. })));
+    // The producer is not held up by it: its blocks came back at the decision.
+    assert_eq!(producer.freed(offer.id).0, "Released");
+}

@@ -1,0 +1,112 @@
+//! Every pull decides by its deadline, whatever the network does.
+
+use std::time::{Duration, Instant};
+
+use kvferry::{config::Config, error::Cause, lane::LaneKind};
+use rustix::process::Signal;
+
+use crate::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded};
+
+/// A loaded machine may look at the clock late; no promise is about less than this.
+const SLACK: Duration = Duration::from_millis(250);
+
+fn throttled(rate: &str) -> Config {
+    let mut config = Config::default();
+    config.pull.faults = Some(rate.parse().expect("faults"));
+    config
+}
+
+#[test]
+fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {
+    for lane in [LaneKind::Tcp, LaneKind::Local] {
+        let spec = Spec { blocks: 512, ..Spec::default() };
+        let mut producer = Producer::start(&spec);
+        // 32 MiB at 64 MiB a second: time enough to be killed in.
+        let consumer = consumer(&spec, throttled("throttle=64M"));
+        let offer = producer.offer_all();
+        let started = Instant::now();
+        let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
+        wait_until_loaded(&consumer, pull, 0.5);
+        producer.signal(Signal::KILL);
+        let killed = started.elapsed();
+        let end = ended(&consumer);
+        let decided = end.outcome.times.decided.unwrap();
+        assert!(
+            decided <= killed + Duration::from_millis(100) + SLACK,
+            "{lane}: killed at {killed:?}, decided at {decided:?}"
+        );
+        let g = &end.outcome.groups[0];
+        assert_eq!(g.loaded.ranges().len(), 1, "{lane}: a prefix");
+        assert!(g.loaded.contains(0));
+        assert!(g.loaded.len() >= 230, "{lane}: {:?}", g.loaded);
+        assert_eq!(g.loaded.len() + g.invalid.len(), 512);
+        assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), g.loaded.len());
+        let cause = end.outcome.cause();
+        assert!(matches!(cause, Some(Cause::PeerDown | Cause::Unreachable | Cause::LaneFailed)), "{lane}: {cause:?}");
+    }
+}
+
+#[test]
+fn a_stopped_producer_is_decided_by_the_deadline() {
+    let spec = Spec { blocks: 512, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, throttled("throttle=64M"));
+    let offer = producer.offer_all();
+    let deadline = Duration::from_secs(2);
+    let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline)).unwrap();
+    wait_until_loaded(&consumer, pull, 0.3);
+    producer.signal(Signal::STOP);
+    let end = ended(&consumer);
+    producer.signal(Signal::CONT);
+    assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK, "{:?}", end.outcome.times);
+    assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
+    assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "what arrived is kept: {:?}", end.outcome);
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+}
+
+#[test]
+fn a_producer_that_is_stopped_before_the_handshake_is_decided_by_the_deadline() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, Config::default());
+    let offer = producer.offer_all();
+    producer.signal(Signal::STOP);
+    let deadline = Duration::from_millis(700);
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline)).unwrap();
+    let end = ended(&consumer);
+    producer.signal(Signal::CONT);
+    assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK);
+    assert_eq!((end.outcome.loaded(), end.outcome.cause()), (0, Some(Cause::Deadline)));
+}
+
+#[test]
+fn a_deadline_shorter_than_the_transfer_keeps_what_made_it() {
+    for lane in [LaneKind::Tcp, LaneKind::Local] {
+        let spec = Spec { blocks: 512, ..Spec::default() };
+        let mut producer = Producer::start(&spec);
+        let consumer = consumer(&spec, throttled("throttle=32M"));
+        let offer = producer.offer_all();
+        // A second for 32 MiB at 32 MiB a second: most of it makes it, and not all.
+        let deadline = Duration::from_millis(600);
+        consumer.pull(pull_all(&offer, lane, deadline)).unwrap();
+        let end = ended(&consumer);
+        assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK, "{lane}: {:?}", end.outcome.times);
+        assert!(end.outcome.loaded() > 0 && end.outcome.invalid() > 0, "{lane}: {:?}", end.outcome);
+        assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
+        assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+    }
+}
+
+#[test]
+fn a_lane_that_never_reports_is_decided_by_the_deadline() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, throttled("silent@4M"));
+    let offer = producer.offer_all();
+    let deadline = Duration::from_millis(800);
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline)).unwrap();
+    let end = ended(&consumer);
+    assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK);
+    assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+}

@@ -3,6 +3,7 @@
 
 pub mod block;
 pub mod config;
+pub mod control;
 pub mod driver;
 pub mod error;
 pub mod group;

@@ -1,0 +1,251 @@
+//! The connections of a server: how many there may be, how long one may be silent before its first call, and how one is
+//! cut off. What a stranger sends to the port costs a bounded number of connections for a bounded time (promise 7).
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Waker, ready},
+    time::{Duration, Instant},
+};
+
+use futures_core::Stream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    time::Sleep,
+};
+use tonic::transport::server::Connected;
+
+/// Wait after an accept that failed for want of something (descriptors, memory): trying again at once would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Locks, also when a thread panicked with the lock: what is kept under it is whole between any two statements.
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All connections of one server.
+pub(crate) struct Guard {
+    limit: usize,
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    next: u64,
+    conns: HashMap<u64, Arc<ConnState>>,
+    /// Connections turned away since the last one that was not.
+    turned_away: u64,
+}
+
+impl Guard {
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit: limit.max(1), held: Mutex::default() })
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        lock(&self.held).conns.len()
+    }
+
+    /// Takes a connection in; `None`: there are too many.
+    fn admit(self: &Arc<Self>, io: TcpStream, from: SocketAddr) -> Option<Conn> {
+        let mut held = lock(&self.held);
+        if held.conns.len() >= self.limit {
+            held.turned_away += 1;
+            if held.turned_away == 1 {
+                tracing::warn!(%from, limit = self.limit, "too many connections: turned away; raise limits.sessions if all of them are wanted");
+            }
+            return None;
+        }
+        held.turned_away = 0;
+        let number = held.next;
+        held.next += 1;
+        let state = Arc::new(ConnState {
+            from,
+            accepted: Instant::now(),
+            asked: AtomicBool::new(false),
+            dead: AtomicBool::new(false),
+            reader: Mutex::new(None),
+        });
+        held.conns.insert(number, state.clone());
+        Some(Conn { io, number, state, guard: self.clone() })
+    }
+
+    /// Cuts off connections that made no call for `limit` since they were accepted.
+    pub(crate) fn sweep(&self, now: Instant, limit: Duration) {
+        for c in self.all() {
+            if !c.asked.load(Ordering::Relaxed) && now.saturating_duration_since(c.accepted) >= limit {
+                tracing::debug!(from = %c.from, "no call on this connection in time: closed");
+                c.kill();
+            }
+        }
+    }
+
+    pub(crate) fn kill_all(&self) {
+        self.all().iter().for_each(|c| c.kill());
+    }
+
+    /// Wakers run outside the lock.
+    fn all(&self) -> Vec<Arc<ConnState>> {
+        lock(&self.held).conns.values().cloned().collect()
+    }
+}
+
+/// What is known of one connection. Found in the extensions of its requests.
+pub(crate) struct ConnState {
+    from: SocketAddr,
+    accepted: Instant,
+    asked: AtomicBool,
+    dead: AtomicBool,
+    reader: Mutex<Option<Waker>>,
+}
+
+impl ConnState {
+    /// It made a call: somebody is there who speaks the protocol.
+    pub(crate) fn asked(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn from(&self) -> SocketAddr {
+        self.from
+    }
+
+    /// Cuts it off, with everything on it.
+    pub(crate) fn kill(&self) {
+        self.dead.store(true, Ordering::Release);
+        let waker = lock(&self.reader).take();
+        if let Some(w) = waker {
+            w.wake();
+        }
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.dead.load(Ordering::Acquire) {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "closed by this side"));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct ConnInfo(pub(crate) Arc<ConnState>);
+
+/// An accepted connection.
+pub(crate) struct Conn {
+    io: TcpStream,
+    number: u64,
+    state: Arc<ConnState>,
+    guard: Arc<Guard>,
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        lock(&self.guard.held).conns.remove(&self.number);
+    }
+}
+
+impl Connected for Conn {
+    type ConnectInfo = ConnInfo;
+    fn connect_info(&self) -> ConnInfo {
+        ConnInfo(self.state.clone())
+    }
+}
+
+impl AsyncRead for Conn {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.state.check()?;
+        let read = Pin::new(&mut self.io).poll_read(cx, buf);
+        if read.is_pending() {
+            let mut reader = lock(&self.state.reader);
+            match &mut *reader {
+                Some(w) => w.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            drop(reader);
+            // `kill` may have come before the waker.
+            self.state.check()?;
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Conn {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.state.check()?;
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.state.check()?;
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// Accepts connections for a server. Never ends by itself, and never spins on an accept that fails.
+pub(crate) struct Incoming {
+    pub(crate) listener: TcpListener,
+    pub(crate) guard: Arc<Guard>,
+    pub(crate) pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl Stream for Incoming {
+    type Item = io::Result<Conn>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            if let Some(pause) = &mut self.pause {
+                ready!(pause.as_mut().poll(cx));
+                self.pause = None;
+            }
+            match ready!(self.listener.poll_accept(cx)) {
+                Ok((io, from)) => {
+                    // Small frames must not wait for each other.
+                    let _ = io.set_nodelay(true);
+                    if let Some(conn) = self.guard.admit(io, from) {
+                        return Poll::Ready(Some(Ok(conn)));
+                    }
+                }
+                Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection: trying again; is the limit of open files too low?");
+                    self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl ConnState {
+    pub(crate) fn for_test() -> Arc<Self> {
+        Arc::new(Self {
+            from: SocketAddr::from(([127, 0, 0, 1], 1)),
+            accepted: Instant::now(),
+            asked: AtomicBool::new(false),
+            dead: AtomicBool::new(false),
+            reader: Mutex::new(None),
+        })
+    }
+}

@@ -1,0 +1,231 @@
+//! Frames on their way to one session. Bounded: a consumer that does not read its stream loses its session, and what waited
+//! for it is dropped, so that memory never grows with a peer's slowness (promises 6 and 7).
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Waker},
+    time::{Duration, Instant},
+};
+
+use tonic::Status;
+
+use super::{
+    guard::{ConnState, lock},
+    server::Refusal,
+};
+use crate::protocol::frame::ServerFrame;
+
+/// Most frames that wait for a session. Answers wait for their question's sender by themselves; only what nobody asked
+/// for (claims that run out, offers that are revoked) can pile up, and 16,384 of it is under a megabyte.
+pub const MAX_WAITING: usize = 1 << 14;
+
+/// Sends frames to one session, in order. Cheap to clone; does not keep the session open.
+#[derive(Clone)]
+pub struct Outbox(Arc<Mailbox>);
+
+impl Outbox {
+    pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
+        Self(mailbox)
+    }
+
+    /// Queues a frame; never blocks. `false`: the session is over, or has just been ended because too much waits.
+    pub fn send(&self, frame: ServerFrame) -> bool {
+        self.0.send(frame)
+    }
+
+    /// Ends the session, once what waits is sent.
+    pub fn end(&self, why: &Refusal) {
+        self.0.end(why.status());
+    }
+
+    /// Whether the session is over.
+    pub fn is_over(&self) -> bool {
+        let q = lock(&self.0.queue);
+        q.closed || q.end.is_some() || q.ended.is_some()
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    frames: VecDeque<ServerFrame>,
+    /// What the stream ends with, after the frames.
+    end: Option<Status>,
+    /// When it was told to end.
+    ended: Option<Instant>,
+    /// The stream is gone.
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+/// What is shared by a session's stream, its outboxes, and the server's sweep.
+pub(crate) struct Mailbox {
+    queue: Mutex<Queue>,
+    conn: Arc<ConnState>,
+    started: Instant,
+    /// When the consumer was heard last, in milliseconds after `started`.
+    heard: AtomicU64,
+    opened: AtomicBool,
+}
+
+/// What comes next for the stream.
+pub(crate) enum Next {
+    Frame(ServerFrame),
+    End(Status),
+    Nothing,
+}
+
+impl Mailbox {
+    pub(crate) fn new(conn: Arc<ConnState>) -> Arc<Self> {
+        Arc::new(Self {
+            queue: Mutex::default(),
+            conn,
+            started: Instant::now(),
+            heard: AtomicU64::new(0),
+            opened: AtomicBool::new(false),
+        })
+    }
+
+    fn send(&self, frame: ServerFrame) -> bool {
+        let mut q = lock(&self.queue);
+        if q.closed || q.ended.is_some() {
+            return false;
+        }
+        let fits = q.frames.len() < MAX_WAITING;
+        if fits {
+            q.frames.push_back(frame);
+        } else {
+            q.frames = VecDeque::new();
+            q.ended = Some(Instant::now());
+            q.end = Some(Status::resource_exhausted(format!(
+                "this session's stream is not being read: {MAX_WAITING} frames wait"
+            )));
+            tracing::warn!(from = %self.conn.from(), "a consumer does not read its session: closed");
+        }
+        let waker = q.waker.take();
+        drop(q);
+        if let Some(w) = waker {
+            w.wake();
+        }
+        fits
+    }
+
+    /// Puts a frame before all others.
+    pub(crate) fn send_first(&self, frame: ServerFrame) {
+        lock(&self.queue).frames.push_front(frame);
+    }
+
+    /// Ends the stream once what waits is sent. The first end counts.
+    pub(crate) fn end(&self, status: Status) {
+        let mut q = lock(&self.queue);
+        if q.closed || q.ended.is_some() {
+            return;
+        }
+        q.ended = Some(Instant::now());
+        q.end = Some(status);
+        let waker = q.waker.take();
+        drop(q);
+        if let Some(w) = waker {
+            w.wake();
+        }
+    }
+
+    /// The stream is gone.
+    pub(crate) fn close(&self) {
+        let mut q = lock(&self.queue);
+        q.closed = true;
+        q.frames = VecDeque::new();
+        q.waker = None;
+    }
+
+    pub(crate) fn next(&self) -> Next {
+        let mut q = lock(&self.queue);
+        if let Some(frame) = q.frames.pop_front() {
+            // A burst's memory is given back: sessions are idle most of their life.
+            if q.frames.is_empty() && q.frames.capacity() > 64 {
+                q.frames = VecDeque::new();
+            }
+            return Next::Frame(frame);
+        }
+        q.end.take().map_or(Next::Nothing, Next::End)
+    }
+
+    /// Has the stream woken when something comes. `false`: something is there already.
+    pub(crate) fn park(&self, cx: &Context<'_>) -> bool {
+        let mut q = lock(&self.queue);
+        if !q.frames.is_empty() || q.end.is_some() {
+            return false;
+        }
+        q.waker = Some(cx.waker().clone());
+        true
+    }
+
+    pub(crate) fn heard(&self) {
+        self.heard.store(self.age(Instant::now()), Ordering::Relaxed);
+    }
+
+    pub(crate) fn opened(&self) {
+        self.opened.store(true, Ordering::Relaxed);
+    }
+
+    fn age(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Ends a session that is silent or was never opened; cuts off one that was told to end and is still there.
+    pub(crate) fn sweep(&self, now: Instant, open_within: Duration, silence: Duration, linger: Duration) {
+        let ended = lock(&self.queue).ended;
+        if let Some(ended) = ended {
+            if now.saturating_duration_since(ended) >= linger {
+                self.conn.kill();
+            }
+            return;
+        }
+        let silent = Duration::from_millis(self.age(now).saturating_sub(self.heard.load(Ordering::Relaxed)));
+        if !self.opened.load(Ordering::Relaxed) {
+            if silent >= open_within {
+                self.end(Status::deadline_exceeded("a session begins with Open, and none came in time"));
+            }
+        } else if silent >= silence {
+            tracing::info!(from = %self.conn.from(), ?silent, "a consumer fell silent: session closed");
+            self.end(Status::deadline_exceeded(format!("this session was silent for {silent:?}")));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::frame::ServerBody;
+
+    fn pong(n: u64) -> ServerFrame {
+        ServerFrame { ack: 0, body: Some(ServerBody::Pong(n)) }
+    }
+
+    #[test]
+    fn a_session_that_is_not_read_is_ended_and_its_frames_are_dropped() {
+        let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
+        assert!((0..MAX_WAITING as u64).all(|n| outbox.send(pong(n))));
+        assert!(!outbox.is_over());
+        assert!(!outbox.send(pong(0)));
+        assert!(outbox.is_over());
+        assert!(!outbox.send(pong(0)), "and it stays so");
+        let Next::End(status) = outbox.0.next() else { panic!("frames were kept") };
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn what_waits_is_sent_before_the_end() {
+        let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
+        outbox.send(pong(7));
+        outbox.end(&Refusal::Stopping);
+        outbox.end(&Refusal::Unsupported { what: "a second end".into() });
+        assert!(!outbox.send(pong(8)));
+        assert!(matches!(outbox.0.next(), Next::Frame(f) if f == pong(7)));
+        assert!(matches!(outbox.0.next(), Next::End(s) if s.code() == tonic::Code::Unavailable));
+        assert!(matches!(outbox.0.next(), Next::Nothing));
+    }
+}

@@ -1,0 +1,291 @@
+//! The calls of Ferry and Bench, and a session's stream. Frames are read and answered in one place, the task that writes
+//! the answer, so that a claim's round trip has no hand-over between tasks on this side; and nothing is read from a
+//! consumer that does not read.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use futures_core::Stream;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::{
+    guard::{ConnInfo, ConnState, Guard, lock},
+    outbox::{Mailbox, Next, Outbox},
+    proto::{self, bench_server::Bench, ferry_server::Ferry},
+    server::{BenchDesk, Desk, Refusal, SessionId},
+    wire::{BadMessage, LaneWanted, ReleaseWanted},
+};
+use crate::{
+    config::Config,
+    protocol::{
+        frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
+        hello::Hello,
+    },
+};
+
+/// Frames of one session that are dealt with before others have their turn.
+const BUDGET: usize = 64;
+
+/// What all calls of a server share.
+pub(crate) struct Hub {
+    desk: Arc<dyn Desk>,
+    guard: Arc<Guard>,
+    sessions: Mutex<Sessions>,
+    /// Most session streams, opened or not.
+    limit: usize,
+    frame_bytes: usize,
+    open_within: Duration,
+    silence: Duration,
+    linger: Duration,
+    stopping: AtomicBool,
+}
+
+#[derive(Default)]
+struct Sessions {
+    next: u64,
+    on: HashMap<u64, Arc<Mailbox>>,
+}
+
+impl Hub {
+    pub(crate) fn new(desk: Arc<dyn Desk>, guard: Arc<Guard>, config: &Config) -> Arc<Self> {
+        let open_within = config.session.hello_timeout;
+        Arc::new(Self {
+            desk,
+            guard,
+            sessions: Mutex::default(),
+            limit: config.limits.sessions.saturating_mul(2).max(1),
+            frame_bytes: config.limits.frame_bytes,
+            open_within,
+            silence: config.session.silence,
+            linger: open_within.min(Duration::from_secs(1)),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn guard(&self) -> &Guard {
+        &self.guard
+    }
+
+    pub(crate) fn sessions(&self) -> usize {
+        lock(&self.sessions).on.len()
+    }
+
+    /// How often [`Hub::sweep`] is due: often enough for the shortest time-out, and never so often that it is felt.
+    pub(crate) fn sweep_every(&self) -> Duration {
+        (self.silence.min(self.open_within) / 4).clamp(Duration::from_millis(10), Duration::from_secs(1))
+    }
+
+    /// Ends what is silent, half open or not read.
+    pub(crate) fn sweep(&self, now: Instant) {
+        self.guard.sweep(now, self.open_within);
+        for m in self.mailboxes() {
+            m.sweep(now, self.open_within, self.silence, self.linger);
+        }
+    }
+
+    /// Ends all sessions; none begins any more.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        for m in self.mailboxes() {
+            m.end(Refusal::Stopping.status());
+        }
+    }
+
+    fn mailboxes(&self) -> Vec<Arc<Mailbox>> {
+        lock(&self.sessions).on.values().cloned().collect()
+    }
+
+    fn enter(
+        self: &Arc<Self>,
+        inbound: Streaming<proto::ClientFrame>,
+        conn: Arc<ConnState>,
+    ) -> Result<Session, Status> {
+        let mut sessions = lock(&self.sessions);
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(Refusal::Stopping.status());
+        }
+        if sessions.on.len() >= self.limit {
+            return Err(Refusal::Limit { what: "sessions", limit: self.limit }.status());
+        }
+        let number = sessions.next;
+        sessions.next += 1;
+        let mailbox = Mailbox::new(conn);
+        sessions.on.insert(number, mailbox.clone());
+        Ok(Session { inbound: Some(inbound), mailbox, number, opened: None, hub: self.clone() })
+    }
+}
+
+fn invalid(e: BadMessage) -> Status {
+    Status::invalid_argument(e.to_string())
+}
+
+pub(crate) struct FerryService(pub(crate) Arc<Hub>);
+
+#[tonic::async_trait]
+impl Ferry for FerryService {
+    async fn hello(&self, request: Request<proto::HelloRequest>) -> Result<Response<proto::HelloReply>, Status> {
+        let hello = Hello::try_from(request.into_inner()).map_err(invalid)?;
+        let result = match self.0.desk.hello(&hello) {
+            Ok(welcome) => proto::hello_reply::Result::Welcome((&welcome).into()),
+            Err(mismatch) => {
+                tracing::warn!(peer = %hello.peer.engine, incarnation = %hello.peer.incarnation, %mismatch, "refused a consumer");
+                proto::hello_reply::Result::Mismatch(mismatch.into())
+            }
+        };
+        Ok(Response::new(proto::HelloReply { result: Some(result) }))
+    }
+
+    async fn connect_lane(&self, request: Request<proto::LaneRequest>) -> Result<Response<proto::LaneReply>, Status> {
+        let wanted = LaneWanted::try_from(request.into_inner()).map_err(invalid)?;
+        let Some(kind) = wanted.kind else {
+            return Err(Refusal::Unsupported { what: "a lane of this kind".into() }.status());
+        };
+        let ticket = self.0.desk.connect_lane(&wanted.from, wanted.expect, kind).map_err(|r| r.status())?;
+        Ok(Response::new(ticket.into()))
+    }
+
+    type SessionStream = Session;
+
+    async fn session(&self, request: Request<Streaming<proto::ClientFrame>>) -> Result<Response<Session>, Status> {
+        let Some(ConnInfo(conn)) = request.extensions().get().cloned() else {
+            return Err(Status::internal("this connection is not known"));
+        };
+        Ok(Response::new(self.0.enter(request.into_inner(), conn)?))
+    }
+
+    async fn release(&self, request: Request<proto::ReleaseRequest>) -> Result<Response<proto::ReleaseReply>, Status> {
+        let r = ReleaseWanted::try_from(request.into_inner()).map_err(invalid)?;
+        let freed = self.0.desk.release(r.from, r.offer, r.expect).map_err(|r| r.status())?;
+        Ok(Response::new(proto::ReleaseReply { freed }))
+    }
+}
+
+pub(crate) struct BenchService(pub(crate) Arc<dyn BenchDesk>);
+
+#[tonic::async_trait]
+impl Bench for BenchService {
+    async fn make_offer(
+        &self,
+        request: Request<proto::MakeOfferRequest>,
+    ) -> Result<Response<proto::MakeOfferReply>, Status> {
+        let r = request.into_inner();
+        let (offer, pattern) =
+            self.0.make_offer(r.blocks, r.scattered, r.block_bytes).map_err(Status::failed_precondition)?;
+        Ok(Response::new(proto::MakeOfferReply { offer: Some((&offer).into()), pattern }))
+    }
+}
+
+/// The stream of one session: polled for what goes to the consumer, it deals with what comes from it.
+pub(crate) struct Session {
+    inbound: Option<Streaming<proto::ClientFrame>>,
+    mailbox: Arc<Mailbox>,
+    number: u64,
+    opened: Option<(SessionId, PeerId)>,
+    hub: Arc<Hub>,
+}
+
+impl Session {
+    fn frame(&mut self, frame: proto::ClientFrame) -> Result<(), Status> {
+        let frame = ClientFrame::try_from(frame).map_err(invalid)?;
+        match (&self.opened, frame.body) {
+            (None, ClientBody::Open { from, expect }) => {
+                let outbox = Outbox::new(self.mailbox.clone());
+                let id = self.hub.desk.open(&from, expect, outbox).map_err(|r| r.status())?;
+                self.mailbox.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
+                self.mailbox.opened();
+                tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session opened");
+                self.opened = Some((id, from));
+                Ok(())
+            }
+            (None, _) => Err(Status::invalid_argument("frame: a session begins with Open")),
+            (Some(_), ClientBody::Open { .. }) => Err(Status::invalid_argument("frame: Open comes once")),
+            (Some((id, from)), body) => {
+                self.hub.desk.frame(*id, from, ClientFrame { seq: frame.seq, body });
+                Ok(())
+            }
+        }
+    }
+
+    /// What a stream that broke, or carried what is no frame, is answered.
+    fn unreadable(&self, status: Status) -> Status {
+        match status.code() {
+            Code::OutOfRange => Status::resource_exhausted(format!(
+                "a frame of over {} bytes (limits.frame_bytes): {}",
+                self.hub.frame_bytes,
+                status.message()
+            )),
+            Code::Internal => Status::invalid_argument(format!("frame: {}", status.message())),
+            _ => status,
+        }
+    }
+
+    /// The session is over; said once.
+    fn close(&mut self) {
+        self.inbound = None;
+        self.mailbox.close();
+        lock(&self.hub.sessions).on.remove(&self.number);
+        if let Some((id, from)) = self.opened.take() {
+            tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
+            self.hub.desk.closed(id, &from);
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Stream for Session {
+    type Item = Result<proto::ServerFrame, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        for _ in 0..BUDGET {
+            match this.mailbox.next() {
+                Next::Frame(frame) => return Poll::Ready(Some(Ok(frame.into()))),
+                Next::End(status) => {
+                    this.close();
+                    return Poll::Ready(Some(Err(status)));
+                }
+                Next::Nothing => {}
+            }
+            let Some(inbound) = &mut this.inbound else { return Poll::Ready(None) };
+            match Pin::new(inbound).poll_next(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    this.mailbox.heard();
+                    if let Err(status) = this.frame(frame) {
+                        if let Some((_, from)) = &this.opened {
+                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "a consumer's frame was refused: session closed");
+                        }
+                        this.mailbox.end(status);
+                    }
+                }
+                Poll::Ready(Some(Err(status))) => {
+                    let status = this.unreadable(status);
+                    this.mailbox.end(status);
+                }
+                Poll::Ready(None) => {
+                    this.close();
+                    return Poll::Ready(None);
+                }
+                Poll::Pending => {
+                    if this.mailbox.park(cx) {
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}

@@ -1,0 +1,660 @@
+//! Protobuf to the protocol's words and back. Every bound on a peer's message is checked here, on the way in, and the error
+//! names the field; past this file nothing needs to be doubted any more. Pure: no I/O, no panic on any input.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    proto::{self, client_frame::Frame as C, server_frame::Frame as S},
+    ticket::LaneTicket,
+};
+use crate::{
+    block::{BlockId, EngineId, GroupId, Incarnation, Nonce, OfferId, Rank},
+    group::{Group, GroupKind, PoolLayout, Region},
+    lane::LaneKind,
+    model::{Mismatch, Model},
+    offer::{Offer, OfferGroup, OfferRank},
+    protocol::{
+        frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
+        hello::{Hello, Welcome},
+    },
+    shard::Shard,
+};
+
+/// Most claims in one `Renew`; a session with more sends several.
+pub const MAX_RENEW: usize = 4096;
+/// Most readers of an offer in one engine.
+pub const MAX_READERS: u32 = 1 << 16;
+/// Longest host identity, in bytes.
+pub const MAX_HOST: usize = 256;
+/// Most lane kinds in a `Welcome`.
+pub const MAX_LANES: usize = 32;
+/// Longest text of a mismatch that is kept, in bytes; longer ones are cut.
+const MAX_SAID: usize = 1024;
+/// Longest time that is believed; longer ones are cut. Keeps sums of times far from overflow.
+const MAX_TIME: Duration = Duration::from_secs(86_400);
+
+/// A message that breaks a bound of the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {what}")]
+pub struct BadMessage {
+    /// The field, with the ones around it: `welcome.pool.groups`.
+    pub field: String,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+type Checked<T> = Result<T, BadMessage>;
+
+fn bad<T>(field: &str, what: impl Into<String>) -> Checked<T> {
+    Err(BadMessage { field: field.into(), what: what.into() })
+}
+
+/// Puts the outer field's name before the inner one's.
+fn within<T>(outer: &str, inner: Checked<T>) -> Checked<T> {
+    inner.map_err(|e| BadMessage { field: format!("{outer}.{}", e.field), what: e.what })
+}
+
+fn present<T>(field: &str, value: Option<T>) -> Checked<T> {
+    value.map_or_else(|| bad(field, "is missing"), Ok)
+}
+
+fn text(field: &str, value: String, max: usize) -> Checked<String> {
+    if value.len() > max {
+        return bad(field, format!("{} bytes, over the limit of {max}", value.len()));
+    }
+    if value.chars().any(char::is_control) {
+        return bad(field, "has control characters");
+    }
+    Ok(value)
+}
+
+/// Text that is only shown: cut rather than refused.
+fn said(mut value: String) -> String {
+    if value.len() > MAX_SAID {
+        let end = (0..=MAX_SAID).rev().find(|&i| value.is_char_boundary(i)).unwrap_or(0);
+        value.truncate(end);
+    }
+    value
+}
+
+fn incarnation(field: &str, raw: u64) -> Checked<Incarnation> {
+    Incarnation::from_wire(raw).map_or_else(|| bad(field, "is zero"), Ok)
+}
+
+fn claim_id(field: &str, raw: u64) -> Checked<ClaimId> {
+    if raw == 0 { bad(field, "is zero") } else { Ok(ClaimId(raw)) }
+}
+
+fn offer_id(field: &str, raw: Option<proto::OfferId>) -> Checked<OfferId> {
+    let proto::OfferId { high, low } = present(field, raw)?;
+    if low == 0 { bad(field, "its lower half is zero") } else { Ok(OfferId { high, low }) }
+}
+
+fn narrow<T: TryFrom<u32>>(field: &str, raw: u32) -> Checked<T> {
+    T::try_from(raw).or_else(|_| bad(field, format!("{raw} is too large")))
+}
+
+fn reader(index: u32, of: u32) -> Checked<Reader> {
+    if of == 0 || of > MAX_READERS {
+        return bad("readers", format!("{of}, where 1 to {MAX_READERS} are possible"));
+    }
+    if index >= of {
+        return bad("reader", format!("{index}, which is not below readers, {of}"));
+    }
+    Ok(Reader { index, of })
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn time(ms: u64) -> Duration {
+    Duration::from_millis(ms).min(MAX_TIME)
+}
+
+impl From<OfferId> for proto::OfferId {
+    fn from(o: OfferId) -> Self {
+        Self { high: o.high, low: o.low }
+    }
+}
+
+impl From<&PeerId> for proto::Peer {
+    fn from(p: &PeerId) -> Self {
+        Self { engine: p.engine.to_string(), rank: p.rank.0, incarnation: p.incarnation.get() }
+    }
+}
+
+impl TryFrom<proto::Peer> for PeerId {
+    type Error = BadMessage;
+    fn try_from(p: proto::Peer) -> Checked<Self> {
+        let engine: EngineId = p.engine.parse().or_else(|e| bad("engine", format!("{e}")))?;
+        Ok(Self { engine, rank: Rank(p.rank), incarnation: incarnation("incarnation", p.incarnation)? })
+    }
+}
+
+/// A peer that must be there.
+fn peer(field: &str, p: Option<proto::Peer>) -> Checked<PeerId> {
+    within(field, present(field, p)?.try_into())
+}
+
+impl From<&Model> for proto::Model {
+    fn from(m: &Model) -> Self {
+        Self {
+            name: m.name.clone(),
+            dtype: m.dtype.clone(),
+            scales: m.scales.clone(),
+            attention: m.attention.clone(),
+            block_tokens: m.block_tokens,
+        }
+    }
+}
+
+impl TryFrom<proto::Model> for Model {
+    type Error = BadMessage;
+    fn try_from(m: proto::Model) -> Checked<Self> {
+        if m.block_tokens == 0 {
+            return bad("block_tokens", "is zero");
+        }
+        Ok(Self {
+            name: text("name", m.name, Self::MAX_TEXT)?,
+            dtype: text("dtype", m.dtype, Self::MAX_TEXT)?,
+            scales: text("scales", m.scales, Self::MAX_TEXT)?,
+            attention: text("attention", m.attention, Self::MAX_TEXT)?,
+            block_tokens: m.block_tokens,
+        })
+    }
+}
+
+impl From<&Shard> for proto::Shard {
+    fn from(s: &Shard) -> Self {
+        let Shard { tp_rank, tp_size, pp_rank, pp_size, first_head, heads, first_layer, layers } = *s;
+        Self { tp_rank, tp_size, pp_rank, pp_size, first_head, heads, first_layer, layers }
+    }
+}
+
+impl TryFrom<proto::Shard> for Shard {
+    type Error = BadMessage;
+    fn try_from(s: proto::Shard) -> Checked<Self> {
+        let proto::Shard { tp_rank, tp_size, pp_rank, pp_size, first_head, heads, first_layer, layers } = s;
+        let shard = Self { tp_rank, tp_size, pp_rank, pp_size, first_head, heads, first_layer, layers };
+        shard.check().or_else(|what| bad("shard", what))?;
+        Ok(shard)
+    }
+}
+
+impl From<&PoolLayout> for proto::Pool {
+    fn from(p: &PoolLayout) -> Self {
+        let region = |r: &Region| proto::Region {
+            name: r.name.as_ref().into(),
+            segment: r.segment.into(),
+            offset: r.offset,
+            block_bytes: r.block_bytes,
+            stride: r.stride,
+        };
+        let group = |g: &Group| proto::Group {
+            id: g.id.0.into(),
+            kind: match g.kind {
+                GroupKind::Full => proto::GroupKind::Full,
+                GroupKind::SlidingWindow => proto::GroupKind::SlidingWindow,
+                GroupKind::State => proto::GroupKind::State,
+            }
+            .into(),
+            block_tokens: g.block_tokens,
+            blocks: g.blocks,
+            regions: g.regions.iter().map(region).collect(),
+        };
+        Self { segments: p.segments.clone(), groups: p.groups.iter().map(group).collect() }
+    }
+}
+
+impl TryFrom<proto::Pool> for PoolLayout {
+    type Error = BadMessage;
+    fn try_from(p: proto::Pool) -> Checked<Self> {
+        let mut groups = Vec::with_capacity(p.groups.len().min(Self::MAX_GROUPS));
+        for g in p.groups {
+            groups.push(within("groups", group(g))?);
+        }
+        let layout = Self { segments: p.segments, groups };
+        layout.check().or_else(|e| bad("pool", e.to_string()))?;
+        Ok(layout)
+    }
+}
+
+fn group(g: proto::Group) -> Checked<Group> {
+    let kind = match g.kind() {
+        proto::GroupKind::Full => GroupKind::Full,
+        proto::GroupKind::SlidingWindow => GroupKind::SlidingWindow,
+        proto::GroupKind::State => GroupKind::State,
+        // What an unknown kind may leave out is unknown too.
+        proto::GroupKind::Unspecified => return bad("kind", format!("{} is not known here", g.kind)),
+    };
+    let mut regions = Vec::with_capacity(g.regions.len().min(PoolLayout::MAX_REGIONS));
+    for r in g.regions {
+        regions.push(Region {
+            name: r.name.into(),
+            segment: narrow("regions.segment", r.segment)?,
+            offset: r.offset,
+            block_bytes: r.block_bytes,
+            stride: r.stride,
+        });
+    }
+    let id = GroupId(narrow("id", g.id)?);
+    Ok(Group { id, kind, block_tokens: g.block_tokens, blocks: g.blocks, regions })
+}
+
+impl From<LaneKind> for proto::LaneKind {
+    fn from(k: LaneKind) -> Self {
+        match k {
+            LaneKind::Tcp => Self::Tcp,
+            LaneKind::Local => Self::Local,
+            LaneKind::Verbs => Self::Verbs,
+            LaneKind::CudaIpc => Self::CudaIpc,
+        }
+    }
+}
+
+/// A lane kind from the wire; `None`: none that this build knows.
+pub fn lane_kind(raw: i32) -> Option<LaneKind> {
+    match proto::LaneKind::try_from(raw).ok()? {
+        proto::LaneKind::Unspecified => None,
+        proto::LaneKind::Tcp => Some(LaneKind::Tcp),
+        proto::LaneKind::Local => Some(LaneKind::Local),
+        proto::LaneKind::Verbs => Some(LaneKind::Verbs),
+        proto::LaneKind::CudaIpc => Some(LaneKind::CudaIpc),
+    }
+}
+
+impl From<&Hello> for proto::HelloRequest {
+    fn from(h: &Hello) -> Self {
+        Self {
+            min_version: h.versions.0,
+            max_version: h.versions.1,
+            features: h.features,
+            peer: Some((&h.peer).into()),
+            model: Some((&h.model).into()),
+            shard: Some((&h.shard).into()),
+            host: h.host.clone(),
+        }
+    }
+}
+
+impl TryFrom<proto::HelloRequest> for Hello {
+    type Error = BadMessage;
+    fn try_from(h: proto::HelloRequest) -> Checked<Self> {
+        Ok(Self {
+            // An empty range is a mismatch, which the answer names; it is not malformed.
+            versions: (h.min_version, h.max_version),
+            features: h.features,
+            peer: peer("peer", h.peer)?,
+            model: within("model", present("model", h.model)?.try_into())?,
+            shard: present("shard", h.shard)?.try_into()?,
+            host: text("host", h.host, MAX_HOST)?,
+        })
+    }
+}
+
+impl From<&Welcome> for proto::Welcome {
+    fn from(w: &Welcome) -> Self {
+        Self {
+            version: w.version,
+            features: w.features,
+            peer: Some((&w.peer).into()),
+            engine_incarnation: w.engine_incarnation.get(),
+            model: Some((&w.model).into()),
+            shard: Some((&w.shard).into()),
+            pool: Some(w.pool.as_ref().into()),
+            fence_slots: w.fence_slots,
+            lanes: w.lanes.iter().map(|k| proto::LaneKind::from(*k).into()).collect(),
+            host: w.host.clone(),
+            silence_ms: millis(w.silence),
+        }
+    }
+}
+
+impl TryFrom<proto::Welcome> for Welcome {
+    type Error = BadMessage;
+    fn try_from(w: proto::Welcome) -> Checked<Self> {
+        if w.version == 0 {
+            return bad("version", "is zero");
+        }
+        if w.lanes.len() > MAX_LANES {
+            return bad("lanes", format!("{}, over the limit of {MAX_LANES}", w.lanes.len()));
+        }
+        if w.silence_ms == 0 {
+            return bad("silence_ms", "is zero");
+        }
+        Ok(Self {
+            version: w.version,
+            features: w.features,
+            peer: peer("peer", w.peer)?,
+            engine_incarnation: incarnation("engine_incarnation", w.engine_incarnation)?,
+            model: within("model", present("model", w.model)?.try_into())?,
+            shard: present("shard", w.shard)?.try_into()?,
+            pool: Arc::new(present("pool", w.pool)?.try_into()?),
+            fence_slots: w.fence_slots,
+            // A newer producer may have kinds that this build does not know; the others still work.
+            lanes: w.lanes.into_iter().filter_map(lane_kind).collect(),
+            host: text("host", w.host, MAX_HOST)?,
+            silence: time(w.silence_ms),
+        })
+    }
+}
+
+impl From<Mismatch> for proto::Mismatch {
+    /// `here` is the producer's side, which sends it.
+    fn from(m: Mismatch) -> Self {
+        Self { field: m.field, here: m.producer, there: m.consumer }
+    }
+}
+
+impl From<proto::Mismatch> for Mismatch {
+    fn from(m: proto::Mismatch) -> Self {
+        Self { field: said(m.field), consumer: said(m.there), producer: said(m.here) }
+    }
+}
+
+impl From<LaneTicket> for proto::LaneReply {
+    fn from(t: LaneTicket) -> Self {
+        let lane = match t {
+            LaneTicket::Tcp { host, port, lane, key } => proto::lane_reply::Lane::Tcp(proto::TcpLane {
+                host: host.unwrap_or_default(),
+                port: port.into(),
+                lane,
+                key: key.to_vec().into(),
+            }),
+            LaneTicket::Local { uds, lane } => {
+                proto::lane_reply::Lane::Local(proto::LocalLane { uds: uds.into(), lane })
+            }
+        };
+        Self { lane: Some(lane) }
+    }
+}
+
+impl TryFrom<proto::LaneReply> for LaneTicket {
+    type Error = BadMessage;
+    fn try_from(r: proto::LaneReply) -> Checked<Self> {
+        match present("lane", r.lane)? {
+            proto::lane_reply::Lane::Tcp(t) => {
+                let port: u16 = narrow("tcp.port", t.port)?;
+                if port == 0 {
+                    return bad("tcp.port", "is zero");
+                }
+                let host = text("tcp.host", t.host, Self::MAX_HOST)?;
+                let key = t.key.as_ref().try_into().or_else(|_| bad("tcp.key", "is not 32 bytes long"))?;
+                Ok(Self::Tcp { host: (!host.is_empty()).then_some(host), port, lane: t.lane, key })
+            }
+            proto::lane_reply::Lane::Local(l) => {
+                if l.uds.is_empty() || l.uds.len() > Self::MAX_UDS {
+                    return bad("local.uds", format!("{} bytes, where 1 to {} fit", l.uds.len(), Self::MAX_UDS));
+                }
+                Ok(Self::Local { uds: l.uds.into(), lane: l.lane })
+            }
+        }
+    }
+}
+
+/// A lane that a consumer rank asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaneWanted {
+    /// Who asks.
+    pub from: PeerId,
+    /// The producer's incarnation that it knows.
+    pub expect: Incarnation,
+    /// The kind; `None`: one that this build does not know.
+    pub kind: Option<LaneKind>,
+}
+
+impl TryFrom<proto::LaneRequest> for LaneWanted {
+    type Error = BadMessage;
+    fn try_from(r: proto::LaneRequest) -> Checked<Self> {
+        if r.kind == 0 {
+            return bad("kind", "is missing");
+        }
+        Ok(Self {
+            from: peer("from", r.from)?,
+            expect: incarnation("expect_incarnation", r.expect_incarnation)?,
+            kind: lane_kind(r.kind),
+        })
+    }
+}
+
+/// A release without a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReleaseWanted {
+    /// On whose behalf; `None`: a router's.
+    pub from: Option<PeerId>,
+    /// The offer.
+    pub offer: OfferId,
+    /// The producer's incarnation that offered; `None`: any.
+    pub expect: Option<Incarnation>,
+}
+
+impl From<&ReleaseWanted> for proto::ReleaseRequest {
+    fn from(r: &ReleaseWanted) -> Self {
+        Self {
+            from: r.from.as_ref().map(Into::into),
+            offer: Some(r.offer.into()),
+            expect_incarnation: r.expect.map_or(0, Incarnation::get),
+        }
+    }
+}
+
+impl TryFrom<proto::ReleaseRequest> for ReleaseWanted {
+    type Error = BadMessage;
+    fn try_from(r: proto::ReleaseRequest) -> Checked<Self> {
+        Ok(Self {
+            from: r.from.map(|p| peer("from", Some(p))).transpose()?,
+            offer: offer_id("offer", r.offer)?,
+            expect: Incarnation::from_wire(r.expect_incarnation),
+        })
+    }
+}
+
+impl From<ClientFrame> for proto::ClientFrame {
+    fn from(f: ClientFrame) -> Self {
+        let frame = match f.body {
+            ClientBody::Open { from, expect } => {
+                C::Open(proto::Open { from: Some((&from).into()), expect_incarnation: expect.get() })
+            }
+            ClientBody::Ping(number) => C::Ping(proto::Ping { number }),
+            ClientBody::Claim { claim, offer, reader } => C::Claim(proto::Claim {
+                claim: claim.0,
+                offer: Some(offer.into()),
+                reader: reader.index,
+                readers: reader.of,
+            }),
+            ClientBody::Renew(claims) => C::Renew(proto::Renew { claims: claims.into_iter().map(|c| c.0).collect() }),
+            ClientBody::Release(r) => C::Release(proto::Unclaim {
+                claim: r.claim.map_or(0, |c| c.0),
+                offer: Some(r.offer.into()),
+                reader: r.reader.index,
+                readers: r.reader.of,
+                all: r.all,
+            }),
+        };
+        Self { seq: f.seq, frame: Some(frame) }
+    }
+}
+
+impl TryFrom<proto::ClientFrame> for ClientFrame {
+    type Error = BadMessage;
+    fn try_from(f: proto::ClientFrame) -> Checked<Self> {
+        let body = match present("frame", f.frame)? {
+            C::Open(o) => within("open", open(o))?,
+            C::Ping(p) => ClientBody::Ping(p.number),
+            C::Claim(c) => within("claim", claim(c))?,
+            C::Renew(r) => within("renew", renew(r))?,
+            C::Release(u) => {
+                if f.seq == 0 {
+                    return bad("seq", "is zero, so that this release cannot be acknowledged");
+                }
+                ClientBody::Release(within("release", unclaim(u))?)
+            }
+        };
+        Ok(Self { seq: f.seq, body })
+    }
+}
+
+fn open(o: proto::Open) -> Checked<ClientBody> {
+    Ok(ClientBody::Open {
+        from: peer("from", o.from)?,
+        expect: incarnation("expect_incarnation", o.expect_incarnation)?,
+    })
+}
+
+fn claim(c: proto::Claim) -> Checked<ClientBody> {
+    Ok(ClientBody::Claim {
+        claim: claim_id("claim", c.claim)?,
+        offer: offer_id("offer", c.offer)?,
+        reader: reader(c.reader, c.readers)?,
+    })
+}
+
+fn renew(r: proto::Renew) -> Checked<ClientBody> {
+    if r.claims.len() > MAX_RENEW {
+        return bad("claims", format!("{}, over the limit of {MAX_RENEW}", r.claims.len()));
+    }
+    let claims: Checked<Vec<_>> = r.claims.into_iter().map(|c| claim_id("claims", c)).collect();
+    Ok(ClientBody::Renew(claims?))
+}
+
+fn unclaim(u: proto::Unclaim) -> Checked<Release> {
+    Ok(Release {
+        claim: (u.claim != 0).then_some(ClaimId(u.claim)),
+        offer: offer_id("offer", u.offer)?,
+        reader: reader(u.reader, u.readers)?,
+        all: u.all,
+    })
+}
+
+impl From<Gone> for proto::GoneWhy {
+    fn from(g: Gone) -> Self {
+        match g {
+            Gone::Unknown => Self::Unknown,
+            Gone::Expired => Self::Expired,
+            Gone::Released => Self::Released,
+            Gone::Revoked => Self::Revoked,
+            Gone::HardCap => Self::HardCap,
+            Gone::Limit => Self::Limit,
+        }
+    }
+}
+
+fn gone(raw: i32) -> Gone {
+    match proto::GoneWhy::try_from(raw) {
+        Ok(proto::GoneWhy::Expired) => Gone::Expired,
+        Ok(proto::GoneWhy::Released) => Gone::Released,
+        Ok(proto::GoneWhy::Revoked) => Gone::Revoked,
+        Ok(proto::GoneWhy::HardCap) => Gone::HardCap,
+        Ok(proto::GoneWhy::Limit) => Gone::Limit,
+        // Gone for a reason that this build has no word for: gone all the same.
+        Ok(proto::GoneWhy::Unspecified | proto::GoneWhy::Unknown) | Err(_) => Gone::Unknown,
+    }
+}
+
+impl From<ServerFrame> for proto::ServerFrame {
+    fn from(f: ServerFrame) -> Self {
+        let frame = f.body.map(|body| match body {
+            ServerBody::Opened(i) => S::Opened(proto::Opened { incarnation: i.get() }),
+            ServerBody::Pong(number) => S::Pong(proto::Pong { number }),
+            ServerBody::Granted { claim, slot, nonce, remaining } => {
+                S::Granted(proto::Granted { claim: claim.0, slot, nonce: nonce.get(), remaining_ms: millis(remaining) })
+            }
+            ServerBody::NotYet { claim, retry } => S::NotYet(proto::NotYet {
+                claim: claim.0,
+                retry_ms: u32::try_from(retry.as_millis()).unwrap_or(u32::MAX),
+            }),
+            ServerBody::Gone { claim, why } => {
+                S::Gone(proto::Gone { claim: claim.0, why: proto::GoneWhy::from(why).into() })
+            }
+            ServerBody::Revoked { offer, why } => {
+                S::Revoked(proto::Revoked { offer: Some(offer.into()), why: proto::GoneWhy::from(why).into() })
+            }
+            ServerBody::Draining => S::Draining(proto::Draining {}),
+        });
+        Self { ack: f.ack, frame }
+    }
+}
+
+impl TryFrom<proto::ServerFrame> for ServerFrame {
+    type Error = BadMessage;
+    fn try_from(f: proto::ServerFrame) -> Checked<Self> {
+        let body = match f.frame {
+            None => None,
+            Some(S::Opened(o)) => Some(ServerBody::Opened(incarnation("opened.incarnation", o.incarnation)?)),
+            Some(S::Pong(p)) => Some(ServerBody::Pong(p.number)),
+            Some(S::Granted(g)) => Some(ServerBody::Granted {
+                claim: claim_id("granted.claim", g.claim)?,
+                slot: g.slot,
+                nonce: Nonce::from_wire(g.nonce).map_or_else(|| bad("granted.nonce", "is zero"), Ok)?,
+                remaining: time(g.remaining_ms),
+            }),
+            Some(S::NotYet(n)) => {
+                Some(ServerBody::NotYet { claim: claim_id("not_yet.claim", n.claim)?, retry: time(n.retry_ms.into()) })
+            }
+            Some(S::Gone(g)) => Some(ServerBody::Gone { claim: claim_id("gone.claim", g.claim)?, why: gone(g.why) }),
+            Some(S::Revoked(r)) => {
+                Some(ServerBody::Revoked { offer: offer_id("revoked.offer", r.offer)?, why: gone(r.why) })
+            }
+            Some(S::Draining(_)) => Some(ServerBody::Draining),
+        };
+        Ok(Self { ack: f.ack, body })
+    }
+}
+
+impl From<&Offer> for proto::Offer {
+    fn from(o: &Offer) -> Self {
+        let rank =
+            |r: &OfferRank| proto::OfferRank { rank: r.rank.0, incarnation: r.incarnation.get(), addr: r.addr.clone() };
+        let group = |g: &OfferGroup| proto::OfferGroup {
+            group: g.group.0.into(),
+            first_position: g.first_position,
+            blocks: g.blocks.iter().map(|b| b.map_or(BlockId::NULL, |b| b.0)).collect(),
+        };
+        Self {
+            id: Some(o.id.into()),
+            engine: o.engine.to_string(),
+            engine_incarnation: o.incarnation.get(),
+            ranks: o.ranks.iter().map(rank).collect(),
+            groups: o.groups.iter().map(group).collect(),
+            tokens: o.tokens,
+            request: o.request.clone(),
+        }
+    }
+}
+
+/// An offer from the wire; `limit` bounds its blocks.
+pub fn offer(o: proto::Offer, limit: usize) -> Result<Offer, BadMessage> {
+    let listed: usize = o.groups.iter().map(|g| g.blocks.len()).sum();
+    if listed > limit {
+        return bad("groups.blocks", format!("{listed}, over the limit of {limit}"));
+    }
+    let mut ranks = Vec::with_capacity(o.ranks.len().min(Offer::MAX_RANKS));
+    for r in o.ranks {
+        let incarnation = incarnation("ranks.incarnation", r.incarnation)?;
+        let addr = text("ranks.addr", r.addr, Offer::MAX_ADDR)?;
+        ranks.push(OfferRank { rank: Rank(r.rank), incarnation, addr });
+    }
+    let mut groups = Vec::with_capacity(o.groups.len().min(PoolLayout::MAX_GROUPS));
+    for g in o.groups {
+        groups.push(OfferGroup {
+            group: GroupId(narrow("groups.group", g.group)?),
+            first_position: g.first_position,
+            blocks: g.blocks.into_iter().map(|b| (b != BlockId::NULL).then_some(BlockId(b))).collect(),
+        });
+    }
+    let offer = Offer {
+        id: offer_id("id", o.id)?,
+        engine: o.engine.parse().or_else(|e: crate::block::BadEngineId| bad("engine", e.to_string()))?,
+        incarnation: incarnation("engine_incarnation", o.engine_incarnation)?,
+        ranks,
+        groups,
+        tokens: o.tokens,
+        request: text("request", o.request, Offer::MAX_REQUEST)?,
+    };
+    offer.check(limit).or_else(|e| bad("offer", e.to_string()))?;
+    Ok(offer)
+}
+
+#[cfg(test)]
+mod tests;

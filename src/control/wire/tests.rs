@@ -1,0 +1,328 @@
+use super::*;
+use proptest::{collection::vec, option, prelude::*, sample::select};
+use prost::Message;
+use std::fmt::Debug;
+
+fn text() -> impl Strategy<Value = String> {
+    "[a-zA-Z0-9 ./_é-]{0,40}"
+}
+
+fn incarnations() -> impl Strategy<Value = Incarnation> {
+    (1u64..).prop_map(|i| Incarnation::from_wire(i).unwrap())
+}
+
+fn offer_ids() -> impl Strategy<Value = OfferId> {
+    (any::<u64>(), 1u64..).prop_map(|(high, low)| OfferId { high, low })
+}
+
+fn peers() -> impl Strategy<Value = PeerId> {
+    ("[a-z0-9-]{1,128}", any::<u32>(), incarnations()).prop_map(|(e, r, incarnation)| PeerId {
+        engine: e.parse().unwrap(),
+        rank: Rank(r),
+        incarnation,
+    })
+}
+
+fn models() -> impl Strategy<Value = Model> {
+    (text(), text(), text(), text(), 1u32..).prop_map(|(name, dtype, scales, attention, block_tokens)| Model {
+        name,
+        dtype,
+        scales,
+        attention,
+        block_tokens,
+    })
+}
+
+fn shards() -> impl Strategy<Value = Shard> {
+    let part = || (1u32..64).prop_flat_map(|size| (0..size, Just(size)));
+    (part(), part(), 0u32..1000, 1u32..1000, 0u32..1000, 1u32..1000).prop_map(
+        |((tp_rank, tp_size), (pp_rank, pp_size), first_head, heads, first_layer, layers)| Shard {
+            tp_rank,
+            tp_size,
+            pp_rank,
+            pp_size,
+            first_head,
+            heads,
+            first_layer,
+            layers,
+        },
+    )
+}
+
+fn pools() -> impl Strategy<Value = PoolLayout> {
+    let kind = select(vec![GroupKind::Full, GroupKind::SlidingWindow, GroupKind::State]);
+    let group = (kind, 1u32..100, 1u32..100, vec((1u64..1 << 20, 0u64..1000), 1..5));
+    vec(group, 0..4).prop_map(|groups| {
+        let mut layout = PoolLayout::default();
+        for (i, (kind, block_tokens, blocks, regions)) in groups.into_iter().enumerate() {
+            let mut end = 0;
+            let regions = regions
+                .into_iter()
+                .enumerate()
+                .map(|(n, (block_bytes, gap))| {
+                    let r = Region {
+                        name: format!("layer.{n}").into(),
+                        segment: i as u16,
+                        offset: end,
+                        block_bytes,
+                        stride: block_bytes + gap,
+                    };
+                    end += u64::from(blocks) * r.stride;
+                    r
+                })
+                .collect();
+            layout.segments.push(end);
+            layout.groups.push(Group { id: GroupId(i as u16 * 7), kind, block_tokens, blocks, regions });
+        }
+        layout
+    })
+}
+
+fn hellos() -> impl Strategy<Value = Hello> {
+    (any::<(u32, u32)>(), any::<u64>(), peers(), models(), shards(), text()).prop_map(
+        |(versions, features, peer, model, shard, host)| Hello { versions, features, peer, model, shard, host },
+    )
+}
+
+fn lanes() -> impl Strategy<Value = Vec<LaneKind>> {
+    vec(select(vec![LaneKind::Tcp, LaneKind::Local, LaneKind::Verbs, LaneKind::CudaIpc]), 0..5)
+}
+
+fn welcomes() -> impl Strategy<Value = Welcome> {
+    let who = (peers(), incarnations(), models(), shards());
+    (1u32.., any::<u64>(), who, pools(), any::<u32>(), lanes(), text(), 1u64..86_400_000).prop_map(
+        |(version, features, (peer, engine_incarnation, model, shard), pool, fence_slots, lanes, host, ms)| Welcome {
+            version,
+            features,
+            peer,
+            engine_incarnation,
+            model,
+            shard,
+            pool: Arc::new(pool),
+            fence_slots,
+            lanes,
+            host,
+            silence: Duration::from_millis(ms),
+        },
+    )
+}
+
+fn tickets() -> impl Strategy<Value = LaneTicket> {
+    let tcp = (option::of("[a-z0-9.]{1,40}"), 1u16.., any::<u64>(), any::<[u8; 32]>())
+        .prop_map(|(host, port, lane, key)| LaneTicket::Tcp { host, port, lane, key });
+    let local = (vec(any::<u8>(), 1..=108), any::<u64>()).prop_map(|(uds, lane)| LaneTicket::Local { uds, lane });
+    prop_oneof![tcp, local]
+}
+
+fn claims() -> impl Strategy<Value = ClaimId> {
+    (1u64..).prop_map(ClaimId)
+}
+
+fn readers() -> impl Strategy<Value = Reader> {
+    (1..=MAX_READERS).prop_flat_map(|of| (0..of, Just(of))).prop_map(|(index, of)| Reader { index, of })
+}
+
+fn client_frames() -> impl Strategy<Value = ClientFrame> {
+    let release = (option::of(claims()), offer_ids(), readers(), any::<bool>())
+        .prop_map(|(claim, offer, reader, all)| Release { claim, offer, reader, all });
+    let body = prop_oneof![
+        (peers(), incarnations()).prop_map(|(from, expect)| ClientBody::Open { from, expect }),
+        any::<u64>().prop_map(ClientBody::Ping),
+        (claims(), offer_ids(), readers()).prop_map(|(claim, offer, reader)| ClientBody::Claim {
+            claim,
+            offer,
+            reader
+        }),
+        vec(claims(), 0..10).prop_map(ClientBody::Renew),
+        release.prop_map(ClientBody::Release),
+    ];
+    (1u64.., body).prop_map(|(seq, body)| ClientFrame { seq, body })
+}
+
+fn server_frames() -> impl Strategy<Value = ServerFrame> {
+    let why = || select(vec![Gone::Unknown, Gone::Expired, Gone::Released, Gone::Revoked, Gone::HardCap, Gone::Limit]);
+    let ms = || (0u64..86_400_000).prop_map(Duration::from_millis);
+    let body = prop_oneof![
+        incarnations().prop_map(ServerBody::Opened),
+        any::<u64>().prop_map(ServerBody::Pong),
+        (claims(), any::<u32>(), 1u64.., ms()).prop_map(|(claim, slot, nonce, remaining)| ServerBody::Granted {
+            claim,
+            slot,
+            nonce: Nonce::from_wire(nonce).unwrap(),
+            remaining
+        }),
+        (claims(), ms()).prop_map(|(claim, retry)| ServerBody::NotYet { claim, retry }),
+        (claims(), why()).prop_map(|(claim, why)| ServerBody::Gone { claim, why }),
+        (offer_ids(), why()).prop_map(|(offer, why)| ServerBody::Revoked { offer, why }),
+        Just(ServerBody::Draining),
+    ];
+    (any::<u64>(), option::of(body)).prop_map(|(ack, body)| ServerFrame { ack, body })
+}
+
+fn offers() -> impl Strategy<Value = Offer> {
+    let ranks = vec((incarnations(), "[a-z0-9.]{1,20}:[0-9]{1,4}"), 1..4);
+    let groups = vec((0u32..1000, vec(option::of(0u32..1000), 0..20)), 0..4);
+    (offer_ids(), peers(), ranks, groups, any::<u64>(), text()).prop_map(
+        |(id, peer, ranks, groups, tokens, request)| Offer {
+            id,
+            engine: peer.engine,
+            incarnation: peer.incarnation,
+            ranks: ranks
+                .into_iter()
+                .enumerate()
+                .map(|(i, (incarnation, addr))| OfferRank { rank: Rank(i as u32), incarnation, addr })
+                .collect(),
+            groups: groups
+                .into_iter()
+                .enumerate()
+                .map(|(i, (first_position, blocks))| OfferGroup {
+                    group: GroupId(i as u16),
+                    first_position,
+                    blocks: blocks.into_iter().map(|b| b.map(BlockId)).collect(),
+                })
+                .collect(),
+            tokens,
+            request,
+        },
+    )
+}
+
+/// Through bytes and back.
+fn again<P: Message + Default>(p: P) -> P {
+    P::decode(p.encode_to_vec().as_slice()).unwrap()
+}
+
+fn arrives<D: PartialEq + Debug>(sent: &D, got: Result<D, BadMessage>) {
+    assert_eq!(got.as_ref(), Ok(sent));
+}
+
+proptest! {
+    #[test]
+    fn what_is_sent_is_what_arrives(
+        hello in hellos(), welcome in welcomes(), ticket in tickets(), c in client_frames(), s in server_frames(),
+        offer in offers(), release in (option::of(peers()), offer_ids(), option::of(incarnations())),
+    ) {
+        arrives(&hello, again(proto::HelloRequest::from(&hello)).try_into());
+        arrives(&welcome, again(proto::Welcome::from(&welcome)).try_into());
+        arrives(&ticket, again(proto::LaneReply::from(ticket.clone())).try_into());
+        arrives(&c, again(proto::ClientFrame::from(c.clone())).try_into());
+        arrives(&s, again(proto::ServerFrame::from(s.clone())).try_into());
+        arrives(&offer, super::offer(again(proto::Offer::from(&offer)), 1000));
+        let (from, id, expect) = release;
+        let release = ReleaseWanted { from, offer: id, expect };
+        arrives(&release, again(proto::ReleaseRequest::from(&release)).try_into());
+    }
+
+    /// Nearly all random bytes are no message at all, so the ones that are come from a message with some bytes changed.
+    #[test]
+    fn no_bytes_make_it_panic(
+        raw in vec(any::<u8>(), 0..200), welcome in welcomes(), c in client_frames(), s in server_frames(), offer in offers(),
+        changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+    ) {
+        let spoil = |mut bytes: Vec<u8>| {
+            for (at, b) in &changes {
+                if !bytes.is_empty() {
+                    let i = at.index(bytes.len());
+                    bytes[i] = *b;
+                }
+            }
+            bytes
+        };
+        for bytes in [
+            raw.clone(),
+            spoil(proto::Welcome::from(&welcome).encode_to_vec()),
+            spoil(proto::ClientFrame::from(c).encode_to_vec()),
+            spoil(proto::ServerFrame::from(s).encode_to_vec()),
+            spoil(proto::Offer::from(&offer).encode_to_vec()),
+        ] {
+            let bytes = bytes.as_slice();
+            let _ = proto::HelloRequest::decode(bytes).map(Hello::try_from);
+            if let Ok(Ok(w)) = proto::Welcome::decode(bytes).map(Welcome::try_from) {
+                prop_assert_eq!(w.pool.check(), Ok(()));
+                prop_assert_eq!(w.shard.check(), Ok(()));
+            }
+            let _ = proto::LaneRequest::decode(bytes).map(LaneWanted::try_from);
+            let _ = proto::LaneReply::decode(bytes).map(LaneTicket::try_from);
+            let _ = proto::ClientFrame::decode(bytes).map(ClientFrame::try_from);
+            let _ = proto::ServerFrame::decode(bytes).map(ServerFrame::try_from);
+            let _ = proto::ReleaseRequest::decode(bytes).map(ReleaseWanted::try_from);
+            let _ = proto::Mismatch::decode(bytes).map(Mismatch::from);
+            if let Ok(Ok(o)) = proto::Offer::decode(bytes).map(|o| super::offer(o, 1000)) {
+                prop_assert_eq!(o.check(1000), Ok(()));
+            }
+        }
+    }
+}
+
+fn refused<D: Debug>(got: Result<D, BadMessage>, field: &str) {
+    assert_eq!(got.expect_err(field).field, field);
+}
+
+fn sample<S: Strategy>(s: S) -> S::Value {
+    s.new_tree(&mut proptest::test_runner::TestRunner::deterministic()).unwrap().current()
+}
+
+#[test]
+fn a_bad_frame_is_refused_by_the_name_of_its_field() {
+    let frame = |seq, frame| ClientFrame::try_from(proto::ClientFrame { seq, frame: Some(frame) });
+    let id = Some(proto::OfferId { high: 1, low: 2 });
+    let claim = proto::Claim { claim: 1, offer: id, reader: 0, readers: 1 };
+    assert!(frame(0, C::Claim(claim)).is_ok());
+    refused(frame(0, C::Claim(proto::Claim { claim: 0, ..claim })), "claim.claim");
+    refused(frame(0, C::Claim(proto::Claim { offer: None, ..claim })), "claim.offer");
+    refused(frame(0, C::Claim(proto::Claim { reader: 1, ..claim })), "claim.reader");
+    refused(frame(0, C::Claim(proto::Claim { readers: 0, ..claim })), "claim.readers");
+    refused(frame(0, C::Claim(proto::Claim { readers: MAX_READERS + 1, ..claim })), "claim.readers");
+    refused(frame(0, C::Renew(proto::Renew { claims: vec![1; MAX_RENEW + 1] })), "renew.claims");
+    refused(frame(0, C::Renew(proto::Renew { claims: vec![0] })), "renew.claims");
+    let release = proto::Unclaim { claim: 0, offer: id, reader: 0, readers: 1, all: true };
+    assert!(frame(1, C::Release(release)).is_ok());
+    refused(frame(0, C::Release(release)), "seq");
+    refused(ClientFrame::try_from(proto::ClientFrame { seq: 0, frame: None }), "frame");
+    let from = |engine: &str, incarnation| Some(proto::Peer { engine: engine.into(), rank: 0, incarnation });
+    let open = |from, expect_incarnation| frame(0, C::Open(proto::Open { from, expect_incarnation }));
+    assert!(open(from("e", 1), 1).is_ok());
+    refused(open(from("", 1), 1), "open.from.engine");
+    refused(open(from("e\n", 1), 1), "open.from.engine");
+    refused(open(from("e", 0), 1), "open.from.incarnation");
+    refused(open(from("e", 1), 0), "open.expect_incarnation");
+    refused(open(None, 1), "open.from");
+}
+
+#[test]
+fn a_bad_welcome_is_refused_by_the_name_of_its_field() {
+    let good = proto::Welcome::from(&sample(welcomes()));
+    let with = |change: &dyn Fn(&mut proto::Welcome)| {
+        let mut w = good.clone();
+        change(&mut w);
+        Welcome::try_from(w)
+    };
+    assert!(with(&|_| {}).is_ok());
+    refused(with(&|w| w.peer = None), "peer");
+    refused(with(&|w| w.engine_incarnation = 0), "engine_incarnation");
+    refused(with(&|w| w.silence_ms = 0), "silence_ms");
+    refused(with(&|w| w.host = "x".repeat(MAX_HOST + 1)), "host");
+    refused(with(&|w| w.model.as_mut().unwrap().dtype = "x".repeat(257)), "model.dtype");
+    refused(with(&|w| w.shard.as_mut().unwrap().tp_size = 0), "shard");
+    refused(with(&|w| w.lanes = vec![1; MAX_LANES + 1]), "lanes");
+    let pool = PoolLayout::uniform(4, 1, 64, 16);
+    let region = |change: &dyn Fn(&mut proto::Region)| {
+        let mut p = proto::Pool::from(&pool);
+        change(&mut p.groups[0].regions[0]);
+        with(&|w| w.pool = Some(p.clone()))
+    };
+    refused(region(&|r| r.segment = 1 << 16), "groups.regions.segment");
+    refused(region(&|r| r.offset = 1), "pool");
+    // Lanes that a newer producer has are left out; the others are used.
+    assert_eq!(with(&|w| w.lanes = vec![99, 1]).unwrap().lanes, [LaneKind::Tcp]);
+}
+
+#[test]
+fn a_mismatch_keeps_its_sides_and_a_long_one_is_cut() {
+    let m = Mismatch { field: "dtype".into(), consumer: "a".into(), producer: "b".into() };
+    let p = proto::Mismatch::from(m.clone());
+    assert_eq!((p.here.as_str(), p.there.as_str()), ("b", "a"), "`here` is the producer, which sends it");
+    assert_eq!(Mismatch::from(p), m);
+    let long = proto::Mismatch { field: "é".repeat(4000), here: String::new(), there: String::new() };
+    assert!(Mismatch::from(long).field.len() <= MAX_SAID);
+}

@@ -10,4 +10,5 @@ pub mod model;
 pub mod offer;
 pub mod plan;
 pub mod protocol;
+pub mod scheduler;
 pub mod shard;

@@ -70,4 +70,5 @@ pub mod offer;
 pub mod plan;
 pub mod producer;
 pub mod protocol;
+pub mod scheduler;
 pub mod shard;

@@ -1,0 +1,288 @@
+//! From a set of invalid blocks to what follows for each request: a pure function over block tables.
+//!
+//! It owns the decision, and changes nothing itself. It keeps the promise *frugal* for requests that share blocks, and
+//! never lets a request count on a block whose bytes did not arrive, or on anything computed on top of one. Reports may
+//! come one block a step, again and again, late, and name blocks that belong to somebody else by now or to nobody: all
+//! that is normal input, and a report that says nothing new changes nothing.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    hash::Hash,
+};
+
+use super::{
+    sabotage::{self, Bug},
+    table::{GroupSpec, Held, Layout, Request},
+    turn::{Owners, Reach, Shared},
+};
+use crate::{block::Block, error::Cause};
+
+/// What happens to requests that lose blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Policy {
+    /// They keep what they have up to the first invalid block, and compute the rest.
+    #[default]
+    Recompute,
+    /// They fail.
+    Fail,
+}
+
+/// What did not arrive, since the last report or again.
+#[derive(Debug, Clone)]
+pub struct Report<R> {
+    blocks: HashMap<Block, Cause>,
+    requests: HashMap<R, Cause>,
+}
+
+impl<R> Default for Report<R> {
+    fn default() -> Self {
+        Self { blocks: HashMap::new(), requests: HashMap::new() }
+    }
+}
+
+impl<R: Eq + Hash> Report<R> {
+    /// A report of nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a block that did not arrive.
+    #[must_use]
+    pub fn lost(mut self, block: Block, cause: Cause) -> Self {
+        self.blocks.insert(block, cause);
+        self
+    }
+
+    /// Adds a request whose whole load failed, without a word about blocks.
+    #[must_use]
+    pub fn load_failed(mut self, request: R, cause: Cause) -> Self {
+        self.requests.insert(request, cause);
+        self
+    }
+
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty() && self.requests.is_empty()
+    }
+}
+
+impl<R: Eq + Hash> Extend<(Block, Cause)> for Report<R> {
+    fn extend<T: IntoIterator<Item = (Block, Cause)>>(&mut self, blocks: T) {
+        self.blocks.extend(blocks);
+    }
+}
+
+/// A block that a request counted on and cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lost {
+    /// The block.
+    pub block: Block,
+    /// Its first token, counted from the request's start.
+    pub token: u64,
+    /// Why it did not arrive.
+    pub cause: Cause,
+}
+
+/// A request that goes on with less.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Affected<R> {
+    /// The request.
+    pub id: R,
+    /// What it holds now: whole blocks, none at or behind the first one lost. For a load under way: what it will hold
+    /// when the load ends, if nothing else is lost.
+    pub held: Held,
+    /// What it held and does not hold any more, by part.
+    pub lost: Held,
+    /// Tokens that this step computed for it in vain.
+    pub discarded: u64,
+    /// The first block that it cannot count on.
+    pub first: Lost,
+    /// Who computes or loads the block that it needs next. `None`: the request itself. Ask
+    /// [`turns`](super::turn::turns) again at every step: owners change.
+    pub waits_for: Option<R>,
+}
+
+/// A request to fail.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed<R> {
+    /// The request.
+    pub id: R,
+    /// Why, for its client.
+    pub reason: Reason,
+    /// What it could have gone on with.
+    pub held: Held,
+    /// Tokens that this step computed for it in vain.
+    pub discarded: u64,
+}
+
+/// Why a request fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The policy is to fail.
+    #[error(
+        "the KV of the prompt from token {} on did not arrive ({}), and this engine's policy is to fail then: \
+         try again, or set the policy to recompute", .0.token, .0.cause
+    )]
+    Policy(Lost),
+}
+
+/// What follows from a report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome<R> {
+    /// The requests that go on with less, in the order given. All others keep what they have.
+    pub affected: Vec<Affected<R>>,
+    /// The requests to fail, in the order given. Those that shared blocks with them are judged like any other.
+    pub failed: Vec<Failed<R>>,
+    /// The blocks that more than one request needs and nobody has: who computes each, and who inherits.
+    pub shared: Vec<Shared<R>>,
+    /// The blocks to drop from the prefix cache before the next look-up: the invalid ones and all behind them, ascending.
+    pub uncache: Vec<Block>,
+}
+
+impl<R> Default for Outcome<R> {
+    fn default() -> Self {
+        Self { affected: Vec::new(), failed: Vec::new(), shared: Vec::new(), uncache: Vec::new() }
+    }
+}
+
+/// Decides what follows from a report for each request.
+///
+/// `requests` are all that hold blocks, in the scheduler's order (it decides who computes a shared block), as they were
+/// when the step that is being reported ran: [`held`](Request::held) before it, [`scheduled`](Request::scheduled) in it.
+/// Apply the outcome before the tokens of the step are counted.
+///
+/// - A request keeps what lies before the first block that it cannot count on, cut to whole blocks of every group, to
+///   what its windows and states can go on from, and to what it held before the step.
+/// - With several groups, or with state, a load arrives as a whole or not at all.
+/// - What a request computed on top of an invalid block is invalid too, for everyone who shares it.
+/// - A reported block that some request computed itself is good: the report is late, the block has a new use.
+pub fn resolve<R: Clone + Eq + Hash>(
+    groups: &[GroupSpec],
+    requests: &[Request<'_, R>],
+    report: &Report<R>,
+    policy: Policy,
+) -> Outcome<R> {
+    if report.is_empty() {
+        return Outcome::default();
+    }
+    let layout = Layout::new(groups);
+    let mut bad = believed(layout, requests, report);
+    let mut uncache: BTreeSet<Block> = bad.keys().copied().collect();
+    let first = spread(layout, requests, &mut bad);
+
+    let mut out = Outcome::default();
+    let mut reach = Vec::with_capacity(requests.len());
+    for (r, first) in requests.iter().zip(first) {
+        let Some(first) = first else {
+            let real = if r.loading { r.real() } else { r.ran_to() };
+            reach.push(Some(Reach { real, promised: r.ran_to() }));
+            continue;
+        };
+        let to = keeps(layout, r, first, &bad);
+        uncache.extend(layout.blocks(r, to).map(|(.., b)| b).filter(|b| !dependent_kept(&bad, b)));
+        let discarded = if r.loading { 0 } else { r.scheduled };
+        let mut held = r.held;
+        let lost = held.cut(to);
+        if policy == Policy::Fail {
+            out.failed.push(Failed { id: r.id.clone(), reason: Reason::Policy(first), held, discarded });
+            reach.push(None);
+            continue;
+        }
+        if sabotage::planted(Bug::ComputedKept) {
+            held.computed += lost.computed + r.scheduled;
+        }
+        let real = if r.loading { held.cached } else { held.total() };
+        reach.push(Some(Reach { real, promised: held.total() }));
+        out.affected.push(Affected { id: r.id.clone(), held, lost, discarded, first, waits_for: None });
+    }
+    out.uncache = uncache.into_iter().collect();
+
+    let owners = Owners::new(layout, requests, &reach);
+    out.shared = owners.shared();
+    for s in &out.shared {
+        sabotage::remember(s.block, &s.owner);
+    }
+    let mut affected = out.affected.iter_mut().peekable();
+    for (i, r) in requests.iter().enumerate() {
+        if let Some(a) = affected.next_if(|a| a.id == r.id) {
+            a.waits_for = owners.turn(i).filter(|t| !t.may_run()).and_then(|t| t.waits_for);
+        }
+    }
+    out
+}
+
+/// The reported blocks that are to be believed: all but those that some request computed itself.
+fn believed<R: Eq + Hash>(
+    layout: Layout<'_>,
+    requests: &[Request<'_, R>],
+    report: &Report<R>,
+) -> HashMap<Block, Cause> {
+    let mut bad = report.blocks.clone();
+    for r in requests {
+        if let Some(&cause) = report.requests.get(&r.id) {
+            let loaded = layout.blocks(r, r.held.cached).filter(|(_, start, _)| *start < r.held.loaded_end());
+            bad.extend(loaded.map(|(.., b)| (b, cause)));
+        }
+    }
+    if !sabotage::planted(Bug::LateReportBelieved) {
+        for r in requests.iter().filter(|r| !r.loading) {
+            for (_, start, b) in layout.blocks(r, r.held.loaded_end()) {
+                if start >= r.held.loaded_end() && start < r.ran_to() {
+                    bad.remove(&b);
+                }
+            }
+        }
+    }
+    bad
+}
+
+/// Spreads what is bad to what was computed on top of it, until nothing changes, and returns the first lost block of
+/// each request.
+fn spread<R>(layout: Layout<'_>, requests: &[Request<'_, R>], bad: &mut HashMap<Block, Cause>) -> Vec<Option<Lost>> {
+    let mut first: Vec<Option<Lost>> = vec![None; requests.len()];
+    let mut marked = std::collections::HashSet::new();
+    loop {
+        let before = bad.len();
+        for (r, first) in requests.iter().zip(&mut first) {
+            let counted = layout.blocks(r, 0).filter(|(_, start, _)| *start < r.ran_to());
+            let lost = counted
+                .filter_map(|(_, token, block)| Some(Lost { block, token, cause: *bad.get(&block)? }))
+                .filter(|l| !sabotage::planted(Bug::CountedOnAtOnce) || !marked.contains(&l.block))
+                .min_by_key(|l| l.token);
+            let Some(lost) = lost else { continue };
+            if first.is_none_or(|f| lost.token < f.token) {
+                *first = Some(lost);
+            }
+            if sabotage::planted(Bug::CountedOnAtOnce) {
+                marked.extend(layout.blocks(r, lost.token).map(|(.., b)| b));
+            }
+            if !r.loading && !sabotage::planted(Bug::TaintIgnored) {
+                for (_, start, b) in layout.blocks(r, lost.token.max(r.held.loaded_end())) {
+                    if start >= lost.token && start >= r.held.loaded_end() && start < r.ran_to() {
+                        bad.entry(b).or_insert(lost.cause);
+                    }
+                }
+            }
+        }
+        if bad.len() == before {
+            return first;
+        }
+    }
+}
+
+/// The length that a request keeps.
+fn keeps<R>(layout: Layout<'_>, r: &Request<'_, R>, first: Lost, bad: &HashMap<Block, Cause>) -> u64 {
+    let mut bound = first.token.min(r.held.total());
+    if sabotage::planted(Bug::GroupsApart) {
+        return bound - bound % layout.unit;
+    }
+    if layout.whole_loads() && first.token < r.held.loaded_end() {
+        bound = bound.min(r.held.cached);
+    }
+    layout.resume(r.blocks, bound, |_, _, b| !bad.contains_key(&b))
+}
+
+fn dependent_kept(bad: &HashMap<Block, Cause>, b: &Block) -> bool {
+    sabotage::planted(Bug::DependentsStayCached) && !bad.contains_key(b)
+}

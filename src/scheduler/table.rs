@@ -1,0 +1,249 @@
+//! What a scheduler knows of a request: its block tables, and which tokens are held in them and how they got there.
+//!
+//! Owns nothing: a view over the engine's own tables, made for one call. Tokens are counted in disjoint, unsigned,
+//! consecutive parts ([`Held`]), so that a length that does not fit its parts cannot be written down.
+
+use std::num::NonZeroU32;
+
+use crate::block::{Block, BlockId, GroupId};
+
+/// How much of the past the layers of a group need, and so where a request may go on after a loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Keeps {
+    /// Full attention: every block from the prompt's start on.
+    All,
+    /// Sliding window attention: the last this many tokens, the current one included. Blocks before them may be null.
+    Window(u64),
+    /// Recurrent state: a block holds the state at its end. A request can go on only where a state was kept, or from 0.
+    State,
+}
+
+/// A group of layers that share a block table, as a scheduler sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GroupSpec {
+    /// The group's number.
+    pub id: GroupId,
+    /// Tokens in a block.
+    pub block_tokens: NonZeroU32,
+    /// How much of the past it needs.
+    pub keeps: Keeps,
+}
+
+impl GroupSpec {
+    /// A group of full attention layers. `None` if a block holds no tokens.
+    pub fn full(id: GroupId, block_tokens: u32) -> Option<Self> {
+        Self::new(id, block_tokens, Keeps::All)
+    }
+
+    /// A group. `None` if a block holds no tokens.
+    pub fn new(id: GroupId, block_tokens: u32, keeps: Keeps) -> Option<Self> {
+        Some(Self { id, block_tokens: NonZeroU32::new(block_tokens)?, keeps })
+    }
+
+    pub(super) fn tokens(&self) -> u64 {
+        u64::from(self.block_tokens.get())
+    }
+}
+
+/// The tokens whose KV a request counts on, from its start: three consecutive parts, in this order.
+///
+/// `cached` come first, then `loaded`, then `computed`; each is a number of tokens. A request that counts on nothing yet
+/// holds [`Held::default`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Held {
+    /// Found in the local prefix cache.
+    pub cached: u64,
+    /// Brought by a load: one that has ended, one of this step, or one under way.
+    pub loaded: u64,
+    /// Computed here: by the request itself, or taken over from one that shares the block (see [`turn`](super::turn)).
+    pub computed: u64,
+}
+
+impl Held {
+    /// All of them: the request's computed length, in tokens.
+    pub fn total(&self) -> u64 {
+        self.loaded_end().saturating_add(self.computed)
+    }
+
+    /// Where the loaded part ends and the computed part begins.
+    pub fn loaded_end(&self) -> u64 {
+        self.cached.saturating_add(self.loaded)
+    }
+
+    /// Keeps the first `to` tokens, and returns what was cut off, part by part. Cutting where nothing is cuts nothing.
+    pub fn cut(&mut self, to: u64) -> Held {
+        let before = *self;
+        self.cached = before.cached.min(to);
+        self.loaded = before.loaded.min(to - self.cached);
+        self.computed = before.computed.min(to - self.cached - self.loaded);
+        Held {
+            cached: before.cached - self.cached,
+            loaded: before.loaded - self.loaded,
+            computed: before.computed - self.computed,
+        }
+    }
+}
+
+/// A request that holds blocks. Preempted requests hold none, and are not passed.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a, R> {
+    /// The engine's name for it.
+    pub id: R,
+    /// One block table for each group, in the order of the groups: block ids by position, `None` for a null block. May
+    /// reach past what is held.
+    pub blocks: &'a [Vec<Option<BlockId>>],
+    /// The tokens that it counts on, without those of the step that is being reported.
+    pub held: Held,
+    /// Whether the load that brings `held.loaded` is still under way (an asynchronous load). Those tokens are a promise
+    /// until it ends: the request cannot run, and no sharer can count on them.
+    pub loading: bool,
+    /// Tokens that the step computed on top of `held`. [`turns`](super::turn::turns) has no use for it.
+    pub scheduled: u64,
+}
+
+impl<R> Request<'_, R> {
+    /// Tokens whose KV is really in the blocks, as far as is known; what a load under way brings is not.
+    pub(super) fn real(&self) -> u64 {
+        if self.loading { self.held.cached } else { self.held.total() }
+    }
+
+    /// Tokens that were counted on or written by the end of the step.
+    pub(super) fn ran_to(&self) -> u64 {
+        if self.loading { self.held.loaded_end() } else { self.held.total().saturating_add(self.scheduled) }
+    }
+}
+
+/// The groups together.
+#[derive(Clone, Copy)]
+pub(super) struct Layout<'a> {
+    pub groups: &'a [GroupSpec],
+    /// The least number of whole blocks of every group, in tokens: where a request may be cut.
+    pub unit: u64,
+}
+
+impl<'a> Layout<'a> {
+    pub fn new(groups: &'a [GroupSpec]) -> Self {
+        // Block sizes without a common multiple below 2^64 can be cut at 0 alone.
+        let unit = groups.iter().try_fold(1, |unit, g| lcm(unit, g.tokens())).unwrap_or(u64::MAX);
+        Self { groups, unit }
+    }
+
+    /// Whether a load is brought by all groups or not at all.
+    pub fn whole_loads(&self) -> bool {
+        self.groups.len() > 1 || self.groups.iter().any(|g| g.keeps == Keeps::State)
+    }
+
+    /// Every block of a request with its group's index and its first token, from the one that holds token `from` on.
+    pub fn blocks<'b, R>(
+        self,
+        r: &Request<'b, R>,
+        from: u64,
+    ) -> impl Iterator<Item = (usize, u64, Block)> + use<'a, 'b, R> {
+        let blocks = r.blocks;
+        self.groups.iter().zip(blocks).enumerate().flat_map(move |(g, (spec, table))| {
+            let skip = usize::try_from(from / spec.tokens()).unwrap_or(usize::MAX);
+            table.iter().enumerate().skip(skip).filter_map(move |(p, b)| {
+                Some((g, (p as u64).saturating_mul(spec.tokens()), Block { group: spec.id, id: (*b)? }))
+            })
+        })
+    }
+
+    /// The longest length up to `bound` at which a request can go on: whole blocks in every group, and what each group
+    /// needs of the past there. `good` says whether a block (of this group, with this first token) may be counted on.
+    pub fn resume(&self, tables: &[Vec<Option<BlockId>>], bound: u64, good: impl Fn(usize, u64, Block) -> bool) -> u64 {
+        let at = |g: usize, p: u64| {
+            let spec = &self.groups[g];
+            let id = usize::try_from(p).ok().and_then(|p| tables.get(g)?.get(p).copied().flatten());
+            id.is_some_and(|id| good(g, p.saturating_mul(spec.tokens()), Block { group: spec.id, id }))
+        };
+        let mut bound = bound;
+        for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| s.keeps == Keeps::All) {
+            let blocks = bound / spec.tokens();
+            if let Some(p) = (0..blocks).find(|&p| !at(g, p)) {
+                bound = p * spec.tokens();
+            }
+        }
+        let mut to = bound - bound % self.unit;
+        let fits = |to: u64| {
+            self.groups.iter().enumerate().all(|(g, spec)| match spec.keeps {
+                Keeps::All => true,
+                Keeps::Window(w) => {
+                    let first = to.saturating_sub(w.saturating_sub(1)) / spec.tokens();
+                    (first..to / spec.tokens()).all(|p| at(g, p))
+                }
+                Keeps::State => at(g, to / spec.tokens() - 1),
+            })
+        };
+        while to > 0 && !fits(to) {
+            to -= self.unit;
+        }
+        to
+    }
+}
+
+fn lcm(a: u64, b: u64) -> Option<u64> {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x).checked_mul(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(v: &[i64]) -> Vec<Option<BlockId>> {
+        v.iter().map(|&b| u32::try_from(b).ok().map(BlockId)).collect()
+    }
+
+    #[test]
+    fn what_is_cut_and_what_is_kept_add_up() {
+        let before = Held { cached: 5, loaded: 7, computed: 3 };
+        for to in 0..20 {
+            let mut kept = before;
+            let cut = kept.cut(to);
+            assert_eq!(kept.total(), to.min(15));
+            assert_eq!(
+                [cut.cached + kept.cached, cut.loaded + kept.loaded, cut.computed + kept.computed],
+                [5, 7, 3],
+                "cut at {to}"
+            );
+            assert!(kept.loaded == 0 || kept.cached == 5, "the parts stay consecutive");
+            assert_eq!(kept.cut(to), Held::default(), "cutting twice cuts nothing");
+        }
+    }
+
+    #[test]
+    fn a_window_goes_on_only_where_its_blocks_are() {
+        let spec = |id, tokens, keeps| GroupSpec::new(GroupId(id), tokens, keeps).unwrap();
+        let groups = [spec(0, 4, Keeps::All), spec(1, 4, Keeps::Window(6))];
+        let layout = Layout::new(&groups);
+        // The window's blocks of tokens 0..8 are gone: at 16 it needs tokens 11..16, at 12 tokens 7..12.
+        let tables = [table(&[1, 2, 3, 4]), table(&[-1, -1, 7, 8])];
+        assert_eq!(layout.resume(&tables, 16, |_, _, _| true), 16);
+        assert_eq!(layout.resume(&tables, 15, |_, _, _| true), 0);
+    }
+
+    #[test]
+    fn a_state_goes_on_only_where_one_was_kept() {
+        let groups = [GroupSpec::new(GroupId(0), 4, Keeps::State).unwrap()];
+        let layout = Layout::new(&groups);
+        let tables = [table(&[-1, 5, -1, 6])];
+        assert_eq!(layout.resume(&tables, 16, |_, _, _| true), 16);
+        assert_eq!(layout.resume(&tables, 15, |_, _, _| true), 8);
+        assert_eq!(layout.resume(&tables, 7, |_, _, _| true), 0);
+    }
+
+    #[test]
+    fn groups_are_cut_where_all_have_whole_blocks() {
+        let spec = |id, tokens| GroupSpec::full(GroupId(id), tokens).unwrap();
+        let groups = [spec(0, 4), spec(1, 6)];
+        let layout = Layout::new(&groups);
+        assert_eq!(layout.unit, 12);
+        let tables = [table(&[1, 2, 3, 4, 5, 6]), table(&[1, 2, 3, 4])];
+        assert_eq!(layout.resume(&tables, 23, |_, _, _| true), 12);
+        let huge = [u32::MAX, u32::MAX - 1, u32::MAX - 2, u32::MAX - 4].map(|n| spec(0, n));
+        assert_eq!(Layout::new(&huge).unit, u64::MAX);
+    }
+}

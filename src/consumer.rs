@@ -144,7 +144,7 @@ impl Builder {
             peer: me.clone(),
             model: self.model,
             shard: self.shard,
-            host: host::identity(),
+            host: host::identity().to_owned(),
         };
         let to_rail = mailbox.clone();
         let directory = Directory {

@@ -493,7 +493,7 @@ impl Desk for Core {
             pool: self.layout.clone(),
             fence_slots: self.config.limits.offers as u32,
             lanes,
-            host: host::identity(),
+            host: host::identity().to_owned(),
             silence: self.config.session.silence,
         })
     }

@@ -122,7 +122,11 @@ impl Builder {
         self.config.check()?;
         let memory = match self.memory {
             Some(m) => m,
-            None => Memory::alloc(&self.layout.segments)?,
+            None => {
+                let memory = Memory::alloc(&self.layout.segments)?;
+                memory.touch()?;
+                memory
+            }
         };
         memory.check(&self.layout)?;
         let me = PeerId { engine: self.engine, rank: self.rank, incarnation: Incarnation::random() };

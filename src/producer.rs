@@ -131,7 +131,11 @@ impl Builder {
         let bound = listener.local_addr().map_err(os("cannot read the listening address"))?;
         let memory = match self.memory {
             Some(m) => m,
-            None => Memory::alloc(&self.layout.segments)?,
+            None => {
+                let memory = Memory::alloc(&self.layout.segments)?;
+                memory.touch()?;
+                memory
+            }
         };
         memory.check(&self.layout)?;
         let words = FenceWords::new(self.config.limits.offers as u32).map_err(os("cannot allocate the fence table"))?;

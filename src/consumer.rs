@@ -33,6 +33,7 @@ use crate::{
     group::PoolLayout,
     lane::{LaneKind, connect::Connector},
     memory::Memory,
+    metrics::ConsumerMetrics,
     model::Model,
     offer::Offer,
     plan::LocalBlocks,
@@ -140,6 +141,7 @@ impl Builder {
             ended: Condvar::new(),
             pulls: AtomicUsize::new(0),
             wedged: AtomicUsize::new(0),
+            metrics: ConsumerMetrics::default(),
             on_wedge: self.config.pull.on_wedge,
         });
         let hello = Hello {
@@ -260,6 +262,7 @@ impl Consumer {
                 done.waiters.insert(id, tx);
             }
         }
+        self.shared.metrics.running.inc();
         let deadline = pull.deadline.unwrap_or(self.config.pull.deadline).min(MAX_DEADLINE);
         self.mailbox.send(Mail::Rail(rail::In::Start(Box::new(Start {
             id,
@@ -349,6 +352,11 @@ impl Consumer {
         self.shared.wedged.load(Ordering::Acquire)
     }
 
+    /// Its metrics, to register where the engine's are.
+    pub fn metrics(&self) -> &ConsumerMetrics {
+        &self.shared.metrics
+    }
+
     /// Cancels every pull and ends the data thread, within two seconds. Pulls that ended meanwhile can still be polled.
     pub fn shutdown(&self) {
         self.stopped.store(true, Ordering::Release);
@@ -410,6 +418,7 @@ struct Shared {
     ended: Condvar,
     pulls: AtomicUsize,
     wedged: AtomicUsize,
+    metrics: ConsumerMetrics,
     on_wedge: OnWedge,
 }
 
@@ -420,6 +429,8 @@ impl Reports for Shared {
         let blocks: Vec<Block> = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied().collect();
         lock(&self.quarantine).give_back(ended.pull.0, blocks.into_iter());
         self.pulls.fetch_sub(1, Ordering::AcqRel);
+        self.metrics.running.dec();
+        self.metrics.ended(&ended.outcome);
         if !ended.outcome.complete() {
             tracing::warn!(
                 request = %ended.offer.request, peer = %ended.offer.engine, incarnation = %ended.offer.incarnation,
@@ -441,6 +452,7 @@ impl Reports for Shared {
 
     fn wedged(&self, pull: PullId) {
         self.wedged.fetch_add(1, Ordering::AcqRel);
+        self.metrics.wedged.inc();
         tracing::error!(pull = pull.0, "a pull's blocks are withheld: its lane wedged; restart this process to get them back");
         if self.on_wedge == OnWedge::Exit {
             tracing::error!("on_wedge = exit");

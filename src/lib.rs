@@ -65,6 +65,7 @@ pub mod error;
 pub mod group;
 pub mod lane;
 pub mod memory;
+pub mod metrics;
 pub mod model;
 pub mod offer;
 pub mod plan;

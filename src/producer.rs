@@ -27,6 +27,7 @@ use crate::{
     group::PoolLayout,
     lane::{LaneKind, local, tcp},
     memory::{Export, FenceWords, Memory},
+    metrics::ProducerMetrics,
     model::{Mismatch, Model},
     offer::{BadOffer, Offer, OfferGroup, OfferRank},
     protocol::{
@@ -146,7 +147,10 @@ impl Builder {
         let limits = &self.config.limits;
         let tcp = if self.lanes.contains(&LaneKind::Tcp) {
             let any = SocketAddr::new(bound.ip(), 0);
-            Some(tcp::Server::start(any, export.clone(), me.incarnation, limits).map_err(os("cannot start the tcp lane"))?)
+            Some(
+                tcp::Server::start(any, export.clone(), me.incarnation, limits)
+                    .map_err(os("cannot start the tcp lane"))?,
+            )
         } else {
             None
         };
@@ -170,11 +174,19 @@ impl Builder {
             tcp,
             local,
             config: self.config,
-            state: Mutex::new(State { table, groups: HashMap::new(), sessions: HashMap::new(), by_consumer: HashMap::new(), lanes: 0, next_session: 1 }),
+            state: Mutex::new(State {
+                table,
+                groups: HashMap::new(),
+                sessions: HashMap::new(),
+                by_consumer: HashMap::new(),
+                lanes: 0,
+                next_session: 1,
+            }),
             freed: Mutex::new(VecDeque::new()),
             freed_now: Condvar::new(),
             freed_notify: Notify::new(),
             rearm: Arc::new(Notify::new()),
+            metrics: ProducerMetrics::default(),
         });
         runtime.handle().spawn(keep_time(Arc::downgrade(&core), core.rearm.clone()));
         let bench = self.bench.then(|| core.clone() as Arc<dyn BenchDesk>);
@@ -311,6 +323,11 @@ impl Producer {
         (state.table.live(), state.table.claims())
     }
 
+    /// Its metrics, to register where the engine's are.
+    pub fn metrics(&self) -> &ProducerMetrics {
+        &self.core.metrics
+    }
+
     /// Open sessions.
     pub fn sessions(&self) -> usize {
         self.core.lock().sessions.len()
@@ -341,6 +358,7 @@ struct Core {
     freed_notify: Notify,
     /// The books' next timeout may have changed.
     rearm: Arc<Notify>,
+    metrics: ProducerMetrics,
 }
 
 struct State {
@@ -408,6 +426,9 @@ impl Core {
             (Err(_), None) => drop(state.groups.remove(&offer.id)),
             _ => {}
         }
+        if entered.is_ok() {
+            self.metrics.offers.inc();
+        }
         self.carry_out(&mut state);
         entered
     }
@@ -439,6 +460,7 @@ impl Core {
                     if !matches!(f.why, Gone::Released) {
                         tracing::warn!(offer = %f.offer, why = ?f.why, "offer ended without a release; its blocks are freed");
                     }
+                    self.metrics.freed(f.why);
                     lock(&self.freed).push_back(f);
                     freed += 1;
                 }
@@ -455,6 +477,8 @@ impl Core {
                 }
             }
         }
+        self.metrics.live.set(state.table.live() as i64);
+        self.metrics.claims.set(state.table.claims() as i64);
         if freed > 0 {
             self.freed_now.notify_all();
             self.freed_notify.notify_waiters();
@@ -508,6 +532,7 @@ impl Desk for Core {
         if state.sessions.len() >= self.config.limits.sessions {
             return Err(Refusal::Limit { what: "sessions", limit: self.config.limits.sessions });
         }
+        self.metrics.sessions.inc();
         let id = SessionId(state.next_session);
         state.next_session += 1;
         state.by_consumer.insert(from.incarnation, id);
@@ -524,6 +549,7 @@ impl Desk for Core {
             let mut state = self.lock();
             let gone = state.sessions.remove(&session);
             if let Some(s) = &gone {
+                self.metrics.sessions.dec();
                 state.lanes -= s.lanes.len();
                 if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
                     state.by_consumer.remove(&s.from.incarnation);
@@ -542,7 +568,9 @@ impl Desk for Core {
         let (lanes, limit) = (state.lanes, self.config.limits.lanes);
         let id = state.by_consumer.get(&from.incarnation).copied();
         let Some(session) = id.and_then(|id| state.sessions.get_mut(&id)).filter(|s| s.from == *from) else {
-            return Err(Refusal::Precondition("no session of this consumer is open: open one before asking for a lane".into()));
+            return Err(Refusal::Precondition(
+                "no session of this consumer is open: open one before asking for a lane".into(),
+            ));
         };
         // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones.
         let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.pop_front() } else { None };
@@ -597,7 +625,10 @@ impl BenchDesk for Core {
         let group = group.ok_or_else(|| format!("no group here has blocks of {block_bytes} bytes"))?;
         let count = if blocks == 0 { group.blocks } else { blocks };
         if count > group.blocks {
-            return Err(format!("{count} blocks asked for, but the pool has {}: ask for fewer, or serve more", group.blocks));
+            return Err(format!(
+                "{count} blocks asked for, but the pool has {}: ask for fewer, or serve more",
+                group.blocks
+            ));
         }
         let mut ids: Vec<u32> = (0..group.blocks).collect();
         if scattered {

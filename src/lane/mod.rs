@@ -5,7 +5,7 @@ use std::{fmt, io, os::fd::BorrowedFd, time::Duration};
 
 use crate::{error::Cause, plan::Read};
 
-//pub mod connect;
+pub mod connect;
 pub mod error;
 pub mod fault;
 pub mod local;

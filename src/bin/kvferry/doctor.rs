@@ -85,7 +85,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 fn cores() -> Finding {
     let n = std::thread::available_parallelism().map_or(1, usize::from);
     let status = if n >= 2 { Status::Ok } else { Status::Warn };
-    Finding::new("cores", status, format!("{n}"), "a transfer needs one core on each side beside the engine's: give it two")
+    Finding::new(
+        "cores",
+        status,
+        format!("{n}"),
+        "a transfer needs one core on each side beside the engine's: give it two",
+    )
 }
 
 fn memory() -> Finding {
@@ -96,7 +101,12 @@ fn memory() -> Finding {
         .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
         .unwrap_or(0);
     let status = if kib >= 1 << 20 { Status::Ok } else { Status::Warn };
-    Finding::new("memory", status, format!("{} available", size(kib << 10)), "the demo wants 2 GiB: use --total-bytes 100M")
+    Finding::new(
+        "memory",
+        status,
+        format!("{} available", size(kib << 10)),
+        "the demo wants 2 GiB: use --total-bytes 100M",
+    )
 }
 
 fn files() -> Finding {
@@ -114,7 +124,12 @@ fn files() -> Finding {
 fn memfd() -> Finding {
     match Memory::alloc(&[1 << 20]) {
         Ok(_) => Finding::new("shared pools", Status::Ok, "memfds can be made and sealed", ""),
-        Err(e) => Finding::new("shared pools", Status::Fail, e.to_string(), "allow memfd_create (seccomp?), or bring your own memory"),
+        Err(e) => Finding::new(
+            "shared pools",
+            Status::Fail,
+            e.to_string(),
+            "allow memfd_create (seccomp?), or bring your own memory",
+        ),
     }
 }
 
@@ -135,7 +150,8 @@ fn huge_pages() -> Finding {
 fn shared_huge_pages() -> Finding {
     let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let set = chosen(path);
-    let status = if ["always", "within_size", "advise", "force"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
+    let status =
+        if ["always", "within_size", "advise", "force"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
     let advice = format!("pools that kvferry allocates would get huge pages: echo advise > {path}");
     Finding::new("huge pages in pools", status, set, &advice)
 }
@@ -157,7 +173,12 @@ fn ptrace() -> Finding {
 fn pidfd() -> Finding {
     match rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty()) {
         Ok(_) => Finding::new("pidfd", Status::Ok, "works", ""),
-        Err(e) => Finding::new("pidfd", Status::Fail, e.to_string(), "the local lane needs Linux 5.3 or newer; use --lane tcp"),
+        Err(e) => Finding::new(
+            "pidfd",
+            Status::Fail,
+            e.to_string(),
+            "the local lane needs Linux 5.3 or newer; use --lane tcp",
+        ),
     }
 }
 

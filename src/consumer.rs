@@ -453,7 +453,10 @@ impl Reports for Shared {
     fn wedged(&self, pull: PullId) {
         self.wedged.fetch_add(1, Ordering::AcqRel);
         self.metrics.wedged.inc();
-        tracing::error!(pull = pull.0, "a pull's blocks are withheld: its lane wedged; restart this process to get them back");
+        tracing::error!(
+            pull = pull.0,
+            "a pull's blocks are withheld: its lane wedged; restart this process to get them back"
+        );
         if self.on_wedge == OnWedge::Exit {
             tracing::error!("on_wedge = exit");
             std::process::exit(70);

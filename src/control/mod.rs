@@ -7,17 +7,21 @@
 //!
 //! - [`wire`]: protobuf to domain and back, with every bound checked on the way in.
 //! - [`server`]: what a producer serves; the producer is asked through the [`server::Desk`] trait. [`outbox`],
-//!   [`guard`] and [`service`] are its parts: frames to a session, bounds on connections, the calls themselves.
-//! - [`client`]: one task for each peer address that runs a [`crate::protocol::session::PeerSession`]. [`dial`] connects
-//!   and says Hello; [`call`] has the calls that need no session.
-//! - [`tls`], [`host`]: certificates of both ends; what tells that two ranks share a host.
+//!   `guard` and `service` are its parts: frames to a session, bounds on connections, the calls themselves.
+//! - [`client`]: one task for each peer address that runs a [`crate::protocol::session::PeerSession`]. `dial` connects and
+//!   says Hello, `connect` gets lanes; [`call`] has the calls that need no session.
+//! - `tls`, [`host`]: certificates of both ends; what tells that two ranks share a host.
 
+pub mod call;
+pub mod client;
 pub mod host;
 pub mod outbox;
 pub mod server;
 pub mod ticket;
 pub mod wire;
 
+pub(crate) mod connect;
+pub(crate) mod dial;
 pub(crate) mod guard;
 pub(crate) mod service;
 pub(crate) mod tls;

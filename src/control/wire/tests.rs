@@ -1,5 +1,5 @@
 use super::*;
-use proptest::{collection::vec, option, prelude::*, sample::select};
+use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
 use std::fmt::Debug;
 

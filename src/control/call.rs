@@ -1,0 +1,175 @@
+//! Calls that need no session: a Hello to see who is there, a release by a scheduler or router, an offer of the bench
+//! service. Each makes a connection of its own, and nothing is kept.
+
+use std::time::Duration;
+
+use super::{
+    dial::{Dialer, said},
+    host, proto,
+    wire::{self, ReleaseWanted},
+};
+use crate::{
+    block::{EngineId, Incarnation, OfferId, Rank},
+    config::Config,
+    error::HelloError,
+    model::Model,
+    offer::Offer,
+    protocol::{
+        frame::PeerId,
+        hello::{Hello, VERSIONS, Welcome, features},
+    },
+    shard::Shard,
+};
+
+/// A call that failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallError {
+    /// The producer cannot be reached.
+    #[error(transparent)]
+    Dial(#[from] HelloError),
+    /// It answered, and refused.
+    #[error("{addr} refused: {why}")]
+    Refused {
+        /// The address.
+        addr: String,
+        /// In its words.
+        why: String,
+    },
+    /// It did not answer in time.
+    #[error("{addr} did not answer within {after:?}; is its process stopped?")]
+    Silent {
+        /// The address.
+        addr: String,
+        /// How long it had.
+        after: Duration,
+    },
+    /// What it answered breaks the protocol's bounds.
+    #[error("{addr} sent rubbish: {what}; is it a kvferry of this version?")]
+    Protocol {
+        /// The address.
+        addr: String,
+        /// What was wrong.
+        what: String,
+    },
+}
+
+impl From<CallError> for String {
+    fn from(e: CallError) -> Self {
+        e.to_string()
+    }
+}
+
+/// Makes calls with the certificates, limits and times of a [`Config`].
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    config: Config,
+}
+
+impl Caller {
+    /// A caller; a call takes at most `config.session.hello_timeout`.
+    pub fn new(config: Config) -> Self {
+        Self { config }
+    }
+
+    /// Says Hello, as `me`.
+    pub async fn hello(&self, addr: &str, me: &Hello) -> Result<Welcome, HelloError> {
+        Ok(Dialer::new(addr.into(), &self.config).hello(me).await?.1)
+    }
+
+    /// Lets go of an offer at the rank that serves `addr`. `from`: on whose behalf; `expect`: the incarnation that
+    /// offered, when it is known. `true`: the offer was freed by this; `false`: it was gone already, or others read it.
+    pub async fn release(
+        &self,
+        addr: &str,
+        from: Option<PeerId>,
+        offer: OfferId,
+        expect: Option<Incarnation>,
+    ) -> Result<bool, CallError> {
+        let request = proto::ReleaseRequest::from(&ReleaseWanted { from, offer, expect });
+        let reply = self
+            .call(addr, async {
+                let line = Dialer::new(addr.into(), &self.config).connect().await?;
+                line.ferry().release(request).await.map_err(|s| refused(addr, &s))
+            })
+            .await?;
+        Ok(reply.into_inner().freed)
+    }
+
+    /// Has the bench service at `addr` offer `blocks` blocks (0: all) of `block_bytes` (0: as configured there).
+    pub async fn make_offer(
+        &self,
+        addr: &str,
+        blocks: u32,
+        scattered: bool,
+        block_bytes: u32,
+    ) -> Result<(Offer, u64), CallError> {
+        let request = proto::MakeOfferRequest { blocks, scattered, block_bytes };
+        let reply = self
+            .call(addr, async {
+                let line = Dialer::new(addr.into(), &self.config).connect().await?;
+                let mut bench = proto::bench_client::BenchClient::new(line.channel)
+                    .max_decoding_message_size(self.config.limits.frame_bytes);
+                bench.make_offer(request).await.map_err(|s| refused(addr, &s))
+            })
+            .await?
+            .into_inner();
+        let rubbish = |what: String| CallError::Protocol { addr: addr.into(), what };
+        let offer = reply.offer.ok_or_else(|| rubbish("offer: is missing".into()))?;
+        let offer =
+            wire::offer(offer, self.config.limits.blocks_per_offer).map_err(|e| rubbish(format!("offer.{e}")))?;
+        Ok((offer, reply.pattern))
+    }
+
+    async fn call<T>(&self, addr: &str, what: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+        let after = self.config.session.hello_timeout;
+        let silent = || Err(CallError::Silent { addr: addr.into(), after });
+        tokio::time::timeout(after, what).await.unwrap_or_else(|_| silent())
+    }
+}
+
+fn refused(addr: &str, status: &tonic::Status) -> CallError {
+    CallError::Refused { addr: addr.into(), why: said(status) }
+}
+
+fn within(limit: Duration) -> Caller {
+    let mut config = Config::default();
+    config.session.hello_timeout = limit;
+    Caller::new(config)
+}
+
+/// Says Hello in plain text as rank 0 of `engine`, to see who is at `addr` and where its memory lies.
+pub async fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Welcome, HelloError> {
+    let me = Hello {
+        versions: VERSIONS,
+        features: features::ALL,
+        peer: PeerId { engine: engine.clone(), rank: Rank(0), incarnation: Incarnation::random() },
+        model: model.clone(),
+        shard: Shard::whole(1, 1),
+        host: host::identity().to_owned(),
+    };
+    within(limit).hello(addr, &me).await
+}
+
+/// Has the bench service at `addr` make an offer, in plain text.
+pub async fn make_offer(
+    addr: &str,
+    blocks: u32,
+    scattered: bool,
+    block_bytes: u32,
+    limit: Duration,
+) -> Result<Offer, CallError> {
+    Ok(within(limit).make_offer(addr, blocks, scattered, block_bytes).await?.0)
+}
+
+/// Lets go of an offer without a session, in plain text: for a scheduler that refuses a request at admission, or a router.
+/// See [`Caller::release`].
+pub async fn release(
+    addr: &str,
+    from: Option<PeerId>,
+    offer: OfferId,
+    expect: Option<Incarnation>,
+    limit: Duration,
+) -> Result<bool, CallError> {
+    within(limit).release(addr, from, offer, expect).await
+}

@@ -1,0 +1,134 @@
+//! Getting a lane: ask the producer for a ticket, and have it connected, for one kind after the other until one works.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tonic::Code;
+
+use super::{
+    dial::{Line, said},
+    guard::lock,
+    proto,
+    ticket::LaneTicket,
+};
+use crate::{
+    block::Incarnation,
+    driver::rail::{self, Addr},
+    error::Cause,
+    lane::{Lane, LaneError, LaneKind},
+    protocol::hello::{Hello, Welcome},
+};
+
+/// Connects the lane that a ticket is for.
+pub trait LaneConnector: Send + Sync + 'static {
+    /// `peer` is where the control plane's connection leads: the host that answered.
+    fn connect(
+        &self,
+        ticket: LaneTicket,
+        welcome: Arc<Welcome>,
+        peer: SocketAddr,
+    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + '_>>;
+}
+
+/// Which kinds were skipped at which incarnation: said once for each.
+#[derive(Clone, Default)]
+pub(crate) struct Skipped(Arc<Mutex<HashSet<(Incarnation, LaneKind)>>>);
+
+impl Skipped {
+    fn first(&self, incarnation: Incarnation, kind: LaneKind) -> bool {
+        let mut said = lock(&self.0);
+        // What was said of earlier incarnations is of no more use.
+        said.retain(|(i, _)| *i == incarnation);
+        said.insert((incarnation, kind))
+    }
+}
+
+/// One lane that is wanted of a peer.
+pub(crate) struct LaneCall {
+    pub(crate) peer: Addr,
+    pub(crate) me: Arc<Hello>,
+    pub(crate) line: Line,
+    pub(crate) welcome: Arc<Welcome>,
+    pub(crate) connector: Arc<dyn LaneConnector>,
+    /// For each kind.
+    pub(crate) timeout: Duration,
+    pub(crate) skipped: Skipped,
+}
+
+impl LaneCall {
+    pub(crate) async fn run(self, kinds: Vec<LaneKind>) -> rail::In {
+        let incarnation = self.welcome.peer.incarnation;
+        let mut cause = Cause::LaneFailed;
+        let mut tried = 0;
+        for kind in kinds {
+            let failed = match self.possible(kind) {
+                Err(why) => Err((why.to_owned(), Cause::LaneFailed)),
+                Ok(()) => {
+                    tried += 1;
+                    tokio::time::timeout(self.timeout, self.connect(kind)).await.unwrap_or_else(|_| {
+                        Err((format!("not connected within {:?}", self.timeout), Cause::Unreachable))
+                    })
+                }
+            };
+            match failed {
+                Ok(lane) => return rail::In::Lane { peer: self.peer, incarnation, lane: Ok(lane) },
+                Err((why, c)) => {
+                    if c == Cause::Unreachable {
+                        cause = c;
+                    }
+                    if self.skipped.first(incarnation, kind) {
+                        tracing::info!(peer = %self.peer, %incarnation, lane = %kind, why, "lane skipped");
+                    }
+                }
+            }
+        }
+        if tried == 0 {
+            tracing::warn!(peer = %self.peer, %incarnation, "no lane that both sides have; see which ones were skipped");
+        }
+        rail::In::Lane { peer: self.peer, incarnation, lane: Err(cause) }
+    }
+
+    fn possible(&self, kind: LaneKind) -> Result<(), &'static str> {
+        if !self.welcome.lanes.contains(&kind) {
+            return Err("the peer does not serve it");
+        }
+        let same_host = !self.me.host.is_empty() && self.me.host == self.welcome.host;
+        if matches!(kind, LaneKind::Local | LaneKind::CudaIpc) && !same_host {
+            return Err("the peer is on another host, or in other namespaces");
+        }
+        Ok(())
+    }
+
+    async fn connect(&self, kind: LaneKind) -> Result<Box<dyn Lane>, (String, Cause)> {
+        let request = proto::LaneRequest {
+            from: Some((&self.me.peer).into()),
+            expect_incarnation: self.welcome.peer.incarnation.get(),
+            kind: proto::LaneKind::from(kind).into(),
+        };
+        let reply = self.line.ferry().connect_lane(request).await.map_err(|s| {
+            let cause = match s.code() {
+                // Not there any more, or another one by now: the session tells which.
+                Code::Unavailable | Code::FailedPrecondition | Code::Cancelled | Code::Unknown => Cause::Unreachable,
+                _ => Cause::LaneFailed,
+            };
+            (said(&s), cause)
+        })?;
+        let ticket = LaneTicket::try_from(reply.into_inner())
+            .map_err(|e| (format!("rubbish from the peer: {e}"), Cause::LaneFailed))?;
+        if ticket.kind() != kind {
+            return Err((format!("the peer answered with a {} lane", ticket.kind()), Cause::LaneFailed));
+        }
+        self.connector.connect(ticket, self.welcome.clone(), self.line.to).await.map_err(|e| {
+            let cause = match e.cause() {
+                Cause::Unreachable | Cause::PeerDown | Cause::PeerRestarted => Cause::Unreachable,
+                _ => Cause::LaneFailed,
+            };
+            (e.to_string(), cause)
+        })
+    }
+}

@@ -34,7 +34,7 @@ const WINDOW_FENCES: usize = 64;
 
 /// A read that waits for its copy, or what is left of it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Copy {
+pub(super) struct Waiting {
     attempt: Attempt,
     chunk: u32,
     pub src_segment: u16,
@@ -103,7 +103,7 @@ pub struct LocalLane {
     memory: Memory,
     attempts: Vec<Try>,
     /// Copies to do, in the order that they were posted in.
-    queue: VecDeque<Copy>,
+    queue: VecDeque<Waiting>,
     /// Bytes of them.
     queued: u64,
     fences: VecDeque<(Attempt, FenceSlot)>,
@@ -278,7 +278,7 @@ impl Lane for LocalLane {
                 return reads.len();
             }
             self.queued += r.len;
-            self.queue.push_back(Copy {
+            self.queue.push_back(Waiting {
                 attempt: a,
                 chunk: r.chunk,
                 src_segment: r.src_segment,

@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use super::reader::Copy;
+use super::reader::Waiting;
 use crate::{
     group::PoolLayout,
     memory::{Mapping, Memory},
@@ -37,7 +37,7 @@ impl Source {
 
     /// Copies from the front of the queue, at most `budget` bytes, and returns how many. They may end in the middle of a
     /// read. Every read was checked against `layout`, the peer's, and against `memory` when it was queued.
-    pub fn copy(&self, queue: &VecDeque<Copy>, memory: &Memory, budget: usize) -> io::Result<usize> {
+    pub fn copy(&self, queue: &VecDeque<Waiting>, memory: &Memory, budget: usize) -> io::Result<usize> {
         match self {
             Self::Mapped { segments, .. } => {
                 let mut done = 0;

@@ -87,7 +87,10 @@ fn background() -> (Handle, tokio::sync::oneshot::Sender<()>) {
 #[test]
 fn as_a_producer() {
     let Ok(kind) = std::env::var("KVFERRY_TEST_LOCAL_PRODUCER") else { return };
-    let (export, nonce) = export(kind == "memfd");
+    if kind.contains("undumpable") {
+        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).unwrap();
+    }
+    let (export, nonce) = export(kind.contains("memfd"));
     let incarnation = Incarnation::random();
     let (handle, _until) = background();
     let server = Server::start(export.clone(), incarnation, handle, &Limits::default()).unwrap();
@@ -348,6 +351,39 @@ fn a_death_is_noticed_while_the_lane_sleeps() {
 }
 
 #[test]
+fn a_stopped_owner_still_serves_reads_and_fences() {
+    for kind in ["memfd", "raw"] {
+        let p = Producer::start(kind);
+        let memory = Memory::alloc(&[1 << 20]).unwrap();
+        let mut lane = p.lane(&memory);
+        let pid = rustix::process::Pid::from_child(&p.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED).unwrap().unwrap();
+        pull(&mut lane, &[read(5, (0, 0), (0, 0), 100)]);
+        assert_eq!(fence(&mut lane), word(p.nonce));
+        if kind == "raw" {
+            let lane = dial(&p.name, 2, p.incarnation, &memory);
+            assert!(matches!(lane, Err(LaneError::Silent { .. })), "but it opens no lane");
+        }
+    }
+}
+
+#[test]
+fn a_process_that_may_not_be_read_is_refused_with_the_reason_unless_its_pool_is_shared() {
+    let memory = Memory::alloc(&[1 << 20]).unwrap();
+    let mut lane = Producer::start("undumpable memfd").lane(&memory);
+    assert!(lane.mapped());
+    lane.kill();
+    let p = Producer::start("undumpable raw");
+    match dial(&p.name, 1, p.incarnation, &memory) {
+        Err(LaneError::Forbidden { why }) => assert!(why.contains("CAP_SYS_PTRACE"), "{why}"),
+        // Root may read whom it likes.
+        Ok(_) => assert!(rustix::process::geteuid().is_root()),
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
 fn a_dismissed_lane_ends_without_a_death() {
     let mut p = Producer::start("memfd");
     let memory = Memory::alloc(&[1 << 20]).unwrap();
@@ -511,6 +547,30 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
         [LaneEvent::Failed { attempt: b, cause }, LaneEvent::Down { cause }, LaneEvent::Quiet { attempt: b }]
     );
     assert!(lane.arm().unwrap().is_none());
+}
+
+#[test]
+fn a_pool_of_more_segments_than_files_fit_in_a_packet_is_read_without_them() {
+    for (segments, mapped) in [(wire::MAX_FILES as u64 - 1, true), (wire::MAX_FILES as u64, false), (4096, false)] {
+        let layout = Arc::new(PoolLayout { segments: vec![64; segments as usize], groups: vec![] });
+        let last = segments as u16 - 1;
+        let memory = if mapped { Memory::alloc(&layout.segments).unwrap() } else { pool(&layout, segments < 4096) };
+        memory.write_from(last, 60, b"last").unwrap();
+        let export = Arc::new(Export::new(layout.clone(), memory, Arc::new(FenceWords::new(8).unwrap())));
+        let (handle, _until) = background();
+        let incarnation = Incarnation::random();
+        let server = Server::start(export, incarnation, handle, &Limits::default()).unwrap();
+        server.admit(1);
+        let memory = Memory::alloc(&[64]).unwrap();
+        let name = server.name();
+        let mut lane = runtime().block_on(connect(&name, 1, incarnation, layout, memory.clone())).unwrap();
+        assert_eq!(lane.mapped(), mapped);
+        lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
+        pull(&mut lane, &[read(1, (last, 60), (0, 3), 4)]);
+        let mut bytes = [0; 4];
+        memory.read_into(0, 3, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"last");
+    }
 }
 
 #[test]

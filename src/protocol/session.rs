@@ -168,6 +168,8 @@ pub struct PeerSession {
     health: Health,
     used: Instant,
     closing: bool,
+    /// Said once, unless it is used again.
+    expired: bool,
     out: VecDeque<Out>,
 }
 
@@ -194,6 +196,7 @@ impl PeerSession {
             health: Health::Up,
             used: now,
             closing: false,
+            expired: false,
             out: VecDeque::new(),
         }
     }
@@ -457,17 +460,22 @@ impl PeerSession {
         }
     }
 
-    fn rest(&mut self, now: Instant) {
+    /// When it is dropped, if nothing happens before. Releases alone keep a session only while it is up: once it has been
+    /// down for as long as this, the leases have run out anyway.
+    fn rests_at(&self) -> Option<Instant> {
         let idle = if self.closing { Duration::ZERO } else { self.config.idle };
-        let forgotten = now.saturating_duration_since(self.used) >= idle;
-        // Releases keep a session for a while only: by then the leases have run out anyway.
-        let hopeless = !self.up() && self.claims.is_empty() && forgotten;
-        if hopeless || (!self.needed() && !self.dialing && forgotten) {
+        let wanted = !self.claims.is_empty() || self.dialing || (self.up() && !self.unacked.is_empty());
+        (!wanted && !self.expired).then(|| self.used + idle)
+    }
+
+    fn rest(&mut self, now: Instant) {
+        if self.rests_at().is_some_and(|t| t <= now) {
             self.out.push_back(Out::HangUp);
             self.out.push_back(Out::Expired);
             self.stream = Stream::Closed;
-            // Said once, unless it is used again.
-            self.used = now + Duration::from_secs(365 * 86_400);
+            self.redial_at = None;
+            self.unacked.clear();
+            self.expired = true;
         }
     }
 }
@@ -480,6 +488,7 @@ impl Machine for PeerSession {
         match event {
             In::Claim(want) => {
                 self.used = now;
+                self.expired = false;
                 let id = want.claim;
                 // An idle session's ping is slow: a claim makes it quick again.
                 self.next_ping = self.next_ping.min(now + self.config.heartbeat);
@@ -488,6 +497,7 @@ impl Machine for PeerSession {
             }
             In::Release { expect, release } => {
                 self.used = now;
+                self.expired = false;
                 if let Some(claim) = release.claim {
                     self.claims.remove(&claim);
                 }
@@ -562,8 +572,8 @@ impl Machine for PeerSession {
                 if self.health == Health::Suspect || !self.up() { self.config.down } else { self.config.suspect };
             at(since + limit);
         }
-        if !self.dialing && (!self.needed() || !self.up()) {
-            at(self.used + if self.closing { Duration::ZERO } else { self.config.idle });
+        if let Some(t) = self.rests_at() {
+            at(t);
         }
         next
     }

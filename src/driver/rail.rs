@@ -391,6 +391,10 @@ impl Rail {
                 let n = self.next_lane;
                 self.next_lane += 1;
                 let kind = lane.caps().kind;
+                // One lane of a kind to a peer: an older one finishes what it has, and goes.
+                for l in self.lanes.values_mut().filter(|l| l.peer == addr && l.kind == kind) {
+                    l.dead = true;
+                }
                 self.lanes.insert(
                     n,
                     LaneSlot {

@@ -51,7 +51,8 @@ impl World {
             ready: ready.then_some(self.now),
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
-            done: early.then_some(self.now),
+            // Books that may remember little forget some of what came early.
+            done: (early && !self.weather.tight).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
             claimed_ever: false,
             revoked: false,
@@ -154,6 +155,7 @@ impl World {
         };
         let lease = l.clone();
         l.freed = Some(why);
+        let early = self.weather.tight && self.procs[q].early_released.contains(&id);
         let held = lease.claims.values().copied().max().filter(|t| *t > now);
         let wrong = if lease.freed.is_some() {
             Some("a second time")
@@ -164,7 +166,7 @@ impl World {
                 Gone::Expired if !lease.claimed_ever && now < lease.unclaimed_until => {
                     Some("before its unclaimed time is over")
                 }
-                Gone::Released if lease.done.is_none() => Some("though not all its readers let go"),
+                Gone::Released if lease.done.is_none() && !early => Some("though not all its readers let go"),
                 Gone::Released if held.is_some() => Some("while another claim holds"),
                 Gone::Revoked if !lease.revoked => Some("as revoked, though the engine did not revoke it"),
                 Gone::HardCap if now < lease.entered + cap => Some("before the hard cap"),
@@ -435,7 +437,7 @@ impl World {
             .or(request.excused)
             .or((!self.weather.sure_network()).then_some("the network"))
             .or(self.weather.tight.then_some("tight limits"))
-            .or((faults + 1 >= pull.attempts).then_some("too many faults"));
+            .or((faults + ended.outcome.retries + 1 >= pull.attempts).then_some("too many faults"));
         if bad.is_none() && lost > 0 && excuse.is_none() {
             let promise = match () {
                 () if pull.healing => Promise::Healing,

@@ -302,7 +302,11 @@ impl World {
             ended: false,
             wedged: false,
             healing: heal,
-            excused: short.then_some("a short deadline"),
+            excused: match (short, self.weather.sure_network()) {
+                (true, _) => Some("a short deadline"),
+                (_, false) => Some("the network"),
+                _ => None,
+            },
         };
         process.pulls.insert(id, info);
         self.stats.pulls += 1;
@@ -596,6 +600,11 @@ impl World {
     pub fn lanes_stirred(&mut self, local: usize) {
         let at = self.consumers.iter().position(|c| c.process.as_ref().is_some_and(|p| p.local == local));
         if let Some(c) = at {
+            // As the driver does when an idle lane's descriptor is readable.
+            if let Some(p) = &mut self.consumers[c].process {
+                let idle: Vec<_> = p.rail.idle_lanes().collect();
+                idle.into_iter().for_each(|n| p.rail.stir(n));
+            }
             let soon = self.now + self.rng.tail(0, 10, 80);
             self.wake_by(c, soon);
         }

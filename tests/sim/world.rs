@@ -177,7 +177,7 @@ impl World {
         {
             let mut f = fabric.get();
             f.trace.on = tracing;
-            f.trace.keep = 400;
+            f.trace.keep = 4000;
         }
         *fabric_out = Some(fabric.clone());
         let model = Model {

@@ -102,6 +102,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     args::check_memory(bytes)?;
     let memory =
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
+    memory.touch()?;
     let mut builder = Producer::builder(args.engine, args.model.model(), layout)
         .memory(memory)
         .listen(args.listen)

@@ -29,6 +29,8 @@ pub struct Lease {
     /// Until when each claim holds.
     claims: BTreeMap<(Incarnation, ClaimId), Micros>,
     released: BTreeMap<EngineId, BTreeSet<u32>>,
+    /// Claims that were let go. One that is heard of again, out of order, holds nothing.
+    let_go: BTreeSet<(Incarnation, ClaimId)>,
     /// The last reader of some engine let go.
     done: Option<Micros>,
     unclaimed_until: Micros,
@@ -51,6 +53,7 @@ impl World {
             ready: ready.then_some(self.now),
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
+            let_go: BTreeSet::new(),
             // Books that may remember little forget some of what came early.
             done: (early && !self.weather.tight).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
@@ -114,6 +117,7 @@ impl World {
                 };
                 if let Some(claim) = r.claim {
                     l.claims.remove(&(from.incarnation, claim));
+                    l.let_go.insert((from.incarnation, claim));
                 }
                 let readers = l.released.entry(from.engine.clone()).or_default();
                 readers.insert(r.reader.index);
@@ -137,8 +141,10 @@ impl World {
                     let key = (*to, *claim);
                     let lease = self.procs[q].claimed.get(&key).copied();
                     if let Some(l) = lease.and_then(|o| self.procs[q].leases.get_mut(&o)) {
-                        l.claims.insert(key, now + claimed);
                         l.claimed_ever = true;
+                        if !l.let_go.contains(&key) {
+                            l.claims.insert(key, now + claimed);
+                        }
                     }
                 }
             }

@@ -426,7 +426,10 @@ impl PeerSession {
     }
 
     fn frame(&mut self, now: Instant, frame: ServerFrame) {
-        self.silent_since = None;
+        // A stream that is opening waits for its one answer: nothing else ends that silence.
+        if self.up() || matches!(frame.body, Some(ServerBody::Opened(_))) {
+            self.silent_since = None;
+        }
         self.unacked.remove(&frame.ack);
         if self.up() && matches!(self.health, Health::Suspect) {
             self.set_health(Health::Up);

@@ -556,8 +556,8 @@ impl Fabric {
                         // The other process has no such memory.
                         return self.op_failed(l, o, Cause::PeerDown);
                     }
-                    let what = format!("a read leaves the source's memory: {r:?}");
-                    return self.broken(Promise::Sound, what);
+                    let what = format!("a read is of another layout than its source's: {r:?}");
+                    return self.broken(Promise::Fresh, what);
                 };
                 let to = if op.torn && op.loaded.is_empty() { n.div_ceil(2) } else { n };
                 let have = op.loaded.len();
@@ -815,7 +815,8 @@ impl Fabric {
     pub fn proc_stopped(&mut self, proc: usize, stopped: bool) {
         self.procs[proc].stopped = stopped;
         if !stopped {
-            let (go, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parked).into_iter().partition(|(p, _)| *p == proc);
+            let (go, stay): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.parked).into_iter().partition(|(p, _)| *p == proc);
             self.parked = stay;
             for (i, (_, task)) in go.into_iter().enumerate() {
                 let t = self.now + i as Micros;

@@ -12,10 +12,10 @@ use kvferry::{
 };
 
 use crate::{
+    consumer::Process,
     memory::{Memory, describe},
-    say,
     trace::{Micros, Promise},
-    world::{Event, World},
+    world::{Event, World, say},
 };
 
 /// How late a woken machine may be, in all.
@@ -29,6 +29,8 @@ pub struct Lease {
     /// Until when each claim holds.
     claims: BTreeMap<(Incarnation, ClaimId), Micros>,
     released: BTreeMap<EngineId, BTreeSet<u32>>,
+    /// Claims that were let go. One that is heard of again, out of order, holds nothing.
+    let_go: BTreeSet<(Incarnation, ClaimId)>,
     /// The last reader of some engine let go.
     done: Option<Micros>,
     unclaimed_until: Micros,
@@ -51,6 +53,7 @@ impl World {
             ready: ready.then_some(self.now),
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
+            let_go: BTreeSet::new(),
             // Books that may remember little forget some of what came early.
             done: (early && !self.weather.tight).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
@@ -114,6 +117,7 @@ impl World {
                 };
                 if let Some(claim) = r.claim {
                     l.claims.remove(&(from.incarnation, claim));
+                    l.let_go.insert((from.incarnation, claim));
                 }
                 let readers = l.released.entry(from.engine.clone()).or_default();
                 readers.insert(r.reader.index);
@@ -137,8 +141,10 @@ impl World {
                     let key = (*to, *claim);
                     let lease = self.procs[q].claimed.get(&key).copied();
                     if let Some(l) = lease.and_then(|o| self.procs[q].leases.get_mut(&o)) {
-                        l.claims.insert(key, now + claimed);
                         l.claimed_ever = true;
+                        if !l.let_go.contains(&key) {
+                            l.claims.insert(key, now + claimed);
+                        }
                     }
                 }
             }
@@ -156,7 +162,7 @@ impl World {
         let lease = l.clone();
         l.freed = Some(why);
         let early = self.weather.tight && self.procs[q].early_released.contains(&id);
-        let held = lease.claims.values().copied().max().filter(|t| *t > now);
+        let held = lease.claims.values().copied().max().filter(|t| *t > now && lease.entered + cap > now);
         let wrong = if lease.freed.is_some() {
             Some("a second time")
         } else {
@@ -253,7 +259,8 @@ impl World {
         self.pending.retain(|k, _| alive.contains(&k.3));
         let late = self.pending.iter().find(|(_, t)| self.now > (**t).max(calm) + bound);
         if let Some((k, t)) = late {
-            let what = format!("a release of {} ({:?}) has not arrived {} us after it was made", k.1, k.2, self.now - t);
+            let what =
+                format!("a release of {} ({:?}) has not arrived {} us after it was made", k.1, k.2, self.now - t);
             self.broken(Promise::LeakFree, what);
         }
     }
@@ -268,18 +275,16 @@ impl World {
         if busy || live > 0 || !self.pending.is_empty() {
             let most = calm + self.weather.lease.hard_cap.as_micros() as Micros + 2_000_000;
             if self.now > most {
-                let what = format!("{live} offers are live, pulls are open ({busy}), {} releases owed", self.pending.len());
+                let what =
+                    format!("{live} offers are live, pulls are open ({busy}), {} releases owed", self.pending.len());
                 self.broken(Promise::LeakFree, what);
             }
             return;
         }
         for (q, proc) in self.procs.iter().enumerate().filter(|(_, p)| p.alive) {
             if proc.table.live() + proc.table.claims() > 0 {
-                let what = format!(
-                    "process {q}'s books keep {} offers and {} claims",
-                    proc.table.live(),
-                    proc.table.claims()
-                );
+                let what =
+                    format!("process {q}'s books keep {} offers and {} claims", proc.table.live(), proc.table.claims());
                 self.broken(Promise::LeakFree, what);
             }
         }
@@ -314,16 +319,38 @@ impl World {
         let Some(p) = &self.consumers[c].process else { return };
         let late = p.pulls.iter().find(|(_, p)| p.decided.is_none() && self.now > p.deadline + SLACK);
         if let Some((id, p)) = late {
-            let what = format!("pull {id} of consumer {c} has not decided {} us past its deadline", self.now - p.deadline);
+            let what =
+                format!("pull {id} of consumer {c} has not decided {} us past its deadline", self.now - p.deadline);
             self.broken(Promise::Timely, what);
         }
         let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
-        let open = p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
-        if let Some((id, p)) = open {
-            let since = self.now - p.decided.unwrap_or(0);
-            let what = format!("pull {id} of consumer {c} has not ended {since} us after its decision, and nothing wedged");
+        let open =
+            p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
+        let told = self.knows_of_a_death(p);
+        if let (Some(what), None) = (told, self.unsure) {
             self.broken(Promise::Timely, what);
         }
+        if let Some((id, p)) = open {
+            let since = self.now - p.decided.unwrap_or(0);
+            let what =
+                format!("pull {id} of consumer {c} has not ended {since} us after its decision, and nothing wedged");
+            self.broken(Promise::Timely, what);
+        }
+    }
+
+    /// A pull that waits for a process whose host says that it is gone, for longer than it takes to ask.
+    fn knows_of_a_death(&self, p: &Process) -> Option<String> {
+        let bound = 2 * self.weather.session.redial_max.as_micros() as Micros + 30_000;
+        // A host that died as well, once, may have swallowed the question.
+        let silent = |p: &usize| self.producers[*p].silent_once;
+        p.pulls.iter().filter(|(_, pull)| pull.decided.is_none() && !pull.producers.iter().any(silent)).find_map(
+            |(id, pull)| {
+                let sources = self.requests[pull.r].ranks.iter().map(|k| &self.procs[k.proc]);
+                let mut of_pull = sources.filter(|q| pull.producers.contains(&q.producer));
+                let died = of_pull.find_map(|q| q.died.filter(|t| self.now > pull.started.max(*t) + bound))?;
+                Some(format!("pull {id} of {} still waits for a process that died at {died} us", p.me.incarnation))
+            },
+        )
     }
 
     pub fn check_decided(&mut self, c: usize, id: u64) {
@@ -359,7 +386,8 @@ impl World {
             return self.broken(Promise::Timely, format!("pull {id} of consumer {c} ended before it decided"));
         };
         if ended.outcome.groups.len() != pull.wanted.len() {
-            return self.broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));
+            return self
+                .broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));
         }
         let request = &self.requests[pull.r];
         let mut bad: Option<(Promise, String)> = None;
@@ -381,7 +409,8 @@ impl World {
             let mut causes: Vec<u32> = got.causes.iter().flat_map(|(_, s)| s.iter().collect::<Vec<_>>()).collect();
             causes.sort_unstable();
             if !causes.iter().copied().eq(got.invalid.iter()) {
-                bad = Some((Promise::Exact, format!("gives causes for {causes:?} where {:?} are invalid", got.invalid)));
+                bad =
+                    Some((Promise::Exact, format!("gives causes for {causes:?} where {:?} are invalid", got.invalid)));
             }
             let offered = request.offer.groups.iter().find(|g| g.group == wanted.group);
             for (position, block) in wanted.wants() {
@@ -394,8 +423,13 @@ impl World {
                 if got.loaded.contains(position) {
                     loaded += 1;
                     said_loaded.push((wanted.group, block));
-                    let differs =
-                        local.memory.differs(&self.shape, &process.layout, (wanted.group, block), position, request.version);
+                    let differs = local.memory.differs(
+                        &self.shape,
+                        &process.layout,
+                        (wanted.group, block),
+                        position,
+                        request.version,
+                    );
                     if let Some((found, right)) = differs {
                         let fresh = found >> 32 == right >> 32;
                         let promise = if fresh { Promise::Exact } else { Promise::Fresh };

@@ -17,7 +17,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    block::{Block, EngineId, Incarnation, Rank},
+    block::{EngineId, Incarnation, Marks, Rank},
     config::{Config, OnWedge},
     control::{
         client::{self, PeerHandle, PeerTask},
@@ -392,7 +392,7 @@ fn check_wanted(layout: &PoolLayout, wanted: &[LocalBlocks], limit: usize) -> Re
             .group(l.group)
             .filter(|_| wanted[..i].iter().all(|o| o.group != l.group))
             .ok_or(PlanError::LocalGroup(l.group.0))?;
-        let mut seen = std::collections::HashSet::with_capacity(l.blocks.len());
+        let mut seen = Marks::new(group.blocks);
         for (_, id) in l.wants() {
             if id.0 >= group.blocks {
                 return Err(PlanError::LocalBlock { group: l.group.0, block: id.0, blocks: group.blocks }.into());
@@ -426,8 +426,8 @@ impl Reports for Shared {
     fn decided(&self, _: PullId) {}
 
     fn ended(&self, ended: Ended) {
-        let blocks: Vec<Block> = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied().collect();
-        lock(&self.quarantine).give_back(ended.pull.0, blocks.into_iter());
+        let blocks = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied();
+        lock(&self.quarantine).give_back(ended.pull.0, blocks);
         self.pulls.fetch_sub(1, Ordering::AcqRel);
         self.metrics.running.dec();
         self.metrics.ended(&ended.outcome);

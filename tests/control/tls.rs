@@ -56,8 +56,8 @@ fn ranks_of_one_authority_meet_whatever_the_address() {
 fn a_client_that_cannot_prove_who_it_is_is_refused() {
     let authority = Authority::new();
     let rig = Rig::new(&with(authority.issue()));
-    let why = refused(&rig, config());
-    assert!(why.contains("is tls on at both ends"), "{why}");
+    // In plain text: the connection is closed, or answered with what is no HTTP/2; whichever is read first.
+    refused(&rig, config());
     // Its producer is known to it, but its own certificate is another authority's.
     let mut stranger = Authority::new().issue();
     stranger.ca = authority.issue().ca;

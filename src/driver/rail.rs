@@ -405,6 +405,10 @@ impl Rail {
                 let n = self.next_lane;
                 self.next_lane += 1;
                 let kind = lane.caps().kind;
+                // One lane of a kind to a peer: an older one finishes what it has, and goes.
+                for l in self.lanes.values_mut().filter(|l| l.peer == addr && l.kind == kind) {
+                    l.dead = true;
+                }
                 self.lanes.insert(
                     n,
                     LaneSlot {
@@ -561,10 +565,15 @@ impl Rail {
 
     fn lane_event(&mut self, now: Instant, n: LaneNo, attempt: Attempt, event: LaneEvent) {
         let Some(&(id, _, _)) = self.attempts.get(&attempt) else { return };
-        if matches!(event, LaneEvent::Quiet { .. }) {
-            self.attempts.remove(&attempt);
-            if let Some(l) = self.lanes.get_mut(&n) {
-                l.attempts.retain(|a| *a != attempt);
+        if let Some(l) = self.lanes.get_mut(&n) {
+            match event {
+                LaneEvent::Quiet { .. } => {
+                    self.attempts.remove(&attempt);
+                    l.attempts.retain(|a| *a != attempt);
+                }
+                // The retry connects a new lane; were this one kept beside it, lanes would pile up.
+                LaneEvent::Failed { cause: Cause::LaneFailed | Cause::Unreachable, .. } => l.dead = true,
+                _ => {}
             }
         }
         self.tell(now, id, pull::In::Event(attempt, event));

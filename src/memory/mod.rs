@@ -6,12 +6,14 @@
 
 mod export;
 mod host;
+mod low_water;
 mod mapping;
 mod spans;
 mod words;
 
 pub use export::Export;
 pub use host::Memory;
+pub(crate) use low_water::set_low_water;
 pub(crate) use mapping::Mapping;
 pub use spans::Span;
 pub use words::FenceWords;

@@ -8,7 +8,7 @@
 //! therefore answered `NotYet` for a grace period, and a release of one is remembered.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     time::Instant,
 };
 
@@ -85,7 +85,7 @@ struct Entry {
     cap: Instant,
     unclaimed_until: Instant,
     /// Until when each claim holds, unless renewed.
-    claims: HashMap<ClaimKey, Instant>,
+    claims: BTreeMap<ClaimKey, Instant>,
     /// Readers that let go, by engine.
     released: HashMap<EngineId, HashSet<u32>>,
     /// Somebody's last reader let go: free as soon as nobody reads.
@@ -182,7 +182,7 @@ impl OfferTable {
             ready,
             cap: now + self.lease.hard_cap,
             unclaimed_until: now + self.lease.unclaimed,
-            claims: HashMap::new(),
+            claims: BTreeMap::new(),
             released: HashMap::new(),
             done: false,
             timer: now,

@@ -117,8 +117,8 @@ enum ClaimState {
     Waiting,
     /// To be sent again then.
     RetryAt(Instant),
-    /// Sent, not answered.
-    Sent,
+    /// Sent, not answered; sent again then.
+    Sent(Instant),
     /// Granted.
     Held,
 }
@@ -137,6 +137,8 @@ struct Unacked {
     release: Release,
     /// When it goes out again.
     resend: Instant,
+    /// As for a claim.
+    probed: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,12 +149,18 @@ enum Stream {
     Up(u64),
 }
 
+/// Dead incarnations that a session remembers, to know a late release of theirs without asking. A forgotten one costs a
+/// Hello.
+const DEAD_KNOWN: usize = 8;
+
 /// A consumer's session with one producer address.
 pub struct PeerSession {
     me: PeerId,
     config: SessionConfig,
     entropy: Entropy,
     peer: Option<PeerId>,
+    /// Incarnations that another one has replaced, latest last.
+    dead: VecDeque<Incarnation>,
     stream: Stream,
     streams: u64,
     dialing: bool,
@@ -168,6 +176,8 @@ pub struct PeerSession {
     health: Health,
     used: Instant,
     closing: bool,
+    /// Said once, unless it is used again.
+    expired: bool,
     out: VecDeque<Out>,
 }
 
@@ -180,6 +190,7 @@ impl PeerSession {
             config,
             entropy,
             peer: None,
+            dead: VecDeque::new(),
             stream: Stream::Closed,
             streams: 0,
             dialing: false,
@@ -194,6 +205,7 @@ impl PeerSession {
             health: Health::Up,
             used: now,
             closing: false,
+            expired: false,
             out: VecDeque::new(),
         }
     }
@@ -265,8 +277,6 @@ impl PeerSession {
             }
             return;
         };
-        // Releases of a dead incarnation are void: its memory went with it.
-        self.unacked.retain(|_, u| u.expect == peer.incarnation);
         if !self.up() {
             if self.needed() && matches!(self.stream, Stream::Closed) && self.redial_at.is_none() {
                 self.dial();
@@ -278,7 +288,7 @@ impl PeerSession {
             .iter()
             .filter(|(_, c)| match c.state {
                 ClaimState::Waiting => self.health != Health::Suspect,
-                ClaimState::RetryAt(t) => t <= now && self.health != Health::Suspect,
+                ClaimState::RetryAt(t) | ClaimState::Sent(t) => t <= now && self.health != Health::Suspect,
                 _ => false,
             })
             .map(|(id, _)| *id)
@@ -293,7 +303,7 @@ impl PeerSession {
                 }
                 continue;
             }
-            c.state = ClaimState::Sent;
+            c.state = ClaimState::Sent(now + self.config.heartbeat * 2);
             let Want { claim, offer, reader, .. } = c.want.clone();
             self.send(now, 0, ClientBody::Claim { claim, offer, reader });
         }
@@ -302,6 +312,14 @@ impl PeerSession {
         for seq in due {
             let Some(u) = self.unacked.get_mut(&seq) else { continue };
             u.resend = resend;
+            if u.expect != peer.incarnation && !planted(Bug::IncarnationIgnored) {
+                // An offer of a process that this session has not met yet, most likely: it goes out once they have met.
+                if !u.probed && self.redial_at.is_none() {
+                    u.probed = true;
+                    self.dial();
+                }
+                continue;
+            }
             let release = u.release.clone();
             self.send(now, seq, ClientBody::Release(release));
             if planted(Bug::ReleaseLost) {
@@ -314,13 +332,17 @@ impl PeerSession {
         self.dialing = false;
         self.backoff.reset();
         self.redial_at = None;
-        let reborn = self.peer.as_ref().is_some_and(|p| *p != peer);
         let same = self.peer.as_ref() == Some(&peer);
-        if reborn {
+        if let Some(old) = self.peer.replace(peer.clone()).filter(|old| *old != peer) {
             self.set_health(Health::Reborn);
+            self.dead.push_back(old.incarnation);
+            if self.dead.len() > DEAD_KNOWN {
+                self.dead.pop_front();
+            }
         }
-        self.peer = Some(peer.clone());
         if !planted(Bug::IncarnationIgnored) {
+            // Releases of a dead incarnation are void: its memory went with it.
+            self.unacked.retain(|_, u| u.expect == peer.incarnation);
             let of = |c: &Claim| c.want.engine == peer.engine;
             // A name that was reached at the wrong engine's address.
             self.lose(Cause::Refused, |c| !of(c));
@@ -351,6 +373,9 @@ impl PeerSession {
             // A probe failed while the stream lives: the stream knows better. Ask again later.
             for c in self.claims.values_mut() {
                 c.probed = false;
+            }
+            for u in self.unacked.values_mut() {
+                u.probed = false;
             }
         } else if refused {
             // Nobody listens there: the process that made the offers is gone.
@@ -411,7 +436,7 @@ impl PeerSession {
             },
             Some(ServerBody::NotYet { claim, retry }) => {
                 if let Some(c) = self.claims.get_mut(&claim)
-                    && c.state == ClaimState::Sent
+                    && matches!(c.state, ClaimState::Sent(_))
                 {
                     // A peer's word is bounded: no claim sleeps past a heartbeat.
                     c.state = ClaimState::RetryAt(now + retry.min(self.config.heartbeat));
@@ -457,17 +482,22 @@ impl PeerSession {
         }
     }
 
-    fn rest(&mut self, now: Instant) {
+    /// When it is dropped, if nothing happens before. Releases alone keep a session only while it is up: once it has been
+    /// down for as long as this, the leases have run out anyway.
+    fn rests_at(&self) -> Option<Instant> {
         let idle = if self.closing { Duration::ZERO } else { self.config.idle };
-        let forgotten = now.saturating_duration_since(self.used) >= idle;
-        // Releases keep a session for a while only: by then the leases have run out anyway.
-        let hopeless = !self.up() && self.claims.is_empty() && forgotten;
-        if hopeless || (!self.needed() && !self.dialing && forgotten) {
+        let wanted = !self.claims.is_empty() || self.dialing || (self.up() && !self.unacked.is_empty());
+        (!wanted && !self.expired).then(|| self.used + idle)
+    }
+
+    fn rest(&mut self, now: Instant) {
+        if self.rests_at().is_some_and(|t| t <= now) {
             self.out.push_back(Out::HangUp);
             self.out.push_back(Out::Expired);
             self.stream = Stream::Closed;
-            // Said once, unless it is used again.
-            self.used = now + Duration::from_secs(365 * 86_400);
+            self.redial_at = None;
+            self.unacked.clear();
+            self.expired = true;
         }
     }
 }
@@ -480,6 +510,7 @@ impl Machine for PeerSession {
         match event {
             In::Claim(want) => {
                 self.used = now;
+                self.expired = false;
                 let id = want.claim;
                 // An idle session's ping is slow: a claim makes it quick again.
                 self.next_ping = self.next_ping.min(now + self.config.heartbeat);
@@ -488,13 +519,14 @@ impl Machine for PeerSession {
             }
             In::Release { expect, release } => {
                 self.used = now;
+                self.expired = false;
                 if let Some(claim) = release.claim {
                     self.claims.remove(&claim);
                 }
-                if self.peer.as_ref().is_none_or(|p| p.incarnation == expect) {
+                if !self.dead.contains(&expect) {
                     let seq = self.next_seq;
                     self.next_seq += 1;
-                    self.unacked.insert(seq, Unacked { expect, release, resend: now });
+                    self.unacked.insert(seq, Unacked { expect, release, resend: now, probed: false });
                     self.next_ping = self.next_ping.min(now + self.config.heartbeat);
                 }
                 self.flush(now);
@@ -551,7 +583,7 @@ impl Machine for PeerSession {
             }
             if self.health != Health::Suspect {
                 for c in self.claims.values() {
-                    if let ClaimState::RetryAt(t) = c.state {
+                    if let ClaimState::RetryAt(t) | ClaimState::Sent(t) = c.state {
                         at(t);
                     }
                 }
@@ -562,8 +594,8 @@ impl Machine for PeerSession {
                 if self.health == Health::Suspect || !self.up() { self.config.down } else { self.config.suspect };
             at(since + limit);
         }
-        if !self.dialing && (!self.needed() || !self.up()) {
-            at(self.used + if self.closing { Duration::ZERO } else { self.config.idle });
+        if let Some(t) = self.rests_at() {
+            at(t);
         }
         next
     }

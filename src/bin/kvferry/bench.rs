@@ -7,7 +7,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kvferry::{
-    block::{BlockId, GroupId},
+    block::BlockId,
     consumer::{Consumer, Pull},
     control::client,
     lane::LaneKind,

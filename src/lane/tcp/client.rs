@@ -265,6 +265,7 @@ impl Lane for TcpLane {
         }
         for (i, link) in self.links.iter_mut().enumerate() {
             let blocked = link.flush();
+            link.set_low_water();
             if link.is_mute() {
                 return Err(io::ErrorKind::WouldBlock.into());
             }

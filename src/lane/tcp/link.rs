@@ -18,7 +18,7 @@ use rustix::{
 use super::frames::{BadFrame, Entry, Reply, Request, Status, Trailer};
 use crate::{
     lane::{Attempt, Grant, LaneEvent},
-    memory::{Memory, Span},
+    memory::{Memory, Span, set_low_water},
     plan::Read,
 };
 
@@ -78,6 +78,11 @@ pub(super) enum Lost {
     NotDue,
 }
 
+/// With a long reply on its way, the owner sleeps until this much of it is here. Waking up for every packet instead costs
+/// both sides a context switch each time: over loopback 16 KiB blocks went at 3.4 GB/s without this and at 5.3 GB/s with it
+/// (5.9 for a bare copy); less than 1 MiB gains less, and more gains nothing.
+const LOW_WATER: u64 = 1 << 20;
+
 /// One connection.
 pub(super) struct Link {
     fd: OwnedFd,
@@ -99,6 +104,8 @@ pub(super) struct Link {
     pub(super) outstanding: u64,
     /// Whether the owner's epoll waits for room to send.
     pub(super) wants_room: bool,
+    /// Bytes that must have come before the socket is readable.
+    low_water: u32,
 }
 
 impl Link {
@@ -118,6 +125,7 @@ impl Link {
             next_tag: 0,
             outstanding: 0,
             wants_room: false,
+            low_water: 1,
         }
     }
 
@@ -183,6 +191,20 @@ impl Link {
     /// Whether sending failed, so that [`Link::receive`] has something to say even if nothing comes.
     pub(super) fn is_mute(&self) -> bool {
         self.mute.is_some()
+    }
+
+    /// Before the owner sleeps: says how much is worth waking up for. Never more than what is sure to come.
+    pub(super) fn set_low_water(&mut self) {
+        let sure = match self.due {
+            Due::Data(left) => left + Trailer::LEN as u64,
+            // Whatever comes is news.
+            Due::Head | Due::Trailer => 1,
+        };
+        let low = sure.min(LOW_WATER) as u32;
+        // Failing leaves it as it was when `low_water` was last right, so it is only kept where it took effect.
+        if low != self.low_water && set_low_water(self.fd(), low).is_ok() {
+            self.low_water = low;
+        }
     }
 
     /// Receives at most about `bound` bytes, reduces it by what came, and appends what happened.

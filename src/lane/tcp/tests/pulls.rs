@@ -88,6 +88,23 @@ fn every_byte_lands_where_it_was_wanted_and_nowhere_else() {
 }
 
 #[test]
+fn a_fence_comes_after_all_reads_of_its_chunk_however_it_was_posted() {
+    let rig = Rig::new(large());
+    let (grant, offer) = rig.offer(1, &all(48));
+    let plan = rig.plan(&offer, &all(48), 48 << 20);
+    let (mut lane, _memory) = rig.lane(&TcpConfig { window: 1 << 30, connections: 2 });
+    let a = attempt();
+    lane.begin(a, grant);
+    let reads = all_reads(&plan, 0);
+    // The last read is small next to what is asked for before it: on a connection of its own it would overtake.
+    assert_eq!(lane.post(a, &reads[..47], false), 47);
+    assert_eq!(lane.post(a, &reads[47..], true), 1);
+    let events = drive(&mut lane, |_, events| !fences(events, a).is_empty());
+    assert_eq!(done(&events, a, 0), 48);
+    assert_eq!(fences(&events, a), [(0, grant.nonce.get())]);
+}
+
+#[test]
 fn an_offer_revoked_in_the_middle_does_not_hold_and_is_refused_from_then_on() {
     let rig = Rig::new(large());
     let (grant, offer) = rig.offer(1, &all(48));

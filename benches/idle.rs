@@ -1,0 +1,118 @@
+//! What idle sessions cost: processor time and memory, on both sides. `cargo bench --bench idle`.
+//!
+//! One producer listens on every loopback address; the consumer pulls a block from it under as many addresses as it has
+//! peers, and then does nothing. Each address is a peer of its own to the consumer, with a connection, a session and a lane.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::{Consumer, Pull},
+    control::client,
+    group::PoolLayout,
+    lane::LaneKind,
+    model::Model,
+    plan::LocalBlocks,
+};
+
+const WATCH: Duration = Duration::from_secs(10);
+
+struct Usage {
+    cpu: Duration,
+    rss: u64,
+}
+
+/// Processor time and resident memory of a process.
+fn usage(pid: u32) -> Usage {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there");
+    // Fields after the command's closing parenthesis; user and system time are the 12th and 13th of them, in ticks.
+    let fields: Vec<&str> = stat.rsplit_once(')').expect("a stat line").1.split_whitespace().collect();
+    let ticks: u64 = fields[11].parse::<u64>().unwrap_or(0) + fields[12].parse::<u64>().unwrap_or(0);
+    let hz = rustix::param::clock_ticks_per_second();
+    let pages: u64 = fields[21].parse().unwrap_or(0);
+    Usage { cpu: Duration::from_secs_f64(ticks as f64 / hz as f64), rss: pages * rustix::param::page_size() as u64 }
+}
+
+fn serve() -> (Child, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvferry"))
+        .args(["serve", "--json", "--exit-with-parent", "--listen", "0.0.0.0:0"])
+        .args(["--blocks", "8", "--regions", "1", "--block-size", "4K"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("kvferry serve starts");
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
+    let ready: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+    let port = ready["listen"].as_str().and_then(|l| l.rsplit(':').next()).expect("a port").to_owned();
+    (child, port)
+}
+
+fn measure(sessions: u32, lane: LaneKind) {
+    let (mut child, port) = serve();
+    let model = Model {
+        name: "pattern".into(),
+        dtype: "uint8".into(),
+        scales: String::new(),
+        attention: "pattern".into(),
+        block_tokens: 16,
+    };
+    let layout = PoolLayout::uniform(8, 1, 4096, 16);
+    let consumer = Consumer::builder("idle".parse().expect("an id"), model, layout).build().expect("a consumer");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let limit = Duration::from_secs(10);
+    let pull = |i: u32| {
+        let addr = format!("127.1.{}.{}:{port}", i / 250, i % 250 + 1);
+        let offer = runtime.block_on(client::make_offer(&addr, 1, false, 0, limit));
+        let mut offer = offer.expect("an offer");
+        offer.ranks[0].addr = addr;
+        let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
+        consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");
+        let ended = consumer.wait(limit * 2).expect("it ends");
+        assert!(ended.outcome.complete(), "{:?}", ended.outcome);
+        ended.outcome.times.ended.unwrap_or_default()
+    };
+    // The first ones warm up what all share.
+    pull(2000);
+    let (here, there) = (std::process::id(), child.id());
+    let before = (usage(here), usage(there));
+    let mut first: Vec<Duration> = (0..sessions).map(pull).collect();
+    first.sort();
+    let after = (usage(here), usage(there));
+    let start = Instant::now();
+    std::thread::sleep(WATCH);
+    let idle = (usage(here), usage(there));
+    let percent = |a: &Usage, b: &Usage| 100.0 * (b.cpu - a.cpu).as_secs_f64() / start.elapsed().as_secs_f64();
+    let each = |a: &Usage, b: &Usage| b.rss.saturating_sub(a.rss) as f64 / f64::from(sessions) / 1024.0;
+    println!(
+        "{:<6} {sessions:>8} {:>14.2} {:>14.2} {:>16.1} {:>16.1} {:>18.2}",
+        lane.as_str(),
+        percent(&after.0, &idle.0),
+        percent(&after.1, &idle.1),
+        each(&before.0, &after.0),
+        each(&before.1, &after.1),
+        first[first.len() / 2].as_secs_f64() * 1e3
+    );
+    drop(consumer);
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn main() {
+    println!(
+        "{:<6} {:>8} {:>14} {:>14} {:>16} {:>16} {:>18}",
+        "lane",
+        "sessions",
+        "consumer CPU %",
+        "producer CPU %",
+        "consumer KiB each",
+        "producer KiB each",
+        "first pull ms (p50)"
+    );
+    for (sessions, lane) in [(64, LaneKind::Tcp), (64, LaneKind::Local), (1000, LaneKind::Tcp)] {
+        measure(sessions, lane);
+    }
+}

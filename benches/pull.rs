@@ -1,0 +1,80 @@
+//! What a pull costs beside its bytes: claim, fence, decide, release, one small block at a time. `cargo bench --bench pull`.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::{Consumer, Pull},
+    control::client,
+    group::PoolLayout,
+    lane::LaneKind,
+    model::Model,
+    plan::LocalBlocks,
+};
+
+fn main() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvferry"))
+        .args(["serve", "--json", "--exit-with-parent", "--listen", "127.0.0.1:0"])
+        .args(["--blocks", "8", "--regions", "1", "--block-size", "4K"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("kvferry serve starts");
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
+    let ready: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+    let addr = ready["listen"].as_str().expect("an address").to_owned();
+    let model = Model {
+        name: "pattern".into(),
+        dtype: "uint8".into(),
+        scales: String::new(),
+        attention: "pattern".into(),
+        block_tokens: 16,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let limit = Duration::from_secs(10);
+    println!(
+        "{:<6} {:>6} {:>14} {:>12} {:>12} {:>12} {:>14}",
+        "lane", "pulls", "first pull ms", "p50 us", "p90 us", "p99 us", "claim p50 us"
+    );
+    for lane in [LaneKind::Local, LaneKind::Tcp] {
+        let layout = PoolLayout::uniform(8, 1, 4096, 16);
+        let consumer =
+            Consumer::builder("bench".parse().expect("an id"), model.clone(), layout).build().expect("a consumer");
+        let (mut all, mut claims) = (Vec::new(), Vec::new());
+        let mut first = Duration::ZERO;
+        for i in 0..2001 {
+            let offer = runtime.block_on(client::make_offer(&addr, 1, false, 0, limit)).expect("an offer");
+            let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
+            let start = Instant::now();
+            consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");
+            let ended = consumer.wait(limit * 2).expect("it ends");
+            let took = start.elapsed();
+            assert!(ended.outcome.complete(), "{:?}", ended.outcome);
+            if i == 0 {
+                first = took;
+            } else {
+                all.push(took);
+                claims.push(ended.outcome.times.claim.unwrap_or_default());
+            }
+        }
+        all.sort();
+        claims.sort();
+        let at = |v: &[Duration], p: usize| v[(v.len() - 1) * p / 100].as_secs_f64() * 1e6;
+        println!(
+            "{:<6} {:>6} {:>14.2} {:>12.1} {:>12.1} {:>12.1} {:>14.1}",
+            lane.as_str(),
+            all.len(),
+            first.as_secs_f64() * 1e3,
+            at(&all, 50),
+            at(&all, 90),
+            at(&all, 99),
+            at(&claims, 50)
+        );
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}

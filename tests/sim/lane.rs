@@ -1,0 +1,85 @@
+//! The lane behind the real seam: it passes everything on to the [`Fabric`].
+
+use std::{
+    io,
+    os::fd::BorrowedFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use kvferry::{
+    lane::{Attempt, FenceSlot, Grant, Lane, LaneCaps, LaneEvent},
+    plan::Read,
+};
+
+use crate::fabric::Fabric;
+
+/// The data plane, shared by the world and its lanes; one thread, so the lock is never waited for.
+#[derive(Clone)]
+pub struct Shared(Arc<Mutex<Fabric>>);
+
+impl Shared {
+    pub fn new(fabric: Fabric) -> Self {
+        Self(Arc::new(Mutex::new(fabric)))
+    }
+
+    pub fn get(&self) -> MutexGuard<'_, Fabric> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub struct SimLane {
+    fabric: Shared,
+    number: usize,
+    caps: LaneCaps,
+}
+
+impl SimLane {
+    pub fn connect(fabric: &Shared, local: usize, proc: usize, caps: LaneCaps) -> Self {
+        let number = fabric.get().new_lane(local, proc, caps);
+        Self { fabric: fabric.clone(), number, caps }
+    }
+
+    pub fn number(&self) -> usize {
+        self.number
+    }
+}
+
+impl Lane for SimLane {
+    fn caps(&self) -> LaneCaps {
+        self.caps
+    }
+
+    fn begin(&mut self, a: Attempt, grant: Grant) {
+        self.fabric.get().begin(self.number, a, grant);
+    }
+
+    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
+        self.fabric.get().post(self.number, a, reads, last)
+    }
+
+    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
+        self.fabric.get().post_fence(self.number, a, f)
+    }
+
+    fn stop(&mut self, a: Attempt) {
+        self.fabric.get().stop(self.number, a);
+    }
+
+    fn kill(&mut self) {
+        self.fabric.get().kill(self.number);
+    }
+
+    fn poll(&mut self, out: &mut Vec<LaneEvent>) {
+        self.fabric.get().poll(self.number, out);
+    }
+
+    fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        Ok(None)
+    }
+}
+
+impl Drop for SimLane {
+    fn drop(&mut self) {
+        self.fabric.get().dropped(self.number);
+    }
+}

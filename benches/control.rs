@@ -3,7 +3,6 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
-    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -16,14 +15,14 @@ use kvferry::{
     block::{Incarnation, Nonce, OfferId, Rank},
     config::Config,
     control::{
-        client::{LaneConnector, PeerHandle, PeerTask},
+        client::{Connecting, LaneConnector, PeerHandle, PeerTask},
         outbox::Outbox,
         server::{Desk, Refusal, Server, SessionId},
         ticket::LaneTicket,
     },
     driver::{rail::In, runtime::Runtime},
     group::PoolLayout,
-    lane::{Lane, LaneError, LaneKind},
+    lane::{LaneError, LaneKind},
     model::{Mismatch, Model},
     protocol::{
         frame::{ClaimId, ClientBody, ClientFrame, PeerId, Reader, Release, ServerBody, ServerFrame},
@@ -92,12 +91,7 @@ impl Desk for Generous {
 struct NoLanes;
 
 impl LaneConnector for NoLanes {
-    fn connect(
-        &self,
-        _: LaneTicket,
-        _: Arc<Welcome>,
-        _: SocketAddr,
-    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + '_>> {
+    fn connect(&self, _: LaneTicket, _: Arc<Welcome>, _: SocketAddr) -> Connecting<'_> {
         Box::pin(async { Err(LaneError::Died) })
     }
 }

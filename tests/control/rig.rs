@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     net::{SocketAddr, TcpListener},
-    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -16,7 +15,7 @@ use kvferry::{
     block::{Incarnation, Nonce, OfferId, Rank},
     config::Config,
     control::{
-        client::{LaneConnector, PeerHandle, PeerTask},
+        client::{Connecting, LaneConnector, PeerHandle, PeerTask},
         outbox::Outbox,
         server::{BenchDesk, Desk, Refusal, Server, SessionId},
         ticket::LaneTicket,
@@ -27,7 +26,7 @@ use kvferry::{
     },
     error::Cause,
     group::PoolLayout,
-    lane::{Lane, LaneError, LaneKind},
+    lane::{LaneError, LaneKind},
     model::{Mismatch, Model},
     offer::{Offer, OfferRank},
     protocol::{
@@ -274,12 +273,7 @@ impl Rig {
 pub struct NoLanes;
 
 impl LaneConnector for NoLanes {
-    fn connect(
-        &self,
-        ticket: LaneTicket,
-        _: Arc<Welcome>,
-        _: SocketAddr,
-    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + '_>> {
+    fn connect(&self, ticket: LaneTicket, _: Arc<Welcome>, _: SocketAddr) -> Connecting<'_> {
         Box::pin(async move { Err(LaneError::Refused { why: format!("no {} lane in this test", ticket.kind()) }) })
     }
 }

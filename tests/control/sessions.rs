@@ -2,17 +2,20 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
-    pin::Pin,
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use kvferry::{
     block::{Incarnation, OfferId},
-    control::{client::LaneConnector, server::Refusal, ticket::LaneTicket},
+    control::{
+        client::{Connecting, LaneConnector},
+        server::Refusal,
+        ticket::LaneTicket,
+    },
     driver::rail::In,
     error::Cause,
-    lane::{Lane, LaneError, LaneKind},
+    lane::{LaneError, LaneKind},
     protocol::{
         frame::{ClaimId, Gone, Reader, Release, ServerBody, ServerFrame},
         hello::Welcome,
@@ -204,12 +207,7 @@ fn a_server_that_shuts_down_closes_its_port_and_its_sessions() {
 struct Tickets(Mutex<Vec<(LaneTicket, SocketAddr)>>);
 
 impl LaneConnector for Tickets {
-    fn connect(
-        &self,
-        ticket: LaneTicket,
-        _: Arc<Welcome>,
-        peer: SocketAddr,
-    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + '_>> {
+    fn connect(&self, ticket: LaneTicket, _: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
         self.0.lock().unwrap().push((ticket, peer));
         Box::pin(async { Err(LaneError::Refused { why: "this is a test".into() }) })
     }

@@ -253,7 +253,8 @@ impl World {
         self.pending.retain(|k, _| alive.contains(&k.3));
         let late = self.pending.iter().find(|(_, t)| self.now > (**t).max(calm) + bound);
         if let Some((k, t)) = late {
-            let what = format!("a release of {} ({:?}) has not arrived {} us after it was made", k.1, k.2, self.now - t);
+            let what =
+                format!("a release of {} ({:?}) has not arrived {} us after it was made", k.1, k.2, self.now - t);
             self.broken(Promise::LeakFree, what);
         }
     }
@@ -268,18 +269,16 @@ impl World {
         if busy || live > 0 || !self.pending.is_empty() {
             let most = calm + self.weather.lease.hard_cap.as_micros() as Micros + 2_000_000;
             if self.now > most {
-                let what = format!("{live} offers are live, pulls are open ({busy}), {} releases owed", self.pending.len());
+                let what =
+                    format!("{live} offers are live, pulls are open ({busy}), {} releases owed", self.pending.len());
                 self.broken(Promise::LeakFree, what);
             }
             return;
         }
         for (q, proc) in self.procs.iter().enumerate().filter(|(_, p)| p.alive) {
             if proc.table.live() + proc.table.claims() > 0 {
-                let what = format!(
-                    "process {q}'s books keep {} offers and {} claims",
-                    proc.table.live(),
-                    proc.table.claims()
-                );
+                let what =
+                    format!("process {q}'s books keep {} offers and {} claims", proc.table.live(), proc.table.claims());
                 self.broken(Promise::LeakFree, what);
             }
         }
@@ -314,14 +313,17 @@ impl World {
         let Some(p) = &self.consumers[c].process else { return };
         let late = p.pulls.iter().find(|(_, p)| p.decided.is_none() && self.now > p.deadline + SLACK);
         if let Some((id, p)) = late {
-            let what = format!("pull {id} of consumer {c} has not decided {} us past its deadline", self.now - p.deadline);
+            let what =
+                format!("pull {id} of consumer {c} has not decided {} us past its deadline", self.now - p.deadline);
             self.broken(Promise::Timely, what);
         }
         let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
-        let open = p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
+        let open =
+            p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
         if let Some((id, p)) = open {
             let since = self.now - p.decided.unwrap_or(0);
-            let what = format!("pull {id} of consumer {c} has not ended {since} us after its decision, and nothing wedged");
+            let what =
+                format!("pull {id} of consumer {c} has not ended {since} us after its decision, and nothing wedged");
             self.broken(Promise::Timely, what);
         }
     }
@@ -359,7 +361,8 @@ impl World {
             return self.broken(Promise::Timely, format!("pull {id} of consumer {c} ended before it decided"));
         };
         if ended.outcome.groups.len() != pull.wanted.len() {
-            return self.broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));
+            return self
+                .broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));
         }
         let request = &self.requests[pull.r];
         let mut bad: Option<(Promise, String)> = None;
@@ -381,7 +384,8 @@ impl World {
             let mut causes: Vec<u32> = got.causes.iter().flat_map(|(_, s)| s.iter().collect::<Vec<_>>()).collect();
             causes.sort_unstable();
             if !causes.iter().copied().eq(got.invalid.iter()) {
-                bad = Some((Promise::Exact, format!("gives causes for {causes:?} where {:?} are invalid", got.invalid)));
+                bad =
+                    Some((Promise::Exact, format!("gives causes for {causes:?} where {:?} are invalid", got.invalid)));
             }
             let offered = request.offer.groups.iter().find(|g| g.group == wanted.group);
             for (position, block) in wanted.wants() {
@@ -394,8 +398,13 @@ impl World {
                 if got.loaded.contains(position) {
                     loaded += 1;
                     said_loaded.push((wanted.group, block));
-                    let differs =
-                        local.memory.differs(&self.shape, &process.layout, (wanted.group, block), position, request.version);
+                    let differs = local.memory.differs(
+                        &self.shape,
+                        &process.layout,
+                        (wanted.group, block),
+                        position,
+                        request.version,
+                    );
                     if let Some((found, right)) = differs {
                         let fresh = found >> 32 == right >> 32;
                         let promise = if fresh { Promise::Exact } else { Promise::Fresh };

@@ -205,7 +205,8 @@ impl World {
         }
         process.rail.handle(now, rail::In::Shutdown);
         self.drain_rail(c);
-        let all: Vec<usize> = self.consumers[c].process.as_ref().map_or(Vec::new(), |p| p.sessions.keys().copied().collect());
+        let all: Vec<usize> =
+            self.consumers[c].process.as_ref().map_or(Vec::new(), |p| p.sessions.keys().copied().collect());
         self.to_sessions(c, self.consumers[c].life);
         for p in all {
             self.session(c, p, session::In::Close);

@@ -811,7 +811,8 @@ impl Fabric {
     pub fn proc_stopped(&mut self, proc: usize, stopped: bool) {
         self.procs[proc].stopped = stopped;
         if !stopped {
-            let (go, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.parked).into_iter().partition(|(p, _)| *p == proc);
+            let (go, stay): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.parked).into_iter().partition(|(p, _)| *p == proc);
             self.parked = stay;
             for (i, (_, task)) in go.into_iter().enumerate() {
                 let t = self.now + i as Micros;

@@ -51,13 +51,16 @@ fn day(seed: u64, tracing: bool) -> (Result<Stats, Violation>, Vec<String>) {
 fn report(seed: u64, bug: Option<Bug>) -> String {
     plant(bug);
     let (result, lines) = day(seed, true);
-    let what = result.err().map_or("nothing, the second time: the day is not deterministic".to_owned(), |v| v.to_string());
+    let what =
+        result.err().map_or("nothing, the second time: the day is not deterministic".to_owned(), |v| v.to_string());
     let mut text = String::new();
     for l in &lines {
         text += l;
         text.push('\n');
     }
-    format!("{text}\nseed {seed}: {what}\nreplay: KVFERRY_SIM_SEED={seed} cargo test --test sim -- replay --nocapture\n")
+    format!(
+        "{text}\nseed {seed}: {what}\nreplay: KVFERRY_SIM_SEED={seed} cargo test --test sim -- replay --nocapture\n"
+    )
 }
 
 fn env(name: &str) -> Option<u64> {

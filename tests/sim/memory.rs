@@ -200,13 +200,7 @@ impl Memory {
     }
 
     /// Every word of a block.
-    pub fn each(
-        shape: &Shape,
-        layout: &Layout,
-        group: GroupId,
-        block: BlockId,
-        mut f: impl FnMut(usize, usize),
-    ) {
+    pub fn each(shape: &Shape, layout: &Layout, group: GroupId, block: BlockId, mut f: impl FnMut(usize, usize)) {
         layout.words(shape, group, block, |segment, at, _| f(usize::from(segment), at));
     }
 }

@@ -121,8 +121,10 @@ impl World {
                 })
                 .collect::<Vec<_>>()
         };
-        let by_layers =
-            vec![Shard { pp_size: 2, layers: 1, ..whole }, Shard { pp_rank: 1, pp_size: 2, first_layer: 1, layers: 2, ..whole }];
+        let by_layers = vec![
+            Shard { pp_size: 2, layers: 1, ..whole },
+            Shard { pp_rank: 1, pp_size: 2, first_layer: 1, layers: 2, ..whole },
+        ];
         let plans: Vec<Vec<Shard>> = match self.rng.below(8) {
             0..=1 => vec![vec![whole]],
             2..=3 => vec![vec![whole], vec![whole]],

@@ -23,7 +23,7 @@ use tonic::{Response, Status, Streaming};
 
 pub use super::{
     call::{CallError, Caller, make_offer, probe, release},
-    connect::LaneConnector,
+    connect::{Connecting, LaneConnector},
 };
 use super::{
     connect::{LaneCall, Skipped},
@@ -119,8 +119,8 @@ pub struct PeerTask {
     dialled: Option<(Line, Arc<Welcome>)>,
     /// What the stream is on.
     current: Option<(Line, Arc<Welcome>)>,
-    opening: Option<(u64, BoxFuture<Result<Response<Streaming<proto::ServerFrame>>, Status>>)>,
-    stream: Option<(u64, Streaming<proto::ServerFrame>)>,
+    opening: Option<(u64, Opening)>,
+    stream: Option<(u64, Frames)>,
     frames: Option<UnboundedSender<proto::ClientFrame>>,
     since: Instant,
     /// A stream that broke, and when to say so.
@@ -136,11 +136,13 @@ pub struct PeerTask {
 }
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+type Frames = Streaming<proto::ServerFrame>;
+type Opening = BoxFuture<Result<Response<Frames>, Status>>;
 
 enum Event {
     Command(Option<Command>),
     Dialled(Result<(Line, Welcome), HelloError>),
-    Opened(u64, Result<Streaming<proto::ServerFrame>, Status>),
+    Opened(u64, Result<Frames, Status>),
     Frame(u64, Result<proto::ServerFrame, Option<Status>>),
     Time,
 }

@@ -24,15 +24,13 @@ use crate::{
     protocol::hello::{Hello, Welcome},
 };
 
+/// A lane that is being connected.
+pub type Connecting<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + 'a>>;
+
 /// Connects the lane that a ticket is for.
 pub trait LaneConnector: Send + Sync + 'static {
     /// `peer` is where the control plane's connection leads: the host that answered.
-    fn connect(
-        &self,
-        ticket: LaneTicket,
-        welcome: Arc<Welcome>,
-        peer: SocketAddr,
-    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + '_>>;
+    fn connect(&self, ticket: LaneTicket, welcome: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_>;
 }
 
 /// Which kinds were skipped at which incarnation: said once for each.

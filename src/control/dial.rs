@@ -40,6 +40,7 @@ pub(crate) struct Dialer {
     endpoint: Result<Endpoint, String>,
     timeout: Duration,
     frame_bytes: usize,
+    tls: bool,
 }
 
 /// A connection, and where it leads.
@@ -62,7 +63,13 @@ impl Dialer {
     /// A dialer of `addr`, `HOST:PORT`. What is wrong with the address or the certificates is told by each dial.
     pub(crate) fn new(addr: Arc<str>, config: &Config) -> Self {
         let endpoint = endpoint(&addr, config);
-        Self { addr, endpoint, timeout: config.session.hello_timeout, frame_bytes: config.limits.frame_bytes }
+        Self {
+            addr,
+            endpoint,
+            timeout: config.session.hello_timeout,
+            frame_bytes: config.limits.frame_bytes,
+            tls: config.tls.is_some(),
+        }
     }
 
     /// Connects.
@@ -128,6 +135,10 @@ impl Dialer {
     fn failed(&self, status: &Status) -> HelloError {
         let addr = self.addr.to_string();
         match status.code() {
+            // What is no HTTP/2 at all, where plain text is spoken, is mostly a handshake that was expected.
+            Code::Internal if !self.tls && std::error::Error::source(status).is_some() => {
+                HelloError::Protocol { addr, what: format!("{} (is tls on at both ends?)", said(status)) }
+            }
             // It answers, but not as a kvferry of this version does.
             Code::Unimplemented | Code::InvalidArgument | Code::Internal | Code::OutOfRange | Code::DataLoss => {
                 HelloError::Protocol { addr, what: said(status) }

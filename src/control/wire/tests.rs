@@ -1,4 +1,10 @@
 use super::*;
+use crate::{
+    block::{BlockId, Nonce},
+    control::proto::client_frame::Frame as C,
+    offer::{Offer, OfferGroup, OfferRank},
+    protocol::frame::{ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
+};
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
 use std::fmt::Debug;

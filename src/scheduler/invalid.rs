@@ -6,7 +6,7 @@
 //! that is normal input, and a report that says nothing new changes nothing.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     hash::Hash,
 };
 
@@ -167,9 +167,10 @@ pub fn resolve<R: Clone + Eq + Hash>(
         return Outcome::default();
     }
     let layout = Layout::new(groups);
-    let mut bad = believed(layout, requests, report);
+    let authored = authored(layout, requests);
+    let mut bad = believed(layout, requests, report, &authored);
     let mut uncache: BTreeSet<Block> = bad.keys().copied().collect();
-    let first = spread(layout, requests, &mut bad);
+    let first = spread(layout, requests, &authored, &mut bad);
 
     let mut out = Outcome::default();
     let mut reach = Vec::with_capacity(requests.len());
@@ -198,7 +199,7 @@ pub fn resolve<R: Clone + Eq + Hash>(
     }
     out.uncache = uncache.into_iter().collect();
 
-    let owners = Owners::new(layout, requests, &reach);
+    let owners = Owners::new(layout, requests, reach);
     out.shared = owners.shared();
     for s in &out.shared {
         sabotage::remember(s.block, &s.owner);
@@ -212,11 +213,22 @@ pub fn resolve<R: Clone + Eq + Hash>(
     out
 }
 
+/// The blocks that some request computed itself, in the step or before.
+fn authored<R>(layout: Layout<'_>, requests: &[Request<'_, R>]) -> HashSet<Block> {
+    let own = |r: &Request<'_, R>| (r.held.loaded_end(), if r.loading { 0 } else { r.ran_to() });
+    let blocks = requests.iter().flat_map(|r| {
+        let (from, to) = own(r);
+        layout.blocks(r, from).filter(move |(_, start, _)| (from..to).contains(start)).map(|(.., b)| b)
+    });
+    blocks.collect()
+}
+
 /// The reported blocks that are to be believed: all but those that some request computed itself.
 fn believed<R: Eq + Hash>(
     layout: Layout<'_>,
     requests: &[Request<'_, R>],
     report: &Report<R>,
+    authored: &HashSet<Block>,
 ) -> HashMap<Block, Cause> {
     let mut bad = report.blocks.clone();
     for r in requests {
@@ -226,22 +238,21 @@ fn believed<R: Eq + Hash>(
         }
     }
     if !sabotage::planted(Bug::LateReportBelieved) {
-        for r in requests.iter().filter(|r| !r.loading) {
-            for (_, start, b) in layout.blocks(r, r.held.loaded_end()) {
-                if start >= r.held.loaded_end() && start < r.ran_to() {
-                    bad.remove(&b);
-                }
-            }
-        }
+        bad.retain(|b, _| !authored.contains(b));
     }
     bad
 }
 
 /// Spreads what is bad to what was computed on top of it, until nothing changes, and returns the first lost block of
 /// each request.
-fn spread<R>(layout: Layout<'_>, requests: &[Request<'_, R>], bad: &mut HashMap<Block, Cause>) -> Vec<Option<Lost>> {
+fn spread<R>(
+    layout: Layout<'_>,
+    requests: &[Request<'_, R>],
+    authored: &HashSet<Block>,
+    bad: &mut HashMap<Block, Cause>,
+) -> Vec<Option<Lost>> {
     let mut first: Vec<Option<Lost>> = vec![None; requests.len()];
-    let mut marked = std::collections::HashSet::new();
+    let mut marked = HashSet::new();
     loop {
         let before = bad.len();
         for (r, first) in requests.iter().zip(&mut first) {
@@ -257,11 +268,19 @@ fn spread<R>(layout: Layout<'_>, requests: &[Request<'_, R>], bad: &mut HashMap<
             if sabotage::planted(Bug::CountedOnAtOnce) {
                 marked.extend(layout.blocks(r, lost.token).map(|(.., b)| b));
             }
-            if !r.loading && !sabotage::planted(Bug::TaintIgnored) {
-                for (_, start, b) in layout.blocks(r, lost.token.max(r.held.loaded_end())) {
-                    if start >= lost.token && start >= r.held.loaded_end() && start < r.ran_to() {
-                        bad.entry(b).or_insert(lost.cause);
-                    }
+            if r.loading || sabotage::planted(Bug::TaintIgnored) {
+                continue;
+            }
+            // What it computed since, also where a load had begun the block.
+            let written = lost.token.max(r.held.loaded_end())..r.ran_to();
+            for (g, start, b) in layout.blocks(r, lost.token) {
+                let end = start.saturating_add(layout.groups[g].tokens());
+                let computed = !written.is_empty() && start < written.end && end > written.start;
+                // What a load brought is as good as the load says. What was taken over may be anybody's, unless the one
+                // who computed it is here to be judged himself.
+                let taken = (lost.token..r.held.cached).contains(&start) && !authored.contains(&b);
+                if computed || taken {
+                    bad.entry(b).or_insert(lost.cause);
                 }
             }
         }

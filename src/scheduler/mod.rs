@@ -70,8 +70,9 @@
 //! requests[0].held.computed += 24;
 //! ledger.computed(&"a", 40);
 //! ledger.first_token(&"a");
-//! let turn = &turns(&groups, &requests)[1];
+//! let turn = turns(&groups, &requests).remove(1);
 //! assert_eq!((turn.computed, turn.limit), (32, None));
+//! requests[1].held.adopt(turn.computed);
 //! ledger.adopted(&"b", turn.computed);
 //! ledger.computed(&"b", 50);
 //! ledger.first_token(&"b");

@@ -134,7 +134,9 @@ pub struct Outcome<R> {
     pub affected: Vec<Affected<R>>,
     /// The requests to fail, in the order given. Those that shared blocks with them are judged like any other.
     pub failed: Vec<Failed<R>>,
-    /// The blocks that more than one request needs and nobody has: who computes each, and who inherits.
+    /// The blocks that more than one request needs and nobody has: who computes (or loads) each, and who inherits. A
+    /// snapshot, for logs: [`turns`](super::turn::turns) says the same at every step, as it is then. Empty for a report
+    /// that says nothing.
     pub shared: Vec<Shared<R>>,
     /// The blocks to drop from the prefix cache before the next look-up: the invalid ones and all behind them, ascending.
     pub uncache: Vec<Block>,

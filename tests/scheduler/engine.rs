@@ -851,8 +851,51 @@ impl Engine {
                 r.scheduled
             );
         }
+        if !(blocks.is_empty() && requests.is_empty()) {
+            self.check_shared(out)?;
+        }
         must!(out.affected.is_empty() || self.policy == Policy::Recompute, "goes on under `fail`");
         must!(out.failed.is_empty() || self.policy == Policy::Fail, "fails under `recompute`");
+        Ok(())
+    }
+
+    /// Every block that several need and nobody has is named once, with one owner, and everyone else as an heir.
+    fn check_shared(&self, out: &Outcome<u32>) -> Check {
+        let alive: Vec<_> = self.running.iter().filter(|r| !out.failed.iter().any(|f| f.id == r.id)).collect();
+        let length = |r: &Req| {
+            let held = out.affected.iter().find(|a| a.id == r.id).map(|a| a.held);
+            match (held, r.load.is_some()) {
+                (held, true) => held.unwrap_or(r.held).cached,
+                (Some(held), false) => held.total(),
+                (None, false) => r.ran_to(),
+            }
+        };
+        let mut expected: HashMap<Block, BTreeSet<u32>> = HashMap::new();
+        for (g, n) in (0..self.groups.len()).map(|g| (g, self.tokens(g))) {
+            for b in (0..self.pools[g].blocks.len() as u32).map(BlockId) {
+                let holds =
+                    |r: &&Req| r.tables[g].iter().position(|h| *h == Some(b)).map(|p| (r.id, length(r), p as u64 * n));
+                let holders: Vec<_> = alive.iter().filter_map(holds).collect();
+                if holders.len() > 1 && holders.iter().all(|(_, length, start)| *length < start + n) {
+                    expected.insert(self.name(g, b), holders.iter().map(|h| h.0).collect());
+                }
+            }
+        }
+        for s in &out.shared {
+            let named: BTreeSet<u32> = s.heirs.iter().copied().chain([s.owner]).collect();
+            must!(named.len() == s.heirs.len() + 1, "named twice: {s:?}");
+            must!(expected.remove(&s.block).as_ref() == Some(&named), "not who holds it: {s:?}");
+        }
+        must!(expected.is_empty(), "nobody is said to compute {expected:?}");
+        if let [spec] = self.groups[..] {
+            for a in out.affected.iter().filter(|a| alive.iter().any(|r| r.id == a.id && r.load.is_none())) {
+                let r = alive.iter().find(|r| r.id == a.id).unwrap();
+                let next = r.block(0, a.held.total() / self.tokens(0));
+                let shared = out.shared.iter().find(|s| Some(s.block.id) == next && s.block.group == spec.id);
+                let owner = shared.map(|s| s.owner).filter(|o| *o != a.id);
+                must!(a.waits_for == owner, "{a:?} waits, but the owner is {owner:?}");
+            }
+        }
         Ok(())
     }
 

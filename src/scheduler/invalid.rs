@@ -307,3 +307,162 @@ fn keeps<R>(layout: Layout<'_>, r: &Request<'_, R>, first: Lost, bad: &HashMap<B
 fn dependent_kept(bad: &HashMap<Block, Cause>, b: &Block) -> bool {
     sabotage::planted(Bug::DependentsStayCached) && !bad.contains_key(b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        block::{BlockId, GroupId},
+        scheduler::table::Keeps,
+    };
+    use proptest::prelude::*;
+
+    type Tables = Vec<Vec<Option<BlockId>>>;
+
+    fn tables(groups: &[&[u32]]) -> Tables {
+        groups.iter().map(|t| t.iter().map(|&b| Some(BlockId(b))).collect()).collect()
+    }
+
+    fn block(id: u32) -> Block {
+        Block { group: GroupId(0), id: BlockId(id) }
+    }
+
+    fn full(tokens: u32) -> [GroupSpec; 1] {
+        [GroupSpec::full(GroupId(0), tokens).unwrap()]
+    }
+
+    fn request<'a>(id: &'a str, blocks: &'a Tables, cached: u64, loaded: u64, scheduled: u64) -> Request<'a, &'a str> {
+        Request { id, blocks, held: Held { cached, loaded, computed: 0 }, loading: false, scheduled }
+    }
+
+    fn lost(blocks: &[u32]) -> Report<&'static str> {
+        blocks.iter().fold(Report::new(), |r, b| r.lost(block(*b), Cause::PeerDown))
+    }
+
+    #[test]
+    fn a_request_whose_lost_blocks_are_all_shared_is_cut_like_the_one_that_loaded_them() {
+        let (a, b) = (tables(&[&[1, 2, 3]]), tables(&[&[1, 2, 4, 5]]));
+        // a loads blocks 1 and 2; b found them in the cache in the same step, and loads 4 for itself.
+        let requests = [request("a", &a, 0, 8, 2), request("b", &b, 8, 4, 3)];
+        let out = resolve(&full(4), &requests, &lost(&[2]), Policy::Recompute);
+        let held: Vec<_> = out.affected.iter().map(|a| (a.id, a.held, a.lost, a.discarded, a.waits_for)).collect();
+        let held_of = |cached, loaded| Held { cached, loaded, computed: 0 };
+        assert_eq!(
+            held,
+            [("a", held_of(0, 4), held_of(0, 4), 2, None), ("b", held_of(4, 0), held_of(4, 4), 3, Some("a")),]
+        );
+        assert_eq!(out.shared, [Shared { block: block(2), owner: "a", heirs: vec!["b"] }]);
+        assert_eq!(out.uncache, [2, 3, 4, 5].map(block));
+        assert!(out.failed.is_empty());
+    }
+
+    #[test]
+    fn reports_may_come_one_block_a_step_and_again_and_again() {
+        let a = tables(&[&[1, 2, 3, 4]]);
+        let mut r = Request { loading: true, ..request("a", &a, 0, 16, 0) };
+        for (report, left) in [(4, 12), (2, 4), (4, 4), (2, 4), (3, 4), (1, 0), (1, 0)] {
+            let out = resolve(&full(4), &[r], &lost(&[report]), Policy::Recompute);
+            let before = r.held.total();
+            if let Some(a) = out.affected.first() {
+                r.held = a.held;
+            }
+            assert_eq!(r.held.total(), left, "after block {report}");
+            assert_eq!(
+                out.affected.len(),
+                usize::from(before > left),
+                "a report that says nothing new changes nothing"
+            );
+        }
+    }
+
+    #[test]
+    fn a_block_of_nobody_leaves_the_cache_and_no_more() {
+        let a = tables(&[&[1, 2]]);
+        let out = resolve(&full(4), &[request("a", &a, 0, 8, 1)], &lost(&[9]), Policy::Fail);
+        assert_eq!(out, Outcome { uncache: vec![block(9)], ..Outcome::default() });
+    }
+
+    #[test]
+    fn a_late_report_does_not_touch_who_has_computed_the_block_since() {
+        let (a, b) = (tables(&[&[1, 2]]), tables(&[&[1, 3]]));
+        let mut computed = request("a", &a, 0, 0, 3);
+        computed.held.computed = 4;
+        let requests = [request("b", &b, 4, 0, 2), computed];
+        assert_eq!(resolve(&full(4), &requests, &lost(&[1, 2]), Policy::Recompute), Outcome::default());
+    }
+
+    #[test]
+    fn what_was_computed_on_top_of_a_lost_block_is_lost_for_everyone() {
+        // c has its own copy of the first block, and found what a computes in this step on top of a load that fails.
+        let (a, c) = (tables(&[&[1, 2, 3]]), tables(&[&[7, 2, 8]]));
+        let requests = [request("a", &a, 0, 4, 8), request("c", &c, 8, 0, 1)];
+        let out = resolve(&full(4), &requests, &lost(&[1]), Policy::Recompute);
+        let held: Vec<_> = out.affected.iter().map(|a| (a.id, a.held.total(), a.waits_for)).collect();
+        assert_eq!(held, [("a", 0, None), ("c", 4, Some("a"))]);
+    }
+
+    #[test]
+    fn under_fail_exactly_the_affected_fail_and_say_why() {
+        let (a, b, c) = (tables(&[&[1, 2]]), tables(&[&[1, 3]]), tables(&[&[4, 5]]));
+        let requests = [request("a", &a, 0, 8, 1), request("b", &b, 4, 4, 1), request("c", &c, 0, 8, 1)];
+        let out = resolve(&full(4), &requests, &lost(&[1]), Policy::Fail);
+        assert_eq!(out.failed.iter().map(|f| f.id).collect::<Vec<_>>(), ["a", "b"]);
+        assert!(out.affected.is_empty() && out.shared.is_empty());
+        let why = out.failed[1].reason.to_string();
+        assert!(why.contains("from token 0 on") && why.contains("peer_down"), "{why}");
+    }
+
+    #[test]
+    fn a_load_of_several_groups_or_of_state_arrives_whole_or_not_at_all() {
+        let spec = |id, keeps| GroupSpec::new(GroupId(id), 4, keeps).unwrap();
+        let two = tables(&[&[1, 2, 3], &[1, 2, 3]]);
+        let groups = [spec(0, Keeps::All), spec(1, Keeps::All)];
+        let out = resolve(&groups, &[request("a", &two, 4, 8, 1)], &lost(&[3]), Policy::Recompute);
+        assert_eq!(out.affected[0].held, Held { cached: 4, loaded: 0, computed: 0 });
+        // Of a state only the last one was kept, so there is nothing to go on from.
+        let state: Tables = vec![vec![None, None, Some(BlockId(3))]];
+        let groups = [spec(0, Keeps::State)];
+        let out = resolve(&groups, &[request("a", &state, 4, 8, 1)], &lost(&[3]), Policy::Recompute);
+        assert_eq!(out.affected[0].held, Held::default());
+    }
+
+    #[test]
+    fn a_load_that_fails_without_a_word_about_blocks_fails_whole() {
+        let (a, b) = (tables(&[&[1, 2, 3]]), tables(&[&[1, 2, 4]]));
+        let loading = Request { loading: true, ..request("a", &a, 4, 8, 0) };
+        let report = Report::new().load_failed("a", Cause::Refused).load_failed("gone", Cause::Refused);
+        let out = resolve(&full(4), &[loading, request("b", &b, 4, 0, 0)], &report, Policy::Recompute);
+        assert_eq!(out.affected.len(), 1);
+        assert_eq!(out.affected[0].held, Held { cached: 4, loaded: 0, computed: 0 });
+    }
+
+    proptest! {
+        #[test]
+        fn rubbish_is_borne(
+            ids in prop::collection::vec(prop::collection::vec(prop::collection::vec(prop::option::of(0u32..6), 0..5), 0..4), 0..5),
+            held in prop::collection::vec(prop_oneof![0u64..20, Just(u64::MAX)], 20),
+            keeps in prop::collection::vec(prop_oneof![Just(Keeps::All), (0u64..9).prop_map(Keeps::Window), Just(Keeps::State)], 0..4),
+            sizes in prop::collection::vec(prop_oneof![1u32..5, Just(u32::MAX)], 4),
+            report in prop::collection::vec((0u16..4, 0u32..8), 0..6),
+        ) {
+            let groups: Vec<_> =
+                keeps.iter().zip(&sizes).enumerate().map(|(i, (k, n))| GroupSpec::new(GroupId(i as u16), *n, *k).unwrap()).collect();
+            let tables: Vec<Tables> =
+                ids.iter().map(|r| r.iter().map(|t| t.iter().map(|b| b.map(BlockId)).collect()).collect()).collect();
+            let requests: Vec<_> = tables.iter().enumerate().map(|(i, blocks)| Request {
+                id: i % 3,
+                blocks,
+                held: Held { cached: held[i * 4], loaded: held[i * 4 + 1], computed: held[i * 4 + 2] },
+                loading: i % 2 == 1,
+                scheduled: held[i * 4 + 3],
+            }).collect();
+            let mut all = Report::new().load_failed(1, Cause::Limit);
+            all.extend(report.iter().map(|(g, b)| (Block { group: GroupId(*g), id: BlockId(*b) }, Cause::Stale)));
+            let out = resolve(&groups, &requests, &all, Policy::Recompute);
+            for a in &out.affected {
+                prop_assert!(requests.iter().any(|r| r.id == a.id && a.held.total() <= r.held.total()));
+            }
+            crate::scheduler::turn::turns(&groups, &requests);
+        }
+    }
+}

@@ -165,6 +165,11 @@ impl<'a> Layout<'a> {
             id.is_some_and(|id| good(g, p.saturating_mul(spec.tokens()), Block { group: spec.id, id }))
         };
         let mut bound = bound;
+        for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| !matches!(s.keeps, Keeps::Window(0 | 1))) {
+            // No block, nothing to go on from: without this, a length made of thin air would be searched through.
+            let there = tables.get(g).map_or(0, |t| t.len() as u64);
+            bound = bound.min(there.saturating_mul(spec.tokens()));
+        }
         for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| s.keeps == Keeps::All) {
             let blocks = bound / spec.tokens();
             if let Some(p) = (0..blocks).find(|&p| !at(g, p)) {

@@ -222,3 +222,73 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
         out.into_iter().map(|(_, s)| s).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        block::{BlockId, GroupId},
+        scheduler::table::Held,
+    };
+
+    type Tables = Vec<Vec<Option<BlockId>>>;
+
+    fn tables(ids: &[u32]) -> Tables {
+        vec![ids.iter().map(|&b| Some(BlockId(b))).collect()]
+    }
+
+    fn groups() -> [GroupSpec; 1] {
+        [GroupSpec::full(GroupId(0), 4).unwrap()]
+    }
+
+    fn at<'a>(id: &'a str, blocks: &'a Tables, tokens: u64) -> Request<'a, &'a str> {
+        let held = Held { cached: tokens, loaded: 0, computed: 0 };
+        Request { id, blocks, held, loading: false, scheduled: 0 }
+    }
+
+    fn ask<'a>(requests: &[Request<'a, &'a str>]) -> Vec<(&'a str, u64, Option<u64>, Option<&'a str>)> {
+        turns(&groups(), requests).into_iter().map(|t| (t.id, t.computed, t.limit, t.waits_for)).collect()
+    }
+
+    #[test]
+    fn a_shared_block_is_computed_by_the_first_and_taken_over_by_the_others() {
+        let (a, b) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]));
+        assert_eq!(ask(&[at("a", &a, 4), at("b", &b, 4)]), [("a", 4, None, None), ("b", 4, Some(4), Some("a"))]);
+        // Half a block is none.
+        assert_eq!(ask(&[at("a", &a, 7), at("b", &b, 4)])[1], ("b", 4, Some(4), Some("a")));
+        assert_eq!(ask(&[at("a", &a, 9), at("b", &b, 4)])[1], ("b", 8, None, None));
+    }
+
+    #[test]
+    fn whoever_has_begun_a_block_goes_on_with_it_whatever_the_order() {
+        let (a, b) = (tables(&[1, 2]), tables(&[1, 2]));
+        assert_eq!(ask(&[at("b", &b, 4), at("a", &a, 6)]), [("b", 4, Some(4), Some("a")), ("a", 6, None, None)]);
+    }
+
+    #[test]
+    fn when_the_owner_goes_away_the_next_one_inherits() {
+        let (a, b, c) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]), tables(&[1, 2, 5]));
+        let requests = [at("a", &a, 4), at("b", &b, 4), at("c", &c, 4)];
+        assert_eq!(ask(&requests)[1..], [("b", 4, Some(4), Some("a")), ("c", 4, Some(4), Some("a"))]);
+        // a is aborted.
+        assert_eq!(ask(&requests[1..]), [("b", 4, None, None), ("c", 4, Some(4), Some("b"))]);
+        assert_eq!(ask(&requests[2..]), [("c", 4, None, None)]);
+    }
+
+    #[test]
+    fn nobody_computes_what_a_load_is_writing() {
+        let (a, b) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]));
+        let held = Held { cached: 0, loaded: 8, computed: 0 };
+        let load = Request { id: "a", blocks: &a, held, loading: true, scheduled: 0 };
+        assert_eq!(ask(&[at("b", &b, 0), load]), [("b", 0, Some(0), Some("a")), ("a", 0, Some(0), None)]);
+        assert_eq!(ask(&[at("b", &b, 0), Request { loading: false, ..load }])[0], ("b", 8, None, None));
+    }
+
+    #[test]
+    fn a_block_that_somebody_has_is_not_computed_again() {
+        // b's first block is its own; its second one is a's, who has it.
+        let (a, b) = (tables(&[1, 2, 3]), tables(&[7, 2, 4]));
+        assert_eq!(ask(&[at("a", &a, 12), at("b", &b, 0)])[1], ("b", 0, Some(4), None));
+        assert_eq!(ask(&[at("a", &a, 12), at("b", &b, 4)])[1], ("b", 8, None, None));
+    }
+}

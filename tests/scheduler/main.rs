@@ -8,10 +8,19 @@ mod books;
 mod engine;
 mod pool;
 
+use std::collections::HashMap;
+
 use engine::{Arrival, Engine, Op, layout};
-use kvferry::scheduler::{
-    invalid::Policy,
-    sabotage::{self, Bug},
+use kvferry::{
+    block::{Block, BlockId, GroupId},
+    error::Cause,
+    scheduler::{
+        invalid::{Policy, Report, resolve},
+        ledger::Ledger,
+        sabotage::{self, Bug},
+        table::{GroupSpec, Held, Request},
+        turn::turns,
+    },
 };
 use proptest::{
     prelude::*,
@@ -122,4 +131,61 @@ fn every_planted_bug_is_caught() {
         );
         assert!(caught.is_err(), "{bug:?} was not caught");
     }
+}
+
+/// The day that started it, with its numbers: two requests share the blocks that fail, and the second one's are all
+/// shared. Its external count stayed at 7000 while nothing of it was cached, a hit count went to -7000, the metrics
+/// library refused it, and every request of that server failed from then on.
+#[test]
+fn a_load_whose_lost_blocks_are_all_shared_leaves_true_books() {
+    let groups = [GroupSpec::full(GroupId(0), 10).unwrap()];
+    let table = |last: u32| vec![(0..700).chain([last]).map(|b| Some(BlockId(b))).collect::<Vec<_>>()];
+    let (a, b) = (table(700), table(701));
+    let held = Held { cached: 0, loaded: 7000, computed: 0 };
+    // Both count on the same load of 7000 tokens, in the same step.
+    let mut requests = [
+        Request { id: 'a', blocks: &a, held, loading: false, scheduled: 10 },
+        Request { id: 'b', blocks: &b, held, loading: false, scheduled: 10 },
+    ];
+    let mut ledger = Ledger::new();
+    for r in &requests {
+        ledger.admit(r.id, 7010);
+        ledger.lookup(&r.id, 0, 7000);
+    }
+    let mut report = Report::new();
+    report.extend((0..700).map(|b| (Block { group: GroupId(0), id: BlockId(b) }, Cause::PeerDown)));
+    let outcome = resolve(&groups, &requests, &report, Policy::Recompute);
+    ledger.apply(&outcome);
+    for (r, affected) in requests.iter_mut().zip(&outcome.affected) {
+        ledger.load_ended(&r.id);
+        r.held = affected.held;
+        assert_eq!(r.held.total(), 0);
+        assert_eq!(ledger.request(&r.id).unwrap().pending, 7010);
+    }
+    assert_eq!(outcome.shared.len(), 700);
+    assert!(outcome.shared.iter().all(|s| s.owner == 'a' && s.heirs == ['b']));
+
+    // Step after step, 2000 tokens each, until both have their first token.
+    let mut really = HashMap::from([('a', 0), ('b', 0)]);
+    for _ in 0..8 {
+        let turns = turns(&groups, &requests);
+        for (r, t) in requests.iter_mut().zip(&turns) {
+            ledger.adopted(&r.id, t.computed);
+            r.held.adopt(t.computed);
+            let to = t.limit.unwrap_or(7010).min(r.held.total() + 2000).min(7010);
+            *really.get_mut(&r.id).unwrap() += to - r.held.total();
+            r.held.computed += to - r.held.total();
+            ledger.computed(&r.id, to);
+            if to == 7010 {
+                ledger.first_token(&r.id);
+            }
+        }
+    }
+    assert_eq!(really, HashMap::from([('a', 7010), ('b', 10)]), "the lost blocks were computed once");
+    let t = ledger.totals();
+    assert_eq!((t.own.external, t.other.external, t.first), (7000, 7000, 20));
+    assert_eq!((t.local_cache, t.external, t.pending, t.total()), (0, 0, 0, 2 * 7010));
+    assert_eq!(ledger.prefilled(), 7010 + 10 + 2 * 10, "what ran in vain is known too");
+    let o = t.older();
+    assert_eq!((o.local_cache_hit, o.external_kv_transfer, o.recomputed, o.cached), (0, 14_000, 14_000, 0));
 }

@@ -333,6 +333,7 @@ impl World {
             },
             lanes,
             local_ready: !late_local,
+            progress: Arc::default(),
         };
         self.rail(c, rail::In::Start(Box::new(start)));
         if late_local {

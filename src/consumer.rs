@@ -240,6 +240,7 @@ impl Consumer {
         if self.stopped.load(Ordering::Acquire) {
             return Err(PullError::Shutdown);
         }
+        let started = Instant::now();
         let limits = &self.config.limits;
         pull.offer.check(limits.blocks_per_offer)?;
         check_wanted(&self.layout, &pull.blocks, limits.blocks_per_offer)?;
@@ -270,7 +271,8 @@ impl Consumer {
             sources,
             wanted: pull.blocks,
             reader,
-            deadline: Instant::now() + deadline,
+            started,
+            deadline: started + deadline,
             retry: Retry { attempts: self.config.pull.attempts, wait: self.config.pull.retry_wait },
             chunk: self.config.pull.chunk,
             lanes: pull.lanes.unwrap_or_else(|| self.config.pull.lanes.clone()),

@@ -48,6 +48,8 @@ pub struct Start {
     pub wanted: Vec<LocalBlocks>,
     /// Which reader of the offer this rank is.
     pub reader: Reader,
+    /// When it was asked for: its times count from here.
+    pub started: Instant,
     /// When it decides at the latest.
     pub deadline: Instant,
     /// How often it tries again.
@@ -319,7 +321,7 @@ impl Rail {
         let id = start.id;
         let sources = start.sources.len();
         let tracker = PullTracker::new(
-            now,
+            start.started,
             std::mem::take(&mut start.wanted),
             sources,
             start.deadline,

@@ -324,6 +324,7 @@ impl World {
             sources,
             wanted,
             reader,
+            started: self.instant(self.now),
             deadline: self.instant(deadline),
             retry: self.weather.retry,
             chunk: ChunkSize {

@@ -77,6 +77,8 @@ pub(super) struct Connection {
     spans: Vec<Span>,
     at: usize,
     skip: u64,
+    /// The socket holds back what does not fill a segment.
+    corked: bool,
     /// What the server's epoll waits for.
     pub(super) interest: EventFlags,
 }
@@ -107,6 +109,7 @@ impl Connection {
             spans: Vec::new(),
             at: 0,
             skip: 0,
+            corked: false,
             interest: EventFlags::empty(),
         }
     }
@@ -151,6 +154,7 @@ impl Connection {
             return Err(Halt::Turn);
         }
         if self.serving.is_some() {
+            self.cork(true);
             return self.send_data(shared.export, bytes);
         }
         // Before a head or trailer is sent, see whether the next request is here already: then they go with its data.
@@ -171,7 +175,24 @@ impl Connection {
             Phase::Closing if self.said == self.head.len() => return Err(Halt::Over),
             Phase::Closing => {}
         }
-        if self.said < self.head.len() { self.send_head() } else { self.receive(shared.scratch, bytes) }
+        if self.said < self.head.len() {
+            return self.send_head();
+        }
+        // All that was asked for is on its way: the last of it must not wait.
+        self.cork(false);
+        self.receive(shared.scratch, bytes)
+    }
+
+    /// Has the kernel send full segments only, or no longer. Without it, every acknowledgement that comes while data is
+    /// being copied sends what there is: at 16 KiB blocks three times as many segments, and a quarter less speed.
+    fn cork(&mut self, corked: bool) {
+        if self.corked != corked {
+            self.corked = corked;
+            // A socket that cannot is slower, not wrong.
+            if let Err(error) = rustix::net::sockopt::set_tcp_cork(&self.fd, corked) {
+                tracing::debug!(%error, corked, "TCP_CORK");
+            }
+        }
     }
 
     fn judge(&mut self, challenge: &Challenge, proof: &Proof, shared: &Shared<'_>) {

@@ -341,6 +341,26 @@ impl fmt::Debug for PositionSet {
     }
 }
 
+/// Marks on the blocks of a pool, one bit each: for "is any listed twice", at a nanosecond a block.
+#[derive(Debug)]
+pub(crate) struct Marks(Vec<u64>);
+
+impl Marks {
+    /// No marks, for blocks `0..blocks`.
+    pub(crate) fn new(blocks: u32) -> Self {
+        Self(vec![0; (blocks as usize).div_ceil(64)])
+    }
+
+    /// Marks a block; `false` when it was marked before, or is not one of the pool's.
+    pub(crate) fn insert(&mut self, block: BlockId) -> bool {
+        let Some(word) = self.0.get_mut(block.0 as usize / 64) else { return false };
+        let bit = 1 << (block.0 % 64);
+        let fresh = *word & bit == 0;
+        *word |= bit;
+        fresh
+    }
+}
+
 fn random_nonzero() -> NonZeroU64 {
     loop {
         // Without a random source there is neither safety nor freshness: the one place where nothing sensible can go on.

@@ -17,7 +17,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    block::{Block, EngineId, Incarnation, Rank},
+    block::{EngineId, Incarnation, Marks, Rank},
     config::{Config, OnWedge},
     control::{
         client::{self, PeerHandle, PeerTask},
@@ -240,6 +240,7 @@ impl Consumer {
         if self.stopped.load(Ordering::Acquire) {
             return Err(PullError::Shutdown);
         }
+        let started = Instant::now();
         let limits = &self.config.limits;
         pull.offer.check(limits.blocks_per_offer)?;
         check_wanted(&self.layout, &pull.blocks, limits.blocks_per_offer)?;
@@ -270,7 +271,8 @@ impl Consumer {
             sources,
             wanted: pull.blocks,
             reader,
-            deadline: Instant::now() + deadline,
+            started,
+            deadline: started + deadline,
             retry: Retry { attempts: self.config.pull.attempts, wait: self.config.pull.retry_wait },
             chunk: self.config.pull.chunk,
             lanes: pull.lanes.unwrap_or_else(|| self.config.pull.lanes.clone()),
@@ -392,7 +394,7 @@ fn check_wanted(layout: &PoolLayout, wanted: &[LocalBlocks], limit: usize) -> Re
             .group(l.group)
             .filter(|_| wanted[..i].iter().all(|o| o.group != l.group))
             .ok_or(PlanError::LocalGroup(l.group.0))?;
-        let mut seen = std::collections::HashSet::with_capacity(l.blocks.len());
+        let mut seen = Marks::new(group.blocks);
         for (_, id) in l.wants() {
             if id.0 >= group.blocks {
                 return Err(PlanError::LocalBlock { group: l.group.0, block: id.0, blocks: group.blocks }.into());
@@ -426,8 +428,8 @@ impl Reports for Shared {
     fn decided(&self, _: PullId) {}
 
     fn ended(&self, ended: Ended) {
-        let blocks: Vec<Block> = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied().collect();
-        lock(&self.quarantine).give_back(ended.pull.0, blocks.into_iter());
+        let blocks = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied();
+        lock(&self.quarantine).give_back(ended.pull.0, blocks);
         self.pulls.fetch_sub(1, Ordering::AcqRel);
         self.metrics.running.dec();
         self.metrics.ended(&ended.outcome);

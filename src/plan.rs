@@ -5,7 +5,7 @@
 //! again, so a plan costs memory for its blocks and not for its reads.
 
 use crate::{
-    block::{Block, BlockId, GroupId},
+    block::{Block, BlockId, GroupId, Marks},
     group::{Group, GroupKind, PoolLayout},
     offer::Offer,
     shard::Shard,
@@ -376,7 +376,8 @@ fn plan_group(
     let mut plan = GroupPlan { id: g.id, kind: g.kind, wants: Vec::new(), not_offered: Vec::new(), pieces: Vec::new() };
     let offered = offer.groups.iter().find(|o| o.group == g.id);
     let most = sources.iter().filter_map(|s| s.layout.group(g.id)).map(|s| s.blocks).min().unwrap_or(0);
-    let mut seen = std::collections::HashSet::with_capacity(local.blocks.len());
+    let mut seen = Marks::new(g.blocks);
+    plan.wants.reserve_exact(local.blocks.len());
     for (position, dst) in local.wants() {
         if dst.0 >= g.blocks {
             return Err(PlanError::LocalBlock { group: g.id.0, block: dst.0, blocks: g.blocks });

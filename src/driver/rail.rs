@@ -48,6 +48,8 @@ pub struct Start {
     pub wanted: Vec<LocalBlocks>,
     /// Which reader of the offer this rank is.
     pub reader: Reader,
+    /// When it was asked for: its times count from here.
+    pub started: Instant,
     /// When it decides at the latest.
     pub deadline: Instant,
     /// How often it tries again.
@@ -315,11 +317,17 @@ impl Rail {
         }
     }
 
-    fn start(&mut self, now: Instant, start: Box<Start>) {
+    fn start(&mut self, now: Instant, mut start: Box<Start>) {
         let id = start.id;
         let sources = start.sources.len();
-        let tracker =
-            PullTracker::new(now, start.wanted.clone(), sources, start.deadline, start.retry, start.local_ready);
+        let tracker = PullTracker::new(
+            start.started,
+            std::mem::take(&mut start.wanted),
+            sources,
+            start.deadline,
+            start.retry,
+            start.local_ready,
+        );
         let mut claims = Vec::with_capacity(sources);
         for (source, &at) in start.sources.iter().enumerate() {
             let rank = &start.offer.ranks[at];
@@ -363,7 +371,7 @@ impl Rail {
         }
         let sources: Vec<_> = welcomes.iter().map(|w| Source { layout: &w.pool, shard: &w.shard }).collect();
         let here = Source { layout: &self.layout, shard: &self.shard };
-        let event = match Plan::new(&p.start.offer, &sources, here, &p.start.wanted, p.start.chunk, self.limit) {
+        let event = match Plan::new(&p.start.offer, &sources, here, p.tracker.wanted(), p.start.chunk, self.limit) {
             Ok(plan) => pull::In::Planned(Box::new(plan)),
             Err(error) => {
                 tracing::warn!(request = %p.start.offer.request, offer = %p.start.offer.id, %error, "pull cannot be planned");

@@ -77,6 +77,9 @@ pub struct Freed {
 /// A claim's name: the consumer's incarnation, and the claim in it.
 type ClaimKey = (Incarnation, ClaimId);
 
+/// Released claims that an offer remembers, at least.
+const LET_GO: usize = 16;
+
 #[derive(Debug)]
 struct Entry {
     slot: u32,
@@ -86,6 +89,8 @@ struct Entry {
     unclaimed_until: Instant,
     /// Until when each claim holds, unless renewed.
     claims: BTreeMap<ClaimKey, Instant>,
+    /// Claims that were released: a late frame of an old stream must not bring one back.
+    let_go: BTreeSet<ClaimKey>,
     /// Readers that let go, by engine.
     released: HashMap<EngineId, HashSet<u32>>,
     /// Somebody's last reader let go: free as soon as nobody reads.
@@ -183,6 +188,7 @@ impl OfferTable {
             cap: now + self.lease.hard_cap,
             unclaimed_until: now + self.lease.unclaimed,
             claims: BTreeMap::new(),
+            let_go: BTreeSet::new(),
             released: HashMap::new(),
             done: false,
             timer: now,
@@ -246,6 +252,9 @@ impl OfferTable {
         }
         if !entry.ready {
             return ServerBody::NotYet { claim, retry: retry_after(self.lease.unclaimed / 16) };
+        }
+        if entry.let_go.contains(&key) {
+            return gone(Gone::Released);
         }
         // One claim id names one offer; the same pair again is a claim that was sent again.
         if self.by_claim.get(&key).is_some_and(|o| *o != id) {
@@ -317,10 +326,14 @@ impl OfferTable {
             }
             return false;
         };
-        if let Some(key) = key
-            && entry.claims.remove(&key).is_some()
-        {
-            forget_claim(&mut self.by_claim, &mut self.claims_of, key);
+        if let Some(key) = key {
+            if entry.claims.remove(&key).is_some() {
+                forget_claim(&mut self.by_claim, &mut self.claims_of, key);
+            }
+            entry.let_go.insert(key);
+            if entry.let_go.len() > self.limits.claims_per_offer.max(LET_GO) {
+                entry.let_go.pop_first();
+            }
         }
         match from {
             _ if r.all => entry.done = true,
@@ -333,18 +346,32 @@ impl OfferTable {
             }
             None => entry.done = true,
         }
-        if !entry.claims.is_empty() {
-            return false;
-        }
-        if entry.done {
+        // The engine's other readers are still to come.
+        entry.unclaimed_until = entry.unclaimed_until.max(now + self.lease.unclaimed);
+        self.lapse(now, r.offer);
+        let Some(entry) = self.live.get(&r.offer) else { return true };
+        if entry.done && entry.claims.is_empty() {
             self.end(now, r.offer, Gone::Released);
             return true;
         }
-        // The engine's other readers are still to come.
-        entry.unclaimed_until = entry.unclaimed_until.max(now + self.lease.unclaimed);
         let end = entry.end();
         self.watch(r.offer, end);
         false
+    }
+
+    /// Drops an offer's claims that ran out, and tells whose they were, so that their pulls stop early. Whether there were
+    /// any.
+    fn lapse(&mut self, now: Instant, id: OfferId) -> bool {
+        let Some(entry) = self.live.get_mut(&id) else { return false };
+        let lapsed: Vec<_> = entry.claims.iter().filter(|(_, until)| **until <= now).map(|(k, _)| *k).collect();
+        for key in &lapsed {
+            entry.claims.remove(key);
+            forget_claim(&mut self.by_claim, &mut self.claims_of, *key);
+        }
+        for (to, claim) in &lapsed {
+            self.reply(*to, ServerBody::Gone { claim: *claim, why: Gone::Expired });
+        }
+        !lapsed.is_empty()
     }
 
     /// Has `id` looked at no later than `end`.
@@ -365,27 +392,20 @@ impl OfferTable {
         if entry.cap <= now {
             return self.end(now, id, Gone::HardCap);
         }
-        let lapsed: Vec<_> = entry.claims.iter().filter(|(_, until)| **until <= now).map(|(k, _)| *k).collect();
-        for key in &lapsed {
-            entry.claims.remove(key);
-            forget_claim(&mut self.by_claim, &mut self.claims_of, *key);
-        }
+        let lapsed = self.lapse(now, id);
+        let Some(entry) = self.live.get_mut(&id) else { return };
         if entry.claims.is_empty() && entry.done {
             return self.end(now, id, Gone::Released);
         }
         // A consumer that claimed and fell silent does not give the offer back to the unclaimed: its lease was the offer's.
         // Readers of the same engine that are still to come keep it until the unclaimed time runs out.
         let waits_for_others = entry.released.values().any(|s| !s.is_empty());
-        if entry.claims.is_empty() && (entry.unclaimed_until <= now || (!lapsed.is_empty() && !waits_for_others)) {
+        if entry.claims.is_empty() && (entry.unclaimed_until <= now || (lapsed && !waits_for_others)) {
             return self.end(now, id, Gone::Expired);
         }
         let end = entry.end();
         entry.timer = end;
         self.timers.insert((end, id));
-        // A claim that ran out hears of it, so that its pull stops early.
-        for (to, claim) in lapsed {
-            self.reply(to, ServerBody::Gone { claim, why: Gone::Expired });
-        }
     }
 
     /// The offer's end: word cleared, then blocks freed, then everybody told.

@@ -539,9 +539,15 @@ impl PullTracker {
     pub fn report(&self, outcome: &Outcome) -> BlockReport {
         let mut report = BlockReport { loaded: Vec::new(), invalid: Vec::new() };
         for (l, o) in self.wanted.iter().zip(&outcome.groups) {
+            report.loaded.reserve_exact(o.loaded.len() as usize);
+            report.invalid.reserve_exact(o.invalid.len() as usize);
+            // Both ascend by position, so one walk over the ranges does.
+            let mut ranges = o.loaded.ranges().iter().peekable();
             for (position, id) in l.wants() {
                 let block = Block { group: l.group, id };
-                if o.loaded.contains(position) { &mut report.loaded } else { &mut report.invalid }.push(block);
+                while ranges.next_if(|r| r[1] < position).is_some() {}
+                let loaded = ranges.peek().is_some_and(|r| r[0] <= position);
+                if loaded { &mut report.loaded } else { &mut report.invalid }.push(block);
             }
         }
         report

@@ -1,8 +1,6 @@
 //! Which local blocks a pull may still write. A block is in here from the pull's start until its end, and for ever when a
 //! lane wedged: nobody else gets it meanwhile, so no late write can hit a good block (promise 4).
 
-use std::collections::HashMap;
-
 use crate::{
     block::{Block, GroupId},
     error::PullError,
@@ -12,8 +10,8 @@ use crate::{
 /// The local blocks that pulls hold.
 #[derive(Debug, Default)]
 pub struct Quarantine {
-    /// For each group, for each block, the pull that holds it; 0: none. Pull ids start at 1.
-    held: HashMap<GroupId, Vec<u64>>,
+    /// By group, ascending; for each block, the pull that holds it; 0: none. Pull ids start at 1.
+    held: Vec<(GroupId, Vec<u64>)>,
     count: usize,
 }
 
@@ -24,19 +22,26 @@ impl Quarantine {
         Self { held, count: 0 }
     }
 
+    /// Who holds a block; `None` for one that is not in the pool.
+    fn holder(&mut self, b: Block) -> Option<&mut u64> {
+        let i = self.held.binary_search_by_key(&b.group, |(g, _)| *g).ok()?;
+        self.held[i].1.get_mut(b.id.0 as usize)
+    }
+
     /// Takes all of `blocks` for a pull, or none of them. A block past the pool is left to the plan to refuse.
     pub fn take(&mut self, pull: u64, blocks: impl Iterator<Item = Block> + Clone) -> Result<(), PullError> {
         for b in blocks.clone() {
-            if let Some(&holder) = self.held.get(&b.group).and_then(|g| g.get(b.id.0 as usize))
+            if let Some(&mut holder) = self.holder(b)
                 && holder != 0
             {
                 return Err(PullError::BlockBusy { group: b.group.0, block: b.id.0, pull: holder });
             }
         }
         for b in blocks {
-            if let Some(h) = self.held.get_mut(&b.group).and_then(|g| g.get_mut(b.id.0 as usize)) {
-                self.count += usize::from(*h == 0);
+            if let Some(h) = self.holder(b) {
+                let fresh = *h == 0;
                 *h = pull;
+                self.count += usize::from(fresh);
             }
         }
         Ok(())
@@ -45,7 +50,7 @@ impl Quarantine {
     /// Gives back what a pull holds of `blocks`.
     pub fn give_back(&mut self, pull: u64, blocks: impl Iterator<Item = Block>) {
         for b in blocks {
-            if let Some(h) = self.held.get_mut(&b.group).and_then(|g| g.get_mut(b.id.0 as usize))
+            if let Some(h) = self.holder(b)
                 && *h == pull
             {
                 *h = 0;

@@ -127,8 +127,9 @@ enum ClaimState {
 struct Claim {
     want: Want,
     state: ClaimState,
-    /// Another incarnation answered once already; a fresh Hello has the last word.
-    probed: bool,
+    /// Dials begun before it. Only the answer to a later one says anything about its offer's process: an earlier dial may
+    /// have been answered, or refused, before that process was there.
+    dials: u64,
 }
 
 #[derive(Debug)]
@@ -138,7 +139,7 @@ struct Unacked {
     /// When it goes out again.
     resend: Instant,
     /// As for a claim.
-    probed: bool,
+    dials: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,6 +165,8 @@ pub struct PeerSession {
     stream: Stream,
     streams: u64,
     dialing: bool,
+    /// Dials begun.
+    dials: u64,
     redial_at: Option<Instant>,
     backoff: Backoff,
     claims: BTreeMap<ClaimId, Claim>,
@@ -194,6 +197,7 @@ impl PeerSession {
             stream: Stream::Closed,
             streams: 0,
             dialing: false,
+            dials: 0,
             redial_at: None,
             backoff,
             claims: BTreeMap::new(),
@@ -241,6 +245,7 @@ impl PeerSession {
     fn dial(&mut self) {
         if !self.dialing {
             self.dialing = true;
+            self.dials += 1;
             self.redial_at = None;
             self.out.push_back(Out::Dial);
         }
@@ -297,8 +302,7 @@ impl PeerSession {
             let Some(c) = self.claims.get_mut(&id) else { continue };
             if c.want.expect != peer.incarnation && !planted(Bug::IncarnationIgnored) {
                 // Either the offer is of a dead process, or the session is of one: a fresh Hello tells.
-                if !c.probed && self.redial_at.is_none() {
-                    c.probed = true;
+                if self.redial_at.is_none() {
                     self.dial();
                 }
                 continue;
@@ -314,8 +318,7 @@ impl PeerSession {
             u.resend = resend;
             if u.expect != peer.incarnation && !planted(Bug::IncarnationIgnored) {
                 // An offer of a process that this session has not met yet, most likely: it goes out once they have met.
-                if !u.probed && self.redial_at.is_none() {
-                    u.probed = true;
+                if self.redial_at.is_none() {
                     self.dial();
                 }
                 continue;
@@ -330,8 +333,8 @@ impl PeerSession {
 
     fn welcomed(&mut self, now: Instant, peer: PeerId) {
         self.dialing = false;
-        self.backoff.reset();
         self.redial_at = None;
+        let dials = self.dials;
         let same = self.peer.as_ref() == Some(&peer);
         if let Some(old) = self.peer.replace(peer.clone()).filter(|old| *old != peer) {
             self.set_health(Health::Reborn);
@@ -342,11 +345,11 @@ impl PeerSession {
         }
         if !planted(Bug::IncarnationIgnored) {
             // Releases of a dead incarnation are void: its memory went with it.
-            self.unacked.retain(|_, u| u.expect == peer.incarnation);
+            self.unacked.retain(|_, u| u.expect == peer.incarnation || u.dials >= dials);
             let of = |c: &Claim| c.want.engine == peer.engine;
             // A name that was reached at the wrong engine's address.
-            self.lose(Cause::Refused, |c| !of(c));
-            self.lose(Cause::PeerRestarted, |c| c.want.expect != peer.incarnation);
+            self.lose(Cause::Refused, |c| !of(c) && c.dials < dials);
+            self.lose(Cause::PeerRestarted, |c| c.want.expect != peer.incarnation && c.dials < dials);
         }
         if !(same && self.up()) {
             self.out.push_back(Out::Peer(peer.clone()));
@@ -361,37 +364,47 @@ impl PeerSession {
 
     fn dial_failed(&mut self, now: Instant, error: &HelloError) {
         self.dialing = false;
-        let random = (self.entropy)();
-        let wait = self.backoff.next(random);
+        let dials = self.dials;
         let refused = matches!(error, HelloError::Unreachable { refused: true, .. });
         let unreachable = matches!(error, HelloError::Unreachable { .. });
         if !unreachable {
             // It is there, and will not have us: nothing gets better by asking again soon.
-            self.lose(error.cause(), |_| true);
-            self.unacked.clear();
+            self.lose(error.cause(), |c| c.dials < dials);
+            self.unacked.retain(|_, u| u.dials >= dials);
         } else if self.up() {
             // A probe failed while the stream lives: the stream knows better. Ask again later.
-            for c in self.claims.values_mut() {
-                c.probed = false;
-            }
-            for u in self.unacked.values_mut() {
-                u.probed = false;
-            }
         } else if refused {
             // Nobody listens there: the process that made the offers is gone.
             let known = self.peer.is_some();
-            self.lose(if known { Cause::PeerDown } else { Cause::Unreachable }, |_| true);
+            self.lose(if known { Cause::PeerDown } else { Cause::Unreachable }, |c| c.dials < dials);
             self.set_health(Health::Down);
         } else {
             self.set_health(Health::Down);
         }
         if self.needed() {
-            self.redial_at = Some(now + wait);
+            self.redial(now);
         }
+        // Claims that were made meanwhile are not answered by it, and do not wait for long.
+        if self.claims.values().any(|c| c.dials >= dials) {
+            self.hurry(now);
+        }
+    }
+
+    /// Dials again after a while.
+    fn redial(&mut self, now: Instant) {
+        let random = (self.entropy)();
+        self.redial_at = Some(now + self.backoff.next(random));
+    }
+
+    /// A new claim speaks of a process that was there a moment ago: a long wait for the next dial is cut short.
+    fn hurry(&mut self, now: Instant) {
+        let soon = now + self.config.redial_min;
+        self.redial_at = self.redial_at.map(|t| t.min(soon));
     }
 
     /// The stream is of no more use: dial anew at once, and let the answer decide.
     fn down(&mut self, now: Instant) {
+        let was_up = self.up();
         self.out.push_back(Out::HangUp);
         self.stream = Stream::Closed;
         self.silent_since = None;
@@ -403,13 +416,20 @@ impl PeerSession {
         for u in self.unacked.values_mut() {
             u.resend = now;
         }
-        if self.needed() {
+        if !self.needed() {
+        } else if was_up {
             self.dial();
+        } else if !self.dialing {
+            // It says Hello and opens no stream: asking faster does not help.
+            self.redial(now);
         }
     }
 
     fn frame(&mut self, now: Instant, frame: ServerFrame) {
-        self.silent_since = None;
+        // A stream that is opening waits for its one answer: nothing else ends that silence.
+        if self.up() || matches!(frame.body, Some(ServerBody::Opened(_))) {
+            self.silent_since = None;
+        }
         self.unacked.remove(&frame.ack);
         if self.up() && matches!(self.health, Health::Suspect) {
             self.set_health(Health::Up);
@@ -423,6 +443,7 @@ impl PeerSession {
                     return self.down(now);
                 }
                 self.stream = Stream::Up(n);
+                self.backoff.reset();
                 self.next_ping = now + self.config.heartbeat;
                 self.set_health(Health::Up);
             }
@@ -512,9 +533,13 @@ impl Machine for PeerSession {
                 self.used = now;
                 self.expired = false;
                 let id = want.claim;
+                if self.dead.contains(&want.expect) && !planted(Bug::IncarnationIgnored) {
+                    return self.out.push_back(Out::Lost { claim: id, cause: Cause::PeerRestarted });
+                }
+                self.hurry(now);
                 // An idle session's ping is slow: a claim makes it quick again.
                 self.next_ping = self.next_ping.min(now + self.config.heartbeat);
-                self.claims.entry(id).or_insert(Claim { want, state: ClaimState::Waiting, probed: false });
+                self.claims.entry(id).or_insert(Claim { want, state: ClaimState::Waiting, dials: self.dials });
                 self.flush(now);
             }
             In::Release { expect, release } => {
@@ -526,7 +551,7 @@ impl Machine for PeerSession {
                 if !self.dead.contains(&expect) {
                     let seq = self.next_seq;
                     self.next_seq += 1;
-                    self.unacked.insert(seq, Unacked { expect, release, resend: now, probed: false });
+                    self.unacked.insert(seq, Unacked { expect, release, resend: now, dials: self.dials });
                     self.next_ping = self.next_ping.min(now + self.config.heartbeat);
                 }
                 self.flush(now);

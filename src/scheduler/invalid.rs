@@ -6,7 +6,7 @@
 //! that is normal input, and a report that says nothing new changes nothing.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     hash::Hash,
 };
 
@@ -134,7 +134,9 @@ pub struct Outcome<R> {
     pub affected: Vec<Affected<R>>,
     /// The requests to fail, in the order given. Those that shared blocks with them are judged like any other.
     pub failed: Vec<Failed<R>>,
-    /// The blocks that more than one request needs and nobody has: who computes each, and who inherits.
+    /// The blocks that more than one request needs and nobody has: who computes (or loads) each, and who inherits. A
+    /// snapshot, for logs: [`turns`](super::turn::turns) says the same at every step, as it is then. Empty for a report
+    /// that says nothing.
     pub shared: Vec<Shared<R>>,
     /// The blocks to drop from the prefix cache before the next look-up: the invalid ones and all behind them, ascending.
     pub uncache: Vec<Block>,
@@ -167,9 +169,10 @@ pub fn resolve<R: Clone + Eq + Hash>(
         return Outcome::default();
     }
     let layout = Layout::new(groups);
-    let mut bad = believed(layout, requests, report);
+    let authored = authored(layout, requests);
+    let mut bad = believed(layout, requests, report, &authored);
     let mut uncache: BTreeSet<Block> = bad.keys().copied().collect();
-    let first = spread(layout, requests, &mut bad);
+    let first = spread(layout, requests, &authored, &mut bad);
 
     let mut out = Outcome::default();
     let mut reach = Vec::with_capacity(requests.len());
@@ -198,7 +201,7 @@ pub fn resolve<R: Clone + Eq + Hash>(
     }
     out.uncache = uncache.into_iter().collect();
 
-    let owners = Owners::new(layout, requests, &reach);
+    let owners = Owners::new(layout, requests, reach);
     out.shared = owners.shared();
     for s in &out.shared {
         sabotage::remember(s.block, &s.owner);
@@ -212,11 +215,22 @@ pub fn resolve<R: Clone + Eq + Hash>(
     out
 }
 
+/// The blocks that some request computed itself, in the step or before.
+fn authored<R>(layout: Layout<'_>, requests: &[Request<'_, R>]) -> HashSet<Block> {
+    let own = |r: &Request<'_, R>| (r.held.loaded_end(), if r.loading { 0 } else { r.ran_to() });
+    let blocks = requests.iter().flat_map(|r| {
+        let (from, to) = own(r);
+        layout.blocks(r, from).filter(move |(_, start, _)| (from..to).contains(start)).map(|(.., b)| b)
+    });
+    blocks.collect()
+}
+
 /// The reported blocks that are to be believed: all but those that some request computed itself.
 fn believed<R: Eq + Hash>(
     layout: Layout<'_>,
     requests: &[Request<'_, R>],
     report: &Report<R>,
+    authored: &HashSet<Block>,
 ) -> HashMap<Block, Cause> {
     let mut bad = report.blocks.clone();
     for r in requests {
@@ -226,22 +240,21 @@ fn believed<R: Eq + Hash>(
         }
     }
     if !sabotage::planted(Bug::LateReportBelieved) {
-        for r in requests.iter().filter(|r| !r.loading) {
-            for (_, start, b) in layout.blocks(r, r.held.loaded_end()) {
-                if start >= r.held.loaded_end() && start < r.ran_to() {
-                    bad.remove(&b);
-                }
-            }
-        }
+        bad.retain(|b, _| !authored.contains(b));
     }
     bad
 }
 
 /// Spreads what is bad to what was computed on top of it, until nothing changes, and returns the first lost block of
 /// each request.
-fn spread<R>(layout: Layout<'_>, requests: &[Request<'_, R>], bad: &mut HashMap<Block, Cause>) -> Vec<Option<Lost>> {
+fn spread<R>(
+    layout: Layout<'_>,
+    requests: &[Request<'_, R>],
+    authored: &HashSet<Block>,
+    bad: &mut HashMap<Block, Cause>,
+) -> Vec<Option<Lost>> {
     let mut first: Vec<Option<Lost>> = vec![None; requests.len()];
-    let mut marked = std::collections::HashSet::new();
+    let mut marked = HashSet::new();
     loop {
         let before = bad.len();
         for (r, first) in requests.iter().zip(&mut first) {
@@ -257,11 +270,19 @@ fn spread<R>(layout: Layout<'_>, requests: &[Request<'_, R>], bad: &mut HashMap<
             if sabotage::planted(Bug::CountedOnAtOnce) {
                 marked.extend(layout.blocks(r, lost.token).map(|(.., b)| b));
             }
-            if !r.loading && !sabotage::planted(Bug::TaintIgnored) {
-                for (_, start, b) in layout.blocks(r, lost.token.max(r.held.loaded_end())) {
-                    if start >= lost.token && start >= r.held.loaded_end() && start < r.ran_to() {
-                        bad.entry(b).or_insert(lost.cause);
-                    }
+            if r.loading || sabotage::planted(Bug::TaintIgnored) {
+                continue;
+            }
+            // What it computed since, also where a load had begun the block.
+            let written = lost.token.max(r.held.loaded_end())..r.ran_to();
+            for (g, start, b) in layout.blocks(r, lost.token) {
+                let end = start.saturating_add(layout.groups[g].tokens());
+                let computed = !written.is_empty() && start < written.end && end > written.start;
+                // What a load brought is as good as the load says. What was taken over may be anybody's, unless the one
+                // who computed it is here to be judged himself.
+                let taken = (lost.token..r.held.cached).contains(&start) && !authored.contains(&b);
+                if computed || taken {
+                    bad.entry(b).or_insert(lost.cause);
                 }
             }
         }
@@ -285,4 +306,163 @@ fn keeps<R>(layout: Layout<'_>, r: &Request<'_, R>, first: Lost, bad: &HashMap<B
 
 fn dependent_kept(bad: &HashMap<Block, Cause>, b: &Block) -> bool {
     sabotage::planted(Bug::DependentsStayCached) && !bad.contains_key(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        block::{BlockId, GroupId},
+        scheduler::table::Keeps,
+    };
+    use proptest::prelude::*;
+
+    type Tables = Vec<Vec<Option<BlockId>>>;
+
+    fn tables(groups: &[&[u32]]) -> Tables {
+        groups.iter().map(|t| t.iter().map(|&b| Some(BlockId(b))).collect()).collect()
+    }
+
+    fn block(id: u32) -> Block {
+        Block { group: GroupId(0), id: BlockId(id) }
+    }
+
+    fn full(tokens: u32) -> [GroupSpec; 1] {
+        [GroupSpec::full(GroupId(0), tokens).unwrap()]
+    }
+
+    fn request<'a>(id: &'a str, blocks: &'a Tables, cached: u64, loaded: u64, scheduled: u64) -> Request<'a, &'a str> {
+        Request { id, blocks, held: Held { cached, loaded, computed: 0 }, loading: false, scheduled }
+    }
+
+    fn lost(blocks: &[u32]) -> Report<&'static str> {
+        blocks.iter().fold(Report::new(), |r, b| r.lost(block(*b), Cause::PeerDown))
+    }
+
+    #[test]
+    fn a_request_whose_lost_blocks_are_all_shared_is_cut_like_the_one_that_loaded_them() {
+        let (a, b) = (tables(&[&[1, 2, 3]]), tables(&[&[1, 2, 4, 5]]));
+        // a loads blocks 1 and 2; b found them in the cache in the same step, and loads 4 for itself.
+        let requests = [request("a", &a, 0, 8, 2), request("b", &b, 8, 4, 3)];
+        let out = resolve(&full(4), &requests, &lost(&[2]), Policy::Recompute);
+        let held: Vec<_> = out.affected.iter().map(|a| (a.id, a.held, a.lost, a.discarded, a.waits_for)).collect();
+        let held_of = |cached, loaded| Held { cached, loaded, computed: 0 };
+        assert_eq!(
+            held,
+            [("a", held_of(0, 4), held_of(0, 4), 2, None), ("b", held_of(4, 0), held_of(4, 4), 3, Some("a")),]
+        );
+        assert_eq!(out.shared, [Shared { block: block(2), owner: "a", heirs: vec!["b"] }]);
+        assert_eq!(out.uncache, [2, 3, 4, 5].map(block));
+        assert!(out.failed.is_empty());
+    }
+
+    #[test]
+    fn reports_may_come_one_block_a_step_and_again_and_again() {
+        let a = tables(&[&[1, 2, 3, 4]]);
+        let mut r = Request { loading: true, ..request("a", &a, 0, 16, 0) };
+        for (report, left) in [(4, 12), (2, 4), (4, 4), (2, 4), (3, 4), (1, 0), (1, 0)] {
+            let out = resolve(&full(4), &[r], &lost(&[report]), Policy::Recompute);
+            let before = r.held.total();
+            if let Some(a) = out.affected.first() {
+                r.held = a.held;
+            }
+            assert_eq!(r.held.total(), left, "after block {report}");
+            assert_eq!(
+                out.affected.len(),
+                usize::from(before > left),
+                "a report that says nothing new changes nothing"
+            );
+        }
+    }
+
+    #[test]
+    fn a_block_of_nobody_leaves_the_cache_and_no_more() {
+        let a = tables(&[&[1, 2]]);
+        let out = resolve(&full(4), &[request("a", &a, 0, 8, 1)], &lost(&[9]), Policy::Fail);
+        assert_eq!(out, Outcome { uncache: vec![block(9)], ..Outcome::default() });
+    }
+
+    #[test]
+    fn a_late_report_does_not_touch_who_has_computed_the_block_since() {
+        let (a, b) = (tables(&[&[1, 2]]), tables(&[&[1, 3]]));
+        let mut computed = request("a", &a, 0, 0, 3);
+        computed.held.computed = 4;
+        let requests = [request("b", &b, 4, 0, 2), computed];
+        assert_eq!(resolve(&full(4), &requests, &lost(&[1, 2]), Policy::Recompute), Outcome::default());
+    }
+
+    #[test]
+    fn what_was_computed_on_top_of_a_lost_block_is_lost_for_everyone() {
+        // c has its own copy of the first block, and found what a computes in this step on top of a load that fails.
+        let (a, c) = (tables(&[&[1, 2, 3]]), tables(&[&[7, 2, 8]]));
+        let requests = [request("a", &a, 0, 4, 8), request("c", &c, 8, 0, 1)];
+        let out = resolve(&full(4), &requests, &lost(&[1]), Policy::Recompute);
+        let held: Vec<_> = out.affected.iter().map(|a| (a.id, a.held.total(), a.waits_for)).collect();
+        assert_eq!(held, [("a", 0, None), ("c", 4, Some("a"))]);
+    }
+
+    #[test]
+    fn under_fail_exactly_the_affected_fail_and_say_why() {
+        let (a, b, c) = (tables(&[&[1, 2]]), tables(&[&[1, 3]]), tables(&[&[4, 5]]));
+        let requests = [request("a", &a, 0, 8, 1), request("b", &b, 4, 4, 1), request("c", &c, 0, 8, 1)];
+        let out = resolve(&full(4), &requests, &lost(&[1]), Policy::Fail);
+        assert_eq!(out.failed.iter().map(|f| f.id).collect::<Vec<_>>(), ["a", "b"]);
+        assert!(out.affected.is_empty() && out.shared.is_empty());
+        let why = out.failed[1].reason.to_string();
+        assert!(why.contains("from token 0 on") && why.contains("peer_down"), "{why}");
+    }
+
+    #[test]
+    fn a_load_of_several_groups_or_of_state_arrives_whole_or_not_at_all() {
+        let spec = |id, keeps| GroupSpec::new(GroupId(id), 4, keeps).unwrap();
+        let two = tables(&[&[1, 2, 3], &[1, 2, 3]]);
+        let groups = [spec(0, Keeps::All), spec(1, Keeps::All)];
+        let out = resolve(&groups, &[request("a", &two, 4, 8, 1)], &lost(&[3]), Policy::Recompute);
+        assert_eq!(out.affected[0].held, Held { cached: 4, loaded: 0, computed: 0 });
+        // Of a state only the last one was kept, so there is nothing to go on from.
+        let state: Tables = vec![vec![None, None, Some(BlockId(3))]];
+        let groups = [spec(0, Keeps::State)];
+        let out = resolve(&groups, &[request("a", &state, 4, 8, 1)], &lost(&[3]), Policy::Recompute);
+        assert_eq!(out.affected[0].held, Held::default());
+    }
+
+    #[test]
+    fn a_load_that_fails_without_a_word_about_blocks_fails_whole() {
+        let (a, b) = (tables(&[&[1, 2, 3]]), tables(&[&[1, 2, 4]]));
+        let loading = Request { loading: true, ..request("a", &a, 4, 8, 0) };
+        let report = Report::new().load_failed("a", Cause::Refused).load_failed("gone", Cause::Refused);
+        let out = resolve(&full(4), &[loading, request("b", &b, 4, 0, 0)], &report, Policy::Recompute);
+        assert_eq!(out.affected.len(), 1);
+        assert_eq!(out.affected[0].held, Held { cached: 4, loaded: 0, computed: 0 });
+    }
+
+    proptest! {
+        #[test]
+        fn rubbish_is_borne(
+            ids in prop::collection::vec(prop::collection::vec(prop::collection::vec(prop::option::of(0u32..6), 0..5), 0..4), 0..5),
+            held in prop::collection::vec(prop_oneof![0u64..20, Just(u64::MAX)], 20),
+            keeps in prop::collection::vec(prop_oneof![Just(Keeps::All), (0u64..9).prop_map(Keeps::Window), Just(Keeps::State)], 0..4),
+            sizes in prop::collection::vec(prop_oneof![1u32..5, Just(u32::MAX)], 4),
+            report in prop::collection::vec((0u16..4, 0u32..8), 0..6),
+        ) {
+            let groups: Vec<_> =
+                keeps.iter().zip(&sizes).enumerate().map(|(i, (k, n))| GroupSpec::new(GroupId(i as u16), *n, *k).unwrap()).collect();
+            let tables: Vec<Tables> =
+                ids.iter().map(|r| r.iter().map(|t| t.iter().map(|b| b.map(BlockId)).collect()).collect()).collect();
+            let requests: Vec<_> = tables.iter().enumerate().map(|(i, blocks)| Request {
+                id: i % 3,
+                blocks,
+                held: Held { cached: held[i * 4], loaded: held[i * 4 + 1], computed: held[i * 4 + 2] },
+                loading: i % 2 == 1,
+                scheduled: held[i * 4 + 3],
+            }).collect();
+            let mut all = Report::new().load_failed(1, Cause::Limit);
+            all.extend(report.iter().map(|(g, b)| (Block { group: GroupId(*g), id: BlockId(*b) }, Cause::Stale)));
+            let out = resolve(&groups, &requests, &all, Policy::Recompute);
+            for a in &out.affected {
+                prop_assert!(requests.iter().any(|r| r.id == a.id && a.held.total() <= r.held.total()));
+            }
+            crate::scheduler::turn::turns(&groups, &requests);
+        }
+    }
 }

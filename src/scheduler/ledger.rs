@@ -246,3 +246,79 @@ impl<R: Eq + Hash> Ledger<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// The exported series, with their values.
+    fn scrape(registry: &Registry) -> BTreeMap<String, u64> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
+        let series = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.rsplit_once(' '));
+        series.map(|(name, n)| (name.to_owned(), n.parse().unwrap())).collect()
+    }
+
+    fn tokens(s: &BTreeMap<String, u64>, source: &str) -> u64 {
+        s[&format!("kvferry_prompt_tokens_total{{source=\"{source}\"}}")]
+    }
+
+    #[test]
+    fn nothing_is_exported_before_it_is_final_and_nothing_goes_down() {
+        let (mut ledger, mut registry) = (Ledger::new(), Registry::default());
+        ledger.register(&mut registry);
+        let mut last = scrape(&registry);
+        assert_eq!(last.len(), 4 + 4 + 1 + 3, "every series is there from the start: {last:?}");
+        let mut step = |ledger: &Ledger<&str>| {
+            let now = scrape(&registry);
+            assert!(now.iter().all(|(name, n)| last[name] <= *n), "{last:?}, then {now:?}");
+            let t = ledger.totals();
+            let exported = ["computed", "local_cache", "external", "none"].map(|s| tokens(&now, s));
+            assert_eq!(exported, [t.computed(), t.local_cache, t.external, t.pending]);
+            last = now;
+            exported
+        };
+        ledger.admit("a", 100);
+        ledger.lookup(&"a", 16, 64);
+        ledger.load_ended(&"a");
+        assert_eq!(step(&ledger), [0; 4]);
+        ledger.lost(&"a", 32);
+        ledger.computed(&"a", 90);
+        ledger.preempted(&"a");
+        ledger.lookup(&"a", 80, 0);
+        assert_eq!(step(&ledger), [0; 4]);
+        ledger.computed(&"a", 100);
+        ledger.first_token(&"a");
+        assert_eq!(step(&ledger), [68, 16, 16, 0]);
+        // Counted is counted.
+        ledger.preempted(&"a");
+        ledger.lookup(&"a", 0, 0);
+        ledger.computed(&"a", 100);
+        ledger.first_token(&"a");
+        ledger.ended(&"a", End::Failed);
+        ledger.ended(&"a", End::Failed);
+        assert_eq!(step(&ledger), [68, 16, 16, 0]);
+        assert_eq!(ledger.prefilled(), (90 - 32) + (100 - 80) + 100);
+        // An aborted one is counted as far as it came.
+        ledger.admit("b", 50);
+        ledger.lookup(&"b", 16, 16);
+        ledger.admit("b", 10);
+        assert_eq!(step(&ledger), [68, 32, 16, 34]);
+    }
+
+    #[test]
+    fn a_word_about_a_request_that_is_gone_does_nothing() {
+        let mut ledger: Ledger<u64> = Ledger::new();
+        ledger.lookup(&1, 5, 5);
+        ledger.load_ended(&1);
+        ledger.lost(&1, 0);
+        ledger.computed(&1, 5);
+        ledger.discarded(&1, 5);
+        ledger.adopted(&1, 5);
+        ledger.preempted(&1);
+        ledger.first_token(&1);
+        ledger.ended(&1, End::Aborted);
+        assert_eq!((ledger.totals(), ledger.prefilled(), ledger.request(&1)), (Parts::default(), 0, None));
+    }
+}

@@ -21,6 +21,15 @@
 //!    [`Outcome::uncache`](invalid::Outcome::uncache) from the prefix cache, set the new lengths, fail who must fail, and
 //!    tell the [`Ledger`](ledger::Ledger). Only then count what the others computed in the step.
 //!
+//! Four rules make what these functions see the whole truth:
+//! - Between a step and the report of what its loads brought, nobody is aborted, preempted or given a first token: what
+//!   was computed on top of a lost block would stay behind with nobody to name it.
+//! - The blocks of an asynchronous load are not in the prefix cache before it has ended. A request may share them
+//!   nevertheless, by having them in its table behind what it holds: it then waits for the load.
+//! - A load that is tried again goes no further than the request's own [`limit`](turn::Turn::limit), and what has arrived
+//!   counts as [`cached`](table::Held::cached) from then on.
+//! - A load is stopped, and quiet, before a request that inherits its blocks runs.
+//!
 //! # The day that this is for
 //! Two requests share the first two blocks of their prompts. `a` loads them in this step, and `b`, scheduled right
 //! behind it, finds them in the prefix cache and loads one more block for itself. Then the prefill engine dies.
@@ -70,8 +79,9 @@
 //! requests[0].held.computed += 24;
 //! ledger.computed(&"a", 40);
 //! ledger.first_token(&"a");
-//! let turn = &turns(&groups, &requests)[1];
+//! let turn = turns(&groups, &requests).remove(1);
 //! assert_eq!((turn.computed, turn.limit), (32, None));
+//! requests[1].held.adopt(turn.computed);
 //! ledger.adopted(&"b", turn.computed);
 //! ledger.computed(&"b", 50);
 //! ledger.first_token(&"b");

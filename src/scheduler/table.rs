@@ -51,11 +51,11 @@ impl GroupSpec {
 /// holds [`Held::default`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Held {
-    /// Found in the local prefix cache.
+    /// Found in the local prefix cache; or taken over from a sharer, with all that comes before (see [`Held::adopt`]).
     pub cached: u64,
     /// Brought by a load: one that has ended, one of this step, or one under way.
     pub loaded: u64,
-    /// Computed here: by the request itself, or taken over from one that shares the block (see [`turn`](super::turn)).
+    /// Computed by the request itself.
     pub computed: u64,
 }
 
@@ -68,6 +68,14 @@ impl Held {
     /// Where the loaded part ends and the computed part begins.
     pub fn loaded_end(&self) -> u64 {
         self.cached.saturating_add(self.loaded)
+    }
+
+    /// Takes over what others have filled, up to token `to` (see [`Turn::computed`](super::turn::Turn::computed)). From
+    /// then on all of it is `cached`: nobody can say any more which of these tokens the request itself vouches for.
+    pub fn adopt(&mut self, to: u64) {
+        if to > self.total() {
+            *self = Held { cached: to, loaded: 0, computed: 0 };
+        }
     }
 
     /// Keeps the first `to` tokens, and returns what was cut off, part by part. Cutting where nothing is cuts nothing.
@@ -157,6 +165,11 @@ impl<'a> Layout<'a> {
             id.is_some_and(|id| good(g, p.saturating_mul(spec.tokens()), Block { group: spec.id, id }))
         };
         let mut bound = bound;
+        for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| !matches!(s.keeps, Keeps::Window(0 | 1))) {
+            // No block, nothing to go on from: without this, a length made of thin air would be searched through.
+            let there = tables.get(g).map_or(0, |t| t.len() as u64);
+            bound = bound.min(there.saturating_mul(spec.tokens()));
+        }
         for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| s.keeps == Keeps::All) {
             let blocks = bound / spec.tokens();
             if let Some(p) = (0..blocks).find(|&p| !at(g, p)) {

@@ -314,3 +314,107 @@ impl PromptTokens {
         self.runs = runs;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(t: &PromptTokens) -> [u64; 6] {
+        let p = t.parts();
+        assert_eq!(p.prompt(), t.prompt(), "{p:?}");
+        [p.first, p.own.total(), p.other.total(), p.local_cache, p.external, p.pending]
+    }
+
+    #[test]
+    fn a_load_that_fails_in_part_moves_its_tokens_and_no_others() {
+        let mut t = PromptTokens::new(100);
+        t.lookup(32, 48);
+        assert_eq!(parts(&t), [0, 0, 0, 32, 0, 68], "a promise is not a token");
+        t.lost(48);
+        t.lost(64);
+        t.load_ended();
+        assert_eq!(parts(&t), [0, 0, 0, 32, 16, 52]);
+        t.computed(100);
+        assert_eq!(parts(&t), [20, 32, 0, 32, 16, 0]);
+        let o = t.parts().older();
+        assert_eq!((o.computed, o.local_cache_hit, o.external_kv_transfer, o.recomputed), (52, 32, 48, 32));
+        assert_eq!((o.cached, o.total), (48, 100));
+    }
+
+    #[test]
+    fn it_does_not_matter_whether_the_loss_is_told_before_or_after_the_end_of_the_load() {
+        let [mut a, mut b] = [PromptTokens::new(10), PromptTokens::new(10)];
+        a.lookup(2, 6);
+        b.lookup(2, 6);
+        a.lost(1);
+        a.load_ended();
+        b.load_ended();
+        b.lost(1);
+        assert_eq!((a.parts(), a.held()), (b.parts(), b.held()));
+        a.computed(10);
+        b.computed(10);
+        assert_eq!(a.parts(), b.parts());
+        assert_eq!(a.parts().own, Recomputed { local_cache: 1, external: 6 });
+    }
+
+    #[test]
+    fn what_a_sharer_computes_counts_as_computed_by_another() {
+        let mut t = PromptTokens::new(50);
+        t.lookup(32, 16);
+        t.load_ended();
+        t.lost(16);
+        t.adopted(32);
+        t.computed(50);
+        assert_eq!(parts(&t), [2, 16, 16, 16, 0, 0]);
+    }
+
+    #[test]
+    fn a_prefix_found_again_after_a_preemption_is_not_counted_twice() {
+        let mut t = PromptTokens::new(40);
+        t.lookup(16, 0);
+        t.computed(30);
+        t.preempted();
+        t.lookup(24, 0);
+        assert_eq!(parts(&t), [14, 0, 0, 16, 0, 10], "it has computed tokens 16..24 nevertheless");
+        t.computed(40);
+        assert_eq!(parts(&t), [24, 0, 0, 16, 0, 0]);
+    }
+
+    #[test]
+    fn a_loss_is_remembered_over_a_preemption_until_the_tokens_are_had() {
+        let mut t = PromptTokens::new(40);
+        t.lookup(0, 32);
+        t.lost(8);
+        t.preempted();
+        t.lookup(16, 0);
+        t.computed(40);
+        assert_eq!(parts(&t), [8, 16, 0, 16, 0, 0], "8..16 were found in the cache, 16..32 had to be computed");
+    }
+
+    #[test]
+    fn the_last_token_of_a_full_hit_runs_nevertheless() {
+        let mut t = PromptTokens::new(32);
+        t.lookup(32, 0);
+        t.lost(31);
+        t.computed(32);
+        let o = t.parts().older();
+        assert_eq!((o.computed, o.local_cache_hit, o.recomputed, o.cached, o.total), (1, 32, 1, 31, 32));
+    }
+
+    #[test]
+    fn no_call_makes_more_tokens_than_the_prompt_has() {
+        let mut t = PromptTokens::new(10);
+        t.lookup(u64::MAX, u64::MAX);
+        t.lost(u64::MAX);
+        t.load_ended();
+        t.adopted(u64::MAX);
+        t.lost(3);
+        t.lookup(2, u64::MAX);
+        t.computed(u64::MAX);
+        assert_eq!(parts(&t), [0, 7, 0, 3, 0, 0]);
+        let mut none = PromptTokens::new(0);
+        none.lookup(5, 5);
+        none.computed(9);
+        assert_eq!(parts(&none), [0; 6]);
+    }
+}

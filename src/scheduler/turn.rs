@@ -19,9 +19,8 @@ use crate::block::Block;
 pub struct Turn<R> {
     /// The request.
     pub id: R,
-    /// Its computed length: longer than what it held where sharers have filled the blocks that follow. The difference is
-    /// to be added to [`Held::computed`](super::table::Held::computed), and to be told to
-    /// [`Ledger::adopted`](super::ledger::Ledger::adopted).
+    /// Its computed length: longer than what it held where sharers have filled the blocks that follow. Then tell it to
+    /// [`Held::adopt`](super::table::Held::adopt) and [`Ledger::adopted`](super::ledger::Ledger::adopted).
     pub computed: u64,
     /// The first token that it must not compute in this step: from there on, another request computes the block or has
     /// it already. `None`: no limit.
@@ -57,8 +56,8 @@ pub struct Shared<R> {
 /// requests share a load under way. Pass every request that may hold such a block; passing all is always right, and costs
 /// one look at each block past the shortest of them.
 pub fn turns<R: Clone + Hash>(groups: &[GroupSpec], requests: &[Request<'_, R>]) -> Vec<Turn<R>> {
-    let spans: Vec<Option<Reach>> = requests.iter().map(|r| Some(Reach::now(r))).collect();
-    let owners = Owners::new(Layout::new(groups), requests, &spans);
+    let reach = requests.iter().map(|r| Some(Reach::now(r))).collect();
+    let owners = Owners::new(Layout::new(groups), requests, reach);
     (0..requests.len()).filter_map(|i| owners.turn(i)).collect()
 }
 
@@ -77,97 +76,107 @@ impl Reach {
     }
 }
 
-/// Who has a block, or will.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// Somebody has it.
-    There,
-    /// This request computes or loads it.
-    Owned(usize),
-    /// Nobody has it nor will: only a planted bug brings it about.
-    #[cfg_attr(not(feature = "sabotage"), allow(dead_code))]
-    Orphan(usize),
-}
-
 /// A block, as one of its holders sees it.
 #[derive(Clone, Copy)]
 struct Holder {
     request: usize,
-    reach: Reach,
     start: u64,
     end: u64,
 }
 
-impl Holder {
-    fn past(&self) -> bool {
-        self.reach.real >= self.end
-    }
-}
-
-fn fate<R: Hash>(unit: u64, block: Block, requests: &[Request<'_, R>], holders: &[Holder]) -> Fate {
-    if holders.iter().any(Holder::past) {
-        return Fate::There;
-    }
-    let loads = |h: &&Holder| requests[h.request].loading && h.start < h.reach.promised;
-    // Whoever has begun a unit goes on with it: were it judged block by block, two requests could each wait for the
-    // other's half where groups have blocks of different sizes.
-    let begun = |h: &&Holder| {
-        let first = h.start - h.start % unit;
-        h.reach.real > first && h.reach.real < first.saturating_add(unit)
-    };
-    let loader = if sabotage::planted(Bug::LoaderOverruled) { None } else { holders.iter().find(loads) };
-    match loader.or_else(|| holders.iter().find(begun)).or(holders.first()) {
-        None => Fate::There,
-        Some(h) if sabotage::disinherited(block, &requests[h.request].id) => Fate::Orphan(h.request),
-        Some(h) => Fate::Owned(h.request),
-    }
+/// What becomes of a block.
+struct Fate {
+    /// Somebody has it.
+    there: bool,
+    /// Who computes or loads it, of those that are not past it.
+    owner: Option<usize>,
+    holders: Vec<Holder>,
 }
 
 /// Who has or will have each block, as far as it matters.
 pub(super) struct Owners<'a, 'b, R> {
     layout: Layout<'a>,
     requests: &'a [Request<'b, R>],
-    reach: &'a [Option<Reach>],
-    /// The blocks that end behind the shortest request's length (all others are there), and who holds them.
-    blocks: HashMap<Block, (Fate, Vec<Holder>)>,
+    /// How far each request is, with what it takes over; `None` for one that is out.
+    reach: Vec<Option<Reach>>,
+    /// The blocks that end behind the shortest request's length. All others are there.
+    blocks: HashMap<Block, Fate>,
 }
 
 impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
     /// `reach` says how far each request is; `None` for one that is about to be failed, and holds nothing any more.
-    pub fn new(layout: Layout<'a>, requests: &'a [Request<'b, R>], reach: &'a [Option<Reach>]) -> Self {
-        let shortest = reach.iter().flatten().map(|s| s.real).min().unwrap_or(0);
-        let mut holders: HashMap<Block, Vec<Holder>> = HashMap::new();
-        for (request, (r, reach)) in requests.iter().zip(reach).enumerate() {
+    pub fn new(layout: Layout<'a>, requests: &'a [Request<'b, R>], reach: Vec<Option<Reach>>) -> Self {
+        let mut it = Self { layout, requests, reach, blocks: HashMap::new() };
+        let shortest = it.reach.iter().flatten().map(|s| s.real).min().unwrap_or(0);
+        for (request, (r, reach)) in requests.iter().zip(&it.reach).enumerate() {
             let Some(reach) = *reach else { continue };
             for (g, start, b) in layout.blocks(r, shortest) {
                 let end = start.saturating_add(layout.groups[g].tokens());
-                holders.entry(b).or_default().push(Holder { request, reach, start, end });
+                let fate = it.blocks.entry(b).or_insert(Fate { there: false, owner: None, holders: Vec::new() });
+                fate.there |= reach.real >= end;
+                fate.holders.push(Holder { request, start, end });
             }
         }
-        let blocks = holders.into_iter().map(|(b, h)| (b, (fate(layout.unit, b, requests, &h), h))).collect();
-        Self { layout, requests, reach, blocks }
+        let adopted: Vec<_> =
+            it.reach.iter().zip(requests).map(|(reach, r)| Some(it.adopt(r, (*reach)?.real))).collect();
+        for (reach, adopted) in it.reach.iter_mut().zip(adopted) {
+            if let (Some(reach), Some(adopted)) = (reach, adopted) {
+                reach.real = adopted;
+            }
+        }
+        let owners: Vec<_> = it.blocks.iter().map(|(b, fate)| (*b, it.owner(fate))).collect();
+        for (b, owner) in owners {
+            if let Some(fate) = it.blocks.get_mut(&b) {
+                fate.owner = owner;
+            }
+        }
+        it
     }
 
-    fn fate(&self, b: Block) -> Fate {
-        self.blocks.get(&b).map_or(Fate::There, |(fate, _)| *fate)
+    /// How far a request is that holds the block and is not past it.
+    fn short(&self, h: &Holder) -> Option<Reach> {
+        self.reach[h.request].filter(|r| r.real < h.end)
+    }
+
+    fn owner(&self, fate: &Fate) -> Option<usize> {
+        let short = || fate.holders.iter().filter_map(|h| Some((h, self.short(h)?)));
+        let loader = short().find(|(h, r)| self.requests[h.request].loading && h.start < r.promised);
+        // Whoever has begun a unit goes on with it: were it judged block by block, two requests could each wait for the
+        // other's half where groups have blocks of different sizes.
+        let begun = short().find(|(h, r)| {
+            let first = h.start - h.start % self.layout.unit;
+            r.real > first && r.real < first.saturating_add(self.layout.unit)
+        });
+        let loader = loader.filter(|_| !sabotage::planted(Bug::LoaderOverruled));
+        loader.or(begun).or_else(|| short().next()).map(|(h, _)| h.request)
+    }
+
+    fn there(&self, b: Block) -> bool {
+        self.blocks.get(&b).is_none_or(|f| f.there)
+    }
+
+    /// Whether a request may compute a block; else who does. A block that is there is computed once more all the same by
+    /// a request that lacks another group's block at these tokens: by one after the other, not by two at a time.
+    fn mine(&self, i: usize, b: Block) -> Result<(), usize> {
+        let owner = self.blocks.get(&b).and_then(|f| f.owner).unwrap_or(i);
+        let orphan = sabotage::disinherited(b, &self.requests[owner].id);
+        if (owner == i && !orphan) || sabotage::planted(Bug::EveryoneComputes) { Ok(()) } else { Err(owner) }
     }
 
     /// The turn of a request by its index; `None` for one that is out.
     pub fn turn(&self, i: usize) -> Option<Turn<R>> {
-        let (r, reach) = (self.requests.get(i)?, (*self.reach.get(i)?)?);
+        let (r, computed) = (self.requests.get(i)?, (*self.reach.get(i)?)?.real);
         let id = r.id.clone();
         if r.loading {
-            return Some(Turn { id, computed: reach.real, limit: Some(reach.real), waits_for: None });
+            return Some(Turn { id, computed, limit: Some(computed), waits_for: None });
         }
-        let computed = self.adopt(r, reach.real);
         let mut first: Option<(u64, Option<usize>)> = None;
         for (_, start, b) in self.layout.blocks(r, computed) {
-            let stop = match self.fate(b) {
-                Fate::Owned(o) if o == i || sabotage::planted(Bug::EveryoneComputes) => continue,
-                Fate::Owned(o) | Fate::Orphan(o) => (start.max(computed), Some(o)),
-                // Where it could take over: not where a part of the past is missing, for then nobody ever could.
-                Fate::There if start > computed && start.is_multiple_of(self.layout.unit) => (start, None),
-                Fate::There => continue,
+            let stop = match self.mine(i, b) {
+                Err(owner) => (start.max(computed), Some(owner)),
+                // It may be able to take over from here in the next step.
+                Ok(()) if self.there(b) && start > computed && start.is_multiple_of(self.layout.unit) => (start, None),
+                Ok(()) => continue,
             };
             // At one token, somebody to wait for comes before a block that is there.
             if first.is_none_or(|(at, who)| stop.0 < at || (stop.0 == at && who.is_none())) {
@@ -185,30 +194,101 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
             let skip = usize::try_from(real / spec.tokens()).unwrap_or(usize::MAX);
             // A block that is not there ends it, in every group: a prefix cache takes all before the length for filled.
             let stop = table.iter().enumerate().skip(skip).find(|(_, id)| match **id {
-                Some(id) => self.fate(Block { group: spec.id, id }) != Fate::There,
+                Some(id) => !self.there(Block { group: spec.id, id }),
                 None => spec.keeps == Keeps::All,
             });
             let stop = stop.map_or(table.len(), |(p, _)| p) as u64;
             bound = bound.min(stop.saturating_mul(spec.tokens()));
         }
-        if bound <= real || self.layout.groups.is_empty() {
+        if r.loading || bound <= real || self.layout.groups.is_empty() {
             return real;
         }
-        self.layout.resume(r.blocks, bound, |_, _, b| self.fate(b) == Fate::There).max(real)
+        self.layout.resume(r.blocks, bound, |_, _, b| self.there(b)).max(real)
     }
 
     /// Blocks that more than one request needs and nobody has, in a stable order.
     pub fn shared(&self) -> Vec<Shared<R>> {
         let mut out: Vec<(u64, Shared<R>)> = Vec::new();
-        for (&block, (fate, holders)) in &self.blocks {
-            let (Fate::Owned(o) | Fate::Orphan(o)) = *fate else { continue };
+        for (&block, fate) in self.blocks.iter().filter(|(_, f)| !f.there) {
+            let Some(owner) = fate.owner else { continue };
             let id = |i: usize| self.requests[i].id.clone();
-            let heirs: Vec<R> = holders.iter().filter(|h| h.request != o).map(|h| id(h.request)).collect();
+            let heirs = fate.holders.iter().filter(|h| h.request != owner && self.short(h).is_some());
+            let heirs: Vec<R> = heirs.map(|h| id(h.request)).collect();
             if !heirs.is_empty() {
-                out.push((holders[0].start, Shared { block, owner: id(o), heirs }));
+                out.push((fate.holders[0].start, Shared { block, owner: id(owner), heirs }));
             }
         }
         out.sort_by_key(|(start, s)| (*start, s.block));
         out.into_iter().map(|(_, s)| s).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        block::{BlockId, GroupId},
+        scheduler::table::Held,
+    };
+
+    type Tables = Vec<Vec<Option<BlockId>>>;
+
+    fn tables(ids: &[u32]) -> Tables {
+        vec![ids.iter().map(|&b| Some(BlockId(b))).collect()]
+    }
+
+    fn groups() -> [GroupSpec; 1] {
+        [GroupSpec::full(GroupId(0), 4).unwrap()]
+    }
+
+    fn at<'a>(id: &'a str, blocks: &'a Tables, tokens: u64) -> Request<'a, &'a str> {
+        let held = Held { cached: tokens, loaded: 0, computed: 0 };
+        Request { id, blocks, held, loading: false, scheduled: 0 }
+    }
+
+    fn ask<'a>(requests: &[Request<'a, &'a str>]) -> Vec<(&'a str, u64, Option<u64>, Option<&'a str>)> {
+        turns(&groups(), requests).into_iter().map(|t| (t.id, t.computed, t.limit, t.waits_for)).collect()
+    }
+
+    #[test]
+    fn a_shared_block_is_computed_by_the_first_and_taken_over_by_the_others() {
+        let (a, b) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]));
+        assert_eq!(ask(&[at("a", &a, 4), at("b", &b, 4)]), [("a", 4, None, None), ("b", 4, Some(4), Some("a"))]);
+        // Half a block is none.
+        assert_eq!(ask(&[at("a", &a, 7), at("b", &b, 4)])[1], ("b", 4, Some(4), Some("a")));
+        assert_eq!(ask(&[at("a", &a, 9), at("b", &b, 4)])[1], ("b", 8, None, None));
+    }
+
+    #[test]
+    fn whoever_has_begun_a_block_goes_on_with_it_whatever_the_order() {
+        let (a, b) = (tables(&[1, 2]), tables(&[1, 2]));
+        assert_eq!(ask(&[at("b", &b, 4), at("a", &a, 6)]), [("b", 4, Some(4), Some("a")), ("a", 6, None, None)]);
+    }
+
+    #[test]
+    fn when_the_owner_goes_away_the_next_one_inherits() {
+        let (a, b, c) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]), tables(&[1, 2, 5]));
+        let requests = [at("a", &a, 4), at("b", &b, 4), at("c", &c, 4)];
+        assert_eq!(ask(&requests)[1..], [("b", 4, Some(4), Some("a")), ("c", 4, Some(4), Some("a"))]);
+        // a is aborted.
+        assert_eq!(ask(&requests[1..]), [("b", 4, None, None), ("c", 4, Some(4), Some("b"))]);
+        assert_eq!(ask(&requests[2..]), [("c", 4, None, None)]);
+    }
+
+    #[test]
+    fn nobody_computes_what_a_load_is_writing() {
+        let (a, b) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]));
+        let held = Held { cached: 0, loaded: 8, computed: 0 };
+        let load = Request { id: "a", blocks: &a, held, loading: true, scheduled: 0 };
+        assert_eq!(ask(&[at("b", &b, 0), load]), [("b", 0, Some(0), Some("a")), ("a", 0, Some(0), None)]);
+        assert_eq!(ask(&[at("b", &b, 0), Request { loading: false, ..load }])[0], ("b", 8, None, None));
+    }
+
+    #[test]
+    fn a_block_that_somebody_has_is_not_computed_again() {
+        // b's first block is its own; its second one is a's, who has it.
+        let (a, b) = (tables(&[1, 2, 3]), tables(&[7, 2, 4]));
+        assert_eq!(ask(&[at("a", &a, 12), at("b", &b, 0)])[1], ("b", 0, Some(4), None));
+        assert_eq!(ask(&[at("a", &a, 12), at("b", &b, 4)])[1], ("b", 8, None, None));
     }
 }

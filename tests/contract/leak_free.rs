@@ -141,7 +141,7 @@ fn an_offer_handed_to_two_consumers_serves_both_and_comes_back_once() {
     let (one, two) = (consumer(&spec, Config::default()), consumer(&spec, Config::default()));
     let mut slow = Config::default();
     slow.pull.faults = Some("throttle=32M".parse().unwrap());
-    let three = crate::rig::consumer(&spec, slow);
+    let three = consumer(&spec, slow);
     let offer = producer.offer_all();
     // The slow one claims first, and holds the offer while the others come and go.
     let pull = three.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();

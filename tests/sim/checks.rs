@@ -12,10 +12,10 @@ use kvferry::{
 };
 
 use crate::{
+    consumer::Process,
     memory::{Memory, describe},
-    say,
     trace::{Micros, Promise},
-    world::{Event, World},
+    world::{Event, World, say},
 };
 
 /// How late a woken machine may be, in all.
@@ -29,6 +29,8 @@ pub struct Lease {
     /// Until when each claim holds.
     claims: BTreeMap<(Incarnation, ClaimId), Micros>,
     released: BTreeMap<EngineId, BTreeSet<u32>>,
+    /// Claims that were let go. One that is heard of again, out of order, holds nothing.
+    let_go: BTreeSet<(Incarnation, ClaimId)>,
     /// The last reader of some engine let go.
     done: Option<Micros>,
     unclaimed_until: Micros,
@@ -51,6 +53,7 @@ impl World {
             ready: ready.then_some(self.now),
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
+            let_go: BTreeSet::new(),
             // Books that may remember little forget some of what came early.
             done: (early && !self.weather.tight).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
@@ -114,6 +117,7 @@ impl World {
                 };
                 if let Some(claim) = r.claim {
                     l.claims.remove(&(from.incarnation, claim));
+                    l.let_go.insert((from.incarnation, claim));
                 }
                 let readers = l.released.entry(from.engine.clone()).or_default();
                 readers.insert(r.reader.index);
@@ -137,8 +141,10 @@ impl World {
                     let key = (*to, *claim);
                     let lease = self.procs[q].claimed.get(&key).copied();
                     if let Some(l) = lease.and_then(|o| self.procs[q].leases.get_mut(&o)) {
-                        l.claims.insert(key, now + claimed);
                         l.claimed_ever = true;
+                        if !l.let_go.contains(&key) {
+                            l.claims.insert(key, now + claimed);
+                        }
                     }
                 }
             }
@@ -156,7 +162,7 @@ impl World {
         let lease = l.clone();
         l.freed = Some(why);
         let early = self.weather.tight && self.procs[q].early_released.contains(&id);
-        let held = lease.claims.values().copied().max().filter(|t| *t > now);
+        let held = lease.claims.values().copied().max().filter(|t| *t > now && lease.entered + cap > now);
         let wrong = if lease.freed.is_some() {
             Some("a second time")
         } else {
@@ -320,12 +326,31 @@ impl World {
         let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
         let open =
             p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
+        let told = self.knows_of_a_death(p);
+        if let (Some(what), None) = (told, self.unsure) {
+            self.broken(Promise::Timely, what);
+        }
         if let Some((id, p)) = open {
             let since = self.now - p.decided.unwrap_or(0);
             let what =
                 format!("pull {id} of consumer {c} has not ended {since} us after its decision, and nothing wedged");
             self.broken(Promise::Timely, what);
         }
+    }
+
+    /// A pull that waits for a process whose host says that it is gone, for longer than it takes to ask.
+    fn knows_of_a_death(&self, p: &Process) -> Option<String> {
+        let bound = 2 * self.weather.session.redial_max.as_micros() as Micros + 30_000;
+        // A host that died as well, once, may have swallowed the question.
+        let silent = |p: &usize| self.producers[*p].silent_once;
+        p.pulls.iter().filter(|(_, pull)| pull.decided.is_none() && !pull.producers.iter().any(silent)).find_map(
+            |(id, pull)| {
+                let sources = self.requests[pull.r].ranks.iter().map(|k| &self.procs[k.proc]);
+                let mut of_pull = sources.filter(|q| pull.producers.contains(&q.producer));
+                let died = of_pull.find_map(|q| q.died.filter(|t| self.now > pull.started.max(*t) + bound))?;
+                Some(format!("pull {id} of {} still waits for a process that died at {died} us", p.me.incarnation))
+            },
+        )
     }
 
     pub fn check_decided(&mut self, c: usize, id: u64) {

@@ -25,9 +25,8 @@ use kvferry::{
 use crate::{
     lane::SimLane,
     memory::{Layout, LocalMem, Part},
-    say,
     trace::{Micros, Promise},
-    world::{Event, World},
+    world::{Event, World, say},
 };
 
 /// A decode rank; its process comes and goes.
@@ -325,6 +324,7 @@ impl World {
             sources,
             wanted,
             reader,
+            started: self.instant(self.now),
             deadline: self.instant(deadline),
             retry: self.weather.retry,
             chunk: ChunkSize {
@@ -334,6 +334,7 @@ impl World {
             },
             lanes,
             local_ready: !late_local,
+            progress: Arc::default(),
         };
         self.rail(c, rail::In::Start(Box::new(start)));
         if late_local {

@@ -427,7 +427,7 @@ impl Fabric {
         let all = stream && self.rng.chance(500);
         for o in 0..self.lanes[l].ops.len() {
             let op = &self.lanes[l].ops[o];
-            if op.attempt != a || !op.flying {
+            if op.attempt != a || !op.flying || self.lanes[l].state == LaneState::Wedged {
                 continue;
             }
             if late && matches!(op.what, What::Read(_)) && !stream {
@@ -530,6 +530,9 @@ impl Fabric {
                 _ => return self.op_failed(l, o, Cause::PeerDown),
             }
         }
+        if lane.state == LaneState::Wedged {
+            return;
+        }
         if op.fails && (stream || self.rng.chance(500)) {
             if stream {
                 return self.go_down(l, Cause::LaneFailed);
@@ -553,8 +556,8 @@ impl Fabric {
                         // The other process has no such memory.
                         return self.op_failed(l, o, Cause::PeerDown);
                     }
-                    let what = format!("a read leaves the source's memory: {r:?}");
-                    return self.broken(Promise::Sound, what);
+                    let what = format!("a read is of another layout than its source's: {r:?}");
+                    return self.broken(Promise::Fresh, what);
                 };
                 let to = if op.torn && op.loaded.is_empty() { n.div_ceil(2) } else { n };
                 let have = op.loaded.len();
@@ -635,7 +638,8 @@ impl Fabric {
     fn done(&mut self, l: usize, o: usize) {
         let lane = &self.lanes[l];
         let op = &lane.ops[o];
-        if !op.flying || !self.locals[lane.local].alive {
+        // On a wedged lane nothing is ever known to be over.
+        if !op.flying || !self.locals[lane.local].alive || lane.state == LaneState::Wedged {
             return;
         }
         let (attempt, what) = (op.attempt, op.what);

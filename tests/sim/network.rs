@@ -13,9 +13,8 @@ use kvferry::{
 };
 
 use crate::{
-    say,
     trace::Micros,
-    world::{Event, World},
+    world::{Event, World, say},
 };
 
 /// A stream between a consumer's session and a producer's process.

@@ -24,9 +24,8 @@ use crate::{
     checks::Lease,
     memory::{Layout, Part, ProcMem, Version},
     rng::Rng,
-    say,
     trace::{Micros, Promise},
-    world::{Event, World},
+    world::{Event, World, say},
 };
 
 /// An engine: ranks that share a block table.
@@ -50,6 +49,7 @@ pub struct Producer {
     pub proc: Option<usize>,
     /// A dead one's host answers nothing, not even a refusal.
     pub dead_silent: bool,
+    pub silent_once: bool,
     /// The process there runs another model.
     pub wrong_model: bool,
 }
@@ -62,6 +62,8 @@ pub struct Proc {
     pub layout: Layout,
     pub welcome: Arc<Welcome>,
     pub alive: bool,
+    /// When it died, and its host told so.
+    pub died: Option<Micros>,
     pub stopped: bool,
     pub resumed: Micros,
     draining: bool,
@@ -87,8 +89,6 @@ pub struct Request {
     /// By rank of the engine: the process, and whether its blocks are back.
     pub ranks: Vec<RankPart>,
     given_back: bool,
-    /// For whom it was made, when everything must go well.
-    pub healing: bool,
     /// Why its pulls may lose blocks.
     pub excused: Option<&'static str>,
 }
@@ -147,6 +147,7 @@ impl World {
                     shard: *shard,
                     proc: None,
                     dead_silent: false,
+                    silent_once: false,
                     wrong_model: false,
                 });
             }
@@ -195,6 +196,7 @@ impl World {
             layout,
             welcome: Arc::new(welcome),
             alive: true,
+            died: None,
             stopped: false,
             resumed: 0,
             draining: false,
@@ -265,7 +267,6 @@ impl World {
             offer: Arc::new(offer),
             ranks: procs.iter().map(|&proc| RankPart { proc, ready: !late, back: false }).collect(),
             given_back: false,
-            healing: heal.is_some(),
             excused: None,
         });
         let early = if self.rng.chance(games.early) { self.rng.tail(100, 10_000, 60_000) } else { 0 };
@@ -442,6 +443,9 @@ impl World {
     pub fn drain_proc(&mut self, p: usize) {
         if let Some(q) = self.producers[p].proc.filter(|&q| !self.procs[q].stopped) {
             self.procs[q].draining = true;
+            for r in self.requests.iter_mut().filter(|r| r.ranks.iter().any(|k| k.proc == q)) {
+                r.excused.get_or_insert("its producer drains");
+            }
             self.table(q, offer::In::Drain);
         }
     }
@@ -571,7 +575,9 @@ impl World {
         let silent = self.rng.chance(300);
         say!(self, "process {q} at {} dies{}", self.producers[p].addr, if silent { " with its host" } else { "" });
         self.producers[p].dead_silent = silent;
+        self.producers[p].silent_once |= silent;
         self.procs[q].alive = false;
+        self.procs[q].died = (!silent).then_some(self.now);
         self.fabric.get().proc_died(q);
         for conn in 0..self.conns.len() {
             if self.conns[conn].proc == q && !silent {

@@ -79,7 +79,6 @@ pub struct Games {
 /// One seed's weather and settings.
 #[derive(Debug, Clone)]
 pub struct Weather {
-    pub day: Day,
     pub net: Net,
     pub lanes: LaneLuck,
     pub games: Games,
@@ -126,7 +125,6 @@ impl Weather {
         let length = rng.between(60, 300) * MS;
         let heartbeat = rng.between(8, 18) * MS;
         let mut w = Self {
-            day,
             net: Net { delay: (10, rng.between(50, 400), 400), ..Net::default() },
             lanes: LaneLuck { latency: (5, rng.between(20, 800), 1000), torn: 300, ..LaneLuck::default() },
             games: Games { short_deadline: 0, stall: 50, ..Games::default() },
@@ -164,45 +162,53 @@ impl Weather {
             w.limits.claims_per_session = rng.between(1, 3) as usize;
             w.limits.remembered = rng.between(1, 4) as usize;
         }
-        let mut some = |most: u64| if rng.chance(600) { rng.between(1, most) } else { 0 };
+        // Borrowed anew for each use.
+        macro_rules! some {
+            ($most:expr) => {
+                if rng.chance(600) { rng.between(1, $most) } else { 0 }
+            };
+        }
         if lanes {
-            w.lanes.fail = some(40);
-            w.lanes.hang = some(8);
-            w.lanes.lost = some(8);
-            w.lanes.late = some(100);
-            w.lanes.stuck = some(400);
-            w.lanes.late_after_stop = some(800);
-            w.lanes.wedge = some(300);
-            w.lanes.down = some(8);
-            w.lanes.no_lane = some(200);
+            w.lanes.fail = some!(40);
+            w.lanes.hang = some!(8);
+            w.lanes.lost = some!(8);
+            w.lanes.late = some!(100);
+            w.lanes.stuck = some!(400);
+            w.lanes.late_after_stop = some!(800);
+            w.lanes.wedge = some!(300);
+            w.lanes.down = some!(8);
+            w.lanes.no_lane = some!(200);
         }
         if deaths {
-            w.producer_deaths = 1 + some(2);
+            w.producer_deaths = 1 + some!(2);
         }
         if storm {
-            w.consumer_deaths = some(2);
+            w.consumer_deaths = some!(2);
         }
         if games {
-            w.games.revoke = some(500);
-            w.games.cancel = some(300);
-            w.games.early = some(400);
-            w.games.late_ready = some(500);
-            w.games.late_handover = some(200);
-            w.games.twice = some(500);
-            w.games.unpulled = some(400);
-            w.games.short_deadline = some(500);
-            w.games.late_local = some(300);
-            w.games.stall = some(600);
+            w.games.revoke = some!(500);
+            w.games.cancel = some!(300);
+            w.games.early = some!(400);
+            w.games.late_ready = some!(500);
+            w.games.late_handover = some!(200);
+            w.games.twice = some!(500);
+            w.games.unpulled = some!(400);
+            w.games.short_deadline = some!(500);
+            w.games.late_local = some!(300);
+            w.games.stall = some!(600);
+        }
+        if games && rng.chance(150) {
+            w.lease.hard_cap = micros(rng.between(10, 100) * MS);
         }
         if network {
-            w.net.loss = some(80);
-            w.net.dup = some(80);
-            w.net.reorder = some(150);
-            w.net.breaks = some(2) * 40 * MS;
-            w.net.blackhole = some(200);
-            w.net.dial_timeout = some(200);
-            w.net.dial_refused = some(100);
-            w.net.delay.2 = 1 + some(15) * MS;
+            w.net.loss = some!(80);
+            w.net.dup = some!(80);
+            w.net.reorder = some!(150);
+            w.net.breaks = some!(2) * 40 * MS;
+            w.net.blackhole = some!(200);
+            w.net.dial_timeout = some!(200);
+            w.net.dial_refused = some!(100);
+            w.net.delay.2 = 1 + some!(15) * MS;
         }
         w
     }

@@ -9,7 +9,6 @@ use std::{
 
 use kvferry::{
     block::{Incarnation, OfferId},
-    error::Cause,
     lane::LaneKind,
     model::Model,
     protocol::{
@@ -28,7 +27,7 @@ use crate::{
     producer::{Engine, Proc, Producer, Request},
     rng::Rng,
     trace::{Micros, Promise, Violation},
-    weather::{Day, Weather},
+    weather::Weather,
 };
 
 /// What happens. Numbers: `p` a producer's address, `q` a producer's process, `c` a consumer, `e` its life, `r` a request,
@@ -105,6 +104,8 @@ pub struct World {
     pub versions: u32,
     /// Releases on their way, and since when.
     pub pending: BTreeMap<PendingKey, Micros>,
+    /// Why word of a death may not get through.
+    pub unsure: Option<&'static str>,
     /// Since when all is well.
     pub calm: Option<Micros>,
     pub healing: usize,
@@ -157,7 +158,6 @@ impl Stats {
     }
 }
 
-#[macro_export]
 macro_rules! say {
     ($world:expr, $($arg:tt)*) => {
         if $world.tracing {
@@ -166,6 +166,8 @@ macro_rules! say {
         }
     };
 }
+
+pub(crate) use say;
 
 impl World {
     /// Runs a seed to its end. `Err`: what was broken, and the last lines of the trace when `tracing`.
@@ -206,11 +208,13 @@ impl World {
             conns: Vec::new(),
             versions: 0,
             pending: BTreeMap::new(),
+            unsure: None,
             calm: None,
             healing: 0,
             finished: false,
             stats: Stats::default(),
         };
+        world.unsure = (!world.weather.sure_network()).then_some("the network");
         world.populate();
         let result = world.go();
         world.fabric.get().closing = true;
@@ -387,10 +391,6 @@ impl World {
         self.versions
     }
 
-    pub fn day(&self) -> Day {
-        self.weather.day
-    }
-
     /// A frame's or a dial's way.
     pub fn delay(&mut self) -> Micros {
         let (low, usual, high) = self.weather.net.delay;
@@ -403,11 +403,6 @@ impl World {
 
     pub fn producer_at(&self, addr: &str) -> Option<usize> {
         self.producers.iter().position(|p| *p.addr == *addr)
-    }
-
-    /// A pull's or offer's end that its cause explains.
-    pub fn by_design(cause: Cause) -> bool {
-        matches!(cause, Cause::NotOffered)
     }
 }
 

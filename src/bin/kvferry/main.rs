@@ -51,6 +51,10 @@ enum Command {
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
+        Err(e) if e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            eprintln!("error: say what to do: serve, pull, bench, doctor or demo; see `kvferry --help`");
+            return ExitCode::from(2);
+        }
         Err(e) if e.use_stderr() => {
             // One line: what is wrong, and where the flags are listed.
             let text = e.render().to_string();

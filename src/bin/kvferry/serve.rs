@@ -97,11 +97,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if args.exit_with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     }
-    let layout = layout(args.blocks, args.regions, args.block_size, args.model.block_tokens, &args.views)?;
-    let bytes = layout.segments[0];
+    let bytes = args.block_size.saturating_mul(u64::from(args.blocks)).saturating_mul(u64::from(args.regions));
     args::check_memory(bytes)?;
+    let layout = layout(args.blocks, args.regions, args.block_size, args.model.block_tokens, &args.views)?;
     let memory =
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
+    memory.touch()?;
     let mut builder = Producer::builder(args.engine, args.model.model(), layout)
         .memory(memory)
         .listen(args.listen)

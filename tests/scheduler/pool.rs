@@ -1,0 +1,91 @@
+//! Blocks that know what they hold: each slot is stamped with the prefix that its token ends, or holds rubbish.
+
+use std::collections::{HashMap, VecDeque};
+
+use kvferry::block::BlockId;
+
+/// Whose text, and the token in it. Two requests with a common prefix have the same stamps in it.
+pub type Stamp = (u32, u64);
+
+#[derive(Debug, Clone, Default)]
+pub struct Slab {
+    pub refs: u32,
+    /// Under what the prefix cache finds it.
+    pub key: Option<Stamp>,
+    /// What is really in it.
+    pub slots: Vec<Option<Stamp>>,
+    /// Its load failed, and nobody has written it since.
+    pub failed: bool,
+}
+
+#[derive(Debug)]
+pub struct Pool {
+    pub blocks: Vec<Slab>,
+    free: VecDeque<BlockId>,
+    cache: HashMap<Stamp, Vec<BlockId>>,
+}
+
+impl Pool {
+    pub fn new(blocks: u32, tokens: u64) -> Self {
+        let slab = Slab { slots: vec![None; tokens as usize], ..Slab::default() };
+        Self { blocks: vec![slab; blocks as usize], free: (0..blocks).map(BlockId).collect(), cache: HashMap::new() }
+    }
+
+    pub fn slab(&mut self, b: BlockId) -> &mut Slab {
+        &mut self.blocks[b.0 as usize]
+    }
+
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    pub fn alloc(&mut self) -> Option<BlockId> {
+        let b = self.free.pop_front()?;
+        self.uncache(b);
+        let s = self.slab(b);
+        s.refs = 1;
+        s.failed = false;
+        s.slots.fill(None);
+        Some(b)
+    }
+
+    pub fn retain(&mut self, b: BlockId) {
+        let s = self.slab(b);
+        s.refs += 1;
+        if s.refs == 1 {
+            self.free.retain(|f| *f != b);
+        }
+    }
+
+    pub fn release(&mut self, b: BlockId) {
+        let s = self.slab(b);
+        s.refs -= 1;
+        if s.refs == 0 {
+            self.free.push_back(b);
+        }
+    }
+
+    /// A cached block with this content; `pick` chooses among several.
+    pub fn find(&self, key: Stamp, pick: usize) -> Option<BlockId> {
+        let all = self.cache.get(&key)?;
+        Some(all[pick % all.len()])
+    }
+
+    pub fn cache(&mut self, b: BlockId, key: Stamp) {
+        let s = self.slab(b);
+        if s.key.is_none() {
+            s.key = Some(key);
+            self.cache.entry(key).or_default().push(b);
+        }
+    }
+
+    pub fn uncache(&mut self, b: BlockId) {
+        if let Some(key) = self.slab(b).key.take() {
+            let all = self.cache.get_mut(&key).unwrap();
+            all.retain(|c| *c != b);
+            if all.is_empty() {
+                self.cache.remove(&key);
+            }
+        }
+    }
+}

@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kvferry::{
@@ -234,8 +234,10 @@ impl Rig {
 
     /// What the desk is asked next of which `pick` makes something.
     pub fn seen<T>(&self, mut pick: impl FnMut(Seen) -> Option<T>) -> T {
+        let until = Instant::now() + LIMIT;
         loop {
-            let seen = self.seen.recv_timeout(LIMIT).expect("the desk was not asked in time");
+            let left = until.saturating_duration_since(Instant::now());
+            let seen = self.seen.recv_timeout(left).expect("the desk was not asked in time");
             if let Some(t) = pick(seen) {
                 return t;
             }
@@ -310,8 +312,9 @@ impl Consumer {
 
     /// The next event of which `pick` makes something.
     pub fn event<T>(&self, mut pick: impl FnMut(In) -> Option<T>) -> T {
+        let until = Instant::now() + LIMIT;
         loop {
-            match self.events.recv_timeout(LIMIT) {
+            match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(event) => {
                     if let Some(t) = pick(event) {
                         return t;

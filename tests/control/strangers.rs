@@ -9,11 +9,15 @@ use std::{
 use kvferry::{
     block::Incarnation,
     control::proto::{self, client_frame::Frame, ferry_client::FerryClient},
+    driver::runtime::Runtime,
     protocol::frame::{ServerBody, ServerFrame},
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
 
 use crate::rig::{Consumer, LIMIT, Rig, config, peer_id, run};
 
@@ -26,14 +30,24 @@ struct Raw {
 
 impl Raw {
     async fn connect(rig: &Rig) -> Self {
-        let mut client = FerryClient::connect(format!("http://{}", rig.addr)).await.unwrap();
+        Self::with_window(rig, 1 << 16).await
+    }
+
+    /// `window`: bytes that the server may send on a stream before they are read.
+    async fn with_window(rig: &Rig, window: u32) -> Self {
+        let endpoint = Endpoint::from_shared(format!("http://{}", rig.addr)).unwrap();
+        let mut client = FerryClient::new(endpoint.initial_stream_window_size(window).connect().await.unwrap());
         let (frames, rx) = unbounded_channel();
         let replies = client.session(UnboundedReceiverStream::new(rx)).await.unwrap().into_inner();
         Self { frames, replies, _client: client }
     }
 
     async fn open(rig: &Rig) -> Self {
-        let mut raw = Self::connect(rig).await;
+        Self::connect(rig).await.opened(rig).await
+    }
+
+    async fn opened(self, rig: &Rig) -> Self {
+        let mut raw = self;
         raw.send(0, open(rig.desk.me.incarnation));
         let opened = raw.replies.message().await.unwrap().unwrap();
         assert!(matches!(opened.frame, Some(proto::server_frame::Frame::Opened(_))), "{opened:?}");
@@ -199,6 +213,7 @@ fn a_silent_session_is_ended() {
     let rig = Rig::new(&c);
     let status = run(async { Raw::open(&rig).await.end().await });
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(status.message().contains("silent"), "{status}");
     rig.closed();
 }
 
@@ -209,13 +224,17 @@ fn a_consumer_that_does_not_read_is_closed_and_no_other() {
     let claim = other.claim(1, &rig.desk.me);
     assert_eq!(other.answer(), (claim, None));
     rig.opened();
-    // The runtime that would read the stream is not run while the desk writes.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let raw = runtime.block_on(Raw::open(&rig));
+    // Its connection lives, but nothing of its stream is read past the first few frames: the server's side is stuck.
+    // It answers HTTP/2's pings all the while.
+    let runtime = Runtime::start("test-raw").unwrap();
+    let raw = runtime.handle().block_on(async { Raw::with_window(&rig, 64).await.opened(&rig).await });
     let id = rig.opened();
     let outbox = rig.desk.outbox(id);
     let frame = ServerFrame { ack: 0, body: Some(ServerBody::Draining) };
-    while outbox.send(frame.clone()) {}
+    // Not all in one burst, so that the server gets stuck on the way rather than hear of the end first.
+    while (0..256).all(|_| outbox.send(frame.clone())) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     assert_eq!(rig.closed(), id);
     drop((raw, runtime));
     let claim = other.claim(2, &rig.desk.me);

@@ -53,7 +53,7 @@
 //! - [`protocol`]: offers and leases, pulls, sessions. Machines without I/O or clock; the simulation runs them.
 //! - [`driver`]: the thread that owns lanes and pulls, and its mail.
 //! - [`lane`]: how bytes move. [`memory`]: where they lie.
-//! - [`control`]: gRPC.
+//! - [`control`] talks gRPC.
 //! - [`producer`], [`consumer`]: what an engine holds.
 
 pub mod block;

@@ -268,7 +268,7 @@ impl World {
     /// Everything that was taken has been given back.
     fn check_end(&mut self, live: usize) {
         let busy = self.consumers.iter().filter_map(|c| c.process.as_ref()).any(|p| {
-            let open = p.pulls.values().filter(|p| !p.ended && !(p.wedged && p.decided.is_some())).count();
+            let open = p.pulls.values().filter(|p| !(p.ended || p.wedged && p.decided.is_some())).count();
             open > 0
         });
         let calm = self.calm.unwrap_or(self.now);

@@ -52,8 +52,8 @@ pub struct Process {
     free: Vec<Vec<u32>>,
     pub pulls: BTreeMap<u64, Pull>,
     next_pull: u64,
-    to_sessions: VecDeque<rail::Out>,
-    to_rail: VecDeque<rail::In>,
+    drive_sessions: VecDeque<rail::Out>,
+    drive_rail: VecDeque<rail::In>,
     sessions_due: bool,
     rail_due: bool,
     wake_at: Option<Micros>,
@@ -160,8 +160,8 @@ impl World {
             free: shape.groups.iter().map(|_| (0..64).rev().collect()).collect(),
             pulls: BTreeMap::new(),
             next_pull: 1,
-            to_sessions: VecDeque::new(),
-            to_rail: VecDeque::new(),
+            drive_sessions: VecDeque::new(),
+            drive_rail: VecDeque::new(),
             sessions_due: false,
             rail_due: false,
             wake_at: None,
@@ -206,7 +206,7 @@ impl World {
         self.drain_rail(c);
         let all: Vec<usize> =
             self.consumers[c].process.as_ref().map_or(Vec::new(), |p| p.sessions.keys().copied().collect());
-        self.to_sessions(c, self.consumers[c].life);
+        self.drive_sessions(c, self.consumers[c].life);
         for p in all {
             self.session(c, p, session::In::Close);
         }
@@ -236,7 +236,7 @@ impl World {
             for rank in &offer.ranks {
                 let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: self.rng.chance(500) };
                 let out = rail::Out::Release(rank.addr.as_str().into(), rank.incarnation, release);
-                process.to_sessions.push_back(out);
+                process.drive_sessions.push_back(out);
             }
             return self.schedule_sessions(c);
         }
@@ -423,7 +423,7 @@ impl World {
 
     fn queue_for_sessions(&mut self, c: usize, out: rail::Out) {
         if let Some(p) = &mut self.consumers[c].process {
-            p.to_sessions.push_back(out);
+            p.drive_sessions.push_back(out);
         }
         self.schedule_sessions(c);
     }
@@ -441,32 +441,32 @@ impl World {
         let (e, lag) = (self.consumers[c].life, self.rng.tail(0, 20, 500));
         let t = self.now + lag;
         let Some(p) = &mut self.consumers[c].process else { return };
-        p.to_rail.push_back(event);
+        p.drive_rail.push_back(event);
         if !std::mem::replace(&mut p.rail_due, true) {
             self.at(t, Event::ToRail { c, e });
         }
     }
 
-    pub fn to_rail(&mut self, c: usize, e: u64) {
+    pub fn drive_rail(&mut self, c: usize, e: u64) {
         if self.consumers[c].life != e {
             return;
         }
         if let Some(p) = &mut self.consumers[c].process {
             p.rail_due = false;
         }
-        while let Some(event) = self.consumers[c].process.as_mut().and_then(|p| p.to_rail.pop_front()) {
+        while let Some(event) = self.consumers[c].process.as_mut().and_then(|p| p.drive_rail.pop_front()) {
             self.rail(c, event);
         }
     }
 
-    pub fn to_sessions(&mut self, c: usize, e: u64) {
+    pub fn drive_sessions(&mut self, c: usize, e: u64) {
         if self.consumers[c].life != e {
             return;
         }
         if let Some(p) = &mut self.consumers[c].process {
             p.sessions_due = false;
         }
-        while let Some(out) = self.consumers[c].process.as_mut().and_then(|p| p.to_sessions.pop_front()) {
+        while let Some(out) = self.consumers[c].process.as_mut().and_then(|p| p.drive_sessions.pop_front()) {
             match out {
                 rail::Out::Claim(addr, want) => {
                     let Some(p) = self.producer_at(&addr) else { continue };

@@ -179,7 +179,7 @@ impl World {
         }
     }
 
-    pub fn to_server(&mut self, conn: usize, frame: ClientFrame) {
+    pub fn reach_server(&mut self, conn: usize, frame: ClientFrame) {
         let q = self.conns[conn].proc;
         if self.conns[conn].dead || !self.procs[q].alive {
             return;
@@ -198,7 +198,7 @@ impl World {
         }
     }
 
-    pub fn to_client(&mut self, conn: usize, frame: ServerFrame) {
+    pub fn reach_client(&mut self, conn: usize, frame: ServerFrame) {
         let k = &self.conns[conn];
         let (c, p, stream) = (k.consumer, k.producer, k.stream);
         if k.broken || k.dead || self.consumers[c].life != k.life {

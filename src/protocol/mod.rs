@@ -15,6 +15,7 @@ pub mod quarantine;
 pub mod retry;
 pub mod sabotage;
 pub mod session;
+mod source;
 
 /// A state machine that is fed events and asked for actions.
 pub trait Machine {

@@ -13,12 +13,13 @@ use std::{
 use crate::{
     block::{Block, PositionSet},
     error::Cause,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneEvent, LaneKind},
+    lane::{Attempt, FenceSlot, Grant, LaneCaps, LaneEvent, LaneKind},
     plan::{LocalBlocks, Plan, Read},
     protocol::{
-        Machine, fence,
+        Machine,
         outcome::{BlockReport, GroupOutcome, Outcome, Times},
         sabotage::{Bug, planted},
+        source::{Fenced, Live, Source, TooManyDone},
     },
 };
 
@@ -95,47 +96,6 @@ pub struct Retry {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Waiting,
-    /// Reads not done yet.
-    Reading(u32),
-    /// All reads done; the fence is to be posted.
-    Unfenced,
-    /// The fence's word is awaited.
-    Fencing,
-    Good,
-}
-
-#[derive(Debug)]
-struct Live {
-    attempt: Attempt,
-    caps: LaneCaps,
-    /// Since when it is being stopped.
-    stopped: Option<Instant>,
-    killed: bool,
-    wedged: bool,
-}
-
-#[derive(Debug)]
-struct Source {
-    grant: Option<Grant>,
-    live: Option<Live>,
-    /// A lane has been asked for.
-    asked: bool,
-    retry_at: Option<Instant>,
-    tries: u32,
-    failed: Vec<LaneKind>,
-    parts: Vec<Part>,
-    good: usize,
-    /// The chunk whose reads are in `reads`, from `posted` on not yet posted.
-    cursor: usize,
-    reads: Vec<Read>,
-    posted: usize,
-    /// Chunks whose fence is to be posted.
-    unfenced: VecDeque<u32>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Running,
     /// Nothing new is posted; what is in flight may still make it.
@@ -171,24 +131,10 @@ impl PullTracker {
         retry: Retry,
         local_ready: bool,
     ) -> Self {
-        let source = |_| Source {
-            grant: None,
-            live: None,
-            asked: false,
-            retry_at: None,
-            tries: 0,
-            failed: Vec::new(),
-            parts: Vec::new(),
-            good: 0,
-            cursor: 0,
-            reads: Vec::new(),
-            posted: 0,
-            unfenced: VecDeque::new(),
-        };
         Self {
             wanted,
             plan: None,
-            sources: (0..sources).map(source).collect(),
+            sources: (0..sources).map(|_| Source::default()).collect(),
             started: now,
             deadline,
             retry,
@@ -241,54 +187,26 @@ impl PullTracker {
         if self.phase != Phase::Running || !self.local_ready {
             return None;
         }
-        let plan = self.plan.as_deref()?;
-        let s = self.sources.get_mut(source)?;
-        s.grant?;
-        let live = s.live.as_ref().filter(|l| l.stopped.is_none())?;
-        while s.posted == s.reads.len() {
-            // The next chunk that is still waiting.
-            let next = s.parts[s.cursor..].iter().position(|p| *p == Part::Waiting)? + s.cursor;
-            s.cursor = next;
-            s.reads.clear();
-            s.posted = 0;
-            plan.reads(next as u32, source, live.caps.max_read, &mut s.reads);
-            s.parts[next] = Part::Reading(s.reads.len() as u32);
-            if s.reads.is_empty() {
-                // This source holds nothing of the chunk.
-                s.parts[next] = Part::Good;
-                s.good += 1;
-            }
-        }
-        Some((live.attempt, &s.reads[s.posted..], true))
+        let (attempt, reads) = self.sources.get_mut(source)?.next_reads(self.plan.as_deref()?, source)?;
+        Some((attempt, reads, true))
     }
 
     /// How many of the reads that [`PullTracker::next_reads`] gave were taken by the lane.
     pub fn accepted(&mut self, source: usize, reads: usize) {
-        let Some(s) = self.sources.get_mut(source) else { return };
-        s.posted = (s.posted + reads).min(s.reads.len());
-        if planted(Bug::FenceBeforeData)
-            && s.posted == s.reads.len()
-            && s.live.as_ref().is_some_and(|l| l.caps.fence == FenceKind::Posted)
-        {
-            s.unfenced.push_back(s.cursor as u32);
+        if let Some(s) = self.sources.get_mut(source) {
+            s.accepted(reads);
         }
     }
 
     /// The next fence to post for a source. Tell with [`PullTracker::fence_posted`] that it was.
     pub fn next_fence(&self, source: usize) -> Option<(Attempt, FenceSlot)> {
-        let s = self.sources.get(source)?;
-        let live = s.live.as_ref().filter(|l| l.stopped.is_none())?;
-        let chunk = *s.unfenced.front()?;
-        Some((live.attempt, FenceSlot { chunk, slot: s.grant?.slot }))
+        self.sources.get(source)?.next_fence()
     }
 
     /// The fence that [`PullTracker::next_fence`] gave was posted.
     pub fn fence_posted(&mut self, source: usize) {
-        let Some(s) = self.sources.get_mut(source) else { return };
-        if let Some(chunk) = s.unfenced.pop_front()
-            && s.parts[chunk as usize] == Part::Unfenced
-        {
-            s.parts[chunk as usize] = Part::Fencing;
+        if let Some(s) = self.sources.get_mut(source) {
+            s.fence_posted();
         }
     }
 
@@ -319,58 +237,22 @@ impl PullTracker {
             return;
         };
         match event {
-            LaneEvent::Done { chunk, reads, .. } => self.done(now, source, chunk, reads),
-            LaneEvent::Fence { chunk, word, .. } => self.fenced(now, source, chunk, word),
+            LaneEvent::Done { chunk, reads, .. } => match self.sources[source].done(chunk, reads) {
+                Ok(()) => self.check_complete(now),
+                Err(TooManyDone) => self.failed(now, source, Cause::LaneFailed),
+            },
+            LaneEvent::Fence { chunk, word, .. } => match self.sources[source].fenced(chunk, word) {
+                Fenced::Good => self.check_complete(now),
+                Fenced::Stale => self.conclude(now, Cause::Stale),
+                Fenced::Unasked => {}
+            },
             LaneEvent::Failed { cause, .. } | LaneEvent::Down { cause } => self.failed(now, source, cause),
             LaneEvent::Quiet { .. } => self.quiet(now, source),
             LaneEvent::Wedged => {
-                if let Some(l) = &mut self.sources[source].live {
-                    l.wedged = true;
-                }
                 self.out.push_back(Out::Wedged);
+                // It will never be quiet, so nothing is read again into these blocks: waiting brings nothing.
+                self.conclude(now, Cause::LaneFailed);
             }
-        }
-    }
-
-    fn done(&mut self, now: Instant, source: usize, chunk: u32, reads: u32) {
-        let s = &mut self.sources[source];
-        let Some(part) = s.parts.get_mut(chunk as usize) else { return };
-        let Part::Reading(left) = part else { return };
-        let Some(rest) = left.checked_sub(reads) else {
-            // More completions than reads: the lane's count cannot be trusted any more.
-            return self.failed(now, source, Cause::LaneFailed);
-        };
-        *left = rest;
-        if rest > 0 || (s.cursor == chunk as usize && s.posted < s.reads.len()) {
-            return;
-        }
-        if planted(Bug::FenceSkipped) {
-            *part = Part::Good;
-            s.good += 1;
-            return self.check_complete(now);
-        }
-        let posted = s.live.as_ref().is_some_and(|l| l.caps.fence == FenceKind::Posted);
-        if posted && !planted(Bug::FenceBeforeData) {
-            *part = Part::Unfenced;
-            s.unfenced.push_back(chunk);
-        } else {
-            *part = Part::Fencing;
-        }
-    }
-
-    fn fenced(&mut self, now: Instant, source: usize, chunk: u32, word: u64) {
-        let s = &mut self.sources[source];
-        let Some(part) = s.parts.get_mut(chunk as usize) else { return };
-        let early = planted(Bug::FenceBeforeData) && matches!(part, Part::Reading(_));
-        if *part != Part::Fencing && !early {
-            return;
-        }
-        if s.grant.is_some_and(|g| fence::holds(g.nonce, word)) {
-            *part = Part::Good;
-            s.good += 1;
-            self.check_complete(now);
-        } else {
-            self.conclude(now, Cause::Stale);
         }
     }
 
@@ -385,47 +267,27 @@ impl PullTracker {
     /// An attempt goes no further: stop it, and try again when it is quiet.
     fn failed(&mut self, now: Instant, source: usize, cause: Cause) {
         let s = &mut self.sources[source];
-        let Some(live) = &mut s.live else { return };
-        if live.stopped.is_none() {
-            live.stopped = Some(now);
-            self.out.push_back(Out::Stop(live.attempt));
-            if !s.failed.contains(&live.caps.kind) {
-                s.failed.push(live.caps.kind);
-            }
+        if let Some(attempt) = s.stop(now) {
+            self.out.push_back(Out::Stop(attempt));
             if planted(Bug::RetryBeforeQuiet) {
-                self.reread(source);
+                s.reread();
+                self.want_lanes(now);
             }
         }
         match cause {
             // Another lane may do better, where time and tries are left.
-            Cause::LaneFailed | Cause::Unreachable => self.want_lanes(now),
+            Cause::LaneFailed | Cause::Unreachable => {}
             // The offer or its owner is gone: no lane helps.
             cause => self.conclude(now, cause),
         }
     }
 
-    /// What is not good is waiting again.
-    fn reread(&mut self, source: usize) {
-        let s = &mut self.sources[source];
-        for p in &mut s.parts {
-            if *p != Part::Good {
-                *p = Part::Waiting;
-            }
-        }
-        s.cursor = 0;
-        s.reads.clear();
-        s.posted = 0;
-        s.unfenced.clear();
-    }
-
     fn quiet(&mut self, now: Instant, source: usize) {
         let s = &mut self.sources[source];
         let Some(live) = s.live.take() else { return };
-        if !s.failed.contains(&live.caps.kind) {
-            s.failed.push(live.caps.kind);
-        }
+        s.avoid(live.caps.kind);
         if self.phase == Phase::Running {
-            self.reread(source);
+            s.reread();
             self.try_again(now, source, Cause::LaneFailed);
         }
         self.check_end(now);
@@ -437,19 +299,12 @@ impl PullTracker {
         if s.tries >= self.retry.attempts {
             return self.conclude(now, cause);
         }
-        if s.tries > 1 {
-            s.retry_at = Some(now + self.retry.wait.saturating_mul(1 << (s.tries - 2).min(10)));
-        }
+        s.wait(now, self.retry.wait);
         self.want_lanes(now);
     }
 
     fn stop_all(&mut self, now: Instant) {
-        for s in &mut self.sources {
-            if let Some(l) = s.live.as_mut().filter(|l| l.stopped.is_none()) {
-                l.stopped = Some(now);
-                self.out.push_back(Out::Stop(l.attempt));
-            }
-        }
+        self.out.extend(self.sources.iter_mut().filter_map(|s| s.stop(now)).map(Out::Stop));
     }
 
     /// Nothing better can come of it: freeze the sets now.
@@ -465,7 +320,7 @@ impl PullTracker {
             None => (self.wanted.iter().map(|l| GroupOutcome::all_invalid(l, cause)).collect(), 0),
         };
         self.times.decided = Some(now.saturating_duration_since(self.started));
-        let retries = self.lanes.len().saturating_sub(self.sources.len()) as u32;
+        let retries = self.sources.iter().map(|s| s.attempts.saturating_sub(1)).sum();
         let lanes = std::mem::take(&mut self.lanes);
         self.outcome = Some(Box::new(Outcome { groups, bytes, lanes, retries, times: self.times }));
         self.phase = Phase::Decided;
@@ -489,7 +344,7 @@ impl PullTracker {
         for (i, chunk) in plan.chunks().iter().enumerate() {
             let g = &mut groups[usize::from(chunk.group)];
             let wants = plan.wants(i as u32);
-            if self.sources.iter().all(|s| s.parts[i] == Part::Good) {
+            if self.sources.iter().all(|s| s.is_good(i)) {
                 bytes += wants.len() as u64 * plan.group_of(i as u32).bytes_per_block();
                 g.loaded.insert_ascending(wants.iter().map(|w| w.position));
                 continue;
@@ -570,7 +425,7 @@ impl Machine for PullTracker {
                     return;
                 }
                 for s in &mut self.sources {
-                    s.parts = vec![Part::Waiting; plan.chunks().len()];
+                    s.planned(plan.chunks().len());
                 }
                 self.plan = Some(plan);
                 if self.chunks() == 0 {
@@ -597,7 +452,8 @@ impl Machine for PullTracker {
                 let running = self.phase == Phase::Running;
                 if let Some(s) = self.sources.get_mut(source) {
                     s.asked = false;
-                    s.live = Some(Live { attempt, caps, stopped: None, killed: false, wedged: false });
+                    s.live = Some(Live { attempt, caps, stopped: None, killed: false });
+                    s.attempts += u32::from(running);
                     if running {
                         self.lanes.push(caps.kind);
                     } else {
@@ -631,16 +487,7 @@ impl Machine for PullTracker {
         if now >= self.deadline && !planted(Bug::DeadlineFromTransport) {
             self.conclude(now, Cause::Deadline);
         }
-        for s in &mut self.sources {
-            if let Some(l) = &mut s.live
-                && let Some(stopped) = l.stopped
-                && !l.killed
-                && now >= stopped + l.caps.quiet_bound / 2
-            {
-                l.killed = true;
-                self.out.push_back(Out::Kill(l.attempt));
-            }
-        }
+        self.out.extend(self.sources.iter_mut().filter_map(|s| s.kill(now)).map(Out::Kill));
         self.want_lanes(now);
     }
 
@@ -657,14 +504,9 @@ impl Machine for PullTracker {
             Phase::Decided | Phase::Ended => {}
         }
         for s in &self.sources {
-            match &s.live {
-                Some(Live { stopped: Some(t), killed: false, caps, .. }) => at(*t + caps.quiet_bound / 2),
-                None if self.phase == Phase::Running && !s.asked => {
-                    if let Some(t) = s.retry_at {
-                        at(t);
-                    }
-                }
-                _ => {}
+            s.kill_at().map(&mut at);
+            if s.live.is_none() && self.phase == Phase::Running && !s.asked {
+                s.retry_at.map(&mut at);
             }
         }
         next

@@ -148,7 +148,7 @@ impl Weather {
                 redial_max: micros(rng.between(5, 40) * MS),
                 idle: micros(if rng.chance(300) { 20 * MS } else { 3000 * MS }),
             },
-            limits: Limits::default(),
+            limits: Limits { offers: 256, ..Limits::default() },
             tight,
             retry: Retry { attempts: rng.between(3, 10) as u32, wait: micros(rng.between(100, 4000)) },
             requests: rng.between(4, 14),

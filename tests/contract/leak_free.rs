@@ -157,3 +157,38 @@ fn an_offer_handed_to_two_consumers_serves_both_and_comes_back_once() {
     producer.count();
     assert!(producer.silent(|h| matches!(h, Heard::Freed { .. })), "freed a second time");
 }
+
+#[test]
+fn a_thousand_sessions_are_held_while_used_and_dropped_when_long_unused() {
+    use kvferry::{
+        block::{BlockId, GroupId},
+        plan::LocalBlocks,
+    };
+    // One producer on every loopback address: to the consumer each address is a peer of its own.
+    let spec = Spec { listen: "0.0.0.0:0".into(), blocks: 8, regions: 1, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
+    let port = producer.addr.rsplit(':').next().unwrap().to_owned();
+    let mut config = Config::default();
+    config.session.idle = Duration::from_secs(8);
+    let consumer = consumer(&spec, config);
+    let peers = 1000;
+    for i in 0..peers {
+        let mut offer = producer.offer(&[i % 8]);
+        offer.ranks[0].addr = format!("127.1.{}.{}:{port}", i / 250, i % 250 + 1);
+        let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(i % 8))] };
+        consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![LaneKind::Tcp]).deadline(SOON)).unwrap();
+        let end = ended(&consumer);
+        assert!(end.outcome.complete(), "peer {i}: {:?}", end.outcome);
+    }
+    let held = producer.count().2;
+    assert!(held > 500, "{held} sessions of peers that were used in the last seconds");
+    let until = Instant::now() + SOON * 2;
+    while producer.count().2 > 0 {
+        assert!(Instant::now() < until, "{} sessions are still open", producer.count().2);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // A peer whose session was dropped is dialled again.
+    let offer = producer.offer(&[3]);
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+    assert!(ended(&consumer).outcome.complete());
+}

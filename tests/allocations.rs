@@ -1,0 +1,91 @@
+//! No allocation per read in steady state: a pull of four times the blocks allocates hardly more often.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::{Consumer, Pull},
+    group::PoolLayout,
+    lane::LaneKind,
+    model::Model,
+    offer::OfferGroup,
+    plan::LocalBlocks,
+    producer::{OfferSpec, Producer, Ready},
+};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, l: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: by this function's own contract.
+        unsafe { System.alloc(l) }
+    }
+    unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
+        // SAFETY: by this function's own contract.
+        unsafe { System.dealloc(p, l) }
+    }
+    unsafe fn realloc(&self, p: *mut u8, l: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: by this function's own contract.
+        unsafe { System.realloc(p, l, size) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+const BLOCKS: u32 = 16384;
+
+/// Both ends of a pull are in this process, so allocations of both are counted.
+fn allocations_of_a_pull(producer: &Producer, consumer: &Consumer, lane: LaneKind, blocks: u32) -> u64 {
+    let scattered = |i: u32| Some(BlockId(i.wrapping_mul(7919) % BLOCKS));
+    let groups =
+        vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(scattered).collect() }];
+    let spec = OfferSpec { tokens: u64::from(blocks) * 16, groups, ..OfferSpec::default() };
+    let offer = producer.offer(spec, Ready::Now).expect("an offer");
+    let wanted =
+        LocalBlocks { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
+    let pull = Pull::new(offer, vec![wanted]).lanes(vec![lane]).deadline(Duration::from_secs(20));
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    consumer.pull(pull).expect("a pull");
+    let ended = consumer.wait(Duration::from_secs(40)).expect("it ends");
+    let counted = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    assert!(ended.outcome.complete(), "{:?}", ended.outcome);
+    counted
+}
+
+#[test]
+fn reads_are_planned_posted_and_carried_out_without_an_allocation_each() {
+    let model = Model {
+        name: "m".into(),
+        dtype: "uint8".into(),
+        scales: String::new(),
+        attention: "HND".into(),
+        block_tokens: 16,
+    };
+    let layout = PoolLayout::uniform(BLOCKS, 2, 512, 16);
+    let producer =
+        Producer::builder("prefill".parse().unwrap(), model.clone(), layout.clone()).build().expect("a producer");
+    for lane in [LaneKind::Local, LaneKind::Tcp] {
+        let consumer =
+            Consumer::builder("decode".parse().unwrap(), model.clone(), layout.clone()).build().expect("a consumer");
+        // Buffers grow to their size, and connections are made.
+        for _ in 0..3 {
+            allocations_of_a_pull(&producer, &consumer, lane, BLOCKS);
+        }
+        let few = allocations_of_a_pull(&producer, &consumer, lane, BLOCKS / 4);
+        let many = allocations_of_a_pull(&producer, &consumer, lane, BLOCKS);
+        let more_reads = u64::from(BLOCKS / 4 * 3) * 2;
+        let more = many.saturating_sub(few);
+        // A pull allocates for itself and for its chunks (128 at most here), never for a read.
+        assert!(more < more_reads / 20, "{lane}: {few} allocations for a quarter of the reads, {many} for all of them");
+    }
+}

@@ -483,6 +483,11 @@ struct Known {
 }
 
 impl Directory {
+    /// Whether this would be one peer too many.
+    fn is_full(&self, peer: &Addr) -> bool {
+        self.peers.len() >= self.config.limits.peers && !self.peers.contains_key(peer)
+    }
+
     fn peer(&mut self, addr: &Addr) -> &PeerHandle {
         let known = self.peers.entry(addr.clone()).or_insert_with(|| Known {
             handle: PeerTask::spawn(
@@ -502,11 +507,19 @@ impl Directory {
 
 impl Peers for Directory {
     fn claim(&mut self, peer: &Addr, want: Want) {
+        if self.is_full(peer) {
+            let limit = self.config.limits.peers;
+            tracing::warn!(%peer, limit, "as many peers as the limits allow are known: raise limits.peers");
+            return (self.sink)(rail::In::Lost(want.claim, Cause::Limit));
+        }
         self.peer(peer).claim(want);
     }
 
     fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release) {
-        self.peer(peer).release(expect, release);
+        // What could not be claimed has nothing to be let go; a mere release is left to the lease.
+        if !self.is_full(peer) {
+            self.peer(peer).release(expect, release);
+        }
     }
 
     fn connect(&mut self, peer: &Addr, expect: Incarnation, kinds: Vec<LaneKind>) {

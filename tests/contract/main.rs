@@ -6,6 +6,7 @@ mod frugal;
 mod healing;
 mod isolated;
 mod leak_free;
+mod network;
 #[path = "../../src/bin/kvferry/pattern.rs"]
 mod pattern;
 mod quiet;

@@ -2,10 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Instant,
 };
 
@@ -13,129 +10,20 @@ use crate::{
     block::Incarnation,
     error::Cause,
     group::PoolLayout,
-    lane::{Attempt, Grant, Lane, LaneEvent, LaneKind},
-    offer::Offer,
-    plan::{ChunkSize, LocalBlocks, Plan, Source},
+    lane::{Attempt, Lane, LaneEvent, LaneKind},
+    plan::{Plan, Source},
     protocol::{
         Machine,
-        frame::{ClaimId, Reader, Release},
+        frame::{ClaimId, Release},
         hello::Welcome,
-        outcome::{BlockReport, Outcome},
-        pull::{self, PullTracker, Retry},
+        pull::{self, PullTracker},
         sabotage::{Bug, planted},
         session::Want,
     },
     shard::Shard,
 };
 
-/// A pull, unique in this consumer's life; never 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PullId(pub u64);
-
-/// A peer rank's address: what sessions are kept by.
-pub type Addr = Arc<str>;
-
-/// A pull to start.
-#[derive(Debug)]
-pub struct Start {
-    /// Its id.
-    pub id: PullId,
-    /// The offer.
-    pub offer: Arc<Offer>,
-    /// Indices into the offer's ranks: whom to read from.
-    pub sources: Vec<usize>,
-    /// What is wanted, and where it goes.
-    pub wanted: Vec<LocalBlocks>,
-    /// Which reader of the offer this rank is.
-    pub reader: Reader,
-    /// When it was asked for: its times count from here.
-    pub started: Instant,
-    /// When it decides at the latest.
-    pub deadline: Instant,
-    /// How often it tries again.
-    pub retry: Retry,
-    /// How chunks are cut.
-    pub chunk: ChunkSize,
-    /// Which lanes may be used, best first.
-    pub lanes: Vec<LaneKind>,
-    /// Whether earlier work on the destination blocks is done.
-    pub local_ready: bool,
-    /// Where to say how far it is.
-    pub progress: Arc<Progress>,
-}
-
-/// How far a pull is, for whoever looks from another thread.
-#[derive(Debug, Default)]
-pub struct Progress {
-    loaded: AtomicUsize,
-    chunks: AtomicUsize,
-}
-
-impl Progress {
-    /// Loaded chunks, and all chunks; both zero until the pull is planned.
-    pub fn get(&self) -> (usize, usize) {
-        (self.loaded.load(Ordering::Relaxed), self.chunks.load(Ordering::Relaxed))
-    }
-}
-
-/// What happens to the rail.
-pub enum In {
-    /// A pull is wanted.
-    Start(Box<Start>),
-    /// Earlier work on a pull's destination blocks is done.
-    LocalReady(PullId),
-    /// A pull is given up.
-    Cancel(PullId, Cause),
-    /// A peer answered Hello; anything of another incarnation of it is void.
-    Peer(Addr, Arc<Welcome>),
-    /// A claim was granted.
-    Granted(ClaimId, Grant),
-    /// A claim is gone.
-    Lost(ClaimId, Cause),
-    /// A lane that was asked for.
-    Lane {
-        /// The peer.
-        peer: Addr,
-        /// The peer's incarnation that it was connected to.
-        incarnation: Incarnation,
-        /// The lane, or why there is none.
-        lane: Result<Box<dyn Lane>, Cause>,
-    },
-    /// The peer's session was dropped: its lanes go too, once no pull uses them.
-    Dropped(Addr),
-    /// Everything ends: all pulls are cancelled.
-    Shutdown,
-}
-
-/// What the rail wants done, in order.
-#[derive(Debug)]
-pub enum Out {
-    /// Have the peer's session make a claim.
-    Claim(Addr, Want),
-    /// Have the peer's session let go.
-    Release(Addr, Incarnation, Release),
-    /// Connect a lane; the kinds are in the order to try.
-    Connect(Addr, Incarnation, Vec<LaneKind>),
-    /// The pull's sets are frozen.
-    Decided(PullId),
-    /// The pull has ended: its blocks are the engine's again.
-    Ended(Box<Ended>),
-    /// A pull's blocks may be written for ever.
-    Wedged(PullId),
-}
-
-/// A pull that has ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
-    /// The pull.
-    pub pull: PullId,
-    /// The offer.
-    pub offer: Arc<Offer>,
-    /// What became of it.
-    pub outcome: Outcome,
-    /// The same by local block.
-    pub blocks: BlockReport,
-}
+pub use super::event::{Addr, Ended, In, Out, Progress, PullId, Start};
 
 struct PullState {
     tracker: PullTracker,
@@ -677,9 +565,7 @@ impl Rail {
 
     fn set_timer(&mut self, id: PullId) {
         let Some(p) = self.pulls.get_mut(&id) else { return };
-        let (loaded, chunks) = p.tracker.progress();
-        p.start.progress.loaded.store(loaded, Ordering::Relaxed);
-        p.start.progress.chunks.store(chunks, Ordering::Relaxed);
+        p.start.progress.set(p.tracker.progress());
         let next = p.tracker.next_timeout();
         if p.timer != next {
             if let Some(t) = p.timer {

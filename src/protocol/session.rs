@@ -154,6 +154,10 @@ enum Stream {
 /// Hello.
 const DEAD_KNOWN: usize = 8;
 
+/// A stream that has lived for this long, or for the time that makes a peer down if that is shorter, was a good one. Waits
+/// start from the shortest again only after a good one: a peer whose streams break at once is not dialled in a loop.
+const PROVEN: Duration = Duration::from_secs(1);
+
 /// A consumer's session with one producer address.
 pub struct PeerSession {
     me: PeerId,
@@ -169,6 +173,10 @@ pub struct PeerSession {
     dials: u64,
     redial_at: Option<Instant>,
     backoff: Backoff,
+    /// Since when the stream is up, while it has not yet lived for [`PROVEN`].
+    unproven: Option<Instant>,
+    /// The stream before broke unproven.
+    brief: bool,
     claims: BTreeMap<ClaimId, Claim>,
     unacked: BTreeMap<u64, Unacked>,
     next_seq: u64,
@@ -200,6 +208,8 @@ impl PeerSession {
             dials: 0,
             redial_at: None,
             backoff,
+            unproven: None,
+            brief: false,
             claims: BTreeMap::new(),
             unacked: BTreeMap::new(),
             next_seq: 1,
@@ -355,6 +365,7 @@ impl PeerSession {
             self.out.push_back(Out::Peer(peer.clone()));
             self.streams += 1;
             self.stream = Stream::Opening(self.streams);
+            self.unproven = None;
             self.silent_since = None;
             self.out.push_back(Out::Open(self.streams));
             self.send(now, 0, ClientBody::Open { from: self.me.clone(), expect: peer.incarnation });
@@ -416,12 +427,24 @@ impl PeerSession {
         for u in self.unacked.values_mut() {
             u.resend = now;
         }
+        let brief = self.unproven.take().is_some();
+        let again = was_up && std::mem::replace(&mut self.brief, brief) && brief;
         if !self.needed() {
-        } else if was_up {
+        } else if was_up && !again {
             self.dial();
         } else if !self.dialing {
-            // It says Hello and opens no stream: asking faster does not help.
+            // It says Hello and opens no stream, or none that lasts: asking faster does not help.
             self.redial(now);
+        }
+    }
+
+    /// Forgets earlier failures once the stream has lived for a while.
+    fn prove(&mut self, now: Instant) {
+        let enough = PROVEN.min(self.config.down);
+        if self.unproven.is_some_and(|since| now.saturating_duration_since(since) >= enough) {
+            self.unproven = None;
+            self.brief = false;
+            self.backoff.reset();
         }
     }
 
@@ -443,7 +466,7 @@ impl PeerSession {
                     return self.down(now);
                 }
                 self.stream = Stream::Up(n);
-                self.backoff.reset();
+                self.unproven = Some(now);
                 self.next_ping = now + self.config.heartbeat;
                 self.set_health(Health::Up);
             }
@@ -528,6 +551,7 @@ impl Machine for PeerSession {
     type Out = Out;
 
     fn handle(&mut self, now: Instant, event: In) {
+        self.prove(now);
         match event {
             In::Claim(want) => {
                 self.used = now;
@@ -579,6 +603,7 @@ impl Machine for PeerSession {
     }
 
     fn tick(&mut self, now: Instant) {
+        self.prove(now);
         if self.redial_at.is_some_and(|t| t <= now) {
             self.redial_at = None;
             if self.needed() {

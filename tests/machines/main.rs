@@ -2,3 +2,6 @@
 //! The simulation (`tests/sim`) runs them together through bad days.
 
 mod offers;
+mod plans;
+mod pulls;
+mod sessions;

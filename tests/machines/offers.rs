@@ -70,11 +70,11 @@ impl Books {
 
     fn claim_as(&mut self, from: &PeerId, claim: u64, offer: u64, reader: Reader) -> ServerBody {
         self.frame(from, ClientBody::Claim { claim: ClaimId(claim), offer: id(offer), reader });
-        let answers = self.outs().into_iter().filter_map(|o| match o {
+        let mut answers = self.outs().into_iter().filter_map(|o| match o {
             Out::Send(to, ServerFrame { body: Some(body), .. }) if to == from.incarnation => Some(body),
             _ => None,
         });
-        answers.last().expect("a claim is answered")
+        answers.next_back().expect("a claim is answered")
     }
 
     fn granted(&mut self, from: &PeerId, claim: u64, offer: u64) {

@@ -365,6 +365,7 @@ impl PeerSession {
             self.out.push_back(Out::Peer(peer.clone()));
             self.streams += 1;
             self.stream = Stream::Opening(self.streams);
+            self.unproven = None;
             self.silent_since = None;
             self.out.push_back(Out::Open(self.streams));
             self.send(now, 0, ClientBody::Open { from: self.me.clone(), expect: peer.incarnation });

@@ -144,6 +144,21 @@ fn a_pulls_json_has_the_documented_fields() {
 }
 
 #[test]
+fn an_offer_in_a_file_is_pulled_once_and_then_gone() {
+    let file = std::env::temp_dir().join(format!("kvferry-offer-{}.json", std::process::id()));
+    let file = file.to_str().unwrap();
+    let serve = Serve::start(&["--blocks", "32", "--regions", "2", "--block-size", "4K", "--offer", file]);
+    let first = kvferry(&["pull", "--offer", file, "--json"]);
+    assert_eq!(first.status.code(), Some(0), "{}", String::from_utf8_lossy(&first.stderr));
+    let second = kvferry(&["pull", "--offer", file, "--json"]);
+    assert_eq!(second.status.code(), Some(3), "{}", String::from_utf8_lossy(&second.stderr));
+    let v: Value = serde_json::from_slice(&second.stdout).expect("JSON");
+    assert_eq!(v["causes"], serde_json::json!({"released": [[0, 31]]}));
+    drop(serve);
+    std::fs::remove_file(file).unwrap();
+}
+
+#[test]
 fn some_invalid_blocks_are_exit_code_3_with_their_cause() {
     let serve = Serve::start(&["--blocks", "256", "--regions", "4", "--block-size", "64K"]);
     let args =

@@ -1,12 +1,14 @@
 //! `kvferry serve`: a producer over a pool that holds a pattern, with a service that hands out fresh offers of it.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use kvferry::{
-    block::{EngineId, GroupId},
+    block::{BlockId, EngineId, GroupId},
+    config::Config,
     group::{Group, GroupKind, PoolLayout, Region},
     memory::Memory,
-    producer::Producer,
+    offer::OfferGroup,
+    producer::{OfferSpec, Producer},
 };
 use serde::Serialize;
 
@@ -46,6 +48,18 @@ pub struct Args {
     /// Also offer the same memory in one region with blocks of these sizes, for `bench`.
     #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = args::bytes)]
     views: Vec<u64>,
+    /// Once ready, offer all blocks and write the offer (JSON) into this file, for `pull --offer`.
+    #[arg(long, value_name = "FILE")]
+    offer: Option<PathBuf>,
+    /// How long an offer waits for its first claim.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = args::duration)]
+    unclaimed_lease: Duration,
+    /// How long a claim holds after its last renewal; at least two heartbeats, which is 1s.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = args::duration)]
+    claim_lease: Duration,
+    /// How long an offer lives at most, however often it is renewed.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = args::duration)]
+    hard_cap: Duration,
     /// End when the parent process does.
     #[arg(long, hide = true)]
     exit_with_parent: bool,
@@ -92,6 +106,17 @@ pub fn layout(blocks: u32, regions: u32, block_size: u64, tokens: u32, views: &[
     Ok(layout)
 }
 
+/// Every block of the pool, in its order.
+fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
+    let all = (0..blocks).map(|b| Some(BlockId(b))).collect();
+    OfferSpec {
+        id: None,
+        request: "serve".into(),
+        tokens: u64::from(blocks) * u64::from(block_tokens),
+        groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: all }],
+    }
+}
+
 /// Serves until it is told to stop.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if args.exit_with_parent {
@@ -103,10 +128,15 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let memory =
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
     memory.touch()?;
+    let mut config = Config::default();
+    config.lease.unclaimed = args.unclaimed_lease;
+    config.lease.claimed = args.claim_lease;
+    config.lease.hard_cap = args.hard_cap;
     let mut builder = Producer::builder(args.engine, args.model.model(), layout)
         .memory(memory)
         .listen(args.listen)
         .lanes(args.lane.lanes())
+        .config(config)
         .bench();
     if let Some(addr) = args.advertise {
         builder = builder.advertise(addr);
@@ -114,6 +144,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let producer = builder.build()?;
     let me = producer.me().clone();
     pattern::write(me.incarnation.get(), producer.memory())?;
+    if let Some(path) = &args.offer {
+        let offer = producer.offer(all_blocks(args.blocks, args.model.block_tokens), kvferry::producer::Ready::Now)?;
+        std::fs::write(path, offer.to_json() + "\n").map_err(|e| {
+            Failure::failed(format!("cannot write {}: {e}; name a file in a folder that exists", path.display()))
+        })?;
+    }
     let ready = Ready {
         listen: producer.addr(),
         engine: me.engine.as_str(),

@@ -287,7 +287,7 @@ impl Consumer {
     /// Which of the offer's ranks this rank reads from, and which of their readers it is. An engine of the same shape is
     /// read rank by rank; of another shape, every rank is asked, and the plan takes what it needs of each.
     fn sources(&self, offer: &Offer) -> (Vec<usize>, Reader) {
-        let here = self.shard.tp_size * self.shard.pp_size;
+        let here = self.shard.tp_size.saturating_mul(self.shard.pp_size);
         if offer.ranks.len() == 1 {
             return (vec![0], Reader { index: self.me.rank.0.min(here - 1), of: here });
         }

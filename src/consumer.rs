@@ -7,7 +7,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
@@ -142,6 +142,7 @@ impl Builder {
             pulls: AtomicUsize::new(0),
             wedged: AtomicUsize::new(0),
             metrics: ConsumerMetrics::default(),
+            up: Mutex::default(),
             on_wedge: self.config.pull.on_wedge,
         });
         let hello = Hello {
@@ -164,6 +165,7 @@ impl Builder {
                 self.config.pull.faults.clone(),
             )),
             peers: HashMap::new(),
+            shared: shared.clone(),
         };
         let rail = Rail::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer);
         let rail = thread::spawn("kvferry-rail", rail, mailbox.clone(), Box::new(directory), shared.clone())
@@ -346,6 +348,13 @@ impl Consumer {
         self.shared.pulls.load(Ordering::Acquire)
     }
 
+    /// Peers whose sessions are up.
+    pub fn peers(&self) -> usize {
+        let mut up = lock(&self.shared.up);
+        up.retain(|u| u.strong_count() > 0);
+        up.iter().filter_map(Weak::upgrade).filter(|u| u.load(Ordering::Relaxed)).count()
+    }
+
     /// Local blocks that pulls hold now, the withheld ones included.
     pub fn blocks_held(&self) -> usize {
         lock(&self.shared.quarantine).len()
@@ -426,6 +435,8 @@ struct Shared {
     pulls: AtomicUsize,
     wedged: AtomicUsize,
     metrics: ConsumerMetrics,
+    /// Which sessions are up.
+    up: Mutex<Vec<Weak<AtomicBool>>>,
     on_wedge: OnWedge,
 }
 
@@ -479,6 +490,7 @@ struct Directory {
     sink: client::Sink,
     connector: Arc<Connector>,
     peers: HashMap<Addr, Known>,
+    shared: Arc<Shared>,
 }
 
 struct Known {
@@ -494,16 +506,19 @@ impl Directory {
     }
 
     fn peer(&mut self, addr: &Addr) -> &PeerHandle {
-        let known = self.peers.entry(addr.clone()).or_insert_with(|| Known {
-            handle: PeerTask::spawn(
+        let known = self.peers.entry(addr.clone()).or_insert_with(|| {
+            let handle = PeerTask::spawn(
                 &self.handle,
                 addr.clone(),
                 self.hello.clone(),
                 self.config.clone(),
                 self.sink.clone(),
                 self.connector.clone(),
-            ),
-            used: Instant::now(),
+            );
+            let mut up = lock(&self.shared.up);
+            up.retain(|u| u.strong_count() > 0);
+            up.push(handle.up());
+            Known { handle, used: Instant::now() }
         });
         known.used = Instant::now();
         &known.handle

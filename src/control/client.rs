@@ -7,7 +7,10 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -64,7 +67,10 @@ enum Command {
 
 /// Tells a peer's task what is wanted. No call blocks. Dropping it closes the session: claims end with
 /// [`Cause::Shutdown`], and the task ends when its releases are acknowledged, or at once when the peer is not there.
-pub struct PeerHandle(UnboundedSender<Command>);
+pub struct PeerHandle {
+    commands: UnboundedSender<Command>,
+    up: Arc<AtomicBool>,
+}
 
 impl std::fmt::Debug for PeerHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -88,6 +94,11 @@ impl PeerHandle {
         self.tell(Command::Connect(expect, kinds));
     }
 
+    /// Whether the session's stream is up, now and later. Dead once the task has ended.
+    pub fn up(&self) -> Weak<AtomicBool> {
+        Arc::downgrade(&self.up)
+    }
+
     /// Closes the session, as dropping the handle does.
     pub fn close(&self) {
         self.tell(Command::Close);
@@ -95,12 +106,13 @@ impl PeerHandle {
 
     fn tell(&self, command: Command) {
         // The task outlives its handles, unless the runtime is gone: then there is nobody to tell any more.
-        let _ = self.0.send(command);
+        let _ = self.commands.send(command);
     }
 }
 
 /// A peer's task.
 pub struct PeerTask {
+    up: Arc<AtomicBool>,
     addr: Addr,
     me: Arc<Hello>,
     config: Arc<Config>,
@@ -164,10 +176,13 @@ impl PeerTask {
         connector: Arc<dyn LaneConnector>,
     ) -> PeerHandle {
         let (tx, commands) = mpsc::unbounded_channel();
+        let up = Arc::new(AtomicBool::new(false));
+        let says = up.clone();
         handle.spawn(async move {
             let now = Instant::now();
             let machine = PeerSession::new(now, me.peer.clone(), config.session.clone(), Box::new(random));
             let task = Self {
+                up: says,
                 dialer: Dialer::new(addr.clone(), &config),
                 machine,
                 commands,
@@ -198,7 +213,7 @@ impl PeerTask {
             };
             task.run().await;
         });
-        PeerHandle(tx)
+        PeerHandle { commands: tx, up }
     }
 
     async fn run(mut self) {
@@ -214,6 +229,7 @@ impl PeerTask {
             .await;
             self.deal(event);
             self.carry_out();
+            self.up.store(!self.over && self.machine.is_up(), Ordering::Relaxed);
             busy = if waited { 0 } else { busy + 1 };
             if busy >= BUDGET {
                 busy = 0;

@@ -234,6 +234,11 @@ impl PeerSession {
         self.health
     }
 
+    /// Whether its stream is open and answers.
+    pub fn is_up(&self) -> bool {
+        self.up() && self.health == Health::Up
+    }
+
     /// Claims that have not been let go.
     pub fn claims(&self) -> usize {
         self.claims.len()

@@ -1,0 +1,84 @@
+"""kvferry's producer and consumer. Failures are `ValueError` (what was passed) or `RuntimeError` (this process)."""
+
+def engine_incarnation(ranks: list[str]) -> str: ...
+def new_offer_id() -> str: ...
+def check_offer(offer: str) -> None: ...
+
+class Identity:
+    def __init__(
+        self,
+        *,
+        engine: str,
+        rank: int,
+        tp: tuple[int, int],
+        pp: tuple[int, int],
+        heads: tuple[int, int],
+        layers: tuple[int, int],
+        model: str,
+        dtype: str,
+        scales: str,
+        attention: str,
+        block_tokens: int,
+    ) -> None: ...
+
+class Pool:
+    def __init__(
+        self,
+        segments: list[tuple[int, int]],
+        groups: list[tuple[int, str, int, int, list[tuple[str, int, int, int, int]]]],
+        keep: object,
+    ) -> None: ...
+
+class Settings:
+    def __init__(
+        self,
+        *,
+        lanes: list[str] | None = None,
+        deadline: float | None = None,
+        unclaimed_lease: float | None = None,
+        claim_lease: float | None = None,
+        hard_cap: float | None = None,
+        early_grace: float | None = None,
+        chunk_min: int | None = None,
+        chunk_max: int | None = None,
+        tcp_connections: int | None = None,
+        on_wedge: str | None = None,
+        fault: str | None = None,
+        tls: tuple[bytes, bytes, bytes, str] | None = None,
+    ) -> None: ...
+
+class Producer:
+    incarnation: str
+    addr: str
+    def __init__(
+        self, identity: Identity, pool: Pool, settings: Settings, listen: str, advertise: str | None = None
+    ) -> None: ...
+    def enter(self, json: str) -> None: ...
+    def revoke(self, id: str) -> None: ...
+    def poll_freed(self) -> list[tuple[str, str]]: ...
+    def live(self) -> tuple[int, int, int]: ...
+    def close(self, limit: float) -> bool: ...
+
+class Consumer:
+    def __init__(self, identity: Identity, pool: Pool, settings: Settings) -> None: ...
+    def pull(self, json: str, blocks: list[tuple[int, int, list[int | None]]]) -> int: ...
+    def cancel(self, pull: int) -> None: ...
+    def release(self, json: str) -> None: ...
+    def poll(self) -> list[Ended]: ...
+    def pulls(self) -> int: ...
+    def wedged(self) -> int: ...
+    def peers(self) -> int: ...
+    def progress(self, pull: int) -> tuple[int, int] | None: ...
+    def close(self, limit: float) -> bool: ...
+
+class Ended:
+    pull: int
+    invalid: list[tuple[int, int, int]]
+    loaded: int
+    bytes: int
+    causes: dict[str, int]
+    cause: str | None
+    lane: str | None
+    retries: int
+    claimed: float | None
+    ended: float | None

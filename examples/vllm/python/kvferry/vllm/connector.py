@@ -1,0 +1,230 @@
+"""The connector that vLLM loads: translates its calls, and lets none of them fail.
+
+Loads are asynchronous. What a method returns when something goes wrong in it is chosen so that the engine prefills by
+itself: no tokens matched, no blocks kept, nothing ended.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+
+from kvferry.vllm import pool
+from kvferry.vllm.guard import never_raises
+from kvferry.vllm.messages import Meta
+from kvferry.vllm.scheduler import SchedulerSide
+from kvferry.vllm.stats import KvFerryPromMetrics, KvFerryStats
+from kvferry.vllm.worker import Report, WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:  # vLLM 0.31 has none.
+    CacheHitSource = None  # type: ignore[assignment, misc]
+
+
+class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
+    """kvferry in vLLM 0.31 to 0.33."""
+
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._side: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._begin(vllm_config, role, kv_cache_config)
+
+    @never_raises(lambda: None)
+    def _begin(self, config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        if role == KVConnectorRole.SCHEDULER:
+            self._side = SchedulerSide(config, kv_cache_config)
+        else:
+            self._worker = WorkerSide(config, kv_cache_config)
+
+    # ---- class methods ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
+        """Heads together, so that ranks of another tensor-parallel size can be served; of no matter to MLA."""
+        model = vllm_config.model_config
+        return None if model is None or getattr(model, "use_mla", False) else pool.BY_HEAD
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> "KVConnectorStats | None":
+        """Metrics out of what was sent."""
+        return KvFerryStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> "KVConnectorPromMetrics | None":
+        """Metrics for Prometheus."""
+        return KvFerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: "KVTransferConfig") -> bool:
+        """It does: see `unregister_kv_caches`."""
+        return True
+
+    # ---- scheduler ----------------------------------------------------------------------------------------------------
+
+    def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
+        """A load brings the request's own blocks, of every group that is moved."""
+        return pool.transfer_groups(self._kv_cache_config)
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """What each tensor-parallel rank said of itself."""
+        self.set_xfer_handshake_metadata_pp_aware({(0, tp): m for tp, m in metadata.items()})
+
+    @never_raises(lambda: None)
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """What each rank said of itself."""
+        if self._side is not None:
+            self._side.ranks(metadata)
+
+    @never_raises(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Prompt tokens that can be loaded, and that the load is asynchronous."""
+        return self._side.matched(request, num_computed_tokens) if self._side is not None else (0, False)
+
+    @never_raises(lambda: None)
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        """The request's blocks are set aside."""
+        if self._side is not None:
+            self._side.allocated(request, blocks, num_external_tokens)
+
+    @never_raises(Meta)
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        """What the step's workers have to start."""
+        return self._side.meta() if self._side is not None else Meta()
+
+    @never_raises(lambda: None)
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        """What the step's workers reported."""
+        if self._side is not None:
+            self._side.output(connector_output)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request is over, with one cache group."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    @never_raises(lambda: (False, None))
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request is over: whether its blocks stay for a decode engine, and what to tell it."""
+        return self._side.finished(request, block_ids) if self._side is not None else (False, None)
+
+    @never_raises(lambda: False)
+    def has_pending_push_work(self) -> bool:
+        """Whether a step is needed though no request is there."""
+        return self._side is not None and self._side.pending()
+
+    # ---- worker -------------------------------------------------------------------------------------------------------
+
+    @never_raises(lambda: None)
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The engine's KV memory."""
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+
+    @never_raises(lambda: None)
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the scheduler side must know of this rank."""
+        return self._worker.handshake() if self._worker is not None else None
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """The step begins. Offers and pulls start here, and not after the forward, which may take long: block zeroing is
+        done by now, and no forward touches a block that is loaded."""
+        super().bind_connector_metadata(connector_metadata)
+        self._start(connector_metadata)
+
+    @never_raises(lambda: None)
+    def _start(self, meta: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(meta, Meta):
+            self._worker.start(meta)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Loads were started when the step began."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: no forward waits for one."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing is saved: decode engines read the blocks where they are."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Offers and loads that have ended since the last step."""
+        report = self._collect(finished_req_ids)
+        return KVConnectorTransferResults(
+            finished_sending=report.sent, finished_recving=report.received, failed_recving=report.failed
+        )
+
+    @never_raises(lambda: Report(set(), set(), set()))
+    def _collect(self, finished: set[str]) -> Report:
+        return self._worker.collect(finished) if self._worker is not None else Report(set(), set(), set())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """The same in an older form."""
+        results = self.get_transfer_results(finished_req_ids)
+        return results.finished_sending or None, results.finished_recving or None
+
+    @never_raises(set)
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that the loads just reported did not bring."""
+        return self._worker.invalid_blocks() if self._worker is not None else set()
+
+    @never_raises(lambda: None)
+    def get_kv_connector_stats(self) -> "KVConnectorStats | None":
+        """What was counted since the last step, on either side."""
+        side = self._worker or self._side
+        return side.stats.take() if side is not None else None
+
+    # ---- sleep and end ------------------------------------------------------------------------------------------------
+
+    @never_raises(lambda: None)
+    def unregister_kv_caches(self) -> None:
+        """Before sleep: nothing touches KV memory any more."""
+        if self._worker is not None:
+            self._worker.sleep()
+
+    @never_raises(lambda: None)
+    def restore_kv_caches(self) -> None:
+        """After wake-up."""
+        if self._worker is not None:
+            self._worker.wake()
+
+    @never_raises(lambda: None)
+    def shutdown(self) -> None:
+        """Ends within a second."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+

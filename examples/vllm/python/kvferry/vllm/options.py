@@ -1,0 +1,113 @@
+"""What an operator may set in `kv_connector_extra_config`, and in the environment."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvferry import _native
+from kvferry.vllm.guard import logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Told apart from the library's own limits: a prefill worker hears of an offer with its next step, and a step may be long.
+EARLY_GRACE = 15.0
+# From the prefill's answer to the decode side's claim: the router's and the decode engine's queue lie in it.
+UNCLAIMED_LEASE = 60.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one rank. Times are in seconds."""
+
+    # Address that this engine's ranks listen on; the first rank's port, 0 for free ones.
+    host: str = "127.0.0.1"
+    port: int = 0
+    # Host that offers name, when it is not the one listened on.
+    advertise: str | None = None
+    # Which lanes may be used, best first.
+    lanes: tuple[str, ...] | None = None
+    # From the start of a pull to its decision, at most.
+    deadline: float = 30.0
+    unclaimed_lease: float = UNCLAIMED_LEASE
+    claim_lease: float | None = None
+    hard_cap: float | None = None
+    early_grace: float = EARLY_GRACE
+    chunk_min: int | None = None
+    chunk_max: int | None = None
+    tcp_connections: int | None = None
+    on_wedge: str | None = None
+    # Breaks lanes on purpose: `throttle=20M,down@64M`.
+    fault: str | None = None
+    # The model's name as the two sides must agree on it; by default vLLM's `--model`.
+    model_id: str | None = None
+    # PEM files; all or none.
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    tls_server_name: str = "kvferry"
+
+    @classmethod
+    def of(cls, config: "VllmConfig") -> "Options":
+        """Reads them. What is not known or not usable is said, and left at its default."""
+        transfer = config.kv_transfer_config
+        given: dict[str, Any] = dict(getattr(transfer, "kv_connector_extra_config", None) or {})
+        known = cls.__dataclass_fields__
+        values: dict[str, Any] = {}
+        # An operator who comes from the NIXL connector has set this one.
+        host = os.environ.get("KVFERRY_HOST") or os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
+        if host:
+            values["host"] = host
+        if port := os.environ.get("KVFERRY_PORT"):
+            values["port"] = port
+        for name, value in given.items():
+            if name in known:
+                values[name] = value
+            else:
+                logger.warning("kvferry: kv_connector_extra_config has no setting %r; it is left out", name)
+        if "lanes" in values and values["lanes"] is not None:
+            lanes = values["lanes"]
+            values["lanes"] = tuple(lanes.split(",") if isinstance(lanes, str) else lanes)
+        for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
+            if values.get(name) is not None:
+                values[name] = int(values[name])
+        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace"):
+            if values.get(name) is not None:
+                values[name] = float(values[name])
+        return cls(**values)
+
+    def native(self) -> _native.Settings:
+        """The same for the native part, which checks them."""
+        tls = None
+        if self.tls_cert and self.tls_key and self.tls_ca:
+            pem = (Path(p).read_bytes() for p in (self.tls_cert, self.tls_key, self.tls_ca))
+            tls = (*pem, self.tls_server_name)
+        return _native.Settings(
+            lanes=list(self.lanes) if self.lanes else None,
+            deadline=self.deadline,
+            unclaimed_lease=self.unclaimed_lease,
+            claim_lease=self.claim_lease,
+            hard_cap=self.hard_cap,
+            early_grace=self.early_grace,
+            chunk_min=self.chunk_min,
+            chunk_max=self.chunk_max,
+            tcp_connections=self.tcp_connections,
+            on_wedge=self.on_wedge,
+            fault=self.fault,
+            tls=tls,  # type: ignore[arg-type]
+        )
+
+    def listen(self, rank: int, ranks: int, replica: int) -> str:
+        """`HOST:PORT` of a rank; each data-parallel replica has as many ports as it has ranks."""
+        port = self.port + replica * ranks + rank if self.port else 0
+        return join(self.host, port)
+
+    def reached_at(self, bound: str) -> str:
+        """`HOST:PORT` for offers, when the rank listens at `bound`."""
+        return join(self.advertise, int(bound.rsplit(":", 1)[1])) if self.advertise else bound
+
+
+def join(host: str, port: int) -> str:
+    """`HOST:PORT`, also for an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

@@ -1,0 +1,152 @@
+"""How the engine's KV tensors lie in memory, and what a rank must say of itself.
+
+A layer's tensor is cut into blocks along its first dimension; a block is moved as opaque bytes. What cannot be moved that
+way is refused here, with the reason, and the connector then leaves every prompt to the engine.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+
+from kvferry import _native
+
+try:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+except ImportError:  # Not in every version.
+    UniformTypeKVCacheSpecs = ()  # type: ignore[assignment, misc]
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# A layout in which each head's bytes of a block lie together: ranks of another tensor-parallel size can take their heads.
+BY_HEAD = "LBHNC"
+
+Region = tuple[str, int, int, int, int]
+
+
+class Unsupported(ValueError):
+    """A cache that kvferry cannot move."""
+
+
+def transfer_groups(config: KVCacheConfig) -> tuple[int, ...]:
+    """The cache groups that are moved; not every version lets an engine keep some to itself."""
+    ids = getattr(config, "transfer_group_ids", None)
+    return tuple(ids) if ids is not None else tuple(range(len(config.kv_cache_groups)))
+
+
+def group_kind(spec: KVCacheSpec) -> str:
+    """The kvferry name of what a group's layers compute."""
+    if UniformTypeKVCacheSpecs and isinstance(spec, UniformTypeKVCacheSpecs):
+        kinds = {group_kind(s) for s in spec.kv_cache_specs.values()}
+        if len(kinds) != 1:
+            raise Unsupported(f"a cache group mixes {sorted(kinds)}")
+        return kinds.pop()
+    if isinstance(spec, SlidingWindowSpec):
+        return "sliding_window"
+    if isinstance(spec, FullAttentionSpec):
+        return "full"
+    raise Unsupported(
+        f"{type(spec).__name__} caches are not moved (full and sliding window attention are): "
+        "prompts of this model are prefilled where they are decoded"
+    )
+
+
+def layer_region(name: str, tensor: torch.Tensor, num_blocks: int, segment: int, base: int) -> Region:
+    """`(name, segment, offset, block bytes, stride)` of one layer's blocks."""
+    if tensor.ndim < 2 or tensor.shape[0] == 0 or tensor.shape[0] % num_blocks:
+        raise Unsupported(f"{name}: shape {tuple(tensor.shape)} is not cut into {num_blocks} blocks")
+    # The attention kernel may see a block as several smaller ones.
+    parts = tensor.shape[0] // num_blocks
+    part = tensor[0]
+    size = part.element_size()
+    extent = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
+    if extent != part.numel():
+        raise Unsupported(f"{name}: the bytes of a block do not lie together (strides {tensor.stride()})")
+    stride = tensor.stride(0) * size
+    bytes_ = part.numel() * size
+    if parts > 1 and stride != bytes_:
+        raise Unsupported(f"{name}: a block's {parts} parts do not lie together")
+    return (name, segment, tensor.data_ptr() - base, bytes_ * parts, stride * parts)
+
+
+def describe(
+    kv_caches: dict[str, torch.Tensor], config: KVCacheConfig
+) -> tuple[list[tuple[int, int]], list[tuple[int, str, int, int, list[Region]]]]:
+    """`(segments, groups)` for `_native.Pool`."""
+    segments: list[tuple[int, int]] = []
+    number: dict[int, int] = {}
+    groups = []
+    for gid in transfer_groups(config):
+        group = config.kv_cache_groups[gid]
+        kind = group_kind(group.kv_cache_spec)
+        regions: list[Region] = []
+        for name in group.layer_names:
+            # A layer that shares another one's cache has none.
+            if (tensor := kv_caches.get(name)) is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise Unsupported(f"{name}: its cache is no single tensor")
+            if tensor.device.type != "cpu":
+                raise Unsupported(
+                    f"{name}: its cache is on {tensor.device}; this build of kvferry moves host memory only"
+                )
+            storage = tensor.untyped_storage()
+            base = storage.data_ptr()
+            if base not in number:
+                number[base] = len(segments)
+                segments.append((base, storage.nbytes()))
+            regions.append(layer_region(name, tensor, config.num_blocks, number[base], base))
+        if not regions:
+            raise Unsupported(f"cache group {gid} has no tensors")
+        groups.append((gid, kind, group.kv_cache_spec.block_size, config.num_blocks, regions))
+    return segments, groups
+
+
+def heads_of(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
+    """`(first, count)` of the KV heads that a rank holds; with more ranks than heads each head has several copies."""
+    if total >= tp_size:
+        per_rank = total // tp_size
+        return tp_rank * per_rank, per_rank
+    return tp_rank * total // tp_size, 1
+
+
+def layout_name(config: "VllmConfig") -> str:
+    """The cache layout that the engine settled on."""
+    resolved = getattr(config.cache_config, "get_resolved_kv_cache_layout", None)
+    return str(getattr(resolved(), "name", resolved())) if resolved else "unknown"
+
+
+def identity(
+    config: "VllmConfig", kv_caches: dict[str, torch.Tensor], groups: list[Any], model_id: str | None
+) -> _native.Identity:
+    """What a rank says of itself: peers whose KV means something else must not be read."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tp, pp = get_tp_group(), get_pp_group()
+    model, cache = config.model_config, config.cache_config
+    total = 1 if getattr(model, "use_mla", False) else model.get_total_num_kv_heads()
+    layout = layout_name(config)
+    tensor = next(iter(kv_caches.values()))
+    attention = [layout, f"head_size={model.get_head_size()}"]
+    if getattr(model, "use_mla", False):
+        attention.append("mla")
+    elif layout != BY_HEAD:
+        # Heads do not lie together: no other cut of them can be served.
+        attention.append(f"tp={tp.world_size}")
+    attention += [f"{g[0]}:{g[1]}:{g[2]}" for g in groups[1:]]
+    layers = sum(len(g[4]) for g in groups)
+    assert config.kv_transfer_config is not None
+    return _native.Identity(
+        engine=str(config.kv_transfer_config.engine_id),
+        rank=pp.rank_in_group * tp.world_size + tp.rank_in_group,
+        tp=(tp.rank_in_group, tp.world_size),
+        pp=(pp.rank_in_group, pp.world_size),
+        heads=heads_of(total, tp.rank_in_group, tp.world_size),
+        layers=(pp.rank_in_group * layers, layers),
+        model=model_id or str(model.model),
+        dtype=f"{tensor.dtype}".removeprefix("torch."),
+        scales="" if str(cache.cache_dtype) == "auto" else str(cache.cache_dtype),
+        attention=" ".join(attention),
+        block_tokens=groups[0][2],
+    )

@@ -1,0 +1,197 @@
+"""kvferry's metrics in vLLM's style: collected on each rank and in the scheduler, sent with the step's output.
+
+vLLM sets its own prompt-token counters once, when a request is looked up, and never corrects them after a failed load.
+These here are counted when a load is over, so they are true after failures too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+# 100 us, one small block inside a host, to 30 s, a long prompt over a slow wire.
+SECONDS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+
+# Counters: `key -> (name, help, label)`. A labelled one holds `{label value: count}`.
+COUNTERS: dict[str, tuple[str, str, str | None]] = {
+    "loads": ("loads", "Loads from prefill engines, by result; one for each rank.", "result"),
+    "blocks_loaded": ("blocks_loaded", "Blocks that loads brought.", None),
+    "blocks_invalid": ("blocks_invalid", "Blocks that loads did not bring, by cause.", "cause"),
+    "bytes": ("bytes_loaded", "Bytes of loaded blocks, by the lane that brought them.", "lane"),
+    "retries": ("retries", "Attempts after a load's first.", None),
+    "tokens_loaded": ("tokens_loaded", "Prompt tokens taken from loads, complete or not.", None),
+    "tokens_salvaged": ("tokens_salvaged", "Prompt tokens kept from loads that did not bring everything.", None),
+    "tokens_recomputed": ("tokens_recomputed", "Prompt tokens that loads were to bring and did not.", None),
+    "offers": ("offers_ended", "Offers whose blocks came back, by reason.", "why"),
+    "refused": ("params_refused", "Requests whose kv_transfer_params could not be used.", None),
+}
+
+# Gauges, summed over the ranks that report them.
+GAUGES: tuple[tuple[str, str], ...] = (
+    ("peers_up", "Peers with an open session."),
+    ("leases_offered", "Offers whose blocks are held for a decode engine."),
+    ("leases_claimed", "Claims of decode engines on those offers."),
+    ("loads_wedged", "Loads whose blocks are withheld until a restart."),
+    ("loads_running", "Loads that have not ended."),
+)
+
+
+def empty() -> dict[str, Any]:
+    """A container without observations; plain numbers, lists and dicts, so that it can be sent."""
+    data: dict[str, Any] = {key: {} if label else 0 for key, (_, _, label) in COUNTERS.items()}
+    return data | {"seconds": [], "gauges": {}}
+
+
+@dataclass
+class KvFerryStats(KVConnectorStats):
+    """What was counted since the last step."""
+
+    def __post_init__(self) -> None:
+        self.data = empty() | self.data
+
+    def reset(self) -> None:
+        self.data = empty()
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+    def take(self) -> "KvFerryStats | None":
+        """What there is, once; `None` when there is nothing."""
+        if self.is_empty():
+            return None
+        taken = KvFerryStats(self.data)
+        self.reset()
+        return taken
+
+    def aggregate(self, other: KVConnectorStats) -> "KvFerryStats":
+        mine, more = self.data, empty() | other.data
+        for key, (_, _, label) in COUNTERS.items():
+            if label:
+                for value, n in more[key].items():
+                    mine[key][value] = mine[key].get(value, 0) + n
+            else:
+                mine[key] += more[key]
+        mine["seconds"] = [*mine["seconds"], *more["seconds"]]
+        # By rank, so a later word replaces an earlier one.
+        mine["gauges"] = {**mine["gauges"], **more["gauges"]}
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        d = self.data
+        seconds = sorted(d["seconds"])
+        return {
+            "Loads": sum(d["loads"].values()),
+            "Loads not complete": sum(n for result, n in d["loads"].items() if result in ("partial", "failed")),
+            "MB": round(sum(d["bytes"].values()) / 2**20, 3),
+            "Median ms": round(seconds[len(seconds) // 2] * 1e3, 3) if seconds else 0,
+            "Blocks loaded": d["blocks_loaded"],
+            "Blocks invalid": sum(d["blocks_invalid"].values()),
+            "Tokens salvaged": d["tokens_salvaged"],
+            "Tokens recomputed": d["tokens_recomputed"],
+        }
+
+    # ---- what is counted ----------------------------------------------------------------------------------------------
+
+    def _add(self, key: str, value: str, n: int = 1) -> None:
+        self.data[key][value] = self.data[key].get(value, 0) + n
+
+    def load(
+        self,
+        result: str,
+        *,
+        seconds: float | None = None,
+        blocks: int = 0,
+        bytes_: int = 0,
+        lane: str | None = None,
+        retries: int = 0,
+        causes: dict[str, int] | None = None,
+    ) -> None:
+        """A load of one rank is over: `loaded`, `partial`, `failed` or `aborted`."""
+        self._add("loads", result)
+        if seconds is not None:
+            self.data["seconds"].append(seconds)
+        self.data["blocks_loaded"] += blocks
+        if bytes_ and lane:
+            self._add("bytes", lane, bytes_)
+        self.data["retries"] += retries
+        for cause, n in (causes or {}).items():
+            self._add("blocks_invalid", cause, n)
+
+    def tokens(self, loaded: int, missing: int) -> None:
+        """A request's load is over on all ranks."""
+        self.data["tokens_loaded"] += loaded
+        if missing:
+            self.data["tokens_salvaged"] += loaded
+            self.data["tokens_recomputed"] += missing
+
+    def offer_ended(self, why: str) -> None:
+        """A rank's blocks came back."""
+        self._add("offers", why)
+
+    def refused(self) -> None:
+        """A request's params could not be used."""
+        self.data["refused"] += 1
+
+    def gauges(self, rank: int, values: tuple[int, ...]) -> None:
+        """A rank's gauges, in the order of `GAUGES`."""
+        self.data["gauges"][str(rank)] = list(values)
+
+
+class KvFerryPromMetrics(KVConnectorPromMetrics):
+    """The same for Prometheus."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)  # type: ignore[arg-type]
+        self._counters = {
+            key: self._counter_cls(
+                name=f"vllm:kvferry_{name}",
+                documentation=text,
+                labelnames=[*labelnames, label] if label else labelnames,
+            )
+            for key, (name, text, label) in COUNTERS.items()
+        }
+        # Each engine's ranks report by themselves, and only when something has changed.
+        self._known: dict[int, dict[str, list[int]]] = {}
+        self._gauges = [
+            self._gauge_cls(name=f"vllm:kvferry_{name}", documentation=text, labelnames=labelnames)
+            for name, text in GAUGES
+        ]
+        self._seconds = self._histogram_cls(
+            name="vllm:kvferry_transfer_seconds",
+            documentation="From the start of a load to its end, one observation for each rank.",
+            buckets=SECONDS,
+            labelnames=labelnames,
+        )
+        # So that the names are there before something happens.
+        for values in per_engine_labelvalues.values():
+            self._seconds.labels(*values)
+            for gauge in self._gauges:
+                gauge.labels(*values)
+            for key, (_, _, label) in COUNTERS.items():
+                if not label:
+                    self._counters[key].labels(*values)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        data = empty() | transfer_stats_data
+        values = self.per_engine_labelvalues[engine_idx]
+        for key, (_, _, label) in COUNTERS.items():
+            counter = self._counters[key]
+            if label:
+                for value, n in data[key].items():
+                    counter.labels(*values, value).inc(n)
+            elif data[key]:
+                counter.labels(*values).inc(data[key])
+        for s in data["seconds"]:
+            self._seconds.labels(*values).observe(s)
+        if data["gauges"]:
+            known = self._known.setdefault(engine_idx, {})
+            known.update(data["gauges"])
+            for i, gauge in enumerate(self._gauges):
+                gauge.labels(*values).set(sum(rank[i] for rank in known.values()))

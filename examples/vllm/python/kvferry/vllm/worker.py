@@ -1,0 +1,307 @@
+"""The worker side: one producer and one consumer on this rank's KV memory.
+
+Promises to vLLM: each load that was handed to this rank is reported exactly once, when nothing writes its blocks any more;
+an aborted load reports no invalid blocks; each offering that was handed to it is reported once, when its blocks may be used
+again. What goes wrong becomes one of these reports.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from kvferry import _native
+from kvferry.vllm import pool
+from kvferry.vllm.guard import ENDING, logger
+from kvferry.vllm.messages import Handshake, Load, Meta, Offering
+from kvferry.vllm.options import Options
+from kvferry.vllm.stats import KvFerryStats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# What `shutdown` takes at most, for the consumer and for the producer.
+CLOSE = 0.4
+
+
+@dataclass
+class Running:
+    """A pull that has not ended."""
+
+    load: Load
+    aborted: bool = False
+
+
+@dataclass
+class Report:
+    """What a step hands to vLLM."""
+
+    sent: set[str]
+    received: set[str]
+    failed: set[str]
+
+
+class WorkerSide:
+    """One rank."""
+
+    def __init__(self, config: "VllmConfig", kv_cache_config: KVCacheConfig) -> None:
+        transfer = config.kv_transfer_config
+        assert transfer is not None
+        self._config = config
+        self._kv_cache_config = kv_cache_config
+        self._offers_here = transfer.kv_role in ("kv_producer", "kv_both")
+        self._pulls_here = transfer.kv_role in ("kv_consumer", "kv_both")
+        # Block ids are told apart by group only inside kvferry: with several groups a load fails as a whole.
+        self._one_group = len(kv_cache_config.kv_cache_groups) == 1
+        self._producer: _native.Producer | None = None
+        self._consumer: _native.Consumer | None = None
+        self._rank = 0
+        self._registered: dict[str, torch.Tensor] = {}
+        self._asleep = False
+        self._pulls: dict[int, Running] = {}
+        self._by_request: dict[str, int] = {}
+        self._offered: dict[str, str] = {}
+        self._report = Report(set(), set(), set())
+        self._invalid: set[int] = set()
+        self.stats = KvFerryStats()
+        self._told: tuple[int, ...] = ()
+
+    # ---- registration -------------------------------------------------------------------------------------------------
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Starts the producer and the consumer on the engine's memory. Without them every prompt is prefilled here."""
+        self._registered = dict(kv_caches)
+        if self._producer is not None or self._consumer is not None:
+            return
+        try:
+            self._start(kv_caches)
+        except ENDING:
+            raise
+        except pool.Unsupported as e:
+            logger.error("kvferry is off on this engine: %s", e)
+        except BaseException:
+            logger.exception("kvferry is off on this engine: it could not be started")
+
+    def _start(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        options = Options.of(self._config)
+        settings = options.native()
+        segments, groups = pool.describe(kv_caches, self._kv_cache_config)
+        memory = _native.Pool(segments, groups, list(kv_caches.values()))
+        me = pool.identity(self._config, kv_caches, groups, options.model_id)
+        tp, pp = get_tp_group(), get_pp_group()
+        self._rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
+        if self._offers_here:
+            replica = getattr(self._config.parallel_config, "data_parallel_index", 0)
+            listen = options.listen(self._rank, tp.world_size * pp.world_size, replica)
+            self._producer = _native.Producer(me, memory, settings, listen)
+            self._addr = options.reached_at(self._producer.addr)
+            logger.info(
+                "kvferry: rank %d offers at %s, incarnation %s", self._rank, self._addr, self._producer.incarnation
+            )
+        if self._pulls_here:
+            self._consumer = _native.Consumer(me, memory, settings)
+
+    def handshake(self) -> Handshake:
+        """What the scheduler side must know of this rank."""
+        producer = self._producer
+        return Handshake(
+            rank=self._rank,
+            addr=self._addr if producer else None,
+            incarnation=producer.incarnation if producer else None,
+            pulls=self._consumer is not None,
+        )
+
+    # ---- what a step starts -------------------------------------------------------------------------------------------
+
+    def start(self, meta: Meta) -> None:
+        """Starts what the scheduler side asked for, once."""
+        offerings, loads, releases = meta.offerings, meta.loads, meta.releases
+        # In one process the scheduler's object may be this one: what is started is not started again.
+        meta.offerings, meta.loads, meta.releases = [], [], []
+        for offering in offerings:
+            self._offer(offering)
+        for load in loads:
+            self._load(load)
+        for offer in releases:
+            self._release(offer)
+
+    def _offer(self, offering: Offering) -> None:
+        try:
+            if self._producer is None or self._asleep:
+                raise RuntimeError("this rank has no producer")
+            self._offered[offering.offer_id] = offering.request
+            self._producer.enter(offering.offer)
+        except ENDING:
+            raise
+        except BaseException as e:
+            logger.warning("kvferry: request %s is not offered: %s", offering.request, e)
+            self._offered.pop(offering.offer_id, None)
+            self._report.sent.add(offering.request)
+
+    def _load(self, load: Load) -> None:
+        try:
+            if self._consumer is None or self._asleep or load.offer is None:
+                raise RuntimeError("there is nothing to pull, or nothing to pull with")
+            groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
+            number = self._consumer.pull(load.offer, groups)
+        except ENDING:
+            raise
+        except BaseException as e:
+            logger.warning("kvferry: request %s is prefilled here: %s", load.request, e)
+            self._fail(load, [b for g in load.groups for b in g.blocks if b is not None])
+            blocks = sum(b is not None for g in load.groups for b in g.blocks)
+            self.stats.load("failed", causes={"not_started": blocks})
+            return
+        self._pulls[number] = Running(load)
+        self._by_request[load.request] = number
+
+    def _release(self, offer: str) -> None:
+        # One rank speaks for all: the call reaches each rank of the offer.
+        if self._rank != 0 or self._consumer is None:
+            return
+        try:
+            self._consumer.release(offer)
+        except ENDING:
+            raise
+        except BaseException as e:
+            logger.warning("kvferry: an offer is left to its lease: %s", e)
+
+    # ---- what a step hands back ---------------------------------------------------------------------------------------
+
+    def collect(self, finished: set[str]) -> Report:
+        """What has ended since the last step. `finished`: requests that the engine is done with, whatever became of them."""
+        for request in finished:
+            number = self._by_request.get(request)
+            if number is not None and self._consumer is not None:
+                self._pulls[number].aborted = True
+                self._consumer.cancel(number)
+        if self._consumer is not None and self._pulls:
+            for ended in self._consumer.poll():
+                self._ended(ended)
+        if self._producer is not None and self._offered:
+            for offer_id, why in self._producer.poll_freed():
+                self._freed(offer_id, why)
+        self._watch()
+        report, self._report = self._report, Report(set(), set(), set())
+        return report
+
+    def _ended(self, ended: _native.Ended) -> None:
+        running = self._pulls.pop(ended.pull, None)
+        if running is None:
+            return
+        load = running.load
+        self._by_request.pop(load.request, None)
+        try:
+            self._report_load(running, ended)
+        except ENDING:
+            raise
+        except BaseException:
+            logger.exception("kvferry: the end of request %s's load could not be read", load.request)
+            self._fail(load, [b for g in load.groups for b in g.blocks if b is not None])
+
+    def _report_load(self, running: Running, ended: _native.Ended) -> None:
+        load = running.load
+        if running.aborted:
+            # Its blocks may have a new owner as soon as this is reported.
+            self._report.received.add(load.request)
+            self.stats.load("aborted")
+            return
+        if not ended.invalid:
+            self._report.received.add(load.request)
+            result = "loaded"
+        else:
+            self._fail(load, [block for _, _, block in ended.invalid])
+            result = "partial" if ended.loaded and self._one_group else "failed"
+            logger.warning(
+                "kvferry: request %s: %d blocks arrived, %d did not (%s)",
+                load.request,
+                ended.loaded,
+                len(ended.invalid),
+                ended.cause,
+            )
+        self.stats.load(
+            result,
+            seconds=ended.ended,
+            blocks=ended.loaded,
+            bytes_=ended.bytes,
+            lane=ended.lane,
+            retries=ended.retries,
+            causes=ended.causes,
+        )
+
+    def _fail(self, load: Load, invalid: list[int]) -> None:
+        """A load that did not bring everything: received as well, or its request waits for ever."""
+        self._report.received.add(load.request)
+        if self._one_group and invalid:
+            self._invalid.update(invalid)
+        else:
+            self._report.failed.add(load.request)
+
+    def _freed(self, offer_id: str, why: str) -> None:
+        request = self._offered.pop(offer_id, None)
+        if request is None:
+            return
+        self._report.sent.add(request)
+        self.stats.offer_ended(why)
+        if why != "released":
+            logger.warning("kvferry: request %s was offered and not fetched to the end (%s)", request, why)
+
+    def invalid_blocks(self) -> set[int]:
+        """Blocks of the loads that `collect` has just reported."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def _watch(self) -> None:
+        """Gauges, when they have changed."""
+        offers = claims = sessions = peers = wedged = 0
+        if self._producer is not None:
+            offers, claims, sessions = self._producer.live()
+        if self._consumer is not None:
+            peers, wedged = self._consumer.peers(), self._consumer.wedged()
+        now = (peers + sessions, offers, claims, wedged, len(self._pulls))
+        if now != self._told:
+            self._told = now
+            self.stats.gauges(self._rank, now)
+
+    # ---- sleep and end ------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """The memory goes away: nothing may read or write it from here on."""
+        self._asleep = True
+        if self._producer is not None:
+            for offer_id in list(self._offered):
+                self._producer.revoke(offer_id)
+        if self._consumer is not None:
+            for number in list(self._pulls):
+                self._consumer.cancel(number)
+            # Transfers are drained already; what is left becomes quiet in a few milliseconds.
+            if not quiet(self._consumer):
+                logger.error("kvferry: a pull still writes KV memory that is about to go; this engine should be restarted")
+
+    def wake(self) -> None:
+        """The memory is back at the same addresses."""
+        self._asleep = False
+
+    def shutdown(self) -> None:
+        """Ends within a second."""
+        consumer, self._consumer = self._consumer, None
+        producer, self._producer = self._producer, None
+        if consumer is not None and not consumer.close(CLOSE):
+            logger.warning("kvferry: the consumer is still ending")
+        if producer is not None and not producer.close(CLOSE):
+            logger.warning("kvferry: the producer is still ending")
+
+
+def quiet(consumer: _native.Consumer, limit: float = 5.0) -> bool:
+    """Waits until no pull writes memory."""
+    import time
+
+    until = time.monotonic() + limit
+    while consumer.pulls():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True

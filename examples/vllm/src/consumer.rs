@@ -1,0 +1,151 @@
+//! A decode rank's consumer.
+
+use std::collections::BTreeMap;
+
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::{Consumer as Inner, Ended as InnerEnded, Pull, PullId},
+    plan::LocalBlocks,
+};
+use pyo3::{exceptions::PyRuntimeError, prelude::*};
+
+use crate::{
+    handle::{Handle, seconds},
+    pool::{Identity, Pool, offer, value_error},
+    settings::Settings,
+};
+
+/// Pulls offered blocks into the engine's memory.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Consumer {
+    inner: Handle<Inner>,
+}
+
+/// `(group, first position, local block ids by position)`; `None` where nothing is wanted.
+type PyBlocks = (u16, u32, Vec<Option<u32>>);
+
+#[pymethods]
+impl Consumer {
+    /// Starts it. Nothing is dialled yet.
+    #[new]
+    fn new(py: Python<'_>, identity: &Identity, pool: &Pool, settings: &Settings) -> PyResult<Self> {
+        let builder = Inner::builder(identity.engine.clone(), identity.model.clone(), pool.layout.clone())
+            .rank(identity.rank, identity.shard)
+            .memory(pool.memory.clone())
+            .config(settings.config.clone());
+        let inner = py.detach(|| builder.build()).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
+        Ok(Self { inner: Handle::new("consumer", inner) })
+    }
+
+    /// Starts a pull of an offer, JSON, and returns its number. The local blocks are the pull's until `poll` hands it out.
+    fn pull(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>) -> PyResult<u64> {
+        let inner = self.inner.get()?;
+        py.detach(|| {
+            let offer = offer(json)?;
+            let blocks = blocks.into_iter().map(|(group, first_position, ids)| LocalBlocks {
+                group: GroupId(group),
+                first_position,
+                blocks: ids.into_iter().map(|b| b.map(BlockId)).collect(),
+            });
+            inner.pull(Pull::new(offer, blocks.collect())).map(|id| id.0).map_err(value_error)
+        })
+    }
+
+    /// Gives a pull up. Its end is reported as always, once memory is quiet.
+    fn cancel(&self, pull: u64) -> PyResult<()> {
+        self.inner.get()?.cancel(PullId(pull));
+        Ok(())
+    }
+
+    /// Lets go of an offer, JSON, that is not pulled.
+    fn release(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+        let inner = self.inner.get()?;
+        py.detach(|| {
+            inner.release(&offer(json)?);
+            Ok(())
+        })
+    }
+
+    /// The pulls that have ended since the last call.
+    fn poll(&self, py: Python<'_>) -> PyResult<Vec<Ended>> {
+        let inner = self.inner.get()?;
+        Ok(py.detach(|| std::iter::from_fn(|| inner.poll()).map(Ended::from).collect()))
+    }
+
+    /// Pulls that have not ended.
+    fn pulls(&self) -> PyResult<usize> {
+        Ok(self.inner.get()?.pulls())
+    }
+
+    /// Pulls whose blocks are withheld until this process restarts.
+    fn wedged(&self) -> PyResult<usize> {
+        Ok(self.inner.get()?.wedged())
+    }
+
+    /// Peers whose sessions are up.
+    fn peers(&self) -> PyResult<usize> {
+        Ok(self.inner.get()?.peers())
+    }
+
+    /// How far a pull is: `(loaded chunks, all chunks)`; `None` when it has ended.
+    fn progress(&self, pull: u64) -> PyResult<Option<(usize, usize)>> {
+        Ok(self.inner.get()?.progress(PullId(pull)))
+    }
+
+    /// Cancels every pull and ends it. Returns within `limit` seconds: `True` when all is done.
+    fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
+        Ok(self.inner.close(py, seconds(limit)?, |inner| {
+            inner.shutdown();
+            drop(inner);
+        }))
+    }
+}
+
+/// A pull that has ended: nothing writes its local blocks any more.
+#[pyclass(frozen, get_all, module = "kvferry._native")]
+pub struct Ended {
+    /// Its number.
+    pull: u64,
+    /// Positions that did not arrive, and the local blocks meant for them, by group: `(group, position, block)`.
+    invalid: Vec<(u16, u32, u32)>,
+    /// Blocks that arrived.
+    loaded: u64,
+    /// Bytes of them.
+    bytes: u64,
+    /// Blocks that did not arrive, by cause.
+    causes: BTreeMap<&'static str, u64>,
+    /// Why the earliest of them did not.
+    cause: Option<&'static str>,
+    /// The lane that finished; `None`: none was used.
+    lane: Option<&'static str>,
+    /// Attempts after the first.
+    retries: u32,
+    /// Seconds from the call until the claim was granted, and until the end; `None`: did not happen.
+    claimed: Option<f64>,
+    ended: Option<f64>,
+}
+
+impl From<InnerEnded> for Ended {
+    fn from(e: InnerEnded) -> Self {
+        let o = &e.outcome;
+        let mut causes = BTreeMap::new();
+        for (cause, set) in o.groups.iter().flat_map(|g| &g.causes) {
+            *causes.entry(cause.as_str()).or_default() += set.len();
+        }
+        // Both lists go by group and then by position.
+        let positions = o.groups.iter().flat_map(|g| g.invalid.iter());
+        let invalid = e.blocks.invalid.iter().zip(positions).map(|(b, p)| (b.group.0, p, b.id.0)).collect();
+        Self {
+            pull: e.pull.0,
+            invalid,
+            loaded: o.loaded(),
+            bytes: o.bytes,
+            causes,
+            cause: o.cause().map(|c| c.as_str()),
+            lane: o.lanes.last().map(|l| l.as_str()),
+            retries: o.retries,
+            claimed: o.times.claim.map(|t| t.as_secs_f64()),
+            ended: o.times.ended.map(|t| t.as_secs_f64()),
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! `kvferry._native`: kvferry's producer and consumer for Python.
+//!
+//! Owns nothing but handles, and decides nothing: what a load's failure means to an engine is decided in `kvferry.vllm`.
+//! The interpreter's lock is released in every call that does more than read a number, so that an engine's other threads
+//! never wait for a peer. Every failure is a Python exception with the library's own message.
+
+mod consumer;
+mod handle;
+mod pool;
+mod producer;
+mod settings;
+
+use kvferry::block::Incarnation;
+use pyo3::{exceptions::PyValueError, prelude::*};
+
+/// An engine's incarnation, as 16 hexadecimal digits, from those of all its ranks in rank order.
+#[pyfunction]
+fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
+    let ranks = ranks.into_iter().map(Incarnation::try_from).collect::<Result<Vec<_>, _>>();
+    let ranks = ranks.map_err(|e| PyValueError::new_err(e.to_string()))?;
+    let engine =
+        Incarnation::of_engine(&ranks).ok_or_else(|| PyValueError::new_err("an engine has at least one rank"))?;
+    Ok(engine.to_string())
+}
+
+/// A new offer id, as 32 hexadecimal digits.
+#[pyfunction]
+fn new_offer_id() -> String {
+    kvferry::block::OfferId::random().to_string()
+}
+
+/// Checks the JSON of an offer, with all its bounds. `ValueError` says what is wrong with it.
+#[pyfunction]
+fn check_offer(offer: &str) -> PyResult<()> {
+    pool::offer(offer).map(drop)
+}
+
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::{
+        check_offer,
+        consumer::{Consumer, Ended},
+        engine_incarnation, new_offer_id,
+        pool::{Identity, Pool},
+        producer::Producer,
+        settings::Settings,
+    };
+}

@@ -1,0 +1,122 @@
+//! What an engine's rank is, and where its KV lies.
+
+use std::{ptr::NonNull, sync::Arc};
+
+use kvferry::{
+    block::{EngineId, GroupId, OfferId, Rank},
+    config::Limits,
+    group::{Group, GroupKind, PoolLayout, Region},
+    memory::Memory,
+    model::Model,
+    offer::Offer,
+    shard::Shard,
+};
+use pyo3::{exceptions::PyValueError, prelude::*};
+
+/// The library's message as a `ValueError`.
+pub fn value_error(e: impl std::fmt::Display) -> PyErr {
+    PyValueError::new_err(e.to_string())
+}
+
+/// Reads an offer and checks its bounds: it may come from anywhere.
+pub fn offer(json: &str) -> PyResult<Offer> {
+    let offer = Offer::from_json(json).map_err(value_error)?;
+    offer.check(Limits::default().blocks_per_offer).map_err(value_error)?;
+    Ok(offer)
+}
+
+pub fn offer_id(id: String) -> PyResult<OfferId> {
+    OfferId::try_from(id).map_err(value_error)
+}
+
+/// A rank of an engine, its part of the model, and what the bytes of a block mean.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Identity {
+    pub engine: EngineId,
+    pub rank: Rank,
+    pub shard: Shard,
+    pub model: Model,
+}
+
+#[pymethods]
+impl Identity {
+    #[new]
+    #[pyo3(signature = (*, engine, rank, tp, pp, heads, layers, model, dtype, scales, attention, block_tokens))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        engine: &str,
+        rank: u32,
+        tp: (u32, u32),
+        pp: (u32, u32),
+        heads: (u32, u32),
+        layers: (u32, u32),
+        model: String,
+        dtype: String,
+        scales: String,
+        attention: String,
+        block_tokens: u32,
+    ) -> PyResult<Self> {
+        let (tp_rank, tp_size) = tp;
+        let (pp_rank, pp_size) = pp;
+        let (first_head, heads) = heads;
+        let (first_layer, layers) = layers;
+        Ok(Self {
+            engine: engine.parse().map_err(value_error)?,
+            rank: Rank(rank),
+            shard: Shard { tp_rank, tp_size, pp_rank, pp_size, first_head, heads, first_layer, layers },
+            model: Model { name: model, dtype, scales, attention, block_tokens },
+        })
+    }
+}
+
+/// `(name, segment, offset, block_bytes, stride)` of one layer's blocks.
+type PyRegion = (String, u16, u64, u64, u64);
+/// `(id, kind, block_tokens, blocks, regions)` of the layers that share a block table.
+type PyGroup = (u16, String, u32, u32, Vec<PyRegion>);
+
+/// The engine's own KV memory, and how it is laid out. `segments` are `(address, bytes)`; `keep` is held as long as anything
+/// may touch them.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Pool {
+    pub layout: PoolLayout,
+    pub memory: Memory,
+}
+
+#[pymethods]
+impl Pool {
+    #[new]
+    fn new(segments: Vec<(usize, u64)>, groups: Vec<PyGroup>, keep: Py<PyAny>) -> PyResult<Self> {
+        let layout = PoolLayout {
+            segments: segments.iter().map(|s| s.1).collect(),
+            groups: groups.into_iter().map(group).collect::<PyResult<_>>()?,
+        };
+        layout.check().map_err(value_error)?;
+        let raw = segments.iter().map(|&(at, len)| {
+            let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(at));
+            base.map(|base| (base, len)).ok_or_else(|| PyValueError::new_err("a segment has the address 0"))
+        });
+        let raw = raw.collect::<PyResult<Vec<_>>>()?;
+        // SAFETY: the caller passes the address and length of tensors' storages, and in `keep` those tensors: they stay
+        // allocated until the last clone of this memory is gone, for no lane outlives its clone. Nobody makes a Rust
+        // reference to them. That the engine's kernels use the same bytes is part of the contract of `from_raw`.
+        let memory = unsafe { Memory::from_raw(&raw, Some(Arc::new(keep))) };
+        Ok(Self { layout, memory })
+    }
+}
+
+fn group((id, kind, block_tokens, blocks, regions): PyGroup) -> PyResult<Group> {
+    let kind = match kind.as_str() {
+        "full" => GroupKind::Full,
+        "sliding_window" => GroupKind::SlidingWindow,
+        "state" => GroupKind::State,
+        other => return Err(PyValueError::new_err(format!("no kind of group is called {other:?}"))),
+    };
+    let region = |(name, segment, offset, block_bytes, stride): PyRegion| Region {
+        name: name.into(),
+        segment,
+        offset,
+        block_bytes,
+        stride,
+    };
+    Ok(Group { id: GroupId(id), kind, block_tokens, blocks, regions: regions.into_iter().map(region).collect() })
+}

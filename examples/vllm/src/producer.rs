@@ -1,0 +1,108 @@
+//! A prefill rank's producer.
+
+use kvferry::{producer::Producer as Inner, producer::Ready};
+use pyo3::{exceptions::PyRuntimeError, prelude::*};
+
+use crate::{
+    handle::{Handle, seconds},
+    pool::{Identity, Pool, offer, offer_id, value_error},
+    settings::Settings,
+};
+
+/// Offers blocks of the engine's memory.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Producer {
+    inner: Handle<Inner>,
+    incarnation: String,
+    addr: String,
+}
+
+#[pymethods]
+impl Producer {
+    /// Starts it. `listen` and `advertise` are `HOST:PORT`.
+    #[new]
+    #[pyo3(signature = (identity, pool, settings, listen, advertise = None))]
+    fn new(
+        py: Python<'_>,
+        identity: &Identity,
+        pool: &Pool,
+        settings: &Settings,
+        listen: String,
+        advertise: Option<String>,
+    ) -> PyResult<Self> {
+        let mut builder = Inner::builder(identity.engine.clone(), identity.model.clone(), pool.layout.clone())
+            .rank(identity.rank, identity.shard)
+            .memory(pool.memory.clone())
+            .listen(listen)
+            .lanes(settings.lanes.clone())
+            .config(settings.config.clone());
+        if let Some(addr) = advertise {
+            builder = builder.advertise(addr);
+        }
+        let inner = py.detach(|| builder.build()).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
+        let incarnation = inner.me().incarnation.to_string();
+        let addr = inner.addr().to_owned();
+        Ok(Self { inner: Handle::new("producer", inner), incarnation, addr })
+    }
+
+    /// This process life of the rank, as 16 hexadecimal digits.
+    #[getter]
+    fn incarnation(&self) -> &str {
+        &self.incarnation
+    }
+
+    /// `HOST:PORT` at which consumers reach it.
+    #[getter]
+    fn addr(&self) -> &str {
+        &self.addr
+    }
+
+    /// Enters an offer that the scheduler named, JSON. From now on its blocks are held and can be pulled.
+    fn enter(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+        let inner = self.inner.get()?;
+        py.detach(|| {
+            let offer = offer(json)?;
+            inner.enter(&offer, Ready::Now).map_err(value_error)
+        })
+    }
+
+    /// Takes an offer back; it is freed with the next `poll_freed`.
+    fn revoke(&self, py: Python<'_>, id: String) -> PyResult<()> {
+        let (inner, id) = (self.inner.get()?, offer_id(id)?);
+        py.detach(|| inner.revoke(id));
+        Ok(())
+    }
+
+    /// The offers whose blocks may be used again since the last call: `(id, why)`, where why is `released`, `expired`,
+    /// `revoked`, `hard_cap`, …
+    fn poll_freed(&self, py: Python<'_>) -> PyResult<Vec<(String, &'static str)>> {
+        let inner = self.inner.get()?;
+        Ok(py.detach(|| std::iter::from_fn(|| inner.poll_freed()).map(|f| (f.offer.to_string(), why(f.why))).collect()))
+    }
+
+    /// Live offers, claims on them, and open sessions of consumers.
+    fn live(&self, py: Python<'_>) -> PyResult<(usize, usize, usize)> {
+        let inner = self.inner.get()?;
+        Ok(py.detach(|| {
+            let (offers, claims) = inner.live();
+            (offers, claims, inner.sessions())
+        }))
+    }
+
+    /// Ends it; nothing is offered any more. Returns within `limit` seconds: `True` when all is done.
+    fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
+        Ok(self.inner.close(py, seconds(limit)?, drop))
+    }
+}
+
+fn why(gone: kvferry::protocol::frame::Gone) -> &'static str {
+    use kvferry::protocol::frame::Gone;
+    match gone {
+        Gone::Released => "released",
+        Gone::Expired => "expired",
+        Gone::Revoked => "revoked",
+        Gone::HardCap => "hard_cap",
+        Gone::Unknown => "unknown",
+        Gone::Limit => "limit",
+    }
+}

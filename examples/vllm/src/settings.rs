@@ -1,0 +1,89 @@
+//! The library's settings that an operator may choose, with its defaults for all others.
+
+use kvferry::{
+    config::{Config, OnWedge, TlsConfig},
+    lane::LaneKind,
+};
+use pyo3::{exceptions::PyValueError, prelude::*};
+
+use crate::{handle::seconds, pool::value_error};
+
+/// Settings of a producer and a consumer. Times are in seconds.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Settings {
+    pub config: Config,
+    pub lanes: Vec<LaneKind>,
+}
+
+#[pymethods]
+impl Settings {
+    #[new]
+    #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
+        early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
+        tls = None))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        lanes: Option<Vec<String>>,
+        deadline: Option<f64>,
+        unclaimed_lease: Option<f64>,
+        claim_lease: Option<f64>,
+        hard_cap: Option<f64>,
+        early_grace: Option<f64>,
+        chunk_min: Option<u64>,
+        chunk_max: Option<u64>,
+        tcp_connections: Option<usize>,
+        on_wedge: Option<&str>,
+        fault: Option<&str>,
+        tls: Option<(Vec<u8>, Vec<u8>, Vec<u8>, String)>,
+    ) -> PyResult<Self> {
+        let mut config = Config::default();
+        let times = [
+            (deadline, &mut config.pull.deadline),
+            (unclaimed_lease, &mut config.lease.unclaimed),
+            (claim_lease, &mut config.lease.claimed),
+            (hard_cap, &mut config.lease.hard_cap),
+            (early_grace, &mut config.lease.early_grace),
+        ];
+        for (given, to) in times {
+            if let Some(s) = given {
+                *to = seconds(s)?;
+            }
+        }
+        // The last word on a tombstone: a retry that comes after the hard cap still hears why.
+        config.lease.tombstone = config.lease.tombstone.max(config.lease.unclaimed);
+        if let Some(bytes) = chunk_min {
+            config.pull.chunk.min_bytes = bytes;
+        }
+        if let Some(bytes) = chunk_max {
+            config.pull.chunk.max_bytes = bytes;
+        }
+        if let Some(n) = tcp_connections {
+            config.tcp.connections = n;
+        }
+        config.pull.on_wedge = match on_wedge {
+            None | Some("withhold") => OnWedge::Withhold,
+            Some("exit") => OnWedge::Exit,
+            Some(other) => return Err(PyValueError::new_err(format!("on_wedge is withhold or exit, not {other:?}"))),
+        };
+        if let Some(fault) = fault {
+            config.pull.faults = Some(fault.parse().map_err(value_error)?);
+        }
+        if let Some((certificate, key, ca, server_name)) = tls {
+            config.tls = Some(TlsConfig { certificate, key, ca, server_name });
+        }
+        let lanes = match lanes {
+            Some(names) => names.iter().map(|n| lane(n)).collect::<PyResult<Vec<_>>>()?,
+            None => config.pull.lanes.clone(),
+        };
+        config.pull.lanes.clone_from(&lanes);
+        config.check().map_err(value_error)?;
+        Ok(Self { config, lanes })
+    }
+}
+
+fn lane(name: &str) -> PyResult<LaneKind> {
+    [LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp, LaneKind::CudaIpc]
+        .into_iter()
+        .find(|k| k.as_str() == name)
+        .ok_or_else(|| PyValueError::new_err(format!("no lane is called {name:?}: use verbs, local, tcp, cuda-ipc")))
+}

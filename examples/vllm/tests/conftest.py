@@ -103,3 +103,42 @@ def prompt(seed: int, length: int, low: int = 4, high: int = 259) -> list[int]:
     """Random tokens: no two prompts share a block."""
     r = random.Random(seed)
     return [r.randrange(low, high) for _ in range(length)]
+
+
+class Fleet:
+    """A prefill engine, a decode engine and one without a connector, of one model."""
+
+    def __init__(self, start: Start, model: str, label: str, vocab: tuple[int, int], **decode: Any) -> None:
+        self.vocab = vocab
+        self._seed = 0
+        self.p = start(f"{label}-prefill", model, "kv_producer")
+        self.d = start(f"{label}-decode", model, "kv_consumer", **decode)
+        self.mono = start(f"{label}-mono", model)
+        for engine in (self.p, self.d, self.mono):
+            engine.ready()
+        self.free = (self.p.state()["free"], self.d.state()["free"])
+
+    def prompt(self, length: int) -> list[int]:
+        """A prompt that no test had before."""
+        self._seed += 1
+        return prompt(self._seed, length, *self.vocab)
+
+    def alone(self, tokens: list[int], max_tokens: int = 16) -> list[int]:
+        """What an engine without a connector answers."""
+        self._seed += 1
+        return self.mono.generate(f"mono-{self._seed}", tokens, max_tokens=max_tokens)["tokens"]
+
+    def settled(self) -> None:
+        """Both engines hold nothing any more."""
+        free = (self.p.settled()["free"], self.d.settled()["free"])
+        assert free == self.free, f"blocks are lost: {free} are free, {self.free} were"
+
+
+@pytest.fixture(scope="session")
+def start_session(log_dir: Path) -> Iterator[Start]:
+    yield from starter(log_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_fleet(start_session: Start, tiny: str) -> Fleet:
+    return Fleet(start_session, tiny, "tiny", (4, 259))

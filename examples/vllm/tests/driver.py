@@ -28,6 +28,7 @@ class Engine:
         self.log = log_dir / f"{name}.log"
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._kept: list[dict[str, Any]] = []
+        self._ready = False
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "engine.py"), json.dumps(spec)],
@@ -78,7 +79,9 @@ class Engine:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def ready(self) -> "Engine":
-        self.wait("ready")
+        if not self._ready:
+            self.wait("ready")
+            self._ready = True
         return self
 
     def add(self, id: str, tokens: list[int], **more: Any) -> None:

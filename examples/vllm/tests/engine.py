@@ -5,6 +5,7 @@ The loop is a server's: it steps while the engine has something to do, and takes
 
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -54,9 +55,7 @@ class Engine:
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.connector = self.scheduler.get_kv_connector()
-        self.names: dict[str, str] = {}
         self.scheduled: dict[str, int] = {}
-        self.hooks: list[Any] = []
         self._watch()
 
     def _watch(self) -> None:
@@ -71,6 +70,12 @@ class Engine:
 
         self.scheduler.schedule = watched
 
+    def worker(self) -> Any:
+        """kvferry's worker side, when it is in this process."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
     def busy(self) -> bool:
         return self.engine.has_unfinished_requests() or self.scheduler.has_requests()
 
@@ -78,8 +83,9 @@ class Engine:
         for out in self.engine.step():
             if out.finished:
                 tokens = list(out.outputs[0].token_ids)
-                internal = self.names.get(out.request_id, out.request_id)
-                total = sum(n for r, n in self.scheduled.items() if r == internal or r.startswith(f"{internal}-"))
+                # The engine adds eight random digits to a request's id.
+                mine = re.compile(f"{re.escape(out.request_id)}(-[0-9a-f]{{8}})?")
+                total = sum(n for r, n in self.scheduled.items() if mine.fullmatch(r))
                 say(
                     event="done",
                     id=out.request_id,
@@ -97,12 +103,11 @@ class Engine:
         op = c["op"]
         if op == "add":
             extra = {"kv_transfer_params": c["params"]} if c.get("params") else None
+            # Greedy; several answers to one prompt must be sampled, from the one best token then.
+            n = c.get("n", 1)
+            greedy: dict[str, Any] = {"temperature": 0} if n == 1 else {"temperature": 1, "top_k": 1}
             sampling = SamplingParams(
-                temperature=0,
-                max_tokens=c.get("max_tokens", 16),
-                ignore_eos=True,
-                extra_args=extra,
-                n=c.get("n", 1),
+                **greedy, max_tokens=c.get("max_tokens", 16), ignore_eos=True, extra_args=extra, n=n
             )
             prompt: dict[str, Any] = {"prompt_token_ids": c["tokens"]}
             if c.get("salt"):

@@ -320,7 +320,8 @@ impl Lane for LocalLane {
         }
         if !self.fences.is_empty() {
             self.check_fences(out);
-        } else if std::mem::take(&mut self.slept)
+        } else if (std::mem::take(&mut self.slept) || self.queue.is_empty())
+            // Whoever polls a lane that has nothing to do was woken by it, and would be again: an idle lane is armed once.
             && let Some(cause) = self.owner.ended()
         {
             self.go_down(cause);

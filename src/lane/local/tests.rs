@@ -351,6 +351,20 @@ fn a_death_is_noticed_while_the_lane_sleeps() {
 }
 
 #[test]
+fn a_death_is_noticed_by_a_lane_that_was_armed_before_its_last_work() {
+    let mut p = Producer::start("memfd");
+    let memory = Memory::alloc(&[1 << 20]).unwrap();
+    let mut lane = p.lane(&memory);
+    lane.arm().unwrap();
+    pull(&mut lane, &[read(0, (0, 0), (0, 0), 100)]);
+    p.kill();
+    // Its descriptor is in its owner's epoll set by now, which wakes whoever sleeps there until the lane says why.
+    let mut events = vec![];
+    lane.poll(&mut events);
+    assert!(events.contains(&LaneEvent::Down { cause: Cause::PeerDown }), "{events:?}");
+}
+
+#[test]
 fn a_stopped_owner_still_serves_reads_and_fences() {
     for kind in ["memfd", "raw"] {
         let p = Producer::start(kind);

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvferry.vllm import pool
-from kvferry.vllm.guard import never_raises
+from kvferry.vllm.guard import ENDING, logger, never_raises
 from kvferry.vllm.messages import Meta
 from kvferry.vllm.scheduler import SchedulerSide
 from kvferry.vllm.stats import KvFerryPromMetrics, KvFerryStats
@@ -109,13 +109,20 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         """Prompt tokens that can be loaded, and that the load is asynchronous."""
         return self._side.matched(request, num_computed_tokens) if self._side is not None else (0, False)
 
-    @never_raises(lambda: None)
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
     ) -> None:
-        """The request's blocks are set aside."""
-        if self._side is not None:
+        """The request's blocks are set aside. With tokens to load it waits from now on, so a worker must hear of it."""
+        if self._side is None:
+            return
+        try:
             self._side.allocated(request, blocks, num_external_tokens)
+        except ENDING:
+            raise
+        except BaseException:
+            logger.exception("kvferry: request %s is prefilled here", request.request_id)
+            if num_external_tokens > 0:
+                self._side.give_up(request.request_id)
 
     @never_raises(Meta)
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:

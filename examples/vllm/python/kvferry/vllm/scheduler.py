@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvferry import _native
 from kvferry.vllm import params as kv_params
 from kvferry.vllm import pool
-from kvferry.vllm.guard import ENDING, logger
+from kvferry.vllm.guard import logger
 from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, Offering
 from kvferry.vllm.stats import KvFerryStats
 
@@ -152,25 +152,21 @@ class SchedulerSide:
         first = self._local.pop(request_id, 0)
         if params is not None:
             params["do_remote_prefill"] = False
-        if external <= 0:
-            if remote is not None:
-                self._use(remote)
-                # All of the prompt is here, or another connector brings it.
-                self._todo.releases.append(remote.offer)
-            return
-        load = Load(request_id, None)
-        try:
-            if remote is None:
-                raise RuntimeError("no offer is known for it")
+        if remote is not None:
             self._use(remote)
+        if external > 0:
+            if remote is None:
+                raise RuntimeError("no offer is known for a request that is to be loaded")
             groups = self._wanted(blocks, first, first + external)
-            load = Load(request_id, remote.offer, groups)
             self._waiting[request_id] = self._wait(groups, first, first + external)
-        except ENDING:
-            raise
-        except BaseException:
-            logger.exception("kvferry: request %s is prefilled here: its load could not be planned", request_id)
-        self._todo.loads.append(load)
+            self._todo.loads.append(Load(request_id, remote.offer, groups))
+        elif remote is not None:
+            # All of the prompt is here, or another connector brings it.
+            self._todo.releases.append(remote.offer)
+
+    def give_up(self, request_id: str) -> None:
+        """`allocated` failed: the request waits all the same, until its workers report that nothing came."""
+        self._todo.loads.append(Load(request_id, None))
 
     def _use(self, remote: kv_params.Remote) -> None:
         self._used[remote.offer_id] = None

@@ -1,0 +1,209 @@
+"""Engines of other shapes: several cache groups, several ranks, a wrapper around the connector, and one whose native part
+is gone."""
+
+import time
+from typing import Any
+
+import pytest
+from conftest import Fleet, Start, prompt, transfer
+from driver import Engine
+
+
+def pair(start: Start, model: str, label: str, p: dict[str, Any], d: dict[str, Any], **decode: Any) -> list[Engine]:
+    engines = [
+        start(f"{label}-prefill", model, "kv_producer", llm=p),
+        start(f"{label}-decode", model, "kv_consumer", llm=d, **decode),
+        start(f"{label}-mono", model),
+    ]
+    return [e.ready() for e in engines]
+
+
+def test_several_cache_groups_load_as_a_whole_or_not_at_all(start: Start, tiny_window: str) -> None:
+    p, d, mono = pair(start, tiny_window, "window", {}, {})
+    assert d.python("len(self.scheduler.kv_cache_config.kv_cache_groups)") == 2
+    free = p.state()["free"], d.state()["free"]
+    for length in (40, 128, 700):
+        tokens = prompt(length, length)
+        done = d.generate(f"good-{length}", tokens, params=p.prefill(f"good-{length}", tokens))
+        assert done["tokens"] == mono.generate(f"good-{length}", tokens)["tokens"]
+        assert done["computed"] == 1
+    # The window has left most blocks of its group: they are not moved. 700 tokens are 22 blocks of full attention.
+    blocks = d.metrics()["kvferry_blocks_loaded"]
+    assert blocks < 2 * (2 + 4 + 22)
+    for group, lost in ((0, 21), (1, 21)):
+        tokens = prompt(900 + group, 700)
+        params = p.prefill(f"lost-{group}", tokens)
+        params["kvferry"]["offer"]["groups"][group]["blocks"][lost] = None
+        done = d.generate(f"lost-{group}", tokens, params=params)
+        assert done["tokens"] == mono.generate(f"lost-{group}", tokens)["tokens"]
+        assert done["computed"] == 700
+    assert d.metrics()["kvferry_loads{result=failed}"] == 2
+    assert d.metrics()["kvferry_tokens_recomputed"] == 1400
+    # What is here is used, in both groups.
+    prefix = prompt(77, 256)
+    d.generate("warm", prefix + prompt(78, 9), max_tokens=1)
+    tokens = prefix + prompt(79, 200)
+    done = d.generate("hit", tokens, params=p.prefill("hit", tokens))
+    assert done["tokens"] == mono.generate("hit", tokens)["tokens"]
+    assert done["computed"] == 1
+    assert (p.settled()["free"], d.settled()["free"]) == free
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (2, 1), (1, 2)])
+def test_tensor_parallel_ranks_pull_their_heads(start: Start, tiny: str, prefill: int, decode: int) -> None:
+    p, d, mono = pair(
+        start, tiny, f"tp{prefill}{decode}", {"tensor_parallel_size": prefill}, {"tensor_parallel_size": decode}
+    )
+    free = p.state()["free"], d.state()["free"]
+    for length in (33, 700):
+        tokens = prompt(length, length)
+        params = p.prefill(f"good-{length}", tokens)
+        assert len(params["kvferry"]["offer"]["ranks"]) == prefill
+        done = d.generate(f"good-{length}", tokens, params=params)
+        # Sums over ranks go in another order than in one engine alone, so the text may differ in the end, not at first.
+        assert done["tokens"][:4] == mono.generate(f"good-{length}", tokens)["tokens"][:4]
+        assert done["computed"] == 1
+    tokens = prompt(5, 700)
+    params = p.prefill("lost", tokens)
+    params["kvferry"]["offer"]["groups"][0]["blocks"][7] = None
+    done = d.generate("lost", tokens, params=params)
+    assert done["tokens"][:4] == mono.generate("lost", tokens)["tokens"][:4]
+    assert done["computed"] == 700 - 7 * 32
+    # An aborted load is reported by each rank, once.
+    params = p.prefill("abort", tokens)
+    d.add("abort", tokens, params=params, salt="abort")
+    d.send(op="abort", id="abort")
+    d.wait("aborted", "abort")
+    # A rank that dies with its engine: the whole engine is another one then.
+    params["kvferry"]["offer"]["ranks"][-1]["incarnation"] = "00000000000000ab"
+    params["kvferry"]["offer"]["id"] = f"{9:032x}"
+    done = d.generate("half", tokens, params=params, salt="half")
+    assert done["tokens"][:4] == mono.generate("lost", tokens)["tokens"][:4]
+    assert done["computed"] == 700
+    assert (p.settled()["free"], d.settled()["free"]) == free
+
+
+def test_under_a_multi_connector(start: Start, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def multi(role: str) -> dict[str, Any]:
+        ours = {k: v for k, v in transfer(role).items() if k != "kv_load_failure_policy"}
+        other = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": role,
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path_factory.mktemp("other"))},
+        }
+        return {
+            "kv_connector": "MultiConnector",
+            "kv_role": role,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"connectors": [ours, other]},
+        }
+
+    one_group = {"disable_hybrid_kv_cache_manager": True}
+    p = start("multi-prefill", tiny, "kv_producer", transfer=multi("kv_producer"), llm=one_group)
+    d = start("multi-decode", tiny, "kv_consumer", transfer=multi("kv_consumer"), llm=one_group)
+    mono = start("multi-mono", tiny)
+    for e in (p, d, mono):
+        e.ready()
+    free = p.state()["free"], d.state()["free"]
+    tokens = prompt(1, 300)
+    done = d.generate("good", tokens, params=p.prefill("good", tokens))
+    assert done["tokens"] == mono.generate("good", tokens)["tokens"]
+    assert done["computed"] == 1
+    tokens = prompt(2, 300)
+    params = p.prefill("lost", tokens)
+    params["kvferry"]["offer"]["groups"][0]["blocks"][4] = None
+    done = d.generate("lost", tokens, params=params)
+    assert done["tokens"] == mono.generate("lost", tokens)["tokens"]
+    assert done["computed"] == 300 - 4 * 32
+    assert (p.settled()["free"], d.settled()["free"]) == free
+
+
+def test_nothing_that_breaks_underneath_reaches_the_engine(start: Start, tiny: str, tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    d = start("broken", tiny, "kv_both").ready()
+    free = d.state()["free"]
+    # Each method of the worker's side fails in turn.
+    for method in ("start", "collect", "invalid_blocks"):
+        tokens = f.prompt(200)
+        d.python(f"setattr(self.worker(), '{method}', None)")
+        done = d.generate(f"without {method}", tokens)
+        assert done["tokens"] == f.alone(tokens)
+        d.python(f"delattr(self.worker(), '{method}')")
+    for method in ("matched", "allocated", "output", "finished", "meta", "pending", "ranks"):
+        tokens = f.prompt(200)
+        params = f.p.prefill(f"p without {method}", tokens)
+        d.python(f"setattr(self.connector._side, '{method}', None)")
+        if method == "meta":
+            # A load that no worker hears of would wait for ever; there is nothing in this method that can fail.
+            params = {}
+        done = d.generate(f"without {method}", tokens, params=params)
+        assert done["tokens"] == f.alone(tokens), method
+        d.python(f"delattr(self.connector._side, '{method}')")
+        f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    # The plan of a load fails: the worker reports it as failed, and the prompt is prefilled here.
+    tokens = f.prompt(200)
+    d.python("setattr(self.connector._side, '_wanted', None)")
+    done = d.generate("no plan", tokens, params=f.p.prefill("no plan", tokens))
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 200
+    d.python("delattr(self.connector._side, '_wanted')")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    # The native part is gone.
+    assert d.python("self.worker()._consumer.close(1.0)") is True
+    assert d.python("self.worker()._producer.close(1.0)") is True
+    tokens = f.prompt(200)
+    done = d.generate("no consumer", tokens, params=f.p.prefill("no consumer", tokens))
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 200
+    done = d.generate("no producer", tokens, params={"do_remote_decode": True}, max_tokens=1)
+    # It said what it would offer; the worker gives the blocks back at once.
+    assert d.settled()["free"] == free
+    assert d.python("self.connector.shutdown()") is None
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.settled()
+
+
+def test_sleep_leaves_memory_alone_and_waking_goes_on(start: Start, tiny: str, tiny_fleet: Fleet) -> None:
+    """vLLM's sleep mode needs a GPU; its three calls are made here as it makes them."""
+    f = tiny_fleet
+    e = start("sleeps", tiny, "kv_both", fault="throttle=2M", chunk_min=128 << 10).ready()
+    free = e.state()["free"]
+    connector = "type(self.connector)"
+    assert e.python(f"{connector}.supports_sleep_mode(None)") is True
+    held = f.prompt(300)
+    e.prefill("held", held)
+    assert e.state()["free"] < free
+    tokens = f.prompt(1500)
+    e.add("pulling", tokens, params=f.p.prefill("pulling", tokens))
+    until = time.monotonic() + 60
+    while not e.python("[n for n in self.worker()._pulls if (self.worker()._consumer.progress(n) or (0, 0))[0] > 3]"):
+        assert time.monotonic() < until
+    group = "__import__('vllm.distributed.kv_transfer', fromlist=['x']).get_kv_transfer_group()"
+    for _ in range(2):
+        e.python(f"{group}.unregister_kv_caches()")
+    assert e.python("self.worker()._consumer.pulls()") == 0
+    assert e.python("self.worker()._producer.live()[0]") == 0
+    for _ in range(2):
+        e.python(f"{group}.restore_kv_caches()")
+    done = e.wait("done", "pulling")
+    assert done["tokens"] == f.alone(tokens)
+    assert 1 < done["computed"] < 1500
+    done = e.generate("held", held, params=f.p.prefill("held", held), salt="awake")
+    assert done["tokens"] == f.alone(held) and done["computed"] == 1
+    assert e.settled()["free"] == free
+    f.settled()
+
+
+def test_shutdown_returns_within_a_second(start: Start, tiny: str, tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    e = start("ends", tiny, "kv_both", fault="throttle=1M").ready()
+    tokens = f.prompt(1500)
+    e.prefill("held", f.prompt(300))
+    e.add("pulling", tokens, params=f.p.prefill("pulling", tokens))
+    while not e.python("[n for n in self.worker()._pulls]"):
+        pass
+    group = "__import__('vllm.distributed.kv_transfer', fromlist=['x']).get_kv_transfer_group()"
+    took = e.python(f"(lambda t: [{group}.shutdown(), time.monotonic() - t][1])(time.monotonic())")
+    assert took < 1.0
+    took = e.python(f"(lambda t: [{group}.shutdown(), time.monotonic() - t][1])(time.monotonic())")
+    assert took < 0.1, "a second call has nothing to do"
+    e.close()
+    f.settled()

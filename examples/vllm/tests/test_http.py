@@ -1,0 +1,64 @@
+"""One pair of HTTP servers behind the router, as an operator runs them."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import servers
+
+PROMPTS = [f"[{i}] " + "The quick brown fox jumps over the lazy dog. " * n for i, n in enumerate((1, 3, 9, 20))]
+
+
+@pytest.fixture(scope="module")
+def site(tiny: str, log_dir: Path) -> Iterator[dict[str, servers.Process]]:
+    port = servers.free_port()
+    prefill = servers.vllm("http-prefill", tiny, log_dir, servers.kvferry_config("kv_producer", port=port))
+    decode = servers.vllm("http-decode", tiny, log_dir, servers.kvferry_config("kv_consumer"))
+    router = servers.router([prefill.url], [decode.url], log_dir)
+    site = {"prefill": prefill, "decode": decode, "router": router}
+    try:
+        for s in site.values():
+            s.start()
+        for s in site.values():
+            s.healthy()
+        yield site
+    finally:
+        for s in site.values():
+            s.kill()
+
+
+def metric(server: servers.Process, name: str) -> float:
+    lines = [line for line in server.get("/metrics").splitlines() if line.startswith(f"vllm:kvferry_{name}")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def texts(url: str, salt: str) -> list[str]:
+    return [servers.complete(url, p, cache_salt=salt)["choices"][0]["text"] for p in PROMPTS]
+
+
+def test_a_prompt_through_the_router_is_answered_as_by_one_engine(site: dict[str, servers.Process]) -> None:
+    alone = texts(site["decode"].url, "alone")
+    assert texts(site["router"].url, "pair") == alone
+    assert metric(site["decode"], "loads_total{") == len(PROMPTS)
+    assert metric(site["decode"], "tokens_loaded_total") > 1000
+    assert metric(site["decode"], "tokens_recomputed_total") == 0
+    assert metric(site["decode"], "peers_up{") == 1
+    assert metric(site["prefill"], "offers_ended_total{") == len(PROMPTS)
+    # Names and labels as vLLM's own metrics have them.
+    line = next(x for x in site["decode"].get("/metrics").splitlines() if x.startswith("vllm:kvferry_bytes_loaded_total"))
+    assert 'engine="0"' in line and 'model_name="model"' in line and 'lane="local"' in line
+
+
+def test_a_killed_prefill_server_costs_time_and_no_answer(site: dict[str, servers.Process]) -> None:
+    alone = texts(site["decode"].url, "alone again")
+    site["prefill"].kill()
+    assert texts(site["router"].url, "nobody") == alone
+    site["prefill"].start().healthy()
+    loads = metric(site["decode"], "loads_total{")
+    assert texts(site["router"].url, "back") == alone
+    # The next request through the restarted server uses it.
+    assert metric(site["decode"], "loads_total{") == loads + len(PROMPTS)

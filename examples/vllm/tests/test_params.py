@@ -1,0 +1,148 @@
+"""What routers pass on: ours, another connector's, another request's, and nothing at all."""
+
+import copy
+
+from conftest import Fleet
+
+
+def test_what_is_cached_here_is_not_pulled(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    prefix, tail = f.prompt(128), f.prompt(70)
+    f.d.generate("hit-warm", prefix + f.prompt(8), max_tokens=1)
+    params = f.p.prefill("hit", prefix + tail)
+    before = f.d.metrics()["kvferry_blocks_loaded"]
+    done = f.d.generate("hit", prefix + tail, params=params)
+    assert done["tokens"] == f.alone(prefix + tail)
+    assert done["computed"] == 1
+    # 198 tokens are 7 blocks; 4 of them were here.
+    assert f.d.metrics()["kvferry_blocks_loaded"] - before == 3
+    f.settled()
+
+
+def test_a_full_hit_gives_the_prefill_engine_its_blocks_back(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    for length in (129, 150):
+        tokens = f.prompt(length)
+        f.d.generate(f"full-warm-{length}", tokens + f.prompt(40), max_tokens=1)
+        params = f.p.prefill(f"full-{length}", tokens)
+        loads = f.d.metrics().get("kvferry_loads{result=loaded}", 0)
+        released = f.p.metrics().get("kvferry_offers_ended{why=released}", 0)
+        done = f.d.generate(f"full-{length}", tokens, params=params)
+        assert done["tokens"] == f.alone(tokens)
+        f.settled()
+        assert f.p.metrics()["kvferry_offers_ended{why=released}"] == released + 1
+        # 129 tokens: four blocks are here, and the last token is computed anyway. 150: the fifth block is pulled.
+        assert f.d.metrics().get("kvferry_loads{result=loaded}", 0) == loads + (length == 150)
+
+
+def test_params_of_another_connector_are_prefilled_here(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    foreign = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [[1, 2, 3]],
+        "remote_engine_id": "other",
+        "remote_request_id": "r",
+        "remote_host": "127.0.0.1",
+        "remote_port": 5600,
+        "tp_size": 1,
+    }
+    rubbish = [
+        foreign,
+        {"do_remote_prefill": True},
+        {"do_remote_prefill": True, "kvferry": None},
+        {"do_remote_prefill": True, "kvferry": {"offer": "text"}},
+        {"do_remote_prefill": True, "kvferry": {"offer": {"id": "zz", "tokens": -1}}},
+        {"do_remote_prefill": "yes", "kvferry": {"offer": {"tokens": 1e300}}},
+        {"something": "else"},
+    ]
+    for i, params in enumerate(rubbish):
+        tokens = f.prompt(100)
+        done = f.d.generate(f"rubbish-{i}", tokens, params=params)
+        assert done["tokens"] == f.alone(tokens)
+        assert done["computed"] == 100
+    assert f.d.metrics()["kvferry_params_refused"] >= 6
+    assert "is prefilled here: no kvferry offer" in f.d.log.read_text()
+    f.settled()
+
+
+def test_an_offer_with_anything_in_it_harms_nobody(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    for i, spoil in enumerate(
+        [
+            lambda o: o["groups"][0]["blocks"].__setitem__(0, 1 << 31),
+            lambda o: o["groups"][0].__setitem__("first_position", 4),
+            lambda o: o["groups"][0].__setitem__("group", 3),
+            lambda o: o.__setitem__("groups", []),
+            lambda o: o.__setitem__("engine", "somebody"),
+            lambda o: o.__setitem__("tokens", 1 << 40),
+            lambda o: o.__setitem__("extra", 1),
+        ]
+    ):
+        tokens = f.prompt(100)
+        params = f.p.prefill(f"any-{i}", tokens)
+        good = copy.deepcopy(params)
+        spoil(params["kvferry"]["offer"])
+        done = f.d.generate(f"any-{i}", tokens, params=params)
+        assert done["tokens"] == f.alone(tokens), i
+        # The true offer's blocks go back by a request that ends before it is admitted, or by the lease.
+        f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+        assert good["kvferry"]["offer"]["id"]
+    f.settled()
+
+
+def test_an_offer_of_another_prompt_is_not_used(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    params = f.p.prefill("another", f.prompt(100))
+    tokens = f.prompt(100)
+    done = f.d.generate("another", tokens, params=params)
+    assert done["tokens"] == f.alone(tokens)
+    assert "its offer is of another prompt" in f.d.log.read_text()
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.settled()
+
+
+def test_an_offer_is_used_once(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    tokens = f.prompt(100)
+    params = f.p.prefill("once", tokens)
+    first = f.d.generate("once", tokens, params=params, salt="a")
+    again = f.d.generate("twice", tokens, params=params, salt="b")
+    assert first["tokens"] == again["tokens"] == f.alone(tokens)
+    assert (first["computed"], again["computed"]) == (1, 100)
+    f.settled()
+
+
+def test_several_answers_to_one_prompt(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    tokens = f.prompt(100)
+    params = f.p.prefill("several", tokens)
+    done = f.d.generate("several", tokens, params=params, n=2)
+    assert done["tokens"] == f.alone(tokens)
+    f.settled()
+
+
+def test_each_side_says_when_it_is_asked_for_the_other_sides_work(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    tokens = f.prompt(100)
+    params = f.p.prefill("roles", tokens)
+    # A decode engine is asked to prefill for another one, and a prefill engine to fetch.
+    done = f.d.generate("roles-d", tokens, params={"do_remote_decode": True}, max_tokens=1)
+    assert done["params"] is None
+    assert "this engine does not offer" in f.d.log.read_text()
+    done = f.p.generate("roles-p", tokens, params=params)
+    assert done["tokens"] == f.alone(tokens)
+    assert "this engine does not pull" in f.p.log.read_text()
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.settled()
+
+
+def test_a_prefill_with_a_longer_answer_offers_its_prompt(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    tokens = f.prompt(90)
+    done = f.p.generate("longer", tokens, params={"do_remote_decode": True}, max_tokens=12)
+    assert done["params"]["remote_num_tokens"] == 90
+    answer = f.d.generate("longer", tokens, params=done["params"])
+    assert answer["tokens"] == f.alone(tokens)
+    assert answer["computed"] == 1
+    f.settled()

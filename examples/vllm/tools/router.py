@@ -1,0 +1,117 @@
+"""A small router for one prefill and one decode engine, or several of each: what production routers do, without the rest.
+
+`python tools/router.py --port 8000 --prefill URL [--prefill URL ...] --decode URL [--decode URL ...]`
+
+A request goes to a prefill engine first, for one token and its `kv_transfer_params`, and with those to a decode engine,
+whose answer is passed on as it comes. A prefill engine that fails costs nothing but time: the decode engine then prefills
+by itself. A decode engine that cannot be reached is left out for the next one.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+
+import aiohttp
+from aiohttp import web
+
+PREFILL_PARAMS = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+# An engine that accepts a request and does not answer is not waited for longer than this.
+PREFILL_LIMIT = 120
+
+logger = logging.getLogger("router")
+
+
+class Router:
+    def __init__(self, prefill: list[str], decode: list[str]) -> None:
+        self._prefill, self._decode = itertools.cycle(prefill), itertools.cycle(decode)
+        self._decodes = len(decode)
+        self._session: aiohttp.ClientSession | None = None
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=64 << 20)
+        app.cleanup_ctx.append(self._client)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/v1/completions", self._serve)
+        app.router.add_post("/v1/chat/completions", self._serve)
+        return app
+
+    async def _client(self, _app: web.Application):
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            self._session = session
+            yield
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _params(self, path: str, body: dict) -> dict | None:
+        """What a prefill engine says of the prompt's KV; `None`: it could not be had."""
+        assert self._session is not None
+        ask = {**body, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(PREFILL_PARAMS)}
+        ask.pop("stream_options", None)
+        ask.pop("min_tokens", None)
+        if "max_completion_tokens" in ask:
+            ask["max_completion_tokens"] = 1
+        url = next(self._prefill) + path
+        try:
+            timeout = aiohttp.ClientTimeout(total=PREFILL_LIMIT)
+            async with self._session.post(url, json=ask, timeout=timeout) as response:
+                response.raise_for_status()
+                return (await response.json()).get("kv_transfer_params")
+        except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as e:
+            logger.warning("%s does not prefill (%r): the decode engine does", url, e)
+            return None
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = await request.json()
+        except json.JSONDecodeError as e:
+            raise web.HTTPBadRequest(text=f"the body is no JSON: {e}") from e
+        params = await self._params(request.path, body)
+        if params:
+            body = {**body, "kv_transfer_params": params}
+        for last in (n == self._decodes - 1 for n in range(self._decodes)):
+            try:
+                return await self._pass_on(request, next(self._decode) + request.path, body)
+            except aiohttp.ClientConnectorError as e:
+                logger.warning("a decode engine cannot be reached: %s", e)
+                if last:
+                    raise web.HTTPBadGateway(text="no decode engine can be reached") from e
+        raise web.HTTPBadGateway(text="there is no decode engine")
+
+    async def _pass_on(self, request: web.Request, url: str, body: dict) -> web.StreamResponse:
+        assert self._session is not None
+        # Leaving this block, also because the client has left, closes the connection: the engine then aborts.
+        async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=None)) as answer:
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--prefill", action="append", required=True)
+    parser.add_argument("--decode", action="append", required=True)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    # A client that leaves takes its request along.
+    web.run_app(
+        Router(args.prefill, args.decode).app(), host=args.host, port=args.port, print=None, handler_cancellation=True
+    )
+
+
+if __name__ == "__main__":
+    main()

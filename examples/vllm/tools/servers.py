@@ -1,0 +1,145 @@
+"""vLLM's HTTP servers and the router, as processes of their own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+# The engine on CPU, on a small machine, without asking the network for anything.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def kvferry_config(role: str, **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": "KvFerryConnector",
+        "kv_connector_module_path": "kvferry.vllm",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+class Process:
+    """A server process; its output goes to a file."""
+
+    def __init__(self, name: str, argv: list[str], port: int, logs: Path, env: dict[str, str] | None = None) -> None:
+        self.name, self.argv, self.port = name, argv, port
+        self.env = {**os.environ, **ENVIRONMENT, **(env or {})}
+        self.log = logs / f"{name}.log"
+        self.url = f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Process":
+        with self.log.open("ab") as log:
+            # A session of its own: an engine has children, and a kill must reach them all at once, as a lost machine's does.
+            self.process = subprocess.Popen(
+                self.argv, stdout=log, stderr=log, env=self.env, start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        return self
+
+    def healthy(self, limit: float = 300) -> "Process":
+        until = time.monotonic() + limit
+        while time.monotonic() < until:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.name} has ended:\n{self.tail()}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                    return self
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise RuntimeError(f"{self.name} is not healthy after {limit} s:\n{self.tail()}")
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def kill(self) -> None:
+        """SIGKILL, to it and to its children."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+
+    def stop(self, limit: float = 20) -> None:
+        """SIGTERM, and after a while SIGKILL."""
+        if self.process is None or self.process.poll() is not None:
+            return self.kill()
+        self.process.terminate()
+        try:
+            self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def cpu_seconds(self) -> float:
+        """CPU time that it and its children have used."""
+        import psutil
+
+        assert self.process is not None
+        root = psutil.Process(self.process.pid)
+        times = [p.cpu_times() for p in [root, *root.children(recursive=True)]]
+        return sum(t.user + t.system for t in times)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as r:
+            return r.read().decode()
+
+
+def vllm(
+    name: str,
+    model: str,
+    logs: Path,
+    transfer: dict[str, Any] | None,
+    env: dict[str, str] | None = None,
+    port: int | None = None,
+    more: tuple[str, ...] = (),
+) -> Process:
+    """A vLLM server; `vllm serve` is the same where the package is called vllm."""
+    port = port or free_port()
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model"]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+    argv += ["--max-model-len", "2048", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(256 << 20)]
+    argv += list(more)
+    if transfer:
+        argv += ["--kv-transfer-config", json.dumps(transfer)]
+    return Process(name, argv, port, logs, env)
+
+
+def router(prefill: list[str], decode: list[str], logs: Path) -> Process:
+    port = free_port()
+    argv = [sys.executable, str(HERE / "router.py"), "--port", str(port)]
+    argv += [a for url in prefill for a in ("--prefill", url)] + [a for url in decode for a in ("--decode", url)]
+    return Process("router", argv, port, logs)
+
+
+def complete(url: str, prompt: Any, max_tokens: int = 16, limit: float = 300, **more: Any) -> dict[str, Any]:
+    """One completion, greedy."""
+    body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=limit) as r:
+        return json.loads(r.read())

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import models
-from driver import Engine
+from driver import Engine, Nursery
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry" / "vllm"
 
@@ -70,17 +70,25 @@ def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def starter(log_dir: Path) -> Iterator[Start]:
+@pytest.fixture(scope="session")
+def nursery(log_dir: Path) -> Iterator[Nursery]:
+    nursery = Nursery(log_dir / "nursery.log")
+    yield nursery
+    nursery.close()
+
+
+def starter(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
     started: list[Engine] = []
 
     def start(name: str, model: str, role: str | None = None, **more: Any) -> Engine:
         """Starts an engine; it is `ready()` some seconds later. `role=None`: without a connector."""
         spec: dict[str, Any] = {"model": model}
-        spec.update({k: more.pop(k) for k in ("llm", "hook", "cache") if k in more})
-        env = more.pop("env", None)
+        spec.update({k: more.pop(k) for k in ("llm", "cache") if k in more})
         if role:
             spec["transfer"] = more.pop("transfer", None) or transfer(role, **more)
-        engine = Engine(f"{len(list(log_dir.iterdir())):02d}-{name}", spec, log_dir, env)
+        ranks = spec.get("llm", {}).get("tensor_parallel_size", 1)
+        label = f"{len(list(log_dir.iterdir())):02d}-{name}"
+        engine = Engine(label, spec, log_dir, nursery if ranks == 1 else None)
         started.append(engine)
         return engine
 
@@ -90,13 +98,13 @@ def starter(log_dir: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def start(log_dir: Path) -> Iterator[Start]:
-    yield from starter(log_dir)
+def start(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
+    yield from starter(log_dir, nursery)
 
 
 @pytest.fixture(scope="module")
-def start_shared(log_dir: Path) -> Iterator[Start]:
-    yield from starter(log_dir)
+def start_shared(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
+    yield from starter(log_dir, nursery)
 
 
 def prompt(seed: int, length: int, low: int = 4, high: int = 259) -> list[int]:
@@ -108,12 +116,12 @@ def prompt(seed: int, length: int, low: int = 4, high: int = 259) -> list[int]:
 class Fleet:
     """A prefill engine, a decode engine and one without a connector, of one model."""
 
-    def __init__(self, start: Start, model: str, label: str, vocab: tuple[int, int], **decode: Any) -> None:
+    def __init__(self, start: Start, model: str, label: str, vocab: tuple[int, int], cache: int = 64 << 20) -> None:
         self.vocab = vocab
         self._seed = 0
-        self.p = start(f"{label}-prefill", model, "kv_producer")
-        self.d = start(f"{label}-decode", model, "kv_consumer", **decode)
-        self.mono = start(f"{label}-mono", model)
+        self.p = start(f"{label}-prefill", model, "kv_producer", cache=cache)
+        self.d = start(f"{label}-decode", model, "kv_consumer", cache=cache)
+        self.mono = start(f"{label}-mono", model, cache=cache)
         for engine in (self.p, self.d, self.mono):
             engine.ready()
         self.free = (self.p.state()["free"], self.d.state()["free"])
@@ -135,8 +143,8 @@ class Fleet:
 
 
 @pytest.fixture(scope="session")
-def start_session(log_dir: Path) -> Iterator[Start]:
-    yield from starter(log_dir)
+def start_session(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
+    yield from starter(log_dir, nursery)
 
 
 @pytest.fixture(scope="session")

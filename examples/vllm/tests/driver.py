@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,36 +21,67 @@ class Dead(AssertionError):
     """The engine process is gone."""
 
 
+class Nursery:
+    """Where engines come from: see `engine.py`."""
+
+    def __init__(self, log: Path) -> None:
+        self._door, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "engine.py"), "--nursery"], stdin=there, stdout=out, stderr=out
+            )
+        there.close()
+        self._door.settimeout(LIMIT)
+        self._ready = False
+
+    def engine(self, spec: dict[str, Any], fds: list[int]) -> int:
+        """A new engine's process id; `fds` are its standard input, output and error."""
+        if not self._ready:
+            assert self._door.recv(16) == b"ready", "vLLM cannot be imported: see the nursery's log"
+            self._ready = True
+        socket.send_fds(self._door, [json.dumps(spec).encode()], fds)
+        return int(self._door.recv(16))
+
+    def close(self) -> None:
+        self._door.close()
+        self._process.wait(LIMIT)
+
+
 class Engine:
     """One engine process."""
 
-    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, nursery: Nursery | None = None) -> None:
         self.name = name
         self.log = log_dir / f"{name}.log"
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._kept: list[dict[str, Any]] = []
         self._ready = False
+        commands, self._stdin = os.pipe()
+        stdout, answers = os.pipe()
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine.py"), json.dumps(spec)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **(env or {})},
-            )
-        threading.Thread(target=self._read, daemon=True).start()
+            fds = [commands, answers, log.fileno()]
+            if nursery is not None:
+                self._pid = nursery.engine(spec, fds)
+            else:
+                # Ranks that are processes of their own start better from a fresh one.
+                argv = [sys.executable, str(HERE / "engine.py"), json.dumps(spec)]
+                child = subprocess.Popen(argv, stdin=commands, stdout=answers, stderr=log, start_new_session=True)
+                self._pid = child.pid
+        os.close(commands)
+        os.close(answers)
+        self._ended = threading.Event()
+        threading.Thread(target=self._read, args=(stdout,), daemon=True).start()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._events.put(json.loads(line))
+    def _read(self, stdout: int) -> None:
+        with os.fdopen(stdout) as lines:
+            for line in lines:
+                self._events.put(json.loads(line))
+        self._ended.set()
         self._events.put(None)
 
     def send(self, **command: Any) -> None:
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(command).encode() + b"\n")
-            self.process.stdin.flush()
+            os.write(self._stdin, json.dumps(command).encode() + b"\n")
         except BrokenPipeError as e:
             raise Dead(self.tail()) from e
 
@@ -126,20 +158,32 @@ class Engine:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        """SIGKILL; returns when the process is gone."""
+        self._signal()
+        assert self._ended.wait(LIMIT)
+
+    def _signal(self) -> None:
+        try:
+            if os.getpgid(self._pid) == self._pid:
+                # Ranks that are processes of their own go along.
+                os.killpg(self._pid, signal.SIGKILL)
+            else:
+                os.kill(self._pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
     def quit(self) -> float:
         """Asks it to end, and returns how long its shutdown took."""
         self.send(op="quit")
         seconds = self.wait("bye")["seconds"]
-        self.process.wait(timeout=LIMIT)
+        assert self._ended.wait(LIMIT)
         return seconds
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        if not self._ended.is_set():
+            self._signal()
+            self._ended.wait(LIMIT)
+        os.close(self._stdin)
 
 
 # What routers send to a prefill engine.

@@ -1,14 +1,20 @@
 """One vLLM engine in this process, driven by lines of JSON on standard input; what happens comes back the same way.
 
 The loop is a server's: it steps while the engine has something to do, and takes commands in between.
+
+`engine.py SPEC` is one engine. `engine.py --nursery` reads vLLM in, which takes most of an engine's start, and then makes
+engines by forking: the test run has one nursery, and each engine is a process of its own all the same.
 """
 
 import json
 import os
 import re
 import select
+import signal
+import socket
 import sys
 import time
+import traceback
 from typing import Any
 
 SETTINGS = {
@@ -23,13 +29,18 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
-# What the engine prints on standard output goes to standard error; the answers have a descriptor of their own.
-ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
+answers: Any = None
+
+
+def keep_answers_apart() -> None:
+    """What the engine prints on standard output goes to standard error; the answers get a descriptor of their own."""
+    global answers
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
 
 
 def say(**event: Any) -> None:
-    ANSWERS.write(json.dumps(event) + "\n")
+    answers.write(json.dumps(event) + "\n")
 
 
 class Engine:
@@ -157,11 +168,9 @@ class Engine:
                 self.step()
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
+def live(spec: dict[str, Any]) -> None:
+    keep_answers_apart()
     started = time.monotonic()
-    if hook := spec.get("hook"):
-        exec(hook, {"spec": spec})
     engine = Engine(spec)
     say(event="ready", seconds=time.monotonic() - started)
     engine.run()
@@ -170,5 +179,44 @@ def main() -> None:
     say(event="bye", seconds=time.monotonic() - began)
 
 
+def nursery() -> None:
+    """Takes `SPEC`, with three descriptors, on the socket at standard input; answers with a process id each time."""
+    import vllm.config
+    import vllm.model_executor.models.gemma3
+    import vllm.model_executor.models.llama
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker
+    from vllm import LLM  # noqa: F401
+
+    import kvferry.vllm  # noqa: F401
+
+    door = socket.socket(fileno=0)
+    door.sendall(b"ready")
+    # Nobody waits for the engines here: the test sees an engine's end by the end of its answers.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, fds, _, _ = socket.recv_fds(door, 1 << 20, 3)
+        if not message:
+            return
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for to, fd in enumerate(fds):
+                os.dup2(fd, to)
+                os.close(fd)
+            try:
+                live(json.loads(message))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        for fd in fds:
+            os.close(fd)
+        door.sendall(str(pid).encode())
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "--nursery":
+        nursery()
+    else:
+        live(json.loads(sys.argv[1]))

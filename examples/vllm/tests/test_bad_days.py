@@ -164,7 +164,8 @@ def test_the_answer_may_overtake_the_prefill_worker(tiny_fleet: Fleet) -> None:
     until = time.monotonic() + LIMIT
     while f.d.state()["waiting"] != ["WAITING_FOR_REMOTE_KVS"]:
         assert time.monotonic() < until
-    assert f.d.python(PROGRESS) == [[0, 0]] or f.d.python(PROGRESS) == [(0, 0)]
+    # Its peer may have answered by now; nothing is loaded.
+    assert [p[0] for p in f.d.python(PROGRESS)] == [0]
     f.p.python(f"[0 for _ in {go}]")
     done = f.d.wait("done", "early")
     assert done["tokens"] == f.alone(tokens) and done["computed"] == 1

@@ -183,7 +183,9 @@ class Engine:
         if not self._ended.is_set():
             self._signal()
             self._ended.wait(LIMIT)
-        os.close(self._stdin)
+        if self._stdin >= 0:
+            os.close(self._stdin)
+            self._stdin = -1
 
 
 # What routers send to a prefill engine.

@@ -189,7 +189,7 @@ def test_sleep_leaves_memory_alone_and_waking_goes_on(start: Start, tiny: str, t
     done = e.wait("done", "pulling")
     assert done["tokens"] == f.alone(tokens)
     assert 1 < done["computed"] < 1500
-    done = e.generate("held", held, params=f.p.prefill("held", held), salt="awake")
+    done = e.generate("awake", held, params=f.p.prefill("awake", held), salt="awake")
     assert done["tokens"] == f.alone(held) and done["computed"] == 1
     assert e.settled()["free"] == free
     f.settled()

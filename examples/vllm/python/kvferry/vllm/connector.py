@@ -122,7 +122,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         except BaseException:
             logger.exception("kvferry: request %s is prefilled here", request.request_id)
             if num_external_tokens > 0:
-                self._side.give_up(request.request_id)
+                self._side.give_up(request)
 
     @never_raises(Meta)
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:

@@ -164,9 +164,14 @@ class SchedulerSide:
             # All of the prompt is here, or another connector brings it.
             self._todo.releases.append(remote.offer)
 
-    def give_up(self, request_id: str) -> None:
-        """`allocated` failed: the request waits all the same, until its workers report that nothing came."""
-        self._todo.loads.append(Load(request_id, None))
+    def give_up(self, request: "Request") -> None:
+        """`allocated` failed: the request waits all the same, until its workers report that nothing came. It is not to be
+        loaded when it is looked up again."""
+        self._remotes.pop(request.request_id, None)
+        self._local.pop(request.request_id, None)
+        if request.kv_transfer_params:
+            request.kv_transfer_params["do_remote_prefill"] = False
+        self._todo.loads.append(Load(request.request_id, None))
 
     def _use(self, remote: kv_params.Remote) -> None:
         self._used[remote.offer_id] = None

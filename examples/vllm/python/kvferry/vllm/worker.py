@@ -66,6 +66,7 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self.stats = KvFerryStats()
         self._told: tuple[int, ...] = ()
+        self._said: set[str] = set()
 
     # ---- registration -------------------------------------------------------------------------------------------------
 
@@ -173,20 +174,36 @@ class WorkerSide:
 
     def collect(self, finished: set[str]) -> Report:
         """What has ended since the last step. `finished`: requests that the engine is done with, whatever became of them."""
+        # What is known is reported, whatever fails on the way: a report that does not come leaves a request waiting.
+        for part in (lambda: self._abort(finished), self._poll_pulls, self._poll_offers, self._watch):
+            try:
+                part()
+            except ENDING:
+                raise
+            except BaseException as e:
+                # Once: this is called with every step.
+                if repr(e) not in self._said:
+                    self._said.add(repr(e))
+                    logger.exception("kvferry: something is wrong on rank %d", self._rank)
+        report, self._report = self._report, Report(set(), set(), set())
+        return report
+
+    def _abort(self, finished: set[str]) -> None:
         for request in finished:
             number = self._by_request.get(request)
             if number is not None and self._consumer is not None:
                 self._pulls[number].aborted = True
                 self._consumer.cancel(number)
+
+    def _poll_pulls(self) -> None:
         if self._consumer is not None and self._pulls:
             for ended in self._consumer.poll():
                 self._ended(ended)
+
+    def _poll_offers(self) -> None:
         if self._producer is not None and self._offered:
             for offer_id, why in self._producer.poll_freed():
                 self._freed(offer_id, why)
-        self._watch()
-        report, self._report = self._report, Report(set(), set(), set())
-        return report
 
     def _ended(self, ended: _native.Ended) -> None:
         running = self._pulls.pop(ended.pull, None)

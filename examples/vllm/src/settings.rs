@@ -8,6 +8,9 @@ use pyo3::{exceptions::PyValueError, prelude::*};
 
 use crate::{handle::seconds, pool::value_error};
 
+/// `(certificate, key, authority, server name)`, the first three PEM.
+type PyTls = (Vec<u8>, Vec<u8>, Vec<u8>, String);
+
 /// Settings of a producer and a consumer. Times are in seconds.
 #[pyclass(frozen, module = "kvferry._native")]
 pub struct Settings {
@@ -34,7 +37,7 @@ impl Settings {
         tcp_connections: Option<usize>,
         on_wedge: Option<&str>,
         fault: Option<&str>,
-        tls: Option<(Vec<u8>, Vec<u8>, Vec<u8>, String)>,
+        tls: Option<PyTls>,
     ) -> PyResult<Self> {
         let mut config = Config::default();
         let times = [

@@ -10,6 +10,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +58,23 @@ class Pair:
         servers.complete(self.decode.url, prompt, 1, limit=600, kv_transfer_params=params)
         return time.monotonic() - began
 
-    def kill_cases(self, prompt: Any) -> dict[str, float]:
+    def kill_cases(self, prompt: Any) -> Iterator[tuple[str, float]]:
         """A prefill server that dies after its answer and before the decode server comes for the KV."""
-        found = {}
         self.first_token(prompt())
         one, two = prompt(), prompt()
         params, late = self.params(one), self.params(two)
         self.prefill.kill()
-        found["handshake done before"] = self.after(params, one)
+        yield "handshake done before", self.after(params, one)
         self.prefill.start().healthy()
-        found["a new one on the same address, old parameters"] = self.after(late, two)
+        yield "a new one on the same address, old parameters", self.after(late, two)
         fresh = prompt()
-        found["the next request through the restarted one"] = self.first_token(fresh)
+        yield "the next request through the restarted one", self.first_token(fresh)
         self.decode.stop()
         self.decode.start().healthy()
         three = prompt()
         params = self.params(three)
         self.prefill.kill()
-        found["dead before the handshake"] = self.after(params, three)
-        return found
+        yield "dead before the handshake", self.after(params, three)
 
     def stop(self) -> None:
         self.decode.kill()
@@ -88,6 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--only", choices=["kvferry", "nixl"], help="one of the two pairs")
     parser.add_argument("--ucx-tls", help="UCX_TLS of the NIXL pair, such as tcp; by default UCX chooses")
     args = parser.parse_args()
     model = str(models.make(args.model, CACHE / "models" / f"{args.model}-1"))
@@ -99,6 +99,7 @@ def main() -> None:
         return [dice.randrange(4, 259) for _ in range(args.tokens)]
 
     pairs = [Pair("kvferry", model, logs, None), Pair("nixl", model, logs, args.ucx_tls)]
+    pairs = [pair for pair in pairs if args.only in (None, pair.name)]
     try:
         for pair in pairs:
             pair.start()
@@ -110,7 +111,7 @@ def main() -> None:
         for i in range(args.rounds):
             for pair in pairs if i % 2 else reversed(pairs):
                 times[pair.name].append(pair.first_token(prompt()))
-        for name, t in times.items():
+        for name, t in times.items() if args.rounds else ():
             print(f"{name}: first token after {statistics.median(t) * 1e3:.1f} ms (median of {len(t)})", flush=True)
         for pair in pairs:
             before, began = pair.decode.cpu_seconds(), time.monotonic()
@@ -118,7 +119,7 @@ def main() -> None:
             share = (pair.decode.cpu_seconds() - before) / (time.monotonic() - began)
             print(f"{pair.name}: an idle decode server takes {share:.1%} of a core", flush=True)
         for pair in pairs if args.kills else ():
-            for case, seconds in pair.kill_cases(prompt).items():
+            for case, seconds in pair.kill_cases(prompt):
                 print(f"{pair.name}: {case}: answered after {seconds:.2f} s", flush=True)
     finally:
         for pair in pairs:

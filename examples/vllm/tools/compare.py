@@ -7,7 +7,9 @@ a router, median of all rounds; with `--kills`, how long an answer takes after a
 import argparse
 import os
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -82,6 +84,8 @@ class Pair:
 
 
 def main() -> None:
+    # However this ends, the servers end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=sorted(models.MAKERS))
     parser.add_argument("--rounds", type=int, default=20)

@@ -24,19 +24,19 @@ pub struct Args {
     #[arg(long, default_value = "smollm2")]
     model: String,
     /// Prompts of each act, all asked at once.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 24)]
     prompts: usize,
     /// Tokens of an answer.
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 16)]
     tokens: usize,
     /// Bytes of a prompt that it shares with others, and of its own.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 450)]
     shared: usize,
     /// Bytes of a prompt that are its own.
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 350)]
     own: usize,
     /// How fast pulls are on the bad day, in bytes a second: slow, so that there is a middle to be killed in.
-    #[arg(long, default_value = "8M")]
+    #[arg(long, default_value = "5M")]
     throttle: String,
 }
 
@@ -127,7 +127,7 @@ pub async fn run(args: Args) -> Result<bool> {
     plan.prefill_flags = ["--unclaimed", "5"].map(String::from).to_vec();
     let fleet = Fleet::start(&plan)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let how = Terror { every: Duration::from_millis(1500), mid_pull: 0.3, dead: Duration::from_millis(300) };
+    let how = Terror { every: Duration::from_millis(500), mid_pull: 0.3, patience: Duration::from_secs(20), dead: Duration::from_millis(300) };
     let terror = tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
     let bad = Act::play(&client, &[fleet.router.addr().to_owned()], &acts[2], args.tokens).await;
     stop.store(true, Ordering::Release);

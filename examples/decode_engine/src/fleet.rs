@@ -122,8 +122,10 @@ impl Fleet {
 pub struct Terror {
     /// From one kill to the next, at least.
     pub every: Duration,
-    /// A kill waits until a pull from the victim has come this far, if one comes that far in time.
+    /// A kill waits until a pull from the victim has come this far,
     pub mid_pull: f64,
+    /// but not for longer than this.
+    pub patience: Duration,
     /// How long a victim stays dead.
     pub dead: Duration,
 }
@@ -155,13 +157,16 @@ pub async fn terrorise(
         }
         let which = turn % victims.len();
         let (victim, name) = (victims[which].clone(), format!("prefill-{which}"));
-        let patience = Instant::now() + how.every;
+        let patience = Instant::now() + how.patience;
         let mut mid = false;
         while !mid && Instant::now() < patience && !stop.load(Ordering::Acquire) {
             mid = in_mid_pull(&client, &decode, &name, how.mid_pull).await;
             if !mid {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
+        }
+        if !mid && stop.load(Ordering::Acquire) {
+            break;
         }
         killed.kills += 1;
         killed.mid_pull += usize::from(mid);

@@ -32,4 +32,5 @@ pub mod router;
 pub mod serve;
 pub mod soak;
 pub mod text;
+pub mod ttft;
 pub mod weights;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use decode_engine::{demo, router, serve, soak};
+use decode_engine::{demo, router, serve, soak, ttft};
 use tracing_subscriber::EnvFilter;
 
 /// A small, real engine around kvferry: prefill and decode processes, a router, and a bad day.
@@ -18,6 +18,8 @@ enum Args {
     Demo(demo::Args),
     /// Requests at a steady rate, a prefill engine killed again and again, and not one wrong answer.
     Soak(soak::Args),
+    /// Time to first token with remote and with local prefill, and after a kill.
+    Ttft(ttft::Args),
 }
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
@@ -29,6 +31,7 @@ async fn main() -> ExitCode {
         Args::Router(a) => router::run(a).await.map(|()| true),
         Args::Demo(a) => demo::run(a).await,
         Args::Soak(a) => soak::run(a).await,
+        Args::Ttft(a) => ttft::run(a).await,
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -98,7 +98,8 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
     plan.prefill_flags = ["--unclaimed", "5"].map(String::from).to_vec();
     let fleet = Fleet::start(&plan)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let how = Terror { every: Duration::from_secs_f64(args.every), mid_pull: 0.1, dead: Duration::from_millis(300) };
+    let every = Duration::from_secs_f64(args.every);
+    let how = Terror { every, mid_pull: 0.1, patience: every / 2, dead: Duration::from_millis(300) };
     let terror = tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
 
     let started = Instant::now();

@@ -116,16 +116,16 @@ pub fn tiny(seed: u64) -> Result<(Llama, Text)> {
         (0..n).map(|_| next() * spread).collect()
     };
     let ones = || Tensor::ones(hidden, candle_core::DType::F32, &Device::Cpu);
-    // Wide enough that attention is picky and every token of the past tells.
+    // Wide enough that attention picks a few tokens of the past, others for each token: the whole prompt tells.
     let mut linear = |n: usize, k: usize, gain: f32| Linear::new(&noise(n * k, gain / (k as f32).sqrt()), n, k);
     let mut all = Vec::new();
     for _ in 0..layers {
         all.push(Layer {
             attention_norm: ones()?,
-            q: linear(heads * head, hidden, 2.0),
-            k: linear(kv_heads * head, hidden, 2.0),
-            v: linear(kv_heads * head, hidden, 4.0),
-            o: linear(hidden, heads * head, 4.0),
+            q: linear(heads * head, hidden, 5.0),
+            k: linear(kv_heads * head, hidden, 5.0),
+            v: linear(kv_heads * head, hidden, 3.0),
+            o: linear(hidden, heads * head, 3.0),
             ffn_norm: ones()?,
             gate: linear(ffn, hidden, 2.0),
             up: linear(ffn, hidden, 2.0),
@@ -133,7 +133,7 @@ pub fn tiny(seed: u64) -> Result<(Llama, Text)> {
         });
     }
     let output = linear(vocab, hidden, 2.0);
-    let embedding = Tensor::from_vec(noise(vocab * hidden, 1.0), (vocab, hidden), &Device::Cpu)?;
+    let embedding = Tensor::from_vec(noise(vocab * hidden, 0.5), (vocab, hidden), &Device::Cpu)?;
     let config = Config {
         name: format!("tiny {seed}"),
         layers,
@@ -196,5 +196,67 @@ pub fn load(model: &str) -> Result<(Llama, Text)> {
         }
         _ if Path::new(model).is_file() => read(Path::new(model)),
         _ => bail!("there is no model {model}: give a GGUF file, `smollm2` (fetched by fetch-model), or `tiny`"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        kv::{BLOCK, Kv},
+        llama::{Batch, Span, greedy},
+        prompts::prompts,
+    };
+    use kvferry::block::BlockId;
+
+    /// Runs a prompt in pieces of these sizes, then generates.
+    fn answer(model: &Llama, kv: &Kv, prompt: &[u32], piece: usize, tokens: usize) -> Result<Vec<u32>> {
+        let table: Vec<_> = (0..(prompt.len() + tokens).div_ceil(BLOCK) as u32).map(BlockId).collect();
+        let mut all = prompt.to_vec();
+        let mut first = 0;
+        while all.len() < prompt.len() + tokens {
+            let end = all.len().min(first + piece);
+            let span = Span { rows: 0..end - first, first, table: table.clone(), logits: end == all.len() };
+            let logits = model.forward(&Batch { tokens: all[first..end].to_vec(), spans: vec![span] }, kv)?;
+            all.extend(logits.first().map(|l| greedy(l)));
+            first = end;
+        }
+        Ok(all[prompt.len()..].to_vec())
+    }
+
+    #[test]
+    fn answers_of_the_tiny_model_tell_prompts_apart() -> Result<()> {
+        let (model, text) = tiny(1)?;
+        let kv = model.cache(64)?;
+        let mut seen = std::collections::HashSet::new();
+        let (mut told, mut all) = (0, 0);
+        for prompt in prompts(6, 1, 50, 50, 5) {
+            let prompt = text.encode(&prompt)?;
+            let right = answer(&model, &kv, &prompt, 1000, 8)?;
+            assert!(right.iter().collect::<std::collections::HashSet<_>>().len() > 3, "it goes in circles: {right:?}");
+            // Nearly any block of the past changes the answer.
+            for block in 0..prompt.len() / BLOCK - 1 {
+                let mut other = prompt.clone();
+                other[block * BLOCK..(block + 1) * BLOCK].fill(7);
+                told += usize::from(answer(&model, &kv, &other, 1000, 8)? != right);
+                all += 1;
+            }
+            seen.insert(right);
+        }
+        assert_eq!(seen.len(), 6);
+        assert!(told * 10 >= all * 9, "{told} of {all} blocks tell");
+        Ok(())
+    }
+
+    #[test]
+    fn an_answer_does_not_depend_on_how_the_prompt_was_cut() -> Result<()> {
+        let (model, text) = tiny(2)?;
+        let kv = model.cache(64)?;
+        let prompt = text.encode(&prompts(1, 1, 300, 200, 6)[0])?;
+        let right = answer(&model, &kv, &prompt, 1000, 8)?;
+        for piece in [1, 2, 3, 16, 17, 100] {
+            assert_eq!(answer(&model, &kv, &prompt, piece, 8)?, right, "in pieces of {piece}");
+        }
+        Ok(())
     }
 }

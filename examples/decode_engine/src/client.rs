@@ -135,7 +135,8 @@ impl Client {
 pub struct Metrics(pub BTreeMap<String, f64>);
 
 impl Metrics {
-    fn parse(text: &str) -> Result<Self> {
+    /// From the text format.
+    pub fn parse(text: &str) -> Result<Self> {
         let mut all = BTreeMap::new();
         for line in text.lines().filter(|l| !l.starts_with('#')) {
             let (name, n) = line.rsplit_once(' ').with_context(|| format!("no sample: {line}"))?;

@@ -64,7 +64,11 @@ impl Counts {
         let r = registry.sub_registry_with_prefix("engine");
         r.register("prompt_tokens", "Tokens of the prompts that are settled", self.prompt_tokens.clone());
         r.register("prefill_rows", "Prompt tokens that went through the model", self.rows.clone());
-        r.register("recomputed_rows", "Prompt tokens that were lost and went through the model", self.recomputed.clone());
+        r.register(
+            "recomputed_rows",
+            "Prompt tokens that were lost and went through the model",
+            self.recomputed.clone(),
+        );
         r.register("salvaged_tokens", "Tokens that failed loads left behind for use", self.salvaged.clone());
         r.register("load_tokens", "Tokens that loads were to bring", self.asked.clone());
         r.register("generated_tokens", "Tokens generated", self.generated.clone());

@@ -60,7 +60,8 @@ impl Act {
     }
 
     fn line(&self) -> String {
-        let (prompt, made) = self.good().fold((0, 0), |(p, m), r| (p + r.usage.prompt_tokens, m + r.usage.completion_tokens));
+        let (prompt, made) =
+            self.good().fold((0, 0), |(p, m), r| (p + r.usage.prompt_tokens, m + r.usage.completion_tokens));
         let seconds = self.took.as_secs_f64();
         let first: Vec<_> = self.good().map(|r| r.first).collect();
         format!(
@@ -78,7 +79,12 @@ impl Act {
                 (Ok(here), Ok(there)) => (here, there),
                 (Err(e), _) | (_, Err(e)) => anyhow::bail!("answer {i} failed: {e}"),
             };
-            ensure!(here.tokens == there.tokens, "answer {i} is {:?}, the single engine says {:?}", here.text, there.text);
+            ensure!(
+                here.tokens == there.tokens,
+                "answer {i} is {:?}, the single engine says {:?}",
+                here.text,
+                there.text
+            );
         }
         Ok(format!("{} of {} answers, token by token", self.answers.len(), right.answers.len()))
     }
@@ -96,7 +102,10 @@ pub async fn run(args: Args) -> Result<bool> {
     // Each act has prompts of its own: nobody's prefix cache knows them.
     let acts = [texts(1), texts(2), texts(3)];
 
-    say(format!("one engine alone, model {}: {} prompts three times over, for the right answers", args.model, args.prompts));
+    say(format!(
+        "one engine alone, model {}: {} prompts three times over, for the right answers",
+        args.model, args.prompts
+    ));
     let single = plan.single()?;
     let mut right = Vec::new();
     for prompts in &acts {
@@ -121,14 +130,23 @@ pub async fn run(args: Args) -> Result<bool> {
     report.check("books, good day", idle.map(|()| "every block back, every book balanced".into()));
     drop(fleet);
 
-    say(format!("act 2: a bad day: prefill engines are killed in mid-pull and restarted; pulls throttled to {} bytes/s", args.throttle));
+    say(format!(
+        "act 2: a bad day: prefill engines are killed in mid-pull and restarted; pulls throttled to {} bytes/s",
+        args.throttle
+    ));
     let fault = format!("throttle={}", args.throttle);
     plan.decode_flags = ["--lanes", "tcp", "--fault", &fault].map(String::from).to_vec();
     plan.prefill_flags = ["--unclaimed", "5"].map(String::from).to_vec();
     let fleet = Fleet::start(&plan)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let how = Terror { every: Duration::from_millis(500), mid_pull: 0.3, patience: Duration::from_secs(20), dead: Duration::from_millis(300) };
-    let terror = tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
+    let how = Terror {
+        every: Duration::from_millis(500),
+        mid_pull: 0.3,
+        patience: Duration::from_secs(20),
+        dead: Duration::from_millis(300),
+    };
+    let terror =
+        tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
     let bad = Act::play(&client, &[fleet.router.addr().to_owned()], &acts[2], args.tokens).await;
     stop.store(true, Ordering::Release);
     let killed = terror.await??;
@@ -193,9 +211,15 @@ impl Ledger {
     /// Prints it.
     pub fn print(&self) {
         println!("\nprompt tokens of the decode engines, by source");
-        println!("  computed     {:>7}  of these recomputed after a loss: {} (measured in the engine: {}), by a sharer: {}", self.computed, self.own, self.really, self.other);
+        println!(
+            "  computed     {:>7}  of these recomputed after a loss: {} (measured in the engine: {}), by a sharer: {}",
+            self.computed, self.own, self.really, self.other
+        );
         println!("  local cache  {:>7}", self.local_cache);
-        println!("  external     {:>7}  of {} that pulls were to bring; {} salvaged from pulls that failed", self.external, self.asked, self.salvaged);
+        println!(
+            "  external     {:>7}  of {} that pulls were to bring; {} salvaged from pulls that failed",
+            self.external, self.asked, self.salvaged
+        );
         println!("  all          {:>7}", self.sources());
     }
 }

@@ -129,7 +129,9 @@ impl NullaryFnOnce for Panel<'_> {
     fn call(self) {
         let (k, panel) = (self.linear.k, self.panel);
         match &self.linear.weights {
-            Weights::Full(w) => ARCH.dispatch(Full { x: self.x, k, w: &w[panel * WIDE * k..][..WIDE * k], out: self.out }),
+            Weights::Full(w) => {
+                ARCH.dispatch(Full { x: self.x, k, w: &w[panel * WIDE * k..][..WIDE * k], out: self.out })
+            }
             Weights::Scaled { q, d, m } => {
                 let shared = k / SHARED * WIDE;
                 let q = &q[panel * WIDE * k..][..WIDE * k];
@@ -328,7 +330,10 @@ mod tests {
             let all = l.forward(&x);
             for size in 1..rows {
                 let parts: Vec<f32> = x.chunks(size * k).flat_map(|x| l.forward(x)).collect();
-                assert!(all.iter().zip(&parts).all(|(a, b)| a.to_bits() == b.to_bits()), "{kind:?} in batches of {size}");
+                assert!(
+                    all.iter().zip(&parts).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{kind:?} in batches of {size}"
+                );
             }
         }
         Ok(())
@@ -342,7 +347,8 @@ mod tests {
         for kind in [GgmlDType::F32, GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_1] {
             let q = QTensor::quantize(&t, kind)?;
             let (wide, y) = (q.dequantize(&Device::Cpu)?, Linear::from_gguf(&q)?.forward(&x));
-            let slow = Tensor::from_slice(&x, (rows, k), &Device::Cpu)?.matmul(&wide.t()?)?.flatten_all()?.to_vec1::<f32>()?;
+            let slow =
+                Tensor::from_slice(&x, (rows, k), &Device::Cpu)?.matmul(&wide.t()?)?.flatten_all()?.to_vec1::<f32>()?;
             assert!(slow.iter().zip(&y).all(|(a, b)| (a - b).abs() < 1e-4), "{kind:?}");
         }
         Ok(())

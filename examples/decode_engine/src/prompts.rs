@@ -18,11 +18,39 @@ impl Writer {
 
     /// About 15 tokens of a language model, 80 bytes.
     pub fn sentence(&mut self) -> String {
-        let who = ["The harbour pilot", "An old captain", "The night watch", "A young engineer", "The ferry's cook", "A customs officer"];
+        let who = [
+            "The harbour pilot",
+            "An old captain",
+            "The night watch",
+            "A young engineer",
+            "The ferry's cook",
+            "A customs officer",
+        ];
         let does = ["wrote down", "had counted", "was looking for", "forgot about", "asked for", "kept hold of"];
-        let what = ["forty crates of salt", "the tide tables", "a broken lantern", "two letters from Lisbon", "a coil of rope", "the engine's log"];
-        let when = ["before the storm", "at low water", "on a Tuesday morning", "after the last bell", "while the fog lasted", "in the spring"];
-        let place = ["at the northern pier", "below deck", "near the lighthouse", "across the bay", "in the dry dock", "behind the fish market"];
+        let what = [
+            "forty crates of salt",
+            "the tide tables",
+            "a broken lantern",
+            "two letters from Lisbon",
+            "a coil of rope",
+            "the engine's log",
+        ];
+        let when = [
+            "before the storm",
+            "at low water",
+            "on a Tuesday morning",
+            "after the last bell",
+            "while the fog lasted",
+            "in the spring",
+        ];
+        let place = [
+            "at the northern pier",
+            "below deck",
+            "near the lighthouse",
+            "across the bay",
+            "in the dry dock",
+            "behind the fish market",
+        ];
         let parts = [&who[..], &does, &what, &place, &when].map(|list| self.pick(list));
         format!("{}.", parts.join(" "))
     }

@@ -96,7 +96,8 @@ pub async fn run(args: Args) -> Result<()> {
     let peers = |list: &[String]| {
         list.iter().map(|a| Peer { url: format!("http://{a}/v1/completions"), resting: Mutex::new(None) }).collect()
     };
-    let (requests, retries, mut registry) = (Family::<Way, Counter>::default(), Counter::default(), Registry::default());
+    let (requests, retries, mut registry) =
+        (Family::<Way, Counter>::default(), Counter::default(), Registry::default());
     for prefill in ["remote", "local"] {
         requests.get_or_create(&Way { prefill }).inc_by(0);
     }
@@ -117,7 +118,8 @@ pub async fn run(args: Args) -> Result<()> {
         .route("/metrics", get(metrics))
         .route("/health", get(|| async { "ok" }))
         .with_state(desk);
-    let listener = TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    let listener =
+        TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     Ready { listen: listener.local_addr()?.to_string(), kv: String::new(), pid: std::process::id() }.say()?;
     Ok(axum::serve(listener, routes).await?)
 }

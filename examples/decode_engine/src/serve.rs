@@ -189,7 +189,8 @@ pub async fn run(args: Args) -> Result<()> {
         follow_parent()?;
     }
     // The port is taken before the model is read: one in use is noticed at once.
-    let listener = TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    let listener =
+        TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     rayon::ThreadPoolBuilder::new().num_threads(args.threads.max(1)).build_global()?;
     let (model, text) = weights::load(&args.model)?;
     let model = Arc::new(model);

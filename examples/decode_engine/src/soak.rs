@@ -100,7 +100,8 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
     let stop = Arc::new(AtomicBool::new(false));
     let every = Duration::from_secs_f64(args.every);
     let how = Terror { every, mid_pull: 0.1, patience: every / 2, dead: Duration::from_millis(300) };
-    let terror = tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
+    let terror =
+        tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
 
     let started = Instant::now();
     let mut asks = Vec::new();
@@ -141,18 +142,48 @@ impl Seen {
     pub fn report(&self, policy: &str) -> Report {
         let mut r = Report::default();
         let first = |list: &[String]| list.first().cloned().unwrap_or_default();
-        r.saw("no wrong answer", self.wrong.is_empty(), format!("{} wrong of {} {}", self.wrong.len(), self.asked, first(&self.wrong)));
+        r.saw(
+            "no wrong answer",
+            self.wrong.is_empty(),
+            format!("{} wrong of {} {}", self.wrong.len(), self.asked, first(&self.wrong)),
+        );
         if policy == "fail" {
             let same = self.kv_lost as u64 == self.broken_pulls;
-            r.saw("who must fail fails", same, format!("{} answers failed for want of KV, {} pulls did not bring all", self.kv_lost, self.broken_pulls));
-            r.saw("nobody else fails", self.failed.is_empty(), format!("{} {}", self.failed.len(), first(&self.failed)));
+            r.saw(
+                "who must fail fails",
+                same,
+                format!(
+                    "{} answers failed for want of KV, {} pulls did not bring all",
+                    self.kv_lost, self.broken_pulls
+                ),
+            );
+            r.saw(
+                "nobody else fails",
+                self.failed.is_empty(),
+                format!("{} {}", self.failed.len(), first(&self.failed)),
+            );
         } else {
             let failed = self.failed.len() + self.kv_lost;
-            r.saw("no failed answer", failed == 0, format!("{failed} failed of {} {}", self.asked, first(&self.failed)));
+            r.saw(
+                "no failed answer",
+                failed == 0,
+                format!("{failed} failed of {} {}", self.asked, first(&self.failed)),
+            );
         }
-        r.saw("kills", self.killed.mid_pull > 0, format!("{} kills, {} in the middle of a pull; {} pulls broken", self.killed.kills, self.killed.mid_pull, self.broken_pulls));
+        r.saw(
+            "kills",
+            self.killed.mid_pull > 0,
+            format!(
+                "{} kills, {} in the middle of a pull; {} pulls broken",
+                self.killed.kills, self.killed.mid_pull, self.broken_pulls
+            ),
+        );
         let settled = self.unsettled.clone();
-        r.saw("no leaked block", settled.is_none(), settled.unwrap_or_else(|| "every block back, every book balanced".into()));
+        r.saw(
+            "no leaked block",
+            settled.is_none(),
+            settled.unwrap_or_else(|| "every block back, every book balanced".into()),
+        );
         r
     }
 }
@@ -160,7 +191,10 @@ impl Seen {
 /// Runs it; `false`: something did not hold.
 pub async fn run(args: Args) -> Result<bool> {
     ensure!(["recompute", "fail"].contains(&args.policy.as_str()), "--policy is recompute or fail");
-    println!("{} requests a second for {} s, a prefill engine killed every {} s, policy {}", args.rate, args.seconds, args.every, args.policy);
+    println!(
+        "{} requests a second for {} s, a prefill engine killed every {} s, policy {}",
+        args.rate, args.seconds, args.every, args.policy
+    );
     let seen = soak(Plan::new(std::env::current_exe()?, &args.model), &args).await?;
     println!("time to first token: {:.0} ms (median)", median(&seen.first).as_secs_f64() * 1e3);
     seen.ledger.print();

@@ -32,7 +32,9 @@ impl Text {
     /// The tokens of a text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.0 {
-            Some(t) => Ok(t.encode(text, true).map_err(|e| anyhow!("the prompt is not encodable: {e}"))?.get_ids().to_vec()),
+            Some(t) => {
+                Ok(t.encode(text, true).map_err(|e| anyhow!("the prompt is not encodable: {e}"))?.get_ids().to_vec())
+            }
             None => Ok(text.bytes().map(u32::from).collect()),
         }
     }

@@ -139,12 +139,17 @@ pub async fn run(args: Args) -> Result<bool> {
                 t.pulled.push(bench.with(&ask, offer).await?.first);
             }
             let ms = |d: &[Duration]| format!("{:.0} ms", median(d).as_secs_f64() * 1e3);
-            let name = if beside == 0 { "idle".into() } else { format!("{beside} others generate, steps of {}", args.budget) };
+            let name =
+                if beside == 0 { "idle".into() } else { format!("{beside} others generate, steps of {}", args.budget) };
             println!("{name:<34} {:>7} {:>9} {:>9} {:>12}", t.tokens, ms(&t.local), ms(&t.remote), ms(&t.pulled));
             if beside > 0 {
                 let (remote, local) = (median(&t.remote), median(&t.local));
                 let what = format!("remote first, {tokens} tokens");
-                report.saw(&what, remote < local, format!("{:.2} s against {:.2} s", remote.as_secs_f64(), local.as_secs_f64()));
+                report.saw(
+                    &what,
+                    remote < local,
+                    format!("{:.2} s against {:.2} s", remote.as_secs_f64(), local.as_secs_f64()),
+                );
             }
         }
         others.iter().for_each(tokio::task::JoinHandle::abort);

@@ -3,7 +3,11 @@
 //! The seeded one is tiny and knows nothing, but is a real model in all that matters here: its answers depend on every
 //! token of the prompt, and so on every block of KV.
 
-use std::{fs::File, io::BufReader, path::{Path, PathBuf}};
+use std::{
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::{

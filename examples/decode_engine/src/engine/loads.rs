@@ -116,7 +116,8 @@ impl Engine {
             let cause = e.outcome.cause().unwrap_or(Cause::LaneFailed);
             report.extend(e.blocks.invalid.iter().map(|b| (*b, cause)));
         }
-        let failed: Vec<Id> = ends.iter().filter(|e| !e.outcome.complete()).filter_map(|e| Some(self.pulls.get(&e.pull)?.0)).collect();
+        let failed: Vec<Id> =
+            ends.iter().filter(|e| !e.outcome.complete()).filter_map(|e| Some(self.pulls.get(&e.pull)?.0)).collect();
         ends.iter().for_each(|e| drop(self.pulls.remove(&e.pull)));
         if report.is_empty() {
             return;

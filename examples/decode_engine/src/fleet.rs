@@ -206,10 +206,19 @@ pub async fn ask_all(
     tokens: usize,
     at_once: usize,
 ) -> Vec<std::result::Result<Reply, Trouble>> {
-    use futures_util::StreamExt as _;
-    let asks = prompts.iter().enumerate().map(|(i, p)| {
+    let gate = Arc::new(tokio::sync::Semaphore::new(at_once.max(1)));
+    let mut asks = Vec::with_capacity(prompts.len());
+    for (i, p) in prompts.iter().enumerate() {
         let (client, addr, ask) = (client.clone(), addrs[i % addrs.len()].clone(), question(p, tokens));
-        async move { client.ask(&addr, &ask).await }
-    });
-    futures_util::stream::iter(asks).buffered(at_once.max(1)).collect().await
+        let gate = gate.clone();
+        asks.push(tokio::spawn(async move {
+            let _place = gate.acquire().await;
+            client.ask(&addr, &ask).await
+        }));
+    }
+    let mut answers = Vec::with_capacity(asks.len());
+    for ask in asks {
+        answers.push(ask.await.unwrap_or_else(|e| Err(Trouble::Lost(e.to_string()))));
+    }
+    answers
 }

@@ -1,8 +1,10 @@
 //! `decode-engine ttft`: time to first token with remote and with local prefill, in one run on this machine, and what a
 //! prefill engine's death costs when 60 % of the KV have arrived.
 //!
-//! Prefill and decode engines have one thread each. On the decode engine others generate all the while, as they do on one
-//! in use; its steps are kept short for their sake, so a prompt that is computed there runs in many small pieces.
+//! Prefill and decode engines have one thread each. A prompt costs the same computation wherever it runs, so on an idle
+//! decode engine remote prefill can only lose, by the pull. It pays on one that is in use: others generate there, and their
+//! next token waits for the step that a piece of prompt is in. Either the pieces are large, and the others wait; or they
+//! are small, and the prompt does. Both are measured, with the others' time from token to token.
 
 use std::time::{Duration, Instant};
 
@@ -29,10 +31,10 @@ pub struct Args {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Requests that generate on the decode engine meanwhile.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     beside: usize,
-    /// Tokens in a step of the decode engine.
-    #[arg(long, default_value_t = 64)]
+    /// Tokens in a step of a decode engine that keeps steps short for them.
+    #[arg(long, default_value_t = 24)]
     budget: u64,
     /// How fast pulls are where one is killed, in bytes a second.
     #[arg(long, default_value = "40M")]
@@ -94,13 +96,49 @@ impl Bench {
     }
 }
 
-/// First tokens, by what was done.
+/// First tokens, by what was done, and the time from token to token of the others meanwhile.
 #[derive(Default)]
 struct Times {
     tokens: u64,
     local: Vec<Duration>,
     remote: Vec<Duration>,
     pulled: Vec<Duration>,
+    local_gap: Vec<Duration>,
+    remote_gap: Vec<Duration>,
+}
+
+impl Bench {
+    /// Each of the others gets a token in every step.
+    async fn gap<T>(&self, what: impl Future<Output = T>) -> Result<(T, Duration)> {
+        let steps =
+            async || Ok::<_, anyhow::Error>(self.client.metrics(&self.decode()).await?.sum("engine_steps_total", &[]));
+        let (before, started) = (steps().await?, Instant::now());
+        let done = what.await;
+        let took = started.elapsed();
+        Ok((done, took / u32::try_from(steps().await? - before)?.max(1)))
+    }
+
+    async fn measure(&mut self, tokens: u64, rounds: usize) -> Result<Times> {
+        let mut t = Times::default();
+        for _ in 0..rounds {
+            let ask = self.prompt(tokens).await?;
+            let (reply, gap) = self.gap(self.client.ask(&self.decode(), &ask)).await?;
+            let reply = reply?;
+            t.local.push(reply.first);
+            t.local_gap.push(gap);
+            t.tokens = reply.usage.prompt_tokens;
+
+            let ask = self.prompt(tokens).await?;
+            let (reply, gap) = self.gap(self.client.ask(self.fleet.router.addr(), &ask)).await?;
+            t.remote.push(reply?.first);
+            t.remote_gap.push(gap);
+
+            let ask = self.prompt(tokens).await?;
+            let offer = self.offer(&ask).await?;
+            t.pulled.push(self.with(&ask, offer).await?.first);
+        }
+        Ok(t)
+    }
 }
 
 /// Runs it; `false`: remote prefill did not pay.
@@ -108,49 +146,47 @@ pub async fn run(args: Args) -> Result<bool> {
     let mut report = Report::default();
     let mut plan = Plan::new(std::env::current_exe()?, &args.model);
     plan.blocks = 2048;
-    let budget = args.budget.to_string();
-    plan.decode_flags = ["--budget", &budget].map(String::from).to_vec();
+    let ms = |d: &[Duration]| format!("{:.0} ms", median(d).as_secs_f64() * 1e3);
 
-    println!("time to first token, median of {}; one thread an engine", args.rounds);
-    println!("{:<34} {:>7} {:>9} {:>9} {:>12}", "decode engine", "tokens", "local", "remote", "KV was ready");
-    for beside in [0, args.beside] {
+    println!(
+        "time to first token (and the others' time from token to token), median of {}; one thread an engine",
+        args.rounds
+    );
+    println!(
+        "{:<36} {:>6} {:>20} {:>20} {:>13}",
+        "decode engine", "tokens", "local prefill", "remote prefill", "KV was ready"
+    );
+    for (beside, budget) in [(0, 256), (args.beside, 256), (args.beside, args.budget)] {
+        plan.decode_flags = ["--budget", &budget.to_string()].map(String::from).to_vec();
         let mut bench = Bench::start(&plan)?;
         // Others generate: long enough for all that follows, and gone with the engine.
         let mut others = Vec::new();
         for i in 0..beside {
             let (client, addr) = (bench.client.clone(), bench.decode());
-            let ask = question(&format!("Story number {i}: once upon a time"), 4000);
+            let ask = question(&format!("Story number {i}: once upon a time"), 3000);
             others.push(tokio::spawn(async move { client.ask(&addr, &ask).await }));
         }
         bench.client.wait(&bench.decode(), Duration::from_secs(60), |s| s.running == beside).await?;
         for &tokens in &args.lengths {
-            let mut t = Times::default();
-            for _ in 0..args.rounds {
-                let ask = bench.prompt(tokens).await?;
-                let r = bench.client.ask(&bench.decode(), &ask).await?;
-                t.local.push(r.first);
-                t.tokens = r.usage.prompt_tokens;
-
-                let ask = bench.prompt(tokens).await?;
-                t.remote.push(bench.client.ask(bench.fleet.router.addr(), &ask).await?.first);
-
-                let ask = bench.prompt(tokens).await?;
-                let offer = bench.offer(&ask).await?;
-                t.pulled.push(bench.with(&ask, offer).await?.first);
+            let t = bench.measure(tokens, args.rounds).await?;
+            let name = if beside == 0 { "idle".into() } else { format!("{beside} others generate, steps of {budget}") };
+            let with_gap = |first: &[Duration], gap: &[Duration]| match beside {
+                0 => ms(first),
+                _ => format!("{} ({})", ms(first), ms(gap)),
+            };
+            println!(
+                "{name:<36} {:>6} {:>20} {:>20} {:>13}",
+                t.tokens,
+                with_gap(&t.local, &t.local_gap),
+                with_gap(&t.remote, &t.remote_gap),
+                ms(&t.pulled)
+            );
+            let (remote, ready, local) = (median(&t.remote), median(&t.pulled), median(&t.local));
+            let seen = |here: Duration| format!("{:.2} s against {:.2} s", here.as_secs_f64(), local.as_secs_f64());
+            if beside > 0 && budget == args.budget {
+                report.saw(&format!("remote first, {tokens}"), remote < local, seen(remote));
             }
-            let ms = |d: &[Duration]| format!("{:.0} ms", median(d).as_secs_f64() * 1e3);
-            let name =
-                if beside == 0 { "idle".into() } else { format!("{beside} others generate, steps of {}", args.budget) };
-            println!("{name:<34} {:>7} {:>9} {:>9} {:>12}", t.tokens, ms(&t.local), ms(&t.remote), ms(&t.pulled));
-            if beside > 0 {
-                let (remote, local) = (median(&t.remote), median(&t.local));
-                let what = format!("remote first, {tokens} tokens");
-                report.saw(
-                    &what,
-                    remote < local,
-                    format!("{:.2} s against {:.2} s", remote.as_secs_f64(), local.as_secs_f64()),
-                );
-            }
+            report.saw(&format!("pull first, {tokens}"), ready < local, seen(ready));
         }
         others.iter().for_each(tokio::task::JoinHandle::abort);
     }

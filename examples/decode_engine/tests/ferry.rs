@@ -56,7 +56,8 @@ fn what_did_not_arrive_is_computed_and_nothing_else() -> Result<()> {
     let (prompt, tokens) = (&all[0], all[0].len() as u64);
     for sync_loads in [false, true] {
         // Slow enough that what was asked for first is there when the lane breaks.
-        let decode = decode(&format!("throttle=400K,down@{}", bytes(10)), Settings { sync_loads, ..Settings::default() })?;
+        let decode =
+            decode(&format!("throttle=400K,down@{}", bytes(10)), Settings { sync_loads, ..Settings::default() })?;
         let done = answer(decode.submit(prompt, 12, false, Some(offer(&prefill, prompt)?)))?;
         assert_eq!(done.tokens, right(&all, 12)?[0]);
         let kept = done.parts.external;
@@ -76,7 +77,8 @@ fn whoever_shares_what_was_lost_takes_over_what_the_other_computes() -> Result<(
     let (prefill, all) = (prefill()?, prompts(2, 1, 320, 60, 3));
     let right = right(&all, 12)?;
     for sync_loads in [true, false] {
-        let decode = decode(&format!("throttle=400K,down@{}", bytes(6)), Settings { sync_loads, ..Settings::default() })?;
+        let decode =
+            decode(&format!("throttle=400K,down@{}", bytes(6)), Settings { sync_loads, ..Settings::default() })?;
         let offers = all.iter().map(|p| offer(&prefill, p)).collect::<Result<Vec<_>>>()?;
         // A request before them keeps the engine at it, so that the two come into one step.
         let busy = decode.submit(&prompts(1, 1, 300, 300, 9)[0], 1, false, None);

@@ -10,6 +10,7 @@ pub mod error;
 pub mod fault;
 pub mod local;
 pub mod tcp;
+pub mod verbs;
 
 pub use error::LaneError;
 
@@ -33,6 +34,11 @@ pub enum LaneKind {
 }
 
 impl LaneKind {
+    /// Those that this build has, best first.
+    pub fn built() -> &'static [Self] {
+        if cfg!(feature = "verbs") { &[Self::Verbs, Self::Local, Self::Tcp] } else { &[Self::Local, Self::Tcp] }
+    }
+
     /// The name in flags, logs and JSON.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -33,6 +33,15 @@ pub const ROLE: &str = "KVFERRY_TEST_PRODUCER";
 /// The environment variable that makes this binary a consumer.
 pub const CONSUMER: &str = "KVFERRY_TEST_CONSUMER";
 
+/// The environment variables that make the tests of the TCP lane those of verbs: rails of the consumers, and of the
+/// producers. Set in the virtual machine of tests/vm.
+pub const READER_RAILS: &str = "KVFERRY_TEST_READER_RAILS";
+pub const SERVED_RAILS: &str = "KVFERRY_TEST_SERVED_RAILS";
+
+fn rails(of: &str) -> Vec<String> {
+    std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
+}
+
 /// A producer's settings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Spec {
@@ -46,6 +55,8 @@ pub struct Spec {
     pub engine_memory: bool,
     pub local: bool,
     pub tcp: bool,
+    /// Serve verbs, on these rails; none: not at all.
+    pub rails: Vec<String>,
     pub unclaimed_ms: u64,
     pub claimed_ms: u64,
     pub hard_cap_ms: u64,
@@ -65,6 +76,7 @@ impl Default for Spec {
             engine_memory: false,
             local: true,
             tcp: true,
+            rails: rails(SERVED_RAILS),
             unclaimed_ms: 30_000,
             claimed_ms: 10_000,
             hard_cap_ms: 600_000,
@@ -281,7 +293,10 @@ impl Drop for Producer {
 }
 
 /// A consumer with the same pool as the producers of `spec`.
-pub fn consumer(spec: &Spec, config: Config) -> Consumer {
+pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
+    if config.verbs.rails.is_empty() {
+        config.verbs.rails = rails(READER_RAILS);
+    }
     Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), spec.layout())
         .config(config)
         .build()
@@ -296,6 +311,8 @@ pub fn all_of(offer: &Offer) -> Vec<LocalBlocks> {
 
 /// A pull of everything over one lane.
 pub fn pull_all(offer: &Offer, lane: LaneKind, deadline: Duration) -> Pull {
+    let verbs = lane == LaneKind::Tcp && std::env::var_os(READER_RAILS).is_some();
+    let lane = if verbs { LaneKind::Verbs } else { lane };
     Pull::new(offer.clone(), all_of(offer)).lanes(vec![lane]).deadline(deadline)
 }
 
@@ -352,7 +369,9 @@ pub fn run_producer(spec: &str) {
     config.lease.claimed = Duration::from_millis(spec.claimed_ms);
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
-    let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp)];
+    config.verbs.rails = spec.rails.clone();
+    let lanes =
+        [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer =
         kvferry::producer::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
             .memory(memory.expect("memory"))

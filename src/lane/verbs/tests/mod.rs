@@ -434,7 +434,7 @@ fn an_idle_lane_sleeps_and_a_completion_wakes_it() {
         let fd = r.lane.arm().unwrap().unwrap();
         what();
         let mut fds = [PollFd::new(&fd, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: ms * 1_000_000 })).unwrap() == 1
+        poll(&mut fds, Some(&Timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 })).unwrap() == 1
     };
     let mut r = Rig::simple();
     let device = r.devices[0].clone();

@@ -24,8 +24,8 @@ use super::{
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
 use crate::{
-    lane::LaneKind,
     config::Config,
+    lane::LaneKind,
     protocol::{
         frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
         hello::Hello,

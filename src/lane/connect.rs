@@ -177,10 +177,7 @@ mod verbs {
                 let made = blocking(move || Opening::new(&this.rails()?, Some(peer.ip()))).await?;
                 match made {
                     Ok(opening) => {
-                        return Ok(Prepared {
-                            verbs: Some(opening.request().clone()),
-                            state: Some(Box::new(opening)),
-                        });
+                        return Ok(Prepared { verbs: Some(opening.request().clone()), state: Some(Box::new(opening)) });
                     }
                     Err(VerbsError::NotYet { .. }) if Instant::now() < until => tokio::time::sleep(LOOK).await,
                     Err(e) => return Err(e.into()),
@@ -204,5 +201,4 @@ mod verbs {
     async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LaneError> {
         tokio::task::spawn_blocking(work).await.map_err(|_| LaneError::protocol("it could not be connected"))
     }
-
 }

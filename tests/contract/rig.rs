@@ -370,8 +370,7 @@ pub fn run_producer(spec: &str) {
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
     config.verbs.rails = spec.rails.clone();
-    let lanes =
-        [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
+    let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer =
         kvferry::producer::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
             .memory(memory.expect("memory"))

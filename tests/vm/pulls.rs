@@ -96,7 +96,9 @@ fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
         let now = objects();
         match with_consumer {
             None => with_consumer = Some(now),
-            Some(first) => assert!(now.qp <= first.qp + 2 && now.mr <= first.mr + 1, "round {round}: {now:?}, {first:?}"),
+            Some(first) => {
+                assert!(now.qp <= first.qp + 2 && now.mr <= first.mr + 1, "round {round}: {now:?}, {first:?}")
+            }
         }
     }
     drop(consumer);

@@ -33,7 +33,8 @@ impl LaneChoice {
     /// Refuses what this build does not have.
     pub fn check(self) -> Result<(), Failure> {
         if self == Self::Verbs && !LaneKind::built().contains(&LaneKind::Verbs) {
-            let why = "this build has no verbs: build with `--features verbs` (see tests/vm/packages for what that takes)";
+            let why =
+                "this build has no verbs: build with `--features verbs` (see tests/vm/packages for what that takes)";
             return Err(Failure::failed(why));
         }
         Ok(())

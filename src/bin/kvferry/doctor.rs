@@ -231,11 +231,8 @@ fn verbs() -> Vec<Finding> {
                 Some(LinkLayer::Ethernet) => "RoCE".into(),
                 None => "another link layer".into(),
             };
-            let gids: Vec<_> = p
-                .gids
-                .iter()
-                .map(|g| format!("{}{g}", if p.chosen == Some(g.index) { "*" } else { "" }))
-                .collect();
+            let gids: Vec<_> =
+                p.gids.iter().map(|g| format!("{}{g}", if p.chosen == Some(g.index) { "*" } else { "" })).collect();
             let reachable = p.port.link_layer == Some(LinkLayer::InfiniBand) || p.chosen.is_some();
             let status = if p.port.active && reachable { Status::Ok } else { Status::Warn };
             let line = format!(

@@ -290,7 +290,13 @@ mod tests {
                     for n in 0..start {
                         c.fill(request(n), n);
                         // SAFETY: the device of this test touches no memory.
-                        assert_eq!(unsafe { c.post_with(|f| { device(f, 9, &mut seen); Ok(()) }) }, Posted::All);
+                        let posted = unsafe {
+                            c.post_with(|f| {
+                                device(f, 9, &mut seen);
+                                Ok(())
+                            })
+                        };
+                        assert_eq!(posted, Posted::All);
                         c.retire(1, |w| assert_eq!(w, n));
                     }
                     for n in start..start + fill {
@@ -298,14 +304,25 @@ mod tests {
                     }
                     assert_eq!(c.room() as u64, 8 - fill);
                     seen.clear();
-                    let refused = |f| Err((io::Error::from_raw_os_error(libc::ENOMEM), device(f, stop as usize, &mut seen)));
+                    let refused =
+                        |f| Err((io::Error::from_raw_os_error(libc::ENOMEM), device(f, stop as usize, &mut seen)));
                     // SAFETY: as above.
                     assert_eq!(unsafe { c.post_with(refused) }, Posted::Part { os: libc::ENOMEM });
                     assert_eq!((c.in_flight() as u64, c.waiting() as u64), (stop, fill - stop));
                     assert_eq!(seen.len() as u64, stop);
-                    assert_eq!(c.will_complete(), seen.last().is_none_or(|s| s.2), "a signaled one at the end will tell");
+                    assert_eq!(
+                        c.will_complete(),
+                        seen.last().is_none_or(|s| s.2),
+                        "a signaled one at the end will tell"
+                    );
                     // SAFETY: as above. What was refused goes out the second time, and nothing twice.
-                    assert_eq!(unsafe { c.post_with(|f| { assert!(device(f, 9, &mut seen).is_null()); Ok(()) }) }, Posted::All);
+                    let posted = unsafe {
+                        c.post_with(|f| {
+                            assert!(device(f, 9, &mut seen).is_null());
+                            Ok(())
+                        })
+                    };
+                    assert_eq!(posted, Posted::All);
                     let numbers: Vec<u64> = seen.iter().map(|s| s.1).collect();
                     assert_eq!(numbers, (start..start + fill).collect::<Vec<_>>());
                     assert!(seen.last().unwrap().2, "the last of a chain is signaled");
@@ -346,7 +363,12 @@ mod tests {
             c.fill(request(n), n);
             let mut seen = Vec::new();
             // SAFETY: the device of this test touches no memory.
-            unsafe { c.post_with(|f| { device(f, 9, &mut seen); Ok(()) }) };
+            unsafe {
+                c.post_with(|f| {
+                    device(f, 9, &mut seen);
+                    Ok(())
+                })
+            };
             let id = seen[0].0;
             assert_eq!(c.slot_of(id), (n % 4, n / 4));
             assert_eq!(c.find(id), Some(0));
@@ -370,7 +392,12 @@ mod tests {
         }
         let mut seen = Vec::new();
         // SAFETY: the device of this test touches no memory.
-        unsafe { c.post_with(|f| { device(f, 99, &mut seen); Ok(()) }) };
+        unsafe {
+            c.post_with(|f| {
+                device(f, 99, &mut seen);
+                Ok(())
+            })
+        };
         let signaled: Vec<usize> = seen.iter().enumerate().filter(|(_, s)| s.2).map(|(i, _)| i).collect();
         assert_eq!(signaled, [3, 7, 9]);
     }

@@ -18,13 +18,7 @@ use super::{
     rail::{Rail, Rails},
     wake::Wake,
 };
-use crate::{
-    block::Incarnation,
-    config::VerbsConfig,
-    group::PoolLayout,
-    lane::LaneError,
-    memory::Memory,
-};
+use crate::{block::Incarnation, config::VerbsConfig, group::PoolLayout, lane::LaneError, memory::Memory};
 
 /// A rail's half-open part.
 #[derive(Debug)]
@@ -102,9 +96,11 @@ impl Opening {
             return Err(LaneError::Restarted);
         }
         ticket.check(&self.request, remote.segments.len()).map_err(LaneError::protocol)?;
-        if ticket.rails.iter().any(|r| {
-            r.segments.iter().zip(&remote.segments).any(|(r, len)| r.address.checked_add(*len).is_none())
-        }) {
+        if ticket
+            .rails
+            .iter()
+            .any(|r| r.segments.iter().zip(&remote.segments).any(|(r, len)| r.address.checked_add(*len).is_none()))
+        {
             return Err(LaneError::protocol("segments past the end of memory"));
         }
         let wake = Wake::new().map_err(LaneError::io("cannot make the lane's descriptors"))?;
@@ -115,7 +111,8 @@ impl Opening {
         let (mut paths, mut max_read, mut depth) = (Vec::new(), config.max_read, 0);
         for served in &ticket.rails {
             let of = usize::from(served.of);
-            let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of)) else {
+            let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of))
+            else {
                 continue;
             };
             // The peer may be in another subnet than its control plane made believe: address it as it says.
@@ -125,10 +122,8 @@ impl Opening {
                 }
                 _ => half.at,
             };
-            let agreed = Agreed {
-                mtu: mine.mtu.min(served.end.mtu),
-                rd_atomic: mine.rd_atomic.min(served.end.rd_atomic),
-            };
+            let agreed =
+                Agreed { mtu: mine.mtu.min(served.end.mtu), rd_atomic: mine.rd_atomic.min(served.end.rd_atomic) };
             for (qp, (mine, theirs)) in half.pairs.iter().zip(mine.queue_pairs.iter().zip(&served.end.queue_pairs)) {
                 qp.connect(at, &served.end, *theirs, mine.psn, agreed, config)?;
             }

@@ -42,7 +42,8 @@ pub struct Completion {
     _rest: [u32; 2],
 }
 
-const _: () = assert!(size_of::<Completion>() == size_of::<ibv_wc>() && align_of::<Completion>() == align_of::<ibv_wc>());
+const _: () =
+    assert!(size_of::<Completion>() == size_of::<ibv_wc>() && align_of::<Completion>() == align_of::<ibv_wc>());
 
 impl Completion {
     /// A completion, for stand-ins.
@@ -150,7 +151,9 @@ impl Cq {
         // SAFETY: the queue is alive, so its context is, whose operations were set when it was opened. The space holds
         // BATCH completions in the layout of `ibv_wc`, of which as many as are returned are filled in.
         unsafe {
-            let Some(poll) = (*(*self.raw()).context).ops.poll_cq else { return Err(io::ErrorKind::Unsupported.into()) };
+            let Some(poll) = (*(*self.raw()).context).ops.poll_cq else {
+                return Err(io::ErrorKind::Unsupported.into());
+            };
             let n = poll(self.raw(), BATCH as c_int, space.as_mut_ptr().cast::<ibv_wc>());
             match usize::try_from(n) {
                 Ok(n) => Ok(std::slice::from_raw_parts(space.as_ptr().cast::<Completion>(), n.min(BATCH))),

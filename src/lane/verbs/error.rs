@@ -41,7 +41,9 @@ pub enum VerbsError {
         name: String,
     },
     /// The device may not be opened.
-    #[error("device {device} may not be opened: let this user open /dev/infiniband/uverbs* (in a container: --device /dev/infiniband)")]
+    #[error(
+        "device {device} may not be opened: let this user open /dev/infiniband/uverbs* (in a container: --device /dev/infiniband)"
+    )]
     NotPermitted {
         /// The device.
         device: String,
@@ -121,7 +123,9 @@ pub enum VerbsError {
         why: String,
     },
     /// The two ends have no rail in common.
-    #[error("no rail of one end reaches one of the other: {why}; both need InfiniBand, or RoCE v2 addresses of one family")]
+    #[error(
+        "no rail of one end reaches one of the other: {why}; both need InfiniBand, or RoCE v2 addresses of one family"
+    )]
     NoPath {
         /// What was tried.
         why: String,

@@ -59,7 +59,9 @@ mod wake;
 #[cfg(all(test, feature = "verbs"))]
 mod tests;
 
-pub use exchange::{LinkLayer, MAX_NAME, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket};
+pub use exchange::{
+    LinkLayer, MAX_NAME, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket,
+};
 pub use gid::{Gid, GidEntry, GidType, table as gid_table};
 #[cfg(feature = "verbs")]
 pub use {

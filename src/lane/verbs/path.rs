@@ -265,7 +265,9 @@ impl Path {
             any |= !got.is_empty();
             for c in got {
                 // Which pair, by the request's id; the number must agree.
-                let Some(e) = self.ends.get_mut((c.wr_id >> 56) as usize).filter(|e| e.number == c.qp_num) else { continue };
+                let Some(e) = self.ends.get_mut((c.wr_id >> 56) as usize).filter(|e| e.number == c.qp_num) else {
+                    continue;
+                };
                 // Nothing in flight has this id: it is late, or rubbish.
                 let Some(before) = e.chain.find(c.wr_id) else { continue };
                 let failure = c.failure();
@@ -445,10 +447,12 @@ impl Drop for Path {
             return;
         }
         super::wake::undertake("kvferry-bury", move || {
-            let good = pairs.into_iter().fold(true, |good, qp| qp.destroy().is_ok() && good);
+            let good = pairs.into_iter().filter_map(|qp| qp.destroy().err()).count() == 0;
             drop(cq);
             if !good && !idle {
-                tracing::error!("a lane was dropped while it was read into, and does not stop: its memory is never freed");
+                tracing::error!(
+                    "a lane was dropped while it was read into, and does not stop: its memory is never freed"
+                );
                 std::mem::forget((kept, landing, rail));
             }
         });

@@ -9,7 +9,8 @@ use std::{
 };
 
 use ibverbs_sys::{
-    ibv_ah_attr, ibv_qp, ibv_qp_attr, ibv_qp_attr_mask as mask, ibv_qp_init_attr, ibv_qp_state, ibv_qp_type, ibv_send_wr,
+    ibv_ah_attr, ibv_qp, ibv_qp_attr, ibv_qp_attr_mask as mask, ibv_qp_init_attr, ibv_qp_state, ibv_qp_type,
+    ibv_send_wr,
 };
 
 use super::{

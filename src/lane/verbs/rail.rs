@@ -73,14 +73,15 @@ impl Rail {
         let limits = device.limits()?;
         let state = Arc::<State>::default();
         let watch = match watch {
-            true => Some(
-                Watch::start(device.clone(), state.clone()).map_err(|e| device.os("cannot watch the device", e))?,
-            ),
+            true => {
+                Some(Watch::start(device.clone(), state.clone()).map_err(|e| device.os("cannot watch the device", e))?)
+            }
             false => None,
         };
         let name = format!("{}:{port}", device.name());
         let pd = Pd::new(device)?;
-        let rail = Self { name, port, pool: OnceLock::new(), _watch: watch, pd, state, limits, failed: Mutex::default() };
+        let rail =
+            Self { name, port, pool: OnceLock::new(), _watch: watch, pd, state, limits, failed: Mutex::default() };
         rail.up()?;
         Ok(Arc::new(rail))
     }
@@ -141,7 +142,11 @@ impl Rail {
         let entry = match config.gid_index {
             Some(index) => {
                 let found = table.iter().find(|e| e.index == index);
-                Some(found.ok_or_else(|| VerbsError::BadGid { device: device(), port: self.port, index: index.into() })?)
+                Some(found.ok_or_else(|| VerbsError::BadGid {
+                    device: device(),
+                    port: self.port,
+                    index: index.into(),
+                })?)
             }
             None if layer == LinkLayer::Ethernet => {
                 let found = gid::choose(&table, peer).or_else(|| gid::choose(&table, None));
@@ -177,8 +182,7 @@ impl Rail {
             let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
             // SAFETY: the segment is valid as long as a clone of the memory lives, and devices may touch it: see
             // `Memory::from_raw`.
-            let region =
-                unsafe { Region::register(&self.pd, Source::Address { base, len }, access, memory.clone()) };
+            let region = unsafe { Region::register(&self.pd, Source::Address { base, len }, access, memory.clone()) };
             segments.push(region?);
             done.fetch_add(len, Ordering::Relaxed);
         }
@@ -190,7 +194,8 @@ impl Rail {
                 // Never in relaxed order: a word must not be read before what it vouches for.
                 let access = Access::Exported { relaxed: false };
                 // SAFETY: the words stay mapped as long as `words` is held, and are only read.
-                let region = unsafe { Region::register(&self.pd, Source::Address { base, len }, access, words.clone()) };
+                let region =
+                    unsafe { Region::register(&self.pd, Source::Address { base, len }, access, words.clone()) };
                 Some(region?)
             }
         };
@@ -299,12 +304,8 @@ impl Rails {
         role: Role,
         rails: Vec<Arc<Rail>>,
     ) -> Result<Arc<Self>, VerbsError> {
-        let slot = |rail: Arc<Rail>| Slot {
-            name: rail.name().into(),
-            rail: Some(rail),
-            why_not: None,
-            tried: Instant::now(),
-        };
+        let slot =
+            |rail: Arc<Rail>| Slot { name: rail.name().into(), rail: Some(rail), why_not: None, tried: Instant::now() };
         let it = Self::with(lib, config, memory, role, rails.into_iter().map(slot).collect());
         for rail in it.open_rails() {
             rail.register(&it.memory, &it.role, config.relaxed_ordering, &it.done)?;
@@ -341,7 +342,9 @@ impl Rails {
                     Err(error) => {
                         tracing::warn!(rail = rail.name(), %error, "the pool cannot be registered: this rail is not used");
                         let mut list = lock(&this.list);
-                        if let Some(s) = list.iter_mut().find(|s| s.rail.as_ref().is_some_and(|r| Arc::ptr_eq(r, &rail))) {
+                        if let Some(s) =
+                            list.iter_mut().find(|s| s.rail.as_ref().is_some_and(|r| Arc::ptr_eq(r, &rail)))
+                        {
                             s.rail = None;
                             s.why_not = Some(error.to_string());
                         }

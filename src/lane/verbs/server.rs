@@ -105,12 +105,7 @@ impl Server {
             return Err(VerbsError::Full { limit: self.max });
         }
         lanes.insert(lane, served);
-        Ok(VerbsTicket {
-            lane,
-            incarnation: self.incarnation.get(),
-            fence_slots: self.fence_slots,
-            rails: answers,
-        })
+        Ok(VerbsTicket { lane, incarnation: self.incarnation.get(), fence_slots: self.fence_slots, rails: answers })
     }
 
     /// Destroys a lane's queue pairs: whoever reads through them gets errors from now on.

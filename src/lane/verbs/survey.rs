@@ -49,8 +49,11 @@ pub struct DeviceReport {
     pub dmabuf: Tried,
 }
 
+/// A device's name, and what was found out about it, or why nothing was.
+pub type Surveyed = (String, Result<DeviceReport, VerbsError>);
+
 /// All devices, each with what is wrong with it if it cannot be opened.
-pub fn survey() -> Result<Vec<(String, Result<DeviceReport, VerbsError>)>, VerbsError> {
+pub fn survey() -> Result<Vec<Surveyed>, VerbsError> {
     let lib = Library::get()?;
     let names = device::names(Path::new(SYS));
     if names.is_empty() {

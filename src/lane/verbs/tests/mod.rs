@@ -117,7 +117,7 @@ impl Rig {
             let mut numbers = d.numbers();
             turn(&mut numbers);
             for n in numbers {
-                d.complete(n, usize::MAX.min(1 << 20));
+                d.complete(n, 1 << 20);
             }
         }
     }

@@ -81,9 +81,13 @@ impl Control {
             let pair = self.pairs.get_mut(&number).unwrap();
             let Some(op) = pair.ops.pop_front() else { return };
             let cq = pair.cq;
-            assert!(REGIONS.lock().unwrap().iter().any(|&(k, at, len)| k == op.rkey
-                && op.remote >= at
-                && op.remote + u64::from(op.len) <= at + len));
+            assert!(
+                REGIONS
+                    .lock()
+                    .unwrap()
+                    .iter()
+                    .any(|&(k, at, len)| k == op.rkey && op.remote >= at && op.remote + u64::from(op.len) <= at + len)
+            );
             // SAFETY: the source lies in a registered region, and the lane checked the local end; the tests keep both.
             unsafe {
                 ptr::copy_nonoverlapping(op.remote as *const u8, op.local as *mut u8, op.len as usize);
@@ -159,10 +163,6 @@ impl Standin {
         let context = Box::leak(Box::new(Context { context, control: control.clone() }));
         let device = Device::new(&LIBRARY, NonNull::from(context).cast(), name);
         Self { device: Arc::new(device), control }
-    }
-
-    pub fn control(&self) -> MutexGuard<'_, Control> {
-        self.control.lock().unwrap()
     }
 
     /// A handle that does not keep the device open.

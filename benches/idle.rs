@@ -3,21 +3,19 @@
 //! One producer listens on every loopback address; the consumer pulls a block from it under as many addresses as it has
 //! peers, and then does nothing. Each address is a peer of its own to the consumer, with a connection, a session and a lane.
 
-use std::{
-    io::{BufRead as _, BufReader},
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
-};
+#[path = "support/serve.rs"]
+mod serve;
+
+use std::time::{Duration, Instant};
 
 use kvferry::{
     block::{BlockId, GroupId},
     consumer::{Consumer, Pull},
     control::client,
-    group::PoolLayout,
     lane::LaneKind,
-    model::Model,
     plan::LocalBlocks,
 };
+use serve::{Serve, layout, model};
 
 const WATCH: Duration = Duration::from_secs(10);
 
@@ -37,31 +35,10 @@ fn usage(pid: u32) -> Usage {
     Usage { cpu: Duration::from_secs_f64(ticks as f64 / hz as f64), rss: pages * rustix::param::page_size() as u64 }
 }
 
-fn serve() -> (Child, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_kvferry"))
-        .args(["serve", "--json", "--exit-with-parent", "--listen", "0.0.0.0:0"])
-        .args(["--blocks", "8", "--regions", "1", "--block-size", "4K"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("kvferry serve starts");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
-    let ready: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-    let port = ready["listen"].as_str().and_then(|l| l.rsplit(':').next()).expect("a port").to_owned();
-    (child, port)
-}
-
 fn measure(sessions: u32, lane: LaneKind) {
-    let (mut child, port) = serve();
-    let model = Model {
-        name: "pattern".into(),
-        dtype: "uint8".into(),
-        scales: String::new(),
-        attention: "pattern".into(),
-        block_tokens: 16,
-    };
-    let layout = PoolLayout::uniform(8, 1, 4096, 16);
-    let consumer = Consumer::builder("idle".parse().expect("an id"), model, layout).build().expect("a consumer");
+    let serve = Serve::start("0.0.0.0:0");
+    let port = serve.addr.rsplit(':').next().expect("a port").to_owned();
+    let consumer = Consumer::builder("idle".parse().expect("an id"), model(), layout()).build().expect("a consumer");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let limit = Duration::from_secs(10);
     let pull = |i: u32| {
@@ -77,7 +54,7 @@ fn measure(sessions: u32, lane: LaneKind) {
     };
     // The first ones warm up what all share.
     pull(2000);
-    let (here, there) = (std::process::id(), child.id());
+    let (here, there) = (std::process::id(), serve.pid());
     let before = (usage(here), usage(there));
     let mut first: Vec<Duration> = (0..sessions).map(pull).collect();
     first.sort();
@@ -97,8 +74,6 @@ fn measure(sessions: u32, lane: LaneKind) {
         first[first.len() / 2].as_secs_f64() * 1e3
     );
     drop(consumer);
-    let _ = child.kill();
-    let _ = child.wait();
 }
 
 fn main() {

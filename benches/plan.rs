@@ -3,13 +3,12 @@
 //! The contract's bound is 20 ns a read, and no allocation a read once the buffer has grown. Best of several rounds, since
 //! a noisy machine only ever makes it slower.
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    hint::black_box,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Instant,
-};
+#[path = "support/counting.rs"]
+mod counting;
 
+use std::{hint::black_box, time::Instant};
+
+use counting::allocations;
 use kvferry::{
     block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank},
     group::PoolLayout,
@@ -18,25 +17,8 @@ use kvferry::{
     shard::Shard,
 };
 
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, l: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: by this function's own contract.
-        unsafe { System.alloc(l) }
-    }
-    unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
-        // SAFETY: by this function's own contract.
-        unsafe { System.dealloc(p, l) }
-    }
-}
-
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static COUNTING: counting::Counting = counting::Counting;
 
 fn offer(blocks: Vec<u32>) -> Offer {
     let incarnation = Incarnation::random();
@@ -75,9 +57,9 @@ fn main() {
         }];
         let plan = Plan::new(&offer(ids), &[side], side, &wanted, ChunkSize::default(), 1 << 20).expect("a good plan");
         let mut reads = Vec::new();
-        let (mut best, mut count, mut allocations) = (f64::MAX, 0, 0);
+        let (mut best, mut count, mut made) = (f64::MAX, 0, 0);
         for _ in 0..20 {
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let before = allocations();
             let start = Instant::now();
             count = 0;
             for chunk in 0..plan.chunks().len() {
@@ -86,13 +68,13 @@ fn main() {
                 count += black_box(&reads).len();
             }
             best = best.min(start.elapsed().as_nanos() as f64);
-            allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            made = allocations() - before;
         }
         println!(
             "{name:<34} {count:>9} {:>9.1} {:>12.1} {:>14.4}",
             best / count as f64,
             best / f64::from(blocks),
-            allocations as f64 / count as f64
+            made as f64 / count as f64
         );
     }
 }

@@ -1,39 +1,21 @@
 //! What a pull costs beside its bytes: claim, fence, decide, release, one small block at a time. `cargo bench --bench pull`.
 
-use std::{
-    io::{BufRead as _, BufReader},
-    process::{Command, Stdio},
-    time::{Duration, Instant},
-};
+#[path = "support/serve.rs"]
+mod serve;
+
+use std::time::{Duration, Instant};
 
 use kvferry::{
     block::{BlockId, GroupId},
     consumer::{Consumer, Pull},
     control::client,
-    group::PoolLayout,
     lane::LaneKind,
-    model::Model,
     plan::LocalBlocks,
 };
+use serve::{Serve, layout, model};
 
 fn main() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_kvferry"))
-        .args(["serve", "--json", "--exit-with-parent", "--listen", "127.0.0.1:0"])
-        .args(["--blocks", "8", "--regions", "1", "--block-size", "4K"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("kvferry serve starts");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
-    let ready: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-    let addr = ready["listen"].as_str().expect("an address").to_owned();
-    let model = Model {
-        name: "pattern".into(),
-        dtype: "uint8".into(),
-        scales: String::new(),
-        attention: "pattern".into(),
-        block_tokens: 16,
-    };
+    let serve = Serve::start("127.0.0.1:0");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let limit = Duration::from_secs(10);
     println!(
@@ -41,13 +23,12 @@ fn main() {
         "lane", "pulls", "first pull ms", "p50 us", "p90 us", "p99 us", "claim p50 us"
     );
     for lane in [LaneKind::Local, LaneKind::Tcp] {
-        let layout = PoolLayout::uniform(8, 1, 4096, 16);
         let consumer =
-            Consumer::builder("bench".parse().expect("an id"), model.clone(), layout).build().expect("a consumer");
+            Consumer::builder("bench".parse().expect("an id"), model(), layout()).build().expect("a consumer");
         let (mut all, mut claims) = (Vec::new(), Vec::new());
         let mut first = Duration::ZERO;
         for i in 0..2001 {
-            let offer = runtime.block_on(client::make_offer(&addr, 1, false, 0, limit)).expect("an offer");
+            let offer = runtime.block_on(client::make_offer(&serve.addr, 1, false, 0, limit)).expect("an offer");
             let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
             let start = Instant::now();
             consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");
@@ -75,6 +56,4 @@ fn main() {
             at(&claims, 50)
         );
     }
-    let _ = child.kill();
-    let _ = child.wait();
 }

@@ -181,7 +181,7 @@ impl Builder {
             next_pull: AtomicU64::new(1),
             stopped: AtomicBool::new(false),
             rail: Mutex::new(Some(rail)),
-            _runtime: runtime,
+            runtime,
         })
     }
 }
@@ -198,12 +198,14 @@ pub struct Consumer {
     next_pull: AtomicU64,
     stopped: AtomicBool,
     rail: Mutex<Option<JoinHandle<()>>>,
-    _runtime: Runtime,
+    runtime: Runtime,
 }
 
 impl Consumer {
     /// How long a shutdown waits for lanes to become quiet.
     const SHUTDOWN: Duration = Duration::from_secs(2);
+    /// And then, for releases to be acknowledged.
+    const GOODBYE: Duration = Duration::from_millis(500);
 
     /// Starts building a consumer: the engine, what its KV means, and how its memory is laid out.
     pub fn builder(engine: EngineId, model: Model, layout: PoolLayout) -> Builder {
@@ -287,7 +289,7 @@ impl Consumer {
     /// Which of the offer's ranks this rank reads from, and which of their readers it is. An engine of the same shape is
     /// read rank by rank; of another shape, every rank is asked, and the plan takes what it needs of each.
     fn sources(&self, offer: &Offer) -> (Vec<usize>, Reader) {
-        let here = self.shard.tp_size * self.shard.pp_size;
+        let here = self.shard.tp_size.saturating_mul(self.shard.pp_size);
         if offer.ranks.len() == 1 {
             return (vec![0], Reader { index: self.me.rank.0.min(here - 1), of: here });
         }
@@ -361,13 +363,16 @@ impl Consumer {
         &self.shared.metrics
     }
 
-    /// Cancels every pull and ends the data thread, within two seconds. Pulls that ended meanwhile can still be polled.
+    /// Cancels every pull, ends the data thread within two seconds, and has releases acknowledged for another half. Pulls that ended meanwhile can still be polled.
     pub fn shutdown(&self) {
         self.stopped.store(true, Ordering::Release);
         let Some(rail) = lock(&self.rail).take() else { return };
         self.mailbox.send(Mail::Stop(Instant::now() + Self::SHUTDOWN));
         // A panic in there was printed already.
         let _ = rail.join();
+        // Sessions go when their releases are acknowledged, so that a producer need not wait for the lease of a consumer that
+        // has said goodbye. A peer that does not answer is left to its leases.
+        self.runtime.wait_idle(Self::GOODBYE);
     }
 }
 

@@ -1,11 +1,11 @@
 //! No allocation per read in steady state: a pull of four times the blocks allocates hardly more often.
 
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+#[path = "../benches/support/counting.rs"]
+mod counting;
 
+use std::time::Duration;
+
+use counting::allocations;
 use kvferry::{
     block::{BlockId, GroupId},
     consumer::{Consumer, Pull},
@@ -17,30 +17,8 @@ use kvferry::{
     producer::{OfferSpec, Producer, Ready},
 };
 
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, l: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: by this function's own contract.
-        unsafe { System.alloc(l) }
-    }
-    unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
-        // SAFETY: by this function's own contract.
-        unsafe { System.dealloc(p, l) }
-    }
-    unsafe fn realloc(&self, p: *mut u8, l: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: by this function's own contract.
-        unsafe { System.realloc(p, l, size) }
-    }
-}
-
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static COUNTING: counting::Counting = counting::Counting;
 
 const BLOCKS: u32 = 16384;
 
@@ -54,10 +32,10 @@ fn allocations_of_a_pull(producer: &Producer, consumer: &Consumer, lane: LaneKin
     let wanted =
         LocalBlocks { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
     let pull = Pull::new(offer, vec![wanted]).lanes(vec![lane]).deadline(Duration::from_secs(20));
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = allocations();
     consumer.pull(pull).expect("a pull");
     let ended = consumer.wait(Duration::from_secs(40)).expect("it ends");
-    let counted = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let counted = allocations() - before;
     assert!(ended.outcome.complete(), "{:?}", ended.outcome);
     counted
 }

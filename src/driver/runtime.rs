@@ -1,7 +1,11 @@
 //! A thread with a tokio runtime for the control plane of one rank. One thread is enough: it carries heartbeats and claims,
 //! never blocks of KV.
 
-use std::{io, thread::JoinHandle};
+use std::{
+    io,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 use tokio::{runtime::Handle, sync::oneshot};
 
@@ -25,6 +29,19 @@ impl Runtime {
             runtime.shutdown_background();
         })?;
         Ok(Self { handle, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Waits until its tasks have ended by themselves, for `limit` at most; whether they have.
+    pub fn wait_idle(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        // A millisecond at a time, only ever in a shutdown: tasks have no common place to say that they have ended.
+        while self.handle.metrics().num_alive_tasks() > 0 {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// To spawn tasks on it.

@@ -91,8 +91,11 @@ impl LaneConnector for Connector {
         let incarnation = welcome.peer.incarnation;
         Box::pin(async move {
             let lane = match ticket {
-                LaneTicket::Tcp { port, lane, key, .. } => {
-                    let addr = SocketAddr::new(peer.ip(), port);
+                LaneTicket::Tcp { host, port, lane, key } => {
+                    let addr = match host {
+                        Some(host) => resolve(&host, port).await?,
+                        None => SocketAddr::new(peer.ip(), port),
+                    };
                     Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp).await?) as Box<dyn Lane>
                 }
                 LaneTicket::Local { uds, lane } => {
@@ -201,4 +204,11 @@ mod verbs {
     async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LaneError> {
         tokio::task::spawn_blocking(work).await.map_err(|_| LaneError::protocol("it could not be connected"))
     }
+}
+
+/// The data server's address, where it is not on the host of the control plane.
+async fn resolve(host: &str, port: u16) -> Result<SocketAddr, LaneError> {
+    let connect = |source| LaneError::Connect { to: format!("{host}:{port}"), source };
+    let mut found = tokio::net::lookup_host((host, port)).await.map_err(connect)?;
+    found.next().ok_or_else(|| connect(std::io::ErrorKind::AddrNotAvailable.into()))
 }

@@ -251,7 +251,8 @@ impl OfferTable {
             return gone(self.tombs.get(&id).copied().unwrap_or(Gone::Expired));
         }
         if !entry.ready {
-            return ServerBody::NotYet { claim, retry: retry_after(self.lease.unclaimed / 16) };
+            // The engine is filling the blocks: whoever waits for them waits for a first token.
+            return ServerBody::NotYet { claim, retry: UNREADY_RETRY };
         }
         if entry.let_go.contains(&key) {
             return gone(Gone::Released);
@@ -468,6 +469,9 @@ fn forget_claim(by_claim: &mut HashMap<ClaimKey, OfferId>, claims_of: &mut HashM
         }
     }
 }
+
+/// Between two looks at an offer whose blocks are being filled: a few engine steps, and 200 small frames a second.
+const UNREADY_RETRY: std::time::Duration = std::time::Duration::from_millis(5);
 
 /// Soon at first, since the books are nearly there; then slower. 2 ms is about one step of a fast engine.
 fn retry_after(waited: std::time::Duration) -> std::time::Duration {

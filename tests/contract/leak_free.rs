@@ -9,6 +9,7 @@ use kvferry::{block::OfferId, config::Config, consumer::Pull, error::Cause, lane
 
 use crate::rig::{
     CONSUMER, Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all,
+    wait_until_loaded,
 };
 
 #[test]
@@ -145,7 +146,7 @@ fn an_offer_handed_to_two_consumers_serves_both_and_comes_back_once() {
     let offer = producer.offer_all();
     // The slow one claims first, and holds the offer while the others come and go.
     let pull = three.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
-    crate::rig::wait_until_loaded(&three, pull, 0.05);
+    wait_until_loaded(&three, pull, 0.05);
     for c in [&one, &two] {
         c.pull(pull_all(&offer, LaneKind::Local, SOON)).unwrap();
         let end = ended(c);
@@ -191,4 +192,21 @@ fn a_thousand_sessions_are_held_while_used_and_dropped_when_long_unused() {
     let offer = producer.offer(&[3]);
     consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
     assert!(ended(&consumer).outcome.complete());
+}
+
+#[test]
+fn a_consumer_that_leaves_in_mid_pull_releases_as_it_goes() {
+    let spec = Spec { claimed_ms: 600_000, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
+    for _ in 0..5 {
+        let mut config = Config::default();
+        config.pull.faults = Some("throttle=16M".parse().unwrap());
+        let consumer = consumer(&spec, config);
+        let offer = producer.offer_all();
+        let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+        wait_until_loaded(&consumer, pull, 0.05);
+        drop(consumer);
+        // Long before its lease of ten minutes.
+        assert_eq!(producer.freed(offer.id).0, "Released");
+    }
 }

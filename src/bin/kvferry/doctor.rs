@@ -61,7 +61,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         "GPU memory",
         Status::Warn,
         "not in this build",
-        "pools lie in host memory; GPU memory comes with the feature `cuda`",
+        "nothing to do: pools lie in host memory",
     ));
     if args.json.text() {
         for f in &findings {

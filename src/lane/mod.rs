@@ -125,6 +125,14 @@ pub enum LaneEvent {
         /// The word.
         word: u64,
     },
+    /// What was read of this chunk cannot be trusted, and no fence of it will come: read it again, on this attempt. None of
+    /// its reads is in flight. Only lanes whose fences are posted say this, and only after its fence was posted.
+    Again {
+        /// The attempt.
+        attempt: Attempt,
+        /// The chunk.
+        chunk: u32,
+    },
     /// Nothing of this attempt can write local memory any more. Comes once, after `stop` or `kill`, or by itself after
     /// `Down`; nothing else of the attempt comes after it.
     Quiet {

@@ -104,3 +104,68 @@ fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
     drop(consumer);
     settled(before);
 }
+
+#[test]
+fn hunt() {
+    if !wires(2) {
+        return;
+    }
+    let rounds: u32 = std::env::var("KVFERRY_HUNT").ok().and_then(|s| s.parse().ok()).unwrap_or(10);
+    let rails: usize = std::env::var("KVFERRY_HUNT_RAILS").ok().and_then(|s| s.parse().ok()).unwrap_or(2);
+    let spec = spec(rails, 32, 1, 1 << 20);
+    let (mut producer, consumer) = ends(rails, &spec, None);
+    let zero = vec![0u8; 1 << 20];
+    for round in 0..rounds {
+        let layout = spec.layout();
+        for b in 0..32 {
+            consumer.memory().write_from(0, layout.groups[0].regions[0].block_offset(b), &zero).unwrap();
+        }
+        let offer = producer.offer_all();
+        consumer.pull(pull_all(&offer, LaneKind::Verbs, LONG)).unwrap();
+        let end = consumer.wait(LONG).expect("it ends");
+        println!("round {round}: {} {:?} {:?} retries {:?}", end.outcome.complete(), end.outcome.cause(), end.outcome.times.data, counters());
+        // Which page of which block each 512 bytes are.
+        let mut known = std::collections::HashMap::new();
+        let mut page = vec![0u8; 512];
+        for p in 0..32u64 * 2048 {
+            crate::pattern::fill(producer.seed, 0, p, &mut page);
+            known.insert(page.clone(), p);
+        }
+        for position in end.outcome.groups[0].loaded.iter() {
+            let src = end.offer.groups[0].blocks[position as usize].unwrap().0;
+            let mut found = vec![0u8; 1 << 20];
+            consumer.memory().read_into(0, layout.groups[0].regions[0].block_offset(position), &mut found).unwrap();
+            let mut runs: Vec<(i64, u32)> = Vec::new();
+            for (i, p) in found.chunks(512).enumerate() {
+                let want = u64::from(src) * 2048 + i as u64;
+                let shift = match known.get(p) {
+                    Some(&k) => k as i64 - want as i64,
+                    None if p.iter().all(|b| *b == 0) => i64::MAX,
+                    None => i64::MIN,
+                };
+                match runs.last_mut() {
+                    Some((s, n)) if *s == shift => *n += 1,
+                    _ => runs.push((shift, 1)),
+                }
+            }
+            if runs != [(0, 2048)] {
+                println!("{}", crate::wires::run("dmesg", "").lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"));
+                println!("  WRONG position {position} block {src}: runs of 512 bytes, (shift, number): {runs:?}");
+            }
+        }
+    }
+}
+
+fn counters() -> String {
+    let mut all = String::new();
+    for dev in ["rxa1", "rxa2", "rxb1", "rxb2"] {
+        for c in ["duplicate_request", "out_of_seq_request", "retry_rnr_exceeded_err", "rcvd_rnr_err", "retry_exceeded_err", "completer_retry_err", "ack_deferred", "rdma_sends", "rcvd_pkts", "sent_pkts"] {
+            if let Ok(v) = std::fs::read_to_string(format!("/sys/class/infiniband/{dev}/ports/1/hw_counters/{c}")) {
+                if v.trim() != "0" {
+                    all += &format!(" {dev}.{c}={}", v.trim());
+                }
+            }
+        }
+    }
+    all
+}

@@ -21,10 +21,15 @@ use super::{
 
 /// After ERR a device flushes what is posted within a millisecond or so; an emulated one under load in ten.
 pub(crate) const ERR_BOUND: Duration = Duration::from_millis(150);
-/// Destroying is a command to the device's firmware: milliseconds, tens of them when it is busy.
-pub(crate) const DESTROY_BOUND: Duration = Duration::from_millis(150);
+/// Destroying is a command to the device's firmware: milliseconds, tens of them when it is busy. The next rung takes the
+/// device from all other lanes on it, so a loaded machine gets time.
+pub(crate) const DESTROY_BOUND: Duration = Duration::from_millis(300);
 /// Closing destroys whatever is left.
-pub(crate) const CLOSE_BOUND: Duration = Duration::from_millis(100);
+pub(crate) const CLOSE_BOUND: Duration = Duration::from_millis(130);
+/// When one that does not close is given up as wedged. Long after the bound: a pull has decided by then, and nothing is
+/// gained by an early verdict that costs the engine its blocks. A machine with four builds on two cores took 120 ms to
+/// run the thread that closes.
+pub(crate) const WEDGED_AFTER: Duration = Duration::from_secs(5);
 
 /// All of it, once the first rung (to stop posting and let it drain) has had its time.
 pub(crate) const BOUND: Duration = ERR_BOUND.saturating_add(DESTROY_BOUND).saturating_add(CLOSE_BOUND);
@@ -74,7 +79,7 @@ impl Rung {
             Self::Error { since, .. } => Some(*since + ERR_BOUND),
             Self::Destroying { since, .. } => Some(*since + DESTROY_BOUND),
             // There is nobody who rings when a device has closed: look often.
-            Self::Closing { since, .. } => Some((*since + CLOSE_BOUND).min(Instant::now() + Duration::from_millis(2))),
+            Self::Closing { since, .. } => Some((*since + WEDGED_AFTER).min(Instant::now() + Duration::from_millis(2))),
             Self::Live | Self::Quiet | Self::Wedged => None,
         }
     }
@@ -155,7 +160,7 @@ pub(crate) fn closing(closing: &Closing, since: Instant, now: Instant) -> Step {
     match closing.state() {
         Closed::Well => Step::Quiet,
         Closed::Badly => Step::Next,
-        Closed::Not if now >= since + CLOSE_BOUND => Step::Next,
+        Closed::Not if now >= since + WEDGED_AFTER => Step::Next,
         Closed::Not => Step::Wait,
     }
 }

@@ -12,6 +12,7 @@ use std::{
 };
 
 use super::{
+    fences::{self, Carriers, Fence, Fences},
     ladder::Rung,
     landing::{Landing, SLOTS},
     path::{Path, What, Why},
@@ -29,6 +30,8 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 struct Try {
     attempt: Attempt,
+    /// What its fence words hold.
+    nonce: u64,
     /// Requests on rails, filled ones included.
     in_flight: u32,
     failed: bool,
@@ -42,6 +45,7 @@ pub struct VerbsLane {
     tries: Vec<Option<Try>>,
     /// Accepted, and not posted: what a full queue gave back, and what a failed rail lost.
     again: VecDeque<What>,
+    fences: Fences,
     slots: Arc<Landing>,
     free_slots: Vec<u16>,
     fence_slots: u32,
@@ -80,6 +84,7 @@ impl VerbsLane {
             paths: p.paths,
             tries: Vec::with_capacity(64),
             again: VecDeque::with_capacity(2 * p.depth),
+            fences: Fences::default(),
             slots: p.slots,
             free_slots: (0..SLOTS).rev().collect(),
             fence_slots: p.fence_slots,
@@ -133,11 +138,78 @@ impl VerbsLane {
             }
         }
         let Some((p, e, _)) = best else { return false };
-        self.paths[p].fill(e, w);
+        self.fill(p, e, w);
+        true
+    }
+
+    /// Fills one request on this queue pair.
+    #[inline]
+    fn fill(&mut self, path: usize, end: usize, w: What) {
+        self.paths[path].fill(end, w);
         if let Some(Some(t)) = self.tries.get_mut(w.attempt as usize) {
             t.in_flight += 1;
         }
+    }
+
+    /// Whether all of these queue pairs could still complete something.
+    fn alive(&self, carriers: Carriers) -> bool {
+        fences::each(carriers).all(|(p, e)| self.paths.get(p).is_some_and(|p| p.alive(e)))
+    }
+
+    /// Posts READs of a fence's word, one on each carrier; `false` when there is no room for all of them now.
+    fn post_words(&mut self, f: &Fence) -> bool {
+        let room = fences::each(f.carriers).all(|(p, e)| self.paths[p].has_room(e));
+        if !room || self.free_slots.len() < f.carriers.count_ones() as usize {
+            return false;
+        }
+        for (path, end) in fences::each(f.carriers) {
+            let Some(slot) = self.free_slots.pop() else { break };
+            self.slots.clear(slot);
+            let w = What {
+                src: u64::from(f.word_at) * 8,
+                dst: u64::from(slot),
+                len: 8,
+                attempt: f.attempt,
+                chunk: f.chunk,
+                fence: true,
+                path: path as u8,
+                end: end as u8,
+                ..What::default()
+            };
+            self.fill(path, end, w);
+        }
         true
+    }
+
+    /// What is read of a chunk is not to be trusted: it is read again.
+    fn doubt(&mut self, i: usize, chunk: u32) {
+        self.fences.forget(i, chunk);
+        if let Some(Some(t)) = self.tries.get(i) {
+            self.pending.push(LaneEvent::Again { attempt: t.attempt, chunk });
+        }
+    }
+
+    /// Says what came of fences whose words are all back.
+    fn conclude_fences(&mut self, now: Instant) {
+        while let Some(mut f) = self.fences.next_back() {
+            let i = f.attempt as usize;
+            let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && !t.stopped) else { continue };
+            if f.doubt {
+                self.doubt(i, f.chunk);
+            } else if f.word == t.nonce || f.second {
+                self.pending.push(LaneEvent::Fence { attempt: t.attempt, chunk: f.chunk, word: f.word });
+            } else if !self.alive(f.carriers) {
+                self.doubt(i, f.chunk);
+            } else {
+                f.second = self.post_words(&f);
+                match f.second {
+                    true => self.fences.posted(f, t.nonce),
+                    // No room: it is back still, and looked at after the next completion.
+                    false => return self.fences.back(f),
+                }
+                self.flush(now);
+            }
+        }
     }
 
     /// Posts what is filled. What is not taken waits in `again`, in front.
@@ -167,7 +239,19 @@ impl VerbsLane {
                 self.give_back(w);
                 continue;
             }
-            if !self.place(w) {
+            if w.fence {
+                let (path, end) = (usize::from(w.path), usize::from(w.end));
+                if !self.paths[path].alive(end) {
+                    self.again.pop_front();
+                    self.give_back(w);
+                    self.fences.lost(w.attempt, w.chunk);
+                    continue;
+                }
+                if !self.paths[path].has_room(end) {
+                    break;
+                }
+                self.fill(path, end, w);
+            } else if !self.place(w) {
                 break;
             }
             self.again.pop_front();
@@ -226,9 +310,10 @@ impl VerbsLane {
 
     fn reap(&mut self, now: Instant, out: &mut Vec<LaneEvent>) -> bool {
         let mut any = false;
-        for path in &mut self.paths {
+        for (p, path) in self.paths.iter_mut().enumerate() {
             let (tries, slots, free) = (&mut self.tries, &self.slots, &mut self.free_slots);
-            any |= path.reap(now, |w| {
+            let fences = &mut self.fences;
+            any |= path.reap(now, |w, end| {
                 if w.fence {
                     free.push(w.dst as u16);
                 }
@@ -243,8 +328,9 @@ impl VerbsLane {
                     }
                 } else if t.failed {
                 } else if w.fence {
-                    out.push(LaneEvent::Fence { attempt: a, chunk: k, word: slots.load(w.dst as u16) });
+                    fences.landed(w.attempt, k, slots.load(w.dst as u16), t.nonce);
                 } else {
+                    fences.carried(w.attempt, k, fences::bit(p, end));
                     match out.last_mut() {
                         Some(LaneEvent::Done { attempt, chunk, reads }) if *attempt == a && *chunk == k => *reads += 1,
                         _ => out.push(LaneEvent::Done { attempt: a, chunk: k, reads: 1 }),
@@ -280,9 +366,11 @@ impl VerbsLane {
                     continue;
                 }
                 if w.fence {
-                    self.slots.clear(w.dst as u16);
+                    self.give_back(w);
+                    self.fences.lost(w.attempt, w.chunk);
+                } else {
+                    self.again.push_back(w);
                 }
-                self.again.push_back(w);
             }
         }
         if self.down.is_some() {
@@ -348,17 +436,19 @@ impl Lane for VerbsLane {
         }
     }
 
-    fn begin(&mut self, a: Attempt, _: Grant) {
+    fn begin(&mut self, a: Attempt, grant: Grant) {
         if let Some(cause) = self.closing {
             self.pending.push(LaneEvent::Failed { attempt: a, cause });
             // It never has anything in flight.
             self.pending.push(LaneEvent::Quiet { attempt: a });
         } else if self.find(a).is_none() {
-            let t = Some(Try { attempt: a, in_flight: 0, failed: false, stopped: false });
-            match self.tries.iter().position(Option::is_none) {
-                Some(i) => self.tries[i] = t,
-                None => self.tries.push(t),
+            let t = Try { attempt: a, nonce: grant.nonce.get(), in_flight: 0, failed: false, stopped: false };
+            let i = self.tries.iter().position(Option::is_none).unwrap_or(self.tries.len());
+            if i == self.tries.len() {
+                self.tries.push(None);
             }
+            self.tries[i] = Some(t);
+            self.fences.begin(i);
         }
     }
 
@@ -383,7 +473,7 @@ impl Lane for VerbsLane {
                 chunk: r.chunk,
                 src_segment: r.src_segment,
                 dst_segment: r.dst_segment,
-                fence: false,
+                ..What::default()
             };
             if !self.place(w) {
                 taken = n;
@@ -400,22 +490,25 @@ impl Lane for VerbsLane {
             self.fail(i, Cause::BadOffer);
             return true;
         }
-        let Some(&slot) = self.free_slots.last() else { return false };
-        self.slots.clear(slot);
-        let w = What {
-            src: u64::from(f.slot) * 8,
-            dst: u64::from(slot),
-            len: 8,
-            attempt: i as u32,
-            chunk: f.chunk,
-            src_segment: 0,
-            dst_segment: 0,
-            fence: true,
+        let carriers = self.fences.carriers(i, f.chunk);
+        if !self.alive(carriers) {
+            self.doubt(i, f.chunk);
+            return true;
+        }
+        let carriers = match carriers {
+            // Nothing was read of it on this lane: any will do.
+            0 => match self.paths.iter().enumerate().find_map(|(p, path)| Some((p, path.best()?.0))) {
+                Some((p, e)) => fences::bit(p, e),
+                None => return false,
+            },
+            n => n,
         };
-        if !self.place(w) {
+        let Some(nonce) = self.tries[i].map(|t| t.nonce) else { return true };
+        let fence = Fences::new(i as u32, f.chunk, f.slot, carriers);
+        if !self.post_words(&fence) {
             return false;
         }
-        self.free_slots.pop();
+        self.fences.posted(fence, nonce);
         self.flush(Instant::now());
         true
     }
@@ -448,6 +541,7 @@ impl Lane for VerbsLane {
         self.reap(now, out);
         self.climb(now);
         self.post_again(now);
+        self.conclude_fences(now);
         out.append(&mut self.pending);
     }
 
@@ -466,7 +560,7 @@ impl Lane for VerbsLane {
         let mut seen = std::mem::take(&mut self.pending);
         let any = self.reap(now, &mut seen);
         self.pending = seen;
-        if any {
+        if any || self.fences.any_back() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let waiting = !self.again.is_empty();

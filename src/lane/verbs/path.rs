@@ -41,6 +41,10 @@ pub(crate) struct What {
     pub src_segment: u16,
     pub dst_segment: u16,
     pub fence: bool,
+    /// The queue pair that a fence must go over.
+    pub end: u8,
+    /// And its rail.
+    pub path: u8,
 }
 
 /// Why a rail of a lane failed.
@@ -187,6 +191,16 @@ impl Path {
         free.map(|(i, e)| (i, e.bytes)).min_by_key(|(_, bytes)| *bytes)
     }
 
+    /// Whether a queue pair could still complete something.
+    pub(crate) fn alive(&self, end: usize) -> bool {
+        self.rung.is_live() && end < self.ends.len()
+    }
+
+    /// Whether a queue pair takes a request now, whatever is in flight.
+    pub(crate) fn has_room(&self, end: usize) -> bool {
+        self.ends.get(end).is_some_and(|e| e.chain.room() > 0)
+    }
+
     /// Fills a request on a queue pair that `best` named. The lane has checked both ends' bounds.
     #[inline]
     pub(crate) fn fill(&mut self, end: usize, w: What) {
@@ -249,8 +263,8 @@ impl Path {
         }
     }
 
-    /// Takes completions: `done` gets what was read. What failed is kept as lost. `true` when there were any.
-    pub(crate) fn reap(&mut self, now: Instant, mut done: impl FnMut(What)) -> bool {
+    /// Takes completions: `done` gets what was read, and on which queue pair. What failed is kept as lost. `true` when there were any.
+    pub(crate) fn reap(&mut self, now: Instant, mut done: impl FnMut(What, usize)) -> bool {
         let Some(cq) = &mut self.cq else { return false };
         let mut space = [const { MaybeUninit::<Completion>::uninit() }; BATCH];
         let (mut any, mut why) = (false, None);
@@ -265,9 +279,8 @@ impl Path {
             any |= !got.is_empty();
             for c in got {
                 // Which pair, by the request's id; the number must agree.
-                let Some(e) = self.ends.get_mut((c.wr_id >> 56) as usize).filter(|e| e.number == c.qp_num) else {
-                    continue;
-                };
+                let end = (c.wr_id >> 56) as usize;
+                let Some(e) = self.ends.get_mut(end).filter(|e| e.number == c.qp_num) else { continue };
                 // Nothing in flight has this id: it is late, or rubbish.
                 let Some(before) = e.chain.find(c.wr_id) else { continue };
                 let failure = c.failure();
@@ -277,7 +290,7 @@ impl Path {
                 e.chain.retire(good, |w| {
                     *bytes -= u64::from(w.len);
                     *all -= u64::from(w.len);
-                    done(w);
+                    done(w, end);
                 });
                 if let Some(status) = failure {
                     let lost = &mut self.lost;

@@ -98,6 +98,18 @@ impl Control {
         }
     }
 
+    /// What soft-RoCE does when an answer comes out of sequence: the next request is reported as done, nothing is written,
+    /// and the pair goes to ERR.
+    pub fn slip(&mut self, number: u32) {
+        let pair = self.pairs.get_mut(&number).unwrap();
+        pair.failed = true;
+        let cq = pair.cq;
+        if let Some(op) = pair.ops.pop_front().filter(|op| op.signaled) {
+            self.push(cq, Completion::new(op.wr_id, 0, number, self.rubbish));
+        }
+        self.flush(number);
+    }
+
     /// Fails the next request of a queue pair, and flushes what is behind it.
     pub fn fail(&mut self, number: u32, status: u32) {
         let pair = self.pairs.get_mut(&number).unwrap();

@@ -278,9 +278,9 @@ impl Producer {
         rustix::process::kill_process(pid, signal).expect("the process is there");
     }
 
-    /// SIGKILL, and wait until it is gone.
+    /// SIGKILL, and wait until it is gone. Does nothing the second time.
     pub fn kill(&mut self) {
-        self.signal(rustix::process::Signal::KILL);
+        self.child.kill().expect("it can be killed");
         self.child.wait().expect("it can be waited for");
     }
 }

@@ -26,7 +26,7 @@ fn base(seed: u64, segment: u16, page: u64) -> u64 {
 /// The unit in which the pattern starts anew: no block is smaller, and every block's size is a multiple.
 pub const PAGE: u64 = 512;
 
-pub fn fill(seed: u64, segment: u16, page: u64, out: &mut [u8]) {
+fn fill(seed: u64, segment: u16, page: u64, out: &mut [u8]) {
     let base = base(seed, segment, page);
     for (i, w) in out.chunks_mut(8).enumerate() {
         let word = base.wrapping_add((i as u64).wrapping_mul(STEP)).to_le_bytes();

@@ -34,6 +34,22 @@ pub fn tc(args: &str) {
     run("tc", args);
 }
 
+/// Packets of an interface that are lost, in per cent, until this is dropped.
+pub struct Loss(&'static str);
+
+impl Loss {
+    pub fn on(end: &'static str, percent: u32) -> Self {
+        tc(&format!("qdisc add dev {end} root netem loss {percent}% limit 10000"));
+        Self(end)
+    }
+}
+
+impl Drop for Loss {
+    fn drop(&mut self) {
+        let _ = Command::new("tc").args(["qdisc", "del", "dev", self.0, "root"]).status();
+    }
+}
+
 /// Waits until the ports of all wires are up.
 pub fn all_up() {
     let until = Instant::now() + SOON;
@@ -103,6 +119,10 @@ pub fn spec(n: usize, blocks: u32, regions: u32, block_size: u64) -> Spec {
 pub fn config(n: usize, throttle: Option<&str>) -> Config {
     let mut config = Config::default();
     config.verbs.rails = (1..=n).map(|i| format!("rxa{i}")).collect();
+    // An emulated wire carries about 100 MB/s and drops what a device queues beyond its backlog: what is in flight must be
+    // little, or answers get lost until the queue pair gives up.
+    config.verbs.window = 1 << 20;
+    config.verbs.max_read = 128 << 10;
     config.pull.faults = throttle.map(|t| format!("throttle={t}").parse().expect("faults"));
     config
 }

@@ -94,7 +94,7 @@ impl Fences {
     }
 
     /// A fence to post.
-    pub(crate) fn new(attempt: u32, chunk: u32, word_at: u32, carriers: Carriers) -> Fence {
+    pub(crate) fn fence(attempt: u32, chunk: u32, word_at: u32, carriers: Carriers) -> Fence {
         Fence { attempt, chunk, word_at, carriers, left: 0, word: 0, doubt: false, second: false }
     }
 

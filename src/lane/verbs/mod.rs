@@ -32,6 +32,7 @@ mod error;
 #[cfg(feature = "verbs")]
 mod events;
 mod exchange;
+#[cfg(feature = "verbs")]
 mod fences;
 mod gid;
 #[cfg(feature = "verbs")]

@@ -34,6 +34,7 @@ mod events;
 mod exchange;
 #[cfg(feature = "verbs")]
 mod fences;
+#[cfg(feature = "verbs")]
 mod gid;
 #[cfg(feature = "verbs")]
 mod ladder;

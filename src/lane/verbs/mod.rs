@@ -34,7 +34,6 @@ mod events;
 mod exchange;
 #[cfg(feature = "verbs")]
 mod fences;
-#[cfg(feature = "verbs")]
 mod gid;
 #[cfg(feature = "verbs")]
 mod ladder;

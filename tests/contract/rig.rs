@@ -292,6 +292,13 @@ impl Drop for Producer {
     }
 }
 
+/// Settings of a consumer whose lanes have these faults.
+pub fn throttled(faults: &str) -> Config {
+    let mut config = Config::default();
+    config.pull.faults = Some(faults.parse().expect("faults"));
+    config
+}
+
 /// A consumer with the same pool as the producers of `spec`.
 pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
     if config.verbs.rails.is_empty() {
@@ -458,9 +465,7 @@ pub fn run_producer(spec: &str) {
 /// A consumer process: claims an offer, and reads it so slowly that it is never done.
 pub fn run_consumer(what: &str) {
     let (spec, offer): (Spec, Offer) = serde_json::from_str(what).expect("a spec and an offer");
-    let mut config = Config::default();
-    config.pull.faults = Some("throttle=64K".parse().expect("faults"));
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("throttle=64K"));
     consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_secs(600))).expect("a pull");
     let _ = consumer.wait(Duration::from_secs(600));
 }

@@ -363,7 +363,8 @@ impl Consumer {
         &self.shared.metrics
     }
 
-    /// Cancels every pull, ends the data thread within two seconds, and has releases acknowledged for another half. Pulls that ended meanwhile can still be polled.
+    /// Cancels every pull, ends the data thread within two seconds, and waits another half for releases to be acknowledged.
+    /// Pulls that ended meanwhile can still be polled.
     pub fn shutdown(&self) {
         self.stopped.store(true, Ordering::Release);
         let Some(rail) = lock(&self.rail).take() else { return };

@@ -10,21 +10,24 @@
 //!
 //! Where a carrier has failed, the chunk is in doubt, and is read again as a whole (promise *exact*).
 
+use super::exchange::{MAX_QUEUE_PAIRS, MAX_RAILS};
+
 /// Queue pairs, one bit each: see [`bit`].
 pub(crate) type Carriers = u64;
 
-/// Queue pairs of a rail that are told apart.
-const PAIRS: usize = 4;
+const _: () = assert!(MAX_RAILS * MAX_QUEUE_PAIRS <= Carriers::BITS as usize);
 
 /// The bit of a rail's queue pair.
 #[inline]
 pub(crate) fn bit(path: usize, end: usize) -> Carriers {
-    1 << (path * PAIRS + end)
+    1 << (path * MAX_QUEUE_PAIRS + end)
 }
 
 /// The rail and queue pair of each bit.
 pub(crate) fn each(carriers: Carriers) -> impl Iterator<Item = (usize, usize)> {
-    (0..64).filter(move |n| carriers >> n & 1 == 1).map(|n| (n / PAIRS, n % PAIRS))
+    (0..Carriers::BITS as usize)
+        .filter(move |n| carriers >> n & 1 == 1)
+        .map(|n| (n / MAX_QUEUE_PAIRS, n % MAX_QUEUE_PAIRS))
 }
 
 /// A chunk's fence.
@@ -44,6 +47,13 @@ pub(crate) struct Fence {
     pub doubt: bool,
     /// This is the second look.
     pub second: bool,
+}
+
+impl Fence {
+    /// A fence to post.
+    pub(crate) fn new(attempt: u32, chunk: u32, word_at: u32, carriers: Carriers) -> Self {
+        Self { attempt, chunk, word_at, carriers, left: 0, word: 0, doubt: false, second: false }
+    }
 }
 
 /// All fences of a lane.
@@ -91,11 +101,6 @@ impl Fences {
     pub(crate) fn posted(&mut self, mut f: Fence, nonce: u64) {
         (f.left, f.word) = (f.carriers.count_ones() as u8, nonce);
         self.asked.push(f);
-    }
-
-    /// A fence to post.
-    pub(crate) fn fence(attempt: u32, chunk: u32, word_at: u32, carriers: Carriers) -> Fence {
-        Fence { attempt, chunk, word_at, carriers, left: 0, word: 0, doubt: false, second: false }
     }
 
     fn find(&mut self, attempt: u32, chunk: u32) -> Option<&mut Fence> {

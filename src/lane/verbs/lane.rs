@@ -504,7 +504,7 @@ impl Lane for VerbsLane {
             n => n,
         };
         let Some(nonce) = self.tries[i].map(|t| t.nonce) else { return true };
-        let fence = Fences::fence(i as u32, f.chunk, f.slot, carriers);
+        let fence = Fence::new(i as u32, f.chunk, f.slot, carriers);
         if !self.post_words(&fence) {
             return false;
         }

@@ -10,7 +10,7 @@
 use std::sync::LazyLock;
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use pulp::{Arch, NullaryFnOnce};
+use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// What this processor can do, asked once.
@@ -18,8 +18,8 @@ static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 
 /// Columns that are computed together.
 const WIDE: usize = 16;
-/// Rows that are computed together, at most: 4 x 16 accumulators are what hides the latency of AVX2's multiply-add. Six
-/// rows, which fill its registers, are slower here (25 against 33 GMAC/s).
+/// Rows that are computed together, at most: 4 x 16 accumulators are what hides the latency of AVX2's multiply-add (44
+/// GMAC/s here, of 51 that two a cycle at 3.2 GHz would be).
 const ROWS: usize = 4;
 /// Values that share a scale in the quantised formats that are kept as they are.
 const SHARED: usize = 32;
@@ -122,11 +122,11 @@ struct Panel<'a> {
     out: &'a mut [f32],
 }
 
-impl NullaryFnOnce for Panel<'_> {
+impl WithSimd for Panel<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let (k, panel) = (self.linear.k, self.panel);
         match &self.linear.weights {
             Weights::Full(w) => {
@@ -134,9 +134,17 @@ impl NullaryFnOnce for Panel<'_> {
             }
             Weights::Scaled { q, d, m } => {
                 let shared = k / SHARED * WIDE;
-                let q = &q[panel * WIDE * k..][..WIDE * k];
-                let (d, m) = (&d[panel * shared..][..shared], &m[panel * shared..][..shared]);
-                scaled(self.x, k, q, d, m, self.out);
+                let weights = Scaled {
+                    q: &q[panel * WIDE * k..][..WIDE * k],
+                    d: d[panel * shared..][..shared].as_chunks().0,
+                    m: m[panel * shared..][..shared].as_chunks().0,
+                };
+                match WIDE / S::F32_LANES {
+                    1 => scaled::<S, 1>(simd, self.x, k, weights, self.out),
+                    2 => scaled::<S, 2>(simd, self.x, k, weights, self.out),
+                    4 => scaled::<S, 4>(simd, self.x, k, weights, self.out),
+                    _ => scaled::<S, WIDE>(simd, self.x, k, weights, self.out),
+                }
             }
         }
     }
@@ -158,93 +166,130 @@ struct Full<'a> {
     out: &'a mut [f32],
 }
 
-impl NullaryFnOnce for Full<'_> {
+impl WithSimd for Full<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn call(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
+        match WIDE / S::F32_LANES {
+            1 => self.run::<S, 1>(simd),
+            2 => self.run::<S, 2>(simd),
+            4 => self.run::<S, 4>(simd),
+            _ => self.run::<S, WIDE>(simd),
+        }
+    }
+}
+
+impl Full<'_> {
+    /// `V` vectors make up a line of [`WIDE`].
+    #[inline(always)]
+    fn run<S: Simd, const V: usize>(self, simd: S) {
         let Self { x, k, w, out } = self;
         for (x, out) in x.chunks(ROWS * k).zip(out.chunks_mut(ROWS * WIDE)) {
             match x.len() / k {
-                4 => tile::<4>(x, k, w, out),
-                3 => tile::<3>(x, k, w, out),
-                2 => tile::<2>(x, k, w, out),
-                _ => tile::<1>(x, k, w, out),
+                4 => tile::<S, 4, V>(simd, x, k, w, out),
+                3 => tile::<S, 3, V>(simd, x, k, w, out),
+                2 => tile::<S, 2, V>(simd, x, k, w, out),
+                _ => tile::<S, 1, V>(simd, x, k, w, out),
             }
         }
     }
 }
 
 #[inline(always)]
-fn tile<const R: usize>(x: &[f32], k: usize, w: &[f32], out: &mut [f32]) {
-    let mut acc = [[0f32; WIDE]; R];
+fn tile<S: Simd, const R: usize, const V: usize>(simd: S, x: &[f32], k: usize, w: &[f32], out: &mut [f32]) {
+    let mut acc = [[simd.splat_f32s(0.0); V]; R];
     let lines: [&[f32]; R] = std::array::from_fn(|i| &x[i * k..(i + 1) * k]);
-    for (at, w) in w.as_chunks::<WIDE>().0.iter().enumerate().take(k) {
+    for (at, w) in lines_of::<S, V>(w).iter().enumerate().take(k) {
         for i in 0..R {
-            step(&mut acc[i], lines[i][at], w);
+            step(simd, &mut acc[i], lines[i][at], w);
         }
     }
-    for (out, acc) in out.chunks_exact_mut(WIDE).zip(&acc) {
-        out.copy_from_slice(acc);
+    store(out, &acc);
+}
+
+/// Vectors, spelt out: loops over arrays are made into them by some builds and not by others, and run ten times slower there.
+#[inline(always)]
+fn step<S: Simd, const V: usize>(simd: S, acc: &mut [S::f32s; V], x: f32, w: &[S::f32s; V]) {
+    let x = simd.splat_f32s(x);
+    for c in 0..V {
+        acc[c] = simd.mul_add_f32s(x, w[c], acc[c]);
     }
 }
 
 #[inline(always)]
-fn step(acc: &mut [f32; WIDE], x: f32, w: &[f32; WIDE]) {
-    for c in 0..WIDE {
-        acc[c] = x.mul_add(w[c], acc[c]);
+fn lines_of<S: Simd, const V: usize>(values: &[f32]) -> &[[S::f32s; V]] {
+    S::as_simd_f32s(values).0.as_chunks().0
+}
+
+#[inline(always)]
+fn store<F: Copy + bytemuck::NoUninit, const V: usize>(out: &mut [f32], acc: &[[F; V]]) {
+    for (out, acc) in out.chunks_exact_mut(WIDE).zip(acc) {
+        out.copy_from_slice(bytemuck::cast_slice(acc));
+    }
+}
+
+/// One panel's numbers and scales.
+#[derive(Clone, Copy)]
+struct Scaled<'a> {
+    q: &'a [i8],
+    d: &'a [[f32; WIDE]],
+    m: &'a [[f32; WIDE]],
+}
+
+impl<'a> Scaled<'a> {
+    /// Numbers, scale and offset of each 32 x 16 weights.
+    fn blocks(self) -> impl Iterator<Item = (&'a [i8], &'a [f32; WIDE], &'a [f32; WIDE])> {
+        self.q.chunks_exact(SHARED * WIDE).zip(self.d.iter().zip(self.m)).map(|(q, (d, m))| (q, d, m))
     }
 }
 
 /// One panel, of scaled weights. Few rows: each weight is widened as it is needed. More: the panel is widened first. The
 /// weight is the same number either way.
 #[inline(always)]
-fn scaled(x: &[f32], k: usize, q: &[i8], d: &[f32], m: &[f32], out: &mut [f32]) {
+fn scaled<S: Simd, const V: usize>(simd: S, x: &[f32], k: usize, weights: Scaled<'_>, out: &mut [f32]) {
     match x.len() / k {
-        1 => narrow::<1>(x, k, q, d, m, out),
-        2 => narrow::<2>(x, k, q, d, m, out),
+        1 => narrow::<S, 1, V>(simd, x, k, weights, out),
+        2 => narrow::<S, 2, V>(simd, x, k, weights, out),
         _ => {
-            let mut w = vec![0f32; q.len()];
-            let blocks = q.chunks_exact(SHARED * WIDE).zip(w.chunks_exact_mut(SHARED * WIDE));
-            for ((q, w), (d, m)) in blocks.zip(d.as_chunks().0.iter().zip(m.as_chunks().0)) {
-                widen(q, d, m, w);
+            let mut w = vec![0f32; weights.q.len()];
+            for ((q, d, m), w) in weights.blocks().zip(w.chunks_exact_mut(SHARED * WIDE)) {
+                widen::<S, V>(simd, q, d, m, w);
             }
             ARCH.dispatch(Full { x, k, w: &w, out });
         }
     }
 }
 
-/// 32 x 16 weights. Two simple loops, since compilers make vector instructions of those and not of one clever one.
+/// 32 x 16 weights.
 #[inline(always)]
-fn widen(q: &[i8], d: &[f32; WIDE], m: &[f32; WIDE], w: &mut [f32]) {
+fn widen<S: Simd, const V: usize>(simd: S, q: &[i8], d: &[f32; WIDE], m: &[f32; WIDE], w: &mut [f32]) {
     for (w, q) in w.iter_mut().zip(q) {
         *w = f32::from(*q);
     }
-    for w in w.as_chunks_mut::<WIDE>().0 {
-        for c in 0..WIDE {
-            w[c] = w[c].mul_add(d[c], m[c]);
+    let (d, m) = (&lines_of::<S, V>(d)[0], &lines_of::<S, V>(m)[0]);
+    for w in S::as_mut_simd_f32s(w).0.as_chunks_mut::<V>().0 {
+        for c in 0..V {
+            w[c] = simd.mul_add_f32s(w[c], d[c], m[c]);
         }
     }
 }
 
 #[inline(always)]
-fn narrow<const R: usize>(x: &[f32], k: usize, q: &[i8], d: &[f32], m: &[f32], out: &mut [f32]) {
-    let mut acc = [[0f32; WIDE]; R];
+fn narrow<S: Simd, const R: usize, const V: usize>(simd: S, x: &[f32], k: usize, weights: Scaled<'_>, out: &mut [f32]) {
+    let mut acc = [[simd.splat_f32s(0.0); V]; R];
     let mut w = [0f32; SHARED * WIDE];
-    let scales = d.as_chunks::<WIDE>().0.iter().zip(m.as_chunks::<WIDE>().0);
-    for (block, (q, (d, m))) in q.chunks_exact(SHARED * WIDE).zip(scales).enumerate() {
-        widen(q, d, m, &mut w);
+    for (block, (q, d, m)) in weights.blocks().enumerate() {
+        widen::<S, V>(simd, q, d, m, &mut w);
         let lines: [&[f32; SHARED]; R] =
             std::array::from_fn(|i| x[i * k + block * SHARED..].first_chunk().unwrap_or(&[0.0; SHARED]));
-        for (j, w) in w.as_chunks::<WIDE>().0.iter().enumerate() {
+        for (j, w) in lines_of::<S, V>(&w).iter().enumerate() {
             for i in 0..R {
-                step(&mut acc[i], lines[i][j], w);
+                step(simd, &mut acc[i], lines[i][j], w);
             }
         }
     }
-    for (out, acc) in out.chunks_exact_mut(WIDE).zip(&acc) {
-        out.copy_from_slice(acc);
-    }
+    store(out, &acc);
 }
 
 /// Attention of one token's query heads to the first `tokens` keys and values of one KV head.
@@ -374,7 +419,12 @@ mod tests {
     /// Not a test: how fast it is here. `cargo test --release -p decode-engine kernel -- --ignored --nocapture`
     #[test]
     #[ignore = "prints figures"]
-    fn speed() -> candle_core::Result<()> {
+    fn speed() -> anyhow::Result<()> {
+        // One thread, which does it all: its time is what is measured.
+        rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(figures)
+    }
+
+    fn figures() -> anyhow::Result<()> {
         let (n, k) = (1536, 576);
         let t = Tensor::from_vec(noise(n * k, 1), (n, k), &Device::Cpu)?;
         for kind in [GgmlDType::F32, GgmlDType::Q4_1] {

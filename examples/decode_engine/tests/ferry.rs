@@ -61,7 +61,7 @@ fn what_did_not_arrive_is_computed_and_nothing_else() -> Result<()> {
         let done = answer(decode.submit(prompt, 12, false, Some(offer(&prefill, prompt)?)))?;
         assert_eq!(done.tokens, right(&all, 12)?[0]);
         let kept = done.parts.external;
-        assert!(kept >= 16 && kept <= 160 && kept.is_multiple_of(16), "a prefix of blocks is kept: {:?}", done.parts);
+        assert!((16..=160).contains(&kept) && kept.is_multiple_of(16), "a prefix of blocks is kept: {:?}", done.parts);
         assert_eq!(done.parts.own.external, tokens - 1 - kept, "{:?}", done.parts);
         assert_eq!(decode.count("engine_recomputed_rows_total")?, tokens - 1 - kept);
         assert_eq!(decode.count("engine_salvaged_tokens_total")?, kept);

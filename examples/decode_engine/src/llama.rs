@@ -1,7 +1,7 @@
 //! A model of the Llama type: its weights, and one forward pass over a batch of pieces of prompts.
 //!
 //! The flow is candle's (embedding, norms, activations, residuals); matrix products and attention are operations of our
-//! own on its tensors, for the reason that [`kernel`](crate::kernel) gives. Never samples, never schedules.
+//! own on its tensors, for the reason that [`kernel`] gives. Never samples, never schedules.
 
 use std::ops::Range;
 

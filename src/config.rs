@@ -173,6 +173,84 @@ impl Default for TcpConfig {
     }
 }
 
+/// Settings of the verbs lane.
+#[derive(Debug, Clone)]
+pub struct VerbsConfig {
+    /// Rails to use, each `DEVICE` or `DEVICE:PORT`; empty: every port that is up.
+    pub rails: Vec<String>,
+    /// Index of the GID to use on every rail; `None`: the best one, by type and reach.
+    pub gid_index: Option<u8>,
+    /// Queue pairs to a peer on each rail, 1 to 4. Two keep a NIC's engines busy; more only cost.
+    pub queue_pairs: usize,
+    /// Requests of a queue pair that may be in flight: a power of two, at most 4096.
+    pub depth: u32,
+    /// Every how many requests one reports its completion.
+    pub signal_every: u32,
+    /// Bytes in flight on a rail. About twice what 400 Gbit/s hold in 100 us, and little enough to drain in time.
+    pub window: u64,
+    /// Longest READ, in bytes. Longer ones are cut, so that several are in flight and a lost packet costs little.
+    pub max_read: u32,
+    /// READs that a queue pair has in flight on the wire; what the devices take is less at times.
+    pub rd_atomic: u8,
+    /// Transport timeout: an answer is waited for 4.096 us * 2^timeout; 1 to 20. 0 would be for ever.
+    pub timeout: u8,
+    /// How often a request is sent again, 0 to 6. 7 is for ever on some devices.
+    pub retry: u8,
+    /// The wait that a receiver that is not ready asks for: a code of the specification; 12 is 0.64 ms.
+    pub min_rnr_timer: u8,
+    /// InfiniBand's service level.
+    pub service_level: u8,
+    /// Traffic class of packets with a global header: DSCP and ECN on RoCE.
+    pub traffic_class: u8,
+    /// Let devices write in any order where they can. Never used for the fence table.
+    pub relaxed_ordering: bool,
+}
+
+impl Default for VerbsConfig {
+    fn default() -> Self {
+        Self {
+            rails: Vec::new(),
+            gid_index: None,
+            queue_pairs: 2,
+            depth: 128,
+            signal_every: 16,
+            window: 16 << 20,
+            max_read: 1 << 20,
+            rd_atomic: 16,
+            timeout: 14,
+            retry: 3,
+            min_rnr_timer: 12,
+            service_level: 0,
+            traffic_class: 0,
+            relaxed_ordering: true,
+        }
+    }
+}
+
+impl VerbsConfig {
+    /// The longest that the transport takes to give a request up.
+    pub fn gives_up_after(&self) -> Duration {
+        Duration::from_nanos(4096 << self.timeout.min(31)) * (u32::from(self.retry) + 1)
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
+        match self {
+            Self { queue_pairs: 0 | 5.., .. } => Err("queue_pairs must be 1 to 4"),
+            Self { depth, .. } if !depth.is_power_of_two() || *depth > 4096 => {
+                Err("depth must be a power of two, at most 4096")
+            }
+            Self { signal_every: 0, .. } => Err("signal_every must be at least 1"),
+            Self { window: 0, .. } | Self { max_read: 0, .. } => Err("window and max_read must not be 0"),
+            Self { rd_atomic: 0, .. } => Err("rd_atomic must be at least 1"),
+            Self { timeout: 0 | 21.., .. } => Err("timeout must be 1 to 20: 0 waits for ever"),
+            Self { retry: 7.., .. } => Err("retry must be 0 to 6: 7 is for ever on some devices"),
+            Self { min_rnr_timer: 32.., .. } => Err("min_rnr_timer must be 0 to 31"),
+            Self { service_level: 16.., .. } => Err("service_level must be 0 to 15"),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// All settings of one rank, as producer and as consumer.
 #[derive(Debug, Clone, Default)]
 pub struct Config {
@@ -186,6 +264,8 @@ pub struct Config {
     pub pull: PullConfig,
     /// The TCP lane.
     pub tcp: TcpConfig,
+    /// The verbs lane.
+    pub verbs: VerbsConfig,
     /// Certificates of the control plane; `None`: plain text.
     pub tls: Option<TlsConfig>,
 }
@@ -240,6 +320,9 @@ impl Config {
         }
         if self.tcp.connections == 0 || self.tcp.window == 0 {
             return bad("tcp", "needs a connection and a window");
+        }
+        if let Err(why) = self.verbs.check() {
+            return bad("verbs", why);
         }
         Ok(())
     }

@@ -153,17 +153,19 @@ impl Builder {
             shard: self.shard,
             host: host::identity().to_owned(),
         };
+        let connector = Connector::new(memory.clone(), self.config.tcp.clone(), self.config.pull.faults.clone());
+        #[cfg(feature = "verbs")]
+        let connector = match self.config.pull.lanes.contains(&LaneKind::Verbs) {
+            true => connector.with_verbs(&self.config.verbs),
+            false => connector,
+        };
         let to_rail = mailbox.clone();
         let directory = Directory {
             handle: runtime.handle().clone(),
             hello: Arc::new(hello),
             config: Arc::new(self.config.clone()),
             sink: Arc::new(move |event| to_rail.send(Mail::Rail(event))),
-            connector: Arc::new(Connector::new(
-                memory.clone(),
-                self.config.tcp.clone(),
-                self.config.pull.faults.clone(),
-            )),
+            connector: Arc::new(connector),
             peers: HashMap::new(),
             shared: shared.clone(),
         };
@@ -370,7 +372,8 @@ impl Consumer {
         &self.shared.metrics
     }
 
-    /// Cancels every pull, ends the data thread within two seconds, and has releases acknowledged for another half. Pulls that ended meanwhile can still be polled.
+    /// Cancels every pull, ends the data thread within two seconds, and waits another half for releases to be acknowledged.
+    /// Pulls that ended meanwhile can still be polled.
     pub fn shutdown(&self) {
         self.stopped.store(true, Ordering::Release);
         let Some(rail) = lock(&self.rail).take() else { return };

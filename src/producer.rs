@@ -161,6 +161,20 @@ impl Builder {
         } else {
             None
         };
+        #[cfg(feature = "verbs")]
+        let verbs = match self.lanes.contains(&LaneKind::Verbs) {
+            true => match crate::lane::verbs::Server::start(&export, me.incarnation, &self.config.verbs, limits) {
+                Ok(server) => Some(server),
+                Err(e) if self.lanes.len() == 1 => {
+                    return Err(os("cannot serve verbs")(std::io::Error::other(e)));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "verbs are not served");
+                    None
+                }
+            },
+            false => None,
+        };
         let random = Box::new(|| Incarnation::random().get());
         let table = OfferTable::new(self.config.lease.clone(), self.config.limits.clone(), random);
         let addr = self.advertise.unwrap_or_else(|| advertised(bound));
@@ -174,6 +188,8 @@ impl Builder {
             memory,
             tcp,
             local,
+            #[cfg(feature = "verbs")]
+            verbs,
             config: self.config,
             state: Mutex::new(State {
                 table,
@@ -232,7 +248,7 @@ impl Producer {
             memory: None,
             listen: "127.0.0.1:0".into(),
             advertise: None,
-            lanes: vec![LaneKind::Local, LaneKind::Tcp],
+            lanes: LaneKind::built().to_vec(),
             bench: false,
             config: Config::default(),
         }

@@ -26,7 +26,7 @@ use tonic::{Response, Status, Streaming};
 
 pub use super::{
     call::{CallError, Caller, make_offer, probe, release},
-    connect::{Connecting, LaneConnector},
+    connect::{Connecting, LaneConnector, Prepared, Preparing},
 };
 use super::{
     connect::{LaneCall, Skipped},

@@ -1,6 +1,7 @@
 //! Getting a lane: ask the producer for a ticket, and have it connected, for one kind after the other until one works.
 
 use std::{
+    any::Any,
     collections::HashSet,
     net::SocketAddr,
     pin::Pin,
@@ -20,15 +21,45 @@ use crate::{
     block::Incarnation,
     driver::rail::{self, Addr},
     error::Cause,
-    lane::{Lane, LaneError, LaneKind},
+    lane::{Lane, LaneError, LaneKind, verbs::VerbsRequest},
     protocol::hello::{Hello, Welcome},
 };
 
 /// A lane that is being connected.
 pub type Connecting<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + 'a>>;
 
+/// What was made for a lane before its ticket was asked for.
+#[derive(Default)]
+pub struct Prepared {
+    /// For a verbs lane: the ends to send along.
+    pub verbs: Option<VerbsRequest>,
+    /// The connector's own.
+    pub state: Option<Box<dyn Any + Send>>,
+}
+
+/// A lane's ends that are being made.
+pub type Preparing<'a> = Pin<Box<dyn Future<Output = Result<Prepared, LaneError>> + Send + 'a>>;
+
 /// Connects the lane that a ticket is for.
 pub trait LaneConnector: Send + Sync + 'static {
+    /// Makes what must be there before a ticket is asked for. Most kinds need nothing.
+    fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
+        let _ = (kind, peer);
+        Box::pin(async { Ok(Prepared::default()) })
+    }
+
+    /// As `connect`, with what `prepare` made.
+    fn connect_prepared(
+        &self,
+        ticket: LaneTicket,
+        prepared: Prepared,
+        welcome: Arc<Welcome>,
+        peer: SocketAddr,
+    ) -> Connecting<'_> {
+        let _ = prepared;
+        self.connect(ticket, welcome, peer)
+    }
+
     /// `peer` is where the control plane's connection leads: the host that answered.
     fn connect(&self, ticket: LaneTicket, welcome: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_>;
 }
@@ -103,10 +134,20 @@ impl LaneCall {
     }
 
     async fn connect(&self, kind: LaneKind) -> Result<Box<dyn Lane>, (String, Cause)> {
+        let failed = |e: LaneError| {
+            let cause = match e.cause() {
+                Cause::Unreachable | Cause::PeerDown | Cause::PeerRestarted => Cause::Unreachable,
+                _ => Cause::LaneFailed,
+            };
+            (e.to_string(), cause)
+        };
+        let mut prepared = self.connector.prepare(kind, self.line.to).await.map_err(failed)?;
+        let ends = prepared.verbs.take().into_iter().flat_map(|r| r.rails);
         let request = proto::LaneRequest {
             from: Some((&self.me.peer).into()),
             expect_incarnation: self.welcome.peer.incarnation.get(),
             kind: proto::LaneKind::from(kind).into(),
+            verbs: ends.map(Into::into).collect(),
         };
         let reply = self.line.ferry().connect_lane(request).await.map_err(|s| {
             let cause = match s.code() {
@@ -121,12 +162,6 @@ impl LaneCall {
         if ticket.kind() != kind {
             return Err((format!("the peer answered with a {} lane", ticket.kind()), Cause::LaneFailed));
         }
-        self.connector.connect(ticket, self.welcome.clone(), self.line.to).await.map_err(|e| {
-            let cause = match e.cause() {
-                Cause::Unreachable | Cause::PeerDown | Cause::PeerRestarted => Cause::Unreachable,
-                _ => Cause::LaneFailed,
-            };
-            (e.to_string(), cause)
-        })
+        self.connector.connect_prepared(ticket, prepared, self.welcome.clone(), self.line.to).await.map_err(failed)
     }
 }

@@ -28,7 +28,7 @@ use crate::{
     block::{Incarnation, OfferId},
     config::Config,
     error::StartError,
-    lane::LaneKind,
+    lane::{LaneKind, verbs::VerbsRequest},
     model::Mismatch,
     offer::Offer,
     protocol::{
@@ -100,6 +100,11 @@ pub trait Desk: Send + Sync + 'static {
     fn closed(&self, session: SessionId, from: &PeerId);
     /// A lane is wanted.
     fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal>;
+    /// A verbs lane is wanted, between these ends of the consumer and what reaches them here. May block for milliseconds.
+    fn connect_verbs(&self, from: &PeerId, expect: Incarnation, ends: &VerbsRequest) -> Result<LaneTicket, Refusal> {
+        let _ = (from, expect, ends);
+        Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) })
+    }
     /// An offer is let go without a session; `from` `None`: by whoever it may concern. `true`: it was freed by this.
     fn release(&self, from: Option<PeerId>, offer: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal>;
 }

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     config::Config,
+    lane::LaneKind,
     protocol::{
         frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
         hello::Hello,
@@ -148,7 +149,16 @@ impl Ferry for FerryService {
         let Some(kind) = wanted.kind else {
             return Err(Refusal::Unsupported { what: "a lane of this kind".into() }.status());
         };
-        let ticket = self.0.desk.connect_lane(&wanted.from, wanted.expect, kind).map_err(|r| r.status())?;
+        let ticket = match wanted.verbs {
+            Some(ends) if kind == LaneKind::Verbs => {
+                let desk = self.0.desk.clone();
+                let make = move || desk.connect_verbs(&wanted.from, wanted.expect, &ends);
+                // Queue pairs are made by the device's firmware: other calls go on meanwhile.
+                tokio::task::spawn_blocking(make).await.map_err(|_| Status::internal("the lane could not be made"))?
+            }
+            _ => self.0.desk.connect_lane(&wanted.from, wanted.expect, kind),
+        };
+        let ticket = ticket.map_err(|r| r.status())?;
         Ok(Response::new(ticket.into()))
     }
 

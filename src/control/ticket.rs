@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::lane::LaneKind;
+use crate::lane::{LaneKind, verbs::VerbsTicket};
 
 /// The answer to ConnectLane. Valid for the session of the rank that asked.
 #[derive(Clone, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub enum LaneTicket {
         /// Names the lane.
         lane: u64,
     },
+    /// A lane over verbs.
+    Verbs(VerbsTicket),
 }
 
 impl LaneTicket {
@@ -38,13 +40,14 @@ impl LaneTicket {
         match self {
             Self::Tcp { .. } => LaneKind::Tcp,
             Self::Local { .. } => LaneKind::Local,
+            Self::Verbs(_) => LaneKind::Verbs,
         }
     }
 }
 
 impl fmt::Debug for LaneTicket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The key opens the producer's memory: it is never printed.
+        // The keys open the producer's memory: they are never printed.
         match self {
             Self::Tcp { host, port, lane, .. } => f
                 .debug_struct("Tcp")
@@ -52,6 +55,7 @@ impl fmt::Debug for LaneTicket {
                 .field("port", port)
                 .field("lane", lane)
                 .finish_non_exhaustive(),
+            Self::Verbs(t) => f.debug_struct("Verbs").field("lane", &t.lane).field("rails", &t.rails.len()).finish(),
             Self::Local { uds, lane } => {
                 f.debug_struct("Local").field("uds", &uds.escape_ascii().to_string()).field("lane", lane).finish()
             }

@@ -7,7 +7,7 @@ use super::{proto, ticket::LaneTicket};
 use crate::{
     block::{EngineId, GroupId, Incarnation, OfferId, Rank},
     group::{Group, GroupKind, PoolLayout, Region},
-    lane::LaneKind,
+    lane::{LaneKind, verbs::VerbsRequest},
     model::{Mismatch, Model},
     protocol::{
         frame::{ClaimId, PeerId, Reader},
@@ -18,6 +18,7 @@ use crate::{
 
 mod frame;
 mod offer;
+mod verbs;
 
 pub use offer::offer;
 
@@ -363,6 +364,7 @@ impl From<LaneTicket> for proto::LaneReply {
                 lane,
                 key: key.to_vec().into(),
             }),
+            LaneTicket::Verbs(t) => proto::lane_reply::Lane::Verbs(t.into()),
             LaneTicket::Local { uds, lane } => {
                 proto::lane_reply::Lane::Local(proto::LocalLane { uds: uds.into(), lane })
             }
@@ -384,6 +386,7 @@ impl TryFrom<proto::LaneReply> for LaneTicket {
                 let key = t.key.as_ref().try_into().or_else(|_| bad("tcp.key", "is not 32 bytes long"))?;
                 Ok(Self::Tcp { host: (!host.is_empty()).then_some(host), port, lane: t.lane, key })
             }
+            proto::lane_reply::Lane::Verbs(v) => Ok(Self::Verbs(v.try_into()?)),
             proto::lane_reply::Lane::Local(l) => {
                 if l.uds.is_empty() || l.uds.len() > Self::MAX_UDS {
                     return bad("local.uds", format!("{} bytes, where 1 to {} fit", l.uds.len(), Self::MAX_UDS));
@@ -403,6 +406,8 @@ pub struct LaneWanted {
     pub expect: Incarnation,
     /// The kind; `None`: one that this build does not know.
     pub kind: Option<LaneKind>,
+    /// For a verbs lane: the caller's ends.
+    pub verbs: Option<VerbsRequest>,
 }
 
 impl TryFrom<proto::LaneRequest> for LaneWanted {
@@ -415,6 +420,7 @@ impl TryFrom<proto::LaneRequest> for LaneWanted {
             from: peer("from", r.from)?,
             expect: incarnation("expect_incarnation", r.expect_incarnation)?,
             kind: lane_kind(r.kind),
+            verbs: verbs::request(r.verbs)?,
         })
     }
 }

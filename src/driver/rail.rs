@@ -444,6 +444,7 @@ impl Rail {
                 LaneEvent::Done { attempt, .. }
                 | LaneEvent::Failed { attempt, .. }
                 | LaneEvent::Fence { attempt, .. }
+                | LaneEvent::Again { attempt, .. }
                 | LaneEvent::Quiet { attempt } => Some(*attempt),
                 LaneEvent::Down { .. } | LaneEvent::Wedged => None,
             };

@@ -1,9 +1,7 @@
 //! Connects the lane that a producer's ticket is for.
 
 use std::{
-    future::Future,
     net::SocketAddr,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -12,9 +10,12 @@ use std::{
 
 use crate::{
     config::TcpConfig,
-    control::{client::LaneConnector, ticket::LaneTicket},
+    control::{
+        client::{Connecting, LaneConnector, Prepared, Preparing},
+        ticket::LaneTicket,
+    },
     lane::{
-        Lane, LaneError,
+        Lane, LaneError, LaneKind,
         fault::{Faults, Faulty},
         local,
         tcp::TcpLane,
@@ -30,12 +31,28 @@ pub struct Connector {
     faults: Option<Faults>,
     /// Lanes connected so far.
     lanes: AtomicU32,
+    #[cfg(feature = "verbs")]
+    verbs: Option<Arc<verbs::Verbs>>,
 }
 
 impl Connector {
     /// A connector of lanes into `memory`.
     pub fn new(memory: Memory, tcp: TcpConfig, faults: Option<Faults>) -> Self {
-        Self { memory, tcp, faults, lanes: AtomicU32::new(0) }
+        Self {
+            memory,
+            tcp,
+            faults,
+            lanes: AtomicU32::new(0),
+            #[cfg(feature = "verbs")]
+            verbs: None,
+        }
+    }
+
+    /// With verbs, whose rails are opened now, in the background: registering a large pool takes a while.
+    #[cfg(feature = "verbs")]
+    pub fn with_verbs(mut self, config: &crate::config::VerbsConfig) -> Self {
+        self.verbs = Some(verbs::Verbs::new(config.clone(), self.memory.clone()));
+        self
     }
 
     /// Breaks a lane, if it is to be broken.
@@ -52,12 +69,24 @@ impl Connector {
 }
 
 impl LaneConnector for Connector {
-    fn connect(
+    fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
+        #[cfg(feature = "verbs")]
+        if kind == LaneKind::Verbs
+            && let Some(verbs) = &self.verbs
+        {
+            return Box::pin(verbs.clone().prepare(peer));
+        }
+        let _ = (kind, peer);
+        Box::pin(async { Ok(Prepared::default()) })
+    }
+
+    fn connect_prepared(
         &self,
         ticket: LaneTicket,
+        prepared: Prepared,
         welcome: Arc<Welcome>,
         peer: SocketAddr,
-    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + '_>> {
+    ) -> Connecting<'_> {
         let memory = self.memory.clone();
         let incarnation = welcome.peer.incarnation;
         Box::pin(async move {
@@ -72,9 +101,108 @@ impl LaneConnector for Connector {
                 LaneTicket::Local { uds, lane } => {
                     Box::new(local::connect(&uds, lane, incarnation, welcome.pool.clone(), memory).await?)
                 }
+                #[cfg(feature = "verbs")]
+                LaneTicket::Verbs(ticket) => verbs::finish(ticket, prepared, &welcome).await?,
+                #[cfg(not(feature = "verbs"))]
+                LaneTicket::Verbs(_) => {
+                    drop(prepared);
+                    return Err(LaneError::protocol("a verbs lane, which this build cannot have asked for"));
+                }
             };
             self.break_it(lane)
         })
+    }
+
+    fn connect(&self, ticket: LaneTicket, welcome: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
+        self.connect_prepared(ticket, Prepared::default(), welcome, peer)
+    }
+}
+
+#[cfg(feature = "verbs")]
+mod verbs {
+    //! Verbs calls block for milliseconds, so they run on threads that may.
+
+    use std::{
+        net::SocketAddr,
+        sync::{Arc, Mutex, PoisonError},
+        time::{Duration, Instant},
+    };
+
+    use crate::{
+        config::VerbsConfig,
+        control::client::Prepared,
+        lane::{
+            Lane, LaneError,
+            verbs::{Opening, Rails, Role, VerbsError, VerbsTicket},
+        },
+        memory::Memory,
+        protocol::hello::Welcome,
+    };
+
+    /// How long a lane waits for the pool's registration before another lane is used meanwhile.
+    const PATIENCE: Duration = Duration::from_secs(2);
+    /// Between two looks whether it is done.
+    const LOOK: Duration = Duration::from_millis(5);
+
+    /// This side's rails, opened when they are needed first, and again when that failed.
+    pub(super) struct Verbs {
+        config: VerbsConfig,
+        memory: Memory,
+        rails: Mutex<Option<Arc<Rails>>>,
+    }
+
+    impl Verbs {
+        pub(super) fn new(config: VerbsConfig, memory: Memory) -> Arc<Self> {
+            let it = Arc::new(Self { config, memory, rails: Mutex::default() });
+            let early = it.clone();
+            let open = move || {
+                if let Err(error) = early.rails() {
+                    tracing::debug!(%error, "no verbs here");
+                }
+            };
+            // Without the thread they are opened when they are needed.
+            let _ = std::thread::Builder::new().name("kvferry-rails".into()).spawn(open);
+            it
+        }
+
+        fn rails(&self) -> Result<Arc<Rails>, VerbsError> {
+            let mut rails = self.rails.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*rails {
+                Some(rails) => Ok(rails.clone()),
+                None => Ok(rails.insert(Rails::open(&self.config, self.memory.clone(), Role::Reader)?).clone()),
+            }
+        }
+
+        pub(super) async fn prepare(self: Arc<Self>, peer: SocketAddr) -> Result<Prepared, LaneError> {
+            let until = Instant::now() + PATIENCE;
+            loop {
+                let this = self.clone();
+                let made = blocking(move || Opening::new(&this.rails()?, Some(peer.ip()))).await?;
+                match made {
+                    Ok(opening) => {
+                        return Ok(Prepared { verbs: Some(opening.request().clone()), state: Some(Box::new(opening)) });
+                    }
+                    Err(VerbsError::NotYet { .. }) if Instant::now() < until => tokio::time::sleep(LOOK).await,
+                    Err(e) => return Err(e.into()),
+                }
+            }
+        }
+    }
+
+    pub(super) async fn finish(
+        ticket: VerbsTicket,
+        prepared: Prepared,
+        welcome: &Welcome,
+    ) -> Result<Box<dyn Lane>, LaneError> {
+        let opening = prepared.state.and_then(|s| s.downcast::<Opening>().ok());
+        let opening = opening.ok_or_else(|| LaneError::protocol("a verbs lane that was not asked for"))?;
+        let (pool, incarnation) = (welcome.pool.clone(), welcome.peer.incarnation);
+        let lane = blocking(move || opening.finish(&ticket, pool, incarnation)).await??;
+        Ok(Box::new(lane))
+    }
+
+    async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LaneError> {
+        tokio::task::spawn_blocking(work).await.map_err(|_| LaneError::protocol("it could not be connected"))
     }
 }
 

@@ -10,6 +10,7 @@ pub mod error;
 pub mod fault;
 pub mod local;
 pub mod tcp;
+pub mod verbs;
 
 pub use error::LaneError;
 
@@ -33,6 +34,11 @@ pub enum LaneKind {
 }
 
 impl LaneKind {
+    /// Those that this build has, best first.
+    pub fn built() -> &'static [Self] {
+        if cfg!(feature = "verbs") { &[Self::Verbs, Self::Local, Self::Tcp] } else { &[Self::Local, Self::Tcp] }
+    }
+
     /// The name in flags, logs and JSON.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -118,6 +124,14 @@ pub enum LaneEvent {
         chunk: u32,
         /// The word.
         word: u64,
+    },
+    /// What was read of this chunk cannot be trusted, and no fence of it will come: read it again, on this attempt. None of
+    /// its reads is in flight. Only lanes whose fences are posted say this, and only after its fence was posted.
+    Again {
+        /// The attempt.
+        attempt: Attempt,
+        /// The chunk.
+        chunk: u32,
     },
     /// Nothing of this attempt can write local memory any more. Comes once, after `stop` or `kill`, or by itself after
     /// `Down`; nothing else of the attempt comes after it.

@@ -12,6 +12,8 @@ use std::{
 use tokio::sync::Notify;
 
 use super::{OfferSpec, Ready};
+#[cfg(feature = "verbs")]
+use crate::lane::verbs::VerbsRequest;
 use crate::{
     block::{BlockId, Incarnation, OfferId},
     config::Config,
@@ -47,6 +49,8 @@ pub(super) struct Core {
     pub(super) memory: Memory,
     pub(super) tcp: Option<tcp::Server>,
     pub(super) local: Option<local::Server>,
+    #[cfg(feature = "verbs")]
+    pub(super) verbs: Option<crate::lane::verbs::Server>,
     pub(super) config: Config,
     pub(super) state: Mutex<State>,
     pub(super) freed: Mutex<VecDeque<Freed>>,
@@ -185,7 +189,49 @@ impl Core {
         match kind {
             LaneKind::Tcp => self.tcp.iter().for_each(|s| s.dismiss(lane)),
             LaneKind::Local => self.local.iter().for_each(|s| s.dismiss(lane)),
+            #[cfg(feature = "verbs")]
+            LaneKind::Verbs => self.verbs.iter().for_each(|s| s.dismiss(lane)),
             _ => {}
+        }
+    }
+
+    /// The open session of a consumer.
+    fn session<'a>(&self, state: &'a mut State, from: &PeerId) -> Result<&'a mut Session, Refusal> {
+        let id = state.by_consumer.get(&from.incarnation).copied();
+        id.and_then(|id| state.sessions.get_mut(&id)).filter(|s| s.from == *from).ok_or_else(|| {
+            Refusal::Precondition("no session of this consumer is open: open one before asking for a lane".into())
+        })
+    }
+
+    /// Makes sure that a consumer may have one lane more. Returns one of its lanes that must go for it, if one must.
+    fn room(&self, state: &mut State, from: &PeerId) -> Result<Option<(LaneKind, u64)>, Refusal> {
+        let (lanes, limit) = (state.lanes, self.config.limits.lanes);
+        let session = self.session(state, from)?;
+        // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones.
+        let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.pop_front() } else { None };
+        if oldest.is_none() && lanes >= limit {
+            return Err(Refusal::Limit { what: "lanes", limit });
+        }
+        Ok(oldest)
+    }
+
+    /// Enters a lane that `room` was made for.
+    fn keep(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        from: &PeerId,
+        lane: (LaneKind, u64),
+        oldest: Option<(LaneKind, u64)>,
+    ) {
+        if let Ok(session) = self.session(&mut state, from) {
+            session.lanes.push_back(lane);
+        }
+        if oldest.is_none() {
+            state.lanes += 1;
+        }
+        drop(state);
+        if let Some(oldest) = oldest {
+            self.dismiss(oldest);
         }
     }
 
@@ -201,6 +247,10 @@ impl Desk for Core {
     fn hello(&self, hello: &Hello) -> Result<Welcome, Mismatch> {
         let version = hello::answer(hello, &self.model)?;
         let mut lanes = Vec::new();
+        #[cfg(feature = "verbs")]
+        if self.verbs.is_some() {
+            lanes.push(LaneKind::Verbs);
+        }
         if self.local.is_some() {
             lanes.push(LaneKind::Local);
         }
@@ -261,18 +311,7 @@ impl Desk for Core {
     fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
         let mut state = self.lock();
-        let (lanes, limit) = (state.lanes, self.config.limits.lanes);
-        let id = state.by_consumer.get(&from.incarnation).copied();
-        let Some(session) = id.and_then(|id| state.sessions.get_mut(&id)).filter(|s| s.from == *from) else {
-            return Err(Refusal::Precondition(
-                "no session of this consumer is open: open one before asking for a lane".into(),
-            ));
-        };
-        // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones.
-        let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.pop_front() } else { None };
-        if oldest.is_none() && lanes >= limit {
-            return Err(Refusal::Limit { what: "lanes", limit });
-        }
+        let oldest = self.room(&mut state, from)?;
         let lane = Incarnation::random().get();
         let ticket = match (kind, &self.tcp, &self.local) {
             (LaneKind::Tcp, Some(server), _) => {
@@ -289,15 +328,32 @@ impl Desk for Core {
             }
             _ => return Err(Refusal::Unsupported { what: format!("lane {kind}") }),
         };
-        session.lanes.push_back((kind, lane));
-        if oldest.is_none() {
-            state.lanes += 1;
-        }
-        drop(state);
-        if let Some(oldest) = oldest {
-            self.dismiss(oldest);
-        }
+        self.keep(state, from, (kind, lane), oldest);
         Ok(ticket)
+    }
+
+    #[cfg(feature = "verbs")]
+    fn connect_verbs(&self, from: &PeerId, expect: Incarnation, ends: &VerbsRequest) -> Result<LaneTicket, Refusal> {
+        self.expects_me(expect)?;
+        let Some(server) = &self.verbs else {
+            return Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) });
+        };
+        // Before queue pairs are made for it; and after, for sessions end meanwhile.
+        self.session(&mut self.lock(), from)?;
+        let lane = Incarnation::random().get();
+        let ticket = server.admit(lane, ends).map_err(|e| Refusal::Precondition(e.to_string()))?;
+        let mut state = self.lock();
+        match self.room(&mut state, from) {
+            Ok(oldest) => {
+                self.keep(state, from, (LaneKind::Verbs, lane), oldest);
+                Ok(LaneTicket::Verbs(ticket))
+            }
+            Err(refusal) => {
+                drop(state);
+                server.dismiss(lane);
+                Err(refusal)
+            }
+        }
     }
 
     fn release(&self, from: Option<PeerId>, offer: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal> {

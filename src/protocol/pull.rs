@@ -246,6 +246,7 @@ impl PullTracker {
                 Fenced::Stale => self.conclude(now, Cause::Stale),
                 Fenced::Unasked => {}
             },
+            LaneEvent::Again { chunk, .. } => self.sources[source].again(chunk),
             LaneEvent::Failed { cause, .. } | LaneEvent::Down { cause } => self.failed(now, source, cause),
             LaneEvent::Quiet { .. } => self.quiet(now, source),
             LaneEvent::Wedged => {

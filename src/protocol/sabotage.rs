@@ -24,11 +24,13 @@ pub enum Bug {
     EndBeforeQuiet,
     /// A lease is not renewed by heartbeats.
     RenewLost,
+    /// A chunk that a lane takes back counts as loaded.
+    DoubtIgnored,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 10] = [
+    pub const ALL: [Bug; 11] = [
         Bug::FenceSkipped,
         Bug::FenceBeforeData,
         Bug::RetryBeforeQuiet,
@@ -39,6 +41,7 @@ impl Bug {
         Bug::EndedTwice,
         Bug::EndBeforeQuiet,
         Bug::RenewLost,
+        Bug::DoubtIgnored,
     ];
 }
 

@@ -71,6 +71,8 @@ pub(super) struct Source {
     pub good: usize,
     /// The chunk whose reads are in `reads`, from `posted` on not yet posted.
     cursor: usize,
+    /// No chunk before this one is waiting.
+    low: usize,
     reads: Vec<Read>,
     posted: usize,
     /// Chunks whose fence is to be posted.
@@ -100,8 +102,9 @@ impl Source {
         let (attempt, max_read) = (live.attempt, live.caps.max_read);
         while self.posted == self.reads.len() {
             // The next chunk that is still waiting.
-            let next = self.parts[self.cursor..].iter().position(|p| *p == Part::Waiting)? + self.cursor;
+            let next = self.parts[self.low..].iter().position(|p| *p == Part::Waiting)? + self.low;
             self.cursor = next;
+            self.low = next + 1;
             self.reads.clear();
             self.posted = 0;
             plan.reads(next as u32, number, max_read, &mut self.reads);
@@ -183,6 +186,21 @@ impl Source {
         }
     }
 
+    /// What the lane has of a chunk is in doubt: it is read again. It was fenced, so none of its reads is in flight.
+    pub fn again(&mut self, chunk: u32) {
+        if let Some(part) = self.parts.get_mut(chunk as usize)
+            && *part == Part::Fencing
+        {
+            if planted(Bug::DoubtIgnored) {
+                *part = Part::Good;
+                self.good += 1;
+                return;
+            }
+            *part = Part::Waiting;
+            self.low = self.low.min(chunk as usize);
+        }
+    }
+
     /// The attempt goes no further: it is to be stopped, unless it is being stopped already.
     pub fn stop(&mut self, now: Instant) -> Option<Attempt> {
         let live = self.live.as_mut().filter(|l| l.stopped.is_none())?;
@@ -220,7 +238,7 @@ impl Source {
                 *p = Part::Waiting;
             }
         }
-        self.cursor = 0;
+        (self.cursor, self.low) = (0, 0);
         self.reads.clear();
         self.posted = 0;
         self.unfenced.clear();

@@ -12,7 +12,7 @@ use kvferry::{
     plan::LocalBlocks,
 };
 
-use crate::rig::{Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all};
+use crate::rig::{Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all, really};
 
 #[test]
 fn a_pull_over_each_lane_is_byte_exact() {
@@ -24,7 +24,7 @@ fn a_pull_over_each_lane_is_byte_exact() {
         consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
         let end = ended(&consumer);
         assert!(end.outcome.complete(), "{lane}: {:?}", end.outcome);
-        assert_eq!(end.outcome.lanes, [lane]);
+        assert_eq!(end.outcome.lanes, [really(lane)]);
         assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), u64::from(spec.blocks));
         assert_eq!(end.outcome.bytes, u64::from(spec.blocks) * spec.block_bytes());
         assert_eq!(producer.freed(offer.id).0, "Released");

@@ -4,20 +4,16 @@ use std::time::Duration;
 
 use kvferry::{config::Config, error::Cause, lane::LaneKind};
 
-use crate::rig::{Producer, SOON, Say, Spec, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded};
-
-fn slow() -> Config {
-    let mut config = Config::default();
-    config.pull.faults = Some("throttle=32M".parse().expect("faults"));
-    config
-}
+use crate::rig::{
+    Producer, SOON, Say, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
+};
 
 #[test]
 fn an_offer_revoked_in_mid_read_with_its_blocks_reused_at_once_loads_nothing_stale() {
     for (lane, engine_memory) in [(LaneKind::Tcp, false), (LaneKind::Local, false), (LaneKind::Local, true)] {
         let spec = Spec { engine_memory, ..Spec::default() };
         let mut producer = Producer::start(&spec);
-        let consumer = consumer(&spec, slow());
+        let consumer = consumer(&spec, throttled("throttle=32M"));
         let offer = producer.offer_all();
         let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
         wait_until_loaded(&consumer, pull, 0.3);
@@ -41,9 +37,7 @@ fn a_lease_that_runs_out_in_mid_read_with_its_blocks_reused_at_once_loads_nothin
         let spec = Spec { claimed_ms: 1000, hard_cap_ms: 1000, ..Spec::default() };
         let mut producer = Producer::start(&spec);
         producer.say(&Say::ReuseAtOnce);
-        let mut config = slow();
-        config.pull.faults = Some("throttle=8M".parse().unwrap());
-        let consumer = consumer(&spec, config);
+        let consumer = consumer(&spec, throttled("throttle=8M"));
         let offer = producer.offer_all();
         consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
         let end = ended(&consumer);

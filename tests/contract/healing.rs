@@ -3,7 +3,9 @@
 use kvferry::{config::Config, lane::LaneKind};
 use rustix::process::Signal;
 
-use crate::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded};
+use crate::rig::{
+    Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
+};
 
 #[test]
 fn a_producer_that_restarts_at_the_same_address_is_pulled_from_again_by_the_same_consumer() {
@@ -31,9 +33,7 @@ fn a_producer_that_restarts_at_the_same_address_is_pulled_from_again_by_the_same
 fn a_producer_that_restarts_under_a_pull_ends_that_pull_and_serves_the_next() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
-    let mut config = Config::default();
-    config.pull.faults = Some("throttle=32M".parse().unwrap());
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("throttle=32M"));
     for _ in 0..3 {
         let offer = producer.offer_all();
         let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();

@@ -8,7 +8,7 @@ use std::{
 use kvferry::{block::OfferId, config::Config, consumer::Pull, error::Cause, lane::LaneKind, offer::Offer};
 
 use crate::rig::{
-    CONSUMER, Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all,
+    CONSUMER, Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all, throttled,
     wait_until_loaded,
 };
 
@@ -75,9 +75,7 @@ fn an_offer_released_without_a_pull_comes_back_at_once() {
 fn a_pull_releases_whether_it_loaded_or_failed_or_was_cancelled() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
-    let mut config = Config::default();
-    config.pull.faults = Some("throttle=16M".parse().unwrap());
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("throttle=16M"));
     let (loaded, cancelled, late) = (producer.offer(&[1, 2]), producer.offer_all(), producer.offer_all());
     consumer.pull(pull_all(&loaded, LaneKind::Tcp, SOON)).unwrap();
     assert!(ended(&consumer).outcome.complete());
@@ -140,9 +138,7 @@ fn an_offer_handed_to_two_consumers_serves_both_and_comes_back_once() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let (one, two) = (consumer(&spec, Config::default()), consumer(&spec, Config::default()));
-    let mut slow = Config::default();
-    slow.pull.faults = Some("throttle=32M".parse().unwrap());
-    let three = consumer(&spec, slow);
+    let three = consumer(&spec, throttled("throttle=32M"));
     let offer = producer.offer_all();
     // The slow one claims first, and holds the offer while the others come and go.
     let pull = three.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
@@ -199,9 +195,7 @@ fn a_consumer_that_leaves_in_mid_pull_releases_as_it_goes() {
     let spec = Spec { claimed_ms: 600_000, ..Spec::default() };
     let mut producer = Producer::start(&spec);
     for _ in 0..5 {
-        let mut config = Config::default();
-        config.pull.faults = Some("throttle=16M".parse().unwrap());
-        let consumer = consumer(&spec, config);
+        let consumer = consumer(&spec, throttled("throttle=16M"));
         let offer = producer.offer_all();
         let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
         wait_until_loaded(&consumer, pull, 0.05);

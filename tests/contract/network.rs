@@ -10,7 +10,9 @@ use std::{
 
 use kvferry::{config::Config, error::Cause, lane::LaneKind};
 
-use crate::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded};
+use crate::rig::{
+    Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
+};
 
 /// A namespace at the other end of a link. Taken down when dropped.
 struct Link {
@@ -81,12 +83,6 @@ impl Drop for Link {
         let _ = run("ip", &["netns", "del", &self.space]);
         let _ = run("ip", &["link", "del", &self.here]);
     }
-}
-
-fn throttled(rate: &str) -> Config {
-    let mut config = Config::default();
-    config.pull.faults = Some(rate.parse().expect("faults"));
-    config
 }
 
 #[test]

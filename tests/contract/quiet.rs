@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use kvferry::{
-    config::Config,
     consumer::Consumer,
     error::{Cause, PullError},
     lane::LaneKind,
 };
 
-use crate::rig::{Producer, SOON, Spec, consumer, ended, pull_all, wait_until_loaded};
+use crate::rig::{Producer, SOON, Spec, consumer, ended, pull_all, throttled, wait_until_loaded};
 
 const MARK: u8 = 0xA5;
 
@@ -38,9 +37,7 @@ fn blocks_of_an_aborted_pull_are_never_written_after_its_end() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
-        let mut config = Config::default();
-        config.pull.faults = Some("throttle=64M".parse().unwrap());
-        let consumer = consumer(&spec, config);
+        let consumer = consumer(&spec, throttled("throttle=64M"));
         for _ in 0..5 {
             let offer = producer.offer_all();
             let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
@@ -61,9 +58,7 @@ fn blocks_of_an_aborted_pull_are_never_written_after_its_end() {
 fn a_block_belongs_to_one_pull_until_that_pull_has_ended() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
-    let mut config = Config::default();
-    config.pull.faults = Some("throttle=8M".parse().unwrap());
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("throttle=8M"));
     let (one, two) = (producer.offer_all(), producer.offer_all());
     let pull = consumer.pull(pull_all(&one, LaneKind::Tcp, SOON)).unwrap();
     assert!(matches!(consumer.pull(pull_all(&two, LaneKind::Tcp, SOON)), Err(PullError::BlockBusy { .. })));
@@ -78,9 +73,7 @@ fn a_block_belongs_to_one_pull_until_that_pull_has_ended() {
 fn a_lane_that_does_not_drain_is_killed_and_the_pull_ends_after_that() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
-    let mut config = Config::default();
-    config.pull.faults = Some("silent@4M,noquiet".parse().unwrap());
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("silent@4M,noquiet"));
     let offer = producer.offer_all();
     consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_millis(500))).unwrap();
     let end = ended(&consumer);
@@ -92,9 +85,7 @@ fn a_lane_that_does_not_drain_is_killed_and_the_pull_ends_after_that() {
 fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
-    let mut config = Config::default();
-    config.pull.faults = Some("silent@4M,wedge,lanes=1".parse().unwrap());
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("silent@4M,wedge,lanes=1"));
     let offer = producer.offer_all();
     let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_millis(500))).unwrap();
     let until = std::time::Instant::now() + SOON;

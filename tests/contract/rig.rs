@@ -33,6 +33,15 @@ pub const ROLE: &str = "KVFERRY_TEST_PRODUCER";
 /// The environment variable that makes this binary a consumer.
 pub const CONSUMER: &str = "KVFERRY_TEST_CONSUMER";
 
+/// The environment variables that make the tests of the TCP lane those of verbs: rails of the consumers, and of the
+/// producers. Set in the virtual machine of tests/vm.
+pub const READER_RAILS: &str = "KVFERRY_TEST_READER_RAILS";
+pub const SERVED_RAILS: &str = "KVFERRY_TEST_SERVED_RAILS";
+
+fn rails(of: &str) -> Vec<String> {
+    std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
+}
+
 /// A producer's settings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Spec {
@@ -46,6 +55,8 @@ pub struct Spec {
     pub engine_memory: bool,
     pub local: bool,
     pub tcp: bool,
+    /// Serve verbs, on these rails; none: not at all.
+    pub rails: Vec<String>,
     pub unclaimed_ms: u64,
     pub claimed_ms: u64,
     pub hard_cap_ms: u64,
@@ -65,6 +76,7 @@ impl Default for Spec {
             engine_memory: false,
             local: true,
             tcp: true,
+            rails: rails(SERVED_RAILS),
             unclaimed_ms: 30_000,
             claimed_ms: 10_000,
             hard_cap_ms: 600_000,
@@ -266,9 +278,9 @@ impl Producer {
         rustix::process::kill_process(pid, signal).expect("the process is there");
     }
 
-    /// SIGKILL, and wait until it is gone.
+    /// SIGKILL, and wait until it is gone. Does nothing the second time.
     pub fn kill(&mut self) {
-        self.signal(rustix::process::Signal::KILL);
+        self.child.kill().expect("it can be killed");
         self.child.wait().expect("it can be waited for");
     }
 }
@@ -280,8 +292,18 @@ impl Drop for Producer {
     }
 }
 
+/// Settings of a consumer whose lanes have these faults.
+pub fn throttled(faults: &str) -> Config {
+    let mut config = Config::default();
+    config.pull.faults = Some(faults.parse().expect("faults"));
+    config
+}
+
 /// A consumer with the same pool as the producers of `spec`.
-pub fn consumer(spec: &Spec, config: Config) -> Consumer {
+pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
+    if config.verbs.rails.is_empty() {
+        config.verbs.rails = rails(READER_RAILS);
+    }
     Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), spec.layout())
         .config(config)
         .build()
@@ -294,9 +316,15 @@ pub fn all_of(offer: &Offer) -> Vec<LocalBlocks> {
     vec![LocalBlocks { group: GroupId(0), first_position: 0, blocks: (0..n).map(|b| Some(BlockId(b))).collect() }]
 }
 
+/// The lane that a test runs over which asks for this one: verbs take the place of tcp where there are rails.
+pub fn really(lane: LaneKind) -> LaneKind {
+    let verbs = lane == LaneKind::Tcp && std::env::var_os(READER_RAILS).is_some();
+    if verbs { LaneKind::Verbs } else { lane }
+}
+
 /// A pull of everything over one lane.
 pub fn pull_all(offer: &Offer, lane: LaneKind, deadline: Duration) -> Pull {
-    Pull::new(offer.clone(), all_of(offer)).lanes(vec![lane]).deadline(deadline)
+    Pull::new(offer.clone(), all_of(offer)).lanes(vec![really(lane)]).deadline(deadline)
 }
 
 /// Waits for the next end.
@@ -352,7 +380,8 @@ pub fn run_producer(spec: &str) {
     config.lease.claimed = Duration::from_millis(spec.claimed_ms);
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
-    let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp)];
+    config.verbs.rails = spec.rails.clone();
+    let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer =
         kvferry::producer::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
             .memory(memory.expect("memory"))
@@ -440,9 +469,7 @@ pub fn run_producer(spec: &str) {
 /// A consumer process: claims an offer, and reads it so slowly that it is never done.
 pub fn run_consumer(what: &str) {
     let (spec, offer): (Spec, Offer) = serde_json::from_str(what).expect("a spec and an offer");
-    let mut config = Config::default();
-    config.pull.faults = Some("throttle=64K".parse().expect("faults"));
-    let consumer = consumer(&spec, config);
+    let consumer = consumer(&spec, throttled("throttle=64K"));
     consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_secs(600))).expect("a pull");
     let _ = consumer.wait(Duration::from_secs(600));
 }

@@ -5,16 +5,12 @@ use std::time::{Duration, Instant};
 use kvferry::{config::Config, error::Cause, lane::LaneKind};
 use rustix::process::Signal;
 
-use crate::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded};
+use crate::rig::{
+    Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
+};
 
 /// A loaded machine may look at the clock late; no promise is about less than this.
 const SLACK: Duration = Duration::from_millis(250);
-
-fn throttled(rate: &str) -> Config {
-    let mut config = Config::default();
-    config.pull.faults = Some(rate.parse().expect("faults"));
-    config
-}
 
 #[test]
 fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {

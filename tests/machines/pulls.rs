@@ -132,6 +132,10 @@ impl Pull {
         self.tell(In::Event(attempt, LaneEvent::Failed { attempt, cause }));
     }
 
+    fn again(&mut self, attempt: Attempt, chunk: u32) {
+        self.tell(In::Event(attempt, LaneEvent::Again { attempt, chunk }));
+    }
+
     fn quiet(&mut self, attempt: Attempt) {
         self.tell(In::Event(attempt, LaneEvent::Quiet { attempt }));
     }
@@ -186,6 +190,36 @@ fn sets(o: &Outcome) -> (Ranges, Vec<(Cause, Ranges)>) {
 }
 
 const ONLY: usize = 0;
+
+#[test]
+fn a_chunk_that_its_lane_takes_back_is_read_and_fenced_again_on_the_same_attempt() {
+    let mut p = Pull::granted(1);
+    let a = p.lane(ONLY, FenceKind::Posted);
+    p.outs();
+    p.post_all(ONLY);
+    for c in 0..BLOCKS {
+        p.done(a, c, 1);
+        assert_eq!(p.tracker.next_fence(ONLY).map(|f| f.1.chunk), Some(c));
+        p.tracker.fence_posted(ONLY);
+    }
+    (0..BLOCKS).filter(|c| ![1, 3].contains(c)).for_each(|c| p.fence(a, c, nonce().get()));
+    p.again(a, 3);
+    p.again(a, 1);
+    assert_eq!(p.outs(), [], "two chunks are missing");
+    assert_eq!(p.post_all(ONLY), [1, 3], "in prefix order");
+    // A word of the fence that was given up, and a second taking back, mean nothing now.
+    p.fence(a, 1, nonce().get());
+    p.again(a, 1);
+    assert_eq!(p.post_all(ONLY), [] as [u32; 0]);
+    for c in [1, 3] {
+        p.done(a, c, 1);
+        p.tracker.fence_posted(ONLY);
+        p.fence(a, c, nonce().get());
+    }
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+    p.quiet(a);
+    assert!(p.ended().complete());
+}
 
 #[test]
 fn a_pull_reads_in_prefix_order_and_ends_complete() {

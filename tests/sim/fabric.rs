@@ -6,7 +6,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, VecDeque},
+    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
 };
 
 use kvferry::{
@@ -65,6 +65,8 @@ struct Op {
     fails: bool,
     /// It lands, but nobody says so.
     lost: bool,
+    /// It is reported as done, and nothing of it was read.
+    slips: bool,
     /// It does not go on by itself.
     hung: bool,
     /// When the second half of a torn read is loaded.
@@ -106,6 +108,8 @@ pub struct LaneCore {
     last_load: Micros,
     last_store: Micros,
     last_done: Micros,
+    /// Chunks with a read that slipped.
+    doubts: BTreeSet<(Attempt, u32)>,
     /// A stream that does not go on.
     hung: bool,
 }
@@ -227,6 +231,7 @@ impl Fabric {
             last_load: 0,
             last_store: 0,
             last_done: 0,
+            doubts: BTreeSet::new(),
             hung: false,
         });
         self.lanes.len() - 1
@@ -350,6 +355,7 @@ impl Fabric {
         let fails = self.rng.chance(luck.fail);
         let hangs = self.rng.chance(luck.hang);
         let lost = self.rng.chance(luck.lost);
+        let slips = self.rng.chance(luck.slip) && !stream && matches!(what, What::Read(_));
         let late = self.rng.chance(luck.late);
         let torn = self.rng.chance(luck.torn);
         let (low, usual, high) = luck.latency;
@@ -374,6 +380,7 @@ impl Fabric {
             flying: true,
             fails,
             lost,
+            slips,
             hung: hangs || lost,
             second: 0,
         };
@@ -539,6 +546,13 @@ impl Fabric {
             }
             return self.op_failed(l, o, Cause::LaneFailed);
         }
+        if op.slips
+            && let What::Read(r) = op.what
+        {
+            let doubt = (op.attempt, r.chunk);
+            self.lanes[l].doubts.insert(doubt);
+            return self.at(self.now + 1, Task::Done(l, o));
+        }
         let lane = &mut self.lanes[l];
         let op = &mut lane.ops[o];
         let proc = &self.procs[from];
@@ -648,11 +662,16 @@ impl Fabric {
         }
         let event = match what {
             What::Read(r) => LaneEvent::Done { attempt, chunk: r.chunk, reads: 1 },
+            What::Fence(f) if lane.doubts.contains(&(attempt, f.chunk)) => LaneEvent::Again { attempt, chunk: f.chunk },
             What::Fence(f) => {
                 LaneEvent::Fence { attempt, chunk: f.chunk, word: op.loaded.first().copied().unwrap_or(0) }
             }
         };
-        if lane.attempts.get(&attempt).is_some_and(|s| !s.quiet) {
+        let heard = lane.attempts.get(&attempt).is_some_and(|s| !s.quiet);
+        if let LaneEvent::Again { chunk, .. } = event {
+            self.lanes[l].doubts.remove(&(attempt, chunk));
+        }
+        if heard {
             self.emit(l, event);
         }
         self.finish(l, o);

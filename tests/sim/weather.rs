@@ -49,6 +49,8 @@ pub struct LaneLuck {
     pub lost: u64,
     pub late: u64,
     pub torn: u64,
+    /// A read that is reported as done and was not; the chunk's fence finds out.
+    pub slip: u64,
     /// An attempt that does not drain, once stopped.
     pub stuck: u64,
     /// Reads in flight at a stop land late.
@@ -170,6 +172,7 @@ impl Weather {
         }
         if lanes {
             w.lanes.fail = some!(40);
+            w.lanes.slip = some!(40);
             w.lanes.hang = some!(8);
             w.lanes.lost = some!(8);
             w.lanes.late = some!(100);

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use kvferry::{lane::LaneKind, model::Model};
+use kvferry::{config::VerbsConfig, lane::LaneKind, model::Model};
 
 use crate::report::Failure;
 
@@ -15,16 +15,51 @@ pub enum LaneChoice {
     Tcp,
     /// Same host only.
     Local,
+    /// RDMA READ only.
+    Verbs,
 }
 
 impl LaneChoice {
     /// The lanes, best first.
     pub fn lanes(self) -> Vec<LaneKind> {
         match self {
-            Self::Auto => vec![LaneKind::Local, LaneKind::Tcp],
+            Self::Auto => LaneKind::built().to_vec(),
             Self::Tcp => vec![LaneKind::Tcp],
             Self::Local => vec![LaneKind::Local],
+            Self::Verbs => vec![LaneKind::Verbs],
         }
+    }
+
+    /// Refuses what this build does not have.
+    pub fn check(self) -> Result<(), Failure> {
+        if self == Self::Verbs && !LaneKind::built().contains(&LaneKind::Verbs) {
+            let why =
+                "this build has no verbs: build with `--features verbs` (see tests/vm/packages for what that takes)";
+            return Err(Failure::failed(why));
+        }
+        Ok(())
+    }
+}
+
+/// Which RDMA ports are used, and how they are addressed.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct VerbsArgs {
+    /// RDMA device to use, such as mlx5_0; by default all whose ports are up.
+    #[arg(long, value_name = "DEVICE", conflicts_with = "rails")]
+    pub device: Option<String>,
+    /// RDMA ports to use, DEVICE or DEVICE:PORT each; reads are striped over them.
+    #[arg(long, value_name = "RAIL,…", value_delimiter = ',')]
+    pub rails: Vec<String>,
+    /// Index of the GID to use on each port; by default chosen by type and reach.
+    #[arg(long, value_name = "INDEX")]
+    pub gid_index: Option<u8>,
+}
+
+impl VerbsArgs {
+    /// The settings that they stand for.
+    pub fn config(&self) -> VerbsConfig {
+        let rails = self.device.iter().chain(&self.rails).cloned().collect();
+        VerbsConfig { rails, gid_index: self.gid_index, ..VerbsConfig::default() }
     }
 }
 

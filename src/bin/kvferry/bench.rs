@@ -8,6 +8,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvferry::{
     block::BlockId,
+    config::Config,
     consumer::{Consumer, Pull},
     control::client,
     lane::LaneKind,
@@ -19,7 +20,7 @@ use kvferry::{
 use serde::Serialize;
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     child::Serve,
     plot,
     pull::verify,
@@ -37,6 +38,8 @@ pub struct Args {
     /// Lanes to measure; `auto` measures each that works.
     #[arg(long, value_enum, default_value = "auto")]
     lane: LaneChoice,
+    #[command(flatten)]
+    verbs: VerbsArgs,
     /// Smallest block size.
     #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = args::bytes)]
     start_block_size: u64,
@@ -109,6 +112,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Measures.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    args.lane.check()?;
     let sizes = sizes(&args)?;
     let total = args.total_bytes / args.max_block_size * args.max_block_size;
     args::check_memory(total * if args.vs_raw { 3 } else { 2 })?;
@@ -141,8 +145,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     for lane in lanes {
         // A consumer of its own for each lane: what one lane has warmed up is not the other's.
-        let consumer =
-            Consumer::builder("bench".parse()?, args.model.model(), layout.clone()).memory(memory.clone()).build()?;
+        let config = Config { verbs: args.verbs.config(), ..Config::default() };
+        let consumer = Consumer::builder("bench".parse()?, args.model.model(), layout.clone())
+            .memory(memory.clone())
+            .config(config)
+            .build()?;
         for &size in &sizes {
             match bench.measure(&consumer, lane, size, raw.as_mut(), &bar)? {
                 Some(row) => {
@@ -197,6 +204,13 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
     let mut flags: Vec<_> = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect();
     if args.engine_memory {
         flags.push("--engine-memory".into());
+    }
+    let rails: Vec<_> = args.verbs.config().rails;
+    if !rails.is_empty() {
+        flags.extend(["--rails".into(), rails.join(",")]);
+    }
+    if let Some(index) = args.verbs.gid_index {
+        flags.extend(["--gid-index".into(), index.to_string()]);
     }
     flags
 }

@@ -56,12 +56,7 @@ impl Finding {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut findings = vec![cores(), memory(), files(), memfd(), huge_pages(), shared_huge_pages(), ptrace(), pidfd()];
     findings.extend(lanes());
-    findings.push(Finding::new(
-        "verbs lane",
-        Status::Warn,
-        "not in this build",
-        "nothing to do: pulls go over local or tcp",
-    ));
+    findings.extend(verbs());
     findings.push(Finding::new(
         "GPU memory",
         Status::Warn,
@@ -180,6 +175,87 @@ fn pidfd() -> Finding {
             "the local lane needs Linux 5.3 or newer; use --lane tcp",
         ),
     }
+}
+
+#[cfg(not(feature = "verbs"))]
+fn verbs() -> Vec<Finding> {
+    let advice = "pulls go over local or tcp; RDMA comes with the feature `verbs`";
+    vec![Finding::new("verbs lane", Status::Warn, "not in this build", advice)]
+}
+
+/// Devices, ports and addresses, what can be registered, and a small pull.
+#[cfg(feature = "verbs")]
+fn verbs() -> Vec<Finding> {
+    use kvferry::lane::verbs::{LinkLayer, survey};
+
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    let mut found = vec![Finding::new(
+        "locked memory",
+        if limit.is_none() { Status::Ok } else { Status::Warn },
+        limit.map_or("unlimited".into(), |l| format!("{} without CAP_IPC_LOCK", size(l))),
+        "pools are locked while verbs use them: `ulimit -l unlimited`, or LimitMEMLOCK=infinity",
+    )];
+    let devices = match survey() {
+        Ok(devices) => devices,
+        Err(e) => {
+            found.push(Finding::new("verbs lane", Status::Warn, e.to_string(), "local or tcp is used instead"));
+            return found;
+        }
+    };
+    for (name, report) in devices {
+        let report = match report {
+            Ok(r) => r,
+            Err(e) => {
+                found.push(Finding::new("verbs device", Status::Warn, format!("{name}: {e}"), "it is not used"));
+                continue;
+            }
+        };
+        let l = report.limits;
+        let can = |tried: &Result<(), std::io::Error>| match tried {
+            Ok(()) => "yes".to_owned(),
+            Err(e) => format!("no ({e})"),
+        };
+        let line = format!(
+            "{name}: {} READs in flight as reader, {} as served; relaxed ordering {}, ODP {}, dmabuf {}",
+            l.max_rd_atomic,
+            l.max_dest_rd_atomic,
+            can(&report.relaxed_ordering),
+            can(&report.odp),
+            can(&report.dmabuf),
+        );
+        let good = if report.register.is_ok() { Status::Ok } else { Status::Warn };
+        found.push(Finding::new("verbs device", good, line, "memory cannot be registered: see locked memory above"));
+        for p in report.ports {
+            let layer = match p.port.link_layer {
+                Some(LinkLayer::InfiniBand) => format!("InfiniBand, LID {}", p.port.lid),
+                Some(LinkLayer::Ethernet) => "RoCE".into(),
+                None => "another link layer".into(),
+            };
+            let gids: Vec<_> =
+                p.gids.iter().map(|g| format!("{}{g}", if p.chosen == Some(g.index) { "*" } else { "" })).collect();
+            let reachable = p.port.link_layer == Some(LinkLayer::InfiniBand) || p.chosen.is_some();
+            let status = if p.port.active && reachable { Status::Ok } else { Status::Warn };
+            let line = format!(
+                "{name}:{} {}, {layer}, MTU {}, GIDs {}",
+                p.port.number,
+                p.port.state,
+                p.port.mtu,
+                if gids.is_empty() { "none".into() } else { gids.join(", ") },
+            );
+            let advice = if p.port.active {
+                "no RoCE v2 GID: give the port's network interface an IP address"
+            } else {
+                "check cable and switch, and `ip link set up`"
+            };
+            found.push(Finding::new("verbs port", status, line, advice));
+        }
+    }
+    let advice = "local or tcp is used instead; see the log (KVFERRY_LOG=info)";
+    found.push(match try_lane(LaneKind::Verbs, true) {
+        Ok(line) => Finding::new("verbs lane", Status::Ok, line, ""),
+        Err(e) => Finding::new("verbs lane", Status::Warn, e.message, advice),
+    });
+    found
 }
 
 /// A producer process on this machine, and a small pull from it over each lane and kind of memory.

@@ -15,7 +15,7 @@ use kvferry::{
 };
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     pattern::Check,
     report::{Failure, PullRecord, ranges, size},
 };
@@ -35,6 +35,8 @@ pub struct Args {
     /// Lanes to use.
     #[arg(long, value_enum, default_value = "auto")]
     lane: LaneChoice,
+    #[command(flatten)]
+    verbs: VerbsArgs,
     /// Pull the offer in this file (JSON) instead of a fresh one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
@@ -99,6 +101,7 @@ pub fn verify(
 
 /// Pulls once.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    args.lane.check()?;
     let file = args.offer.as_ref().map(read_offer).transpose()?;
     if let Some(offer) = &file {
         offer.check(1 << 20)?;
@@ -126,7 +129,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
     let layout = local_layout(&welcome.pool, group.group, blocks)?;
     args::check_memory(layout.segments[0])?;
-    let mut config = Config::default();
+    let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
     config.pull.faults = args.fault;
     let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).config(config).build()?;
     let wanted =

@@ -13,7 +13,7 @@ use kvferry::{
 use serde::Serialize;
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     pattern,
     report::{Failure, size},
 };
@@ -42,6 +42,8 @@ pub struct Args {
     /// Lanes to serve.
     #[arg(long, value_enum, default_value = "auto")]
     lane: LaneChoice,
+    #[command(flatten)]
+    verbs: VerbsArgs,
     /// Use memory as an engine would bring it, instead of a pool that consumers on this host can map.
     #[arg(long)]
     engine_memory: bool,
@@ -119,6 +121,7 @@ fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
 
 /// Serves until it is told to stop.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    args.lane.check()?;
     if args.exit_with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     }
@@ -128,7 +131,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let memory =
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
     memory.touch()?;
-    let mut config = Config::default();
+    let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
     config.lease.unclaimed = args.unclaimed_lease;
     config.lease.claimed = args.claim_lease;
     config.lease.hard_cap = args.hard_cap;

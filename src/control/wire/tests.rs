@@ -2,6 +2,7 @@ use super::*;
 use crate::{
     block::{BlockId, Nonce},
     control::proto::client_frame::Frame as C,
+    lane::verbs::{Gid, LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsTicket},
     offer::{Offer, OfferGroup, OfferRank},
     protocol::frame::{ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
 };
@@ -113,11 +114,38 @@ fn welcomes() -> impl Strategy<Value = Welcome> {
     )
 }
 
+fn verbs_end() -> impl Strategy<Value = RailEnd> {
+    let pair = (0..1u32 << 24, 0..1u32 << 24).prop_map(|(number, psn)| QpEnd { number, psn });
+    let layer = select(vec![LinkLayer::InfiniBand, LinkLayer::Ethernet]);
+    ("[a-z0-9_:]{1,80}", layer, 1u16.., any::<[u8; 15]>(), 256u32..=1 << 16, 1u8.., vec(pair, 1..=4)).prop_map(
+        |(name, link_layer, lid, gid, mtu, rd_atomic, queue_pairs)| {
+            let mut all = [1; 16];
+            all[1..].copy_from_slice(&gid);
+            RailEnd { name, link_layer, lid, gid: Gid(all), mtu, rd_atomic, queue_pairs }
+        },
+    )
+}
+
+fn served() -> impl Strategy<Value = ServedRail> {
+    let remote = || (any::<u64>(), any::<u32>()).prop_map(|(address, rkey)| Remote { address, rkey });
+    (any::<u8>(), verbs_end(), vec(remote(), 0..5), remote()).prop_map(|(of, end, segments, words)| ServedRail {
+        of,
+        end,
+        segments,
+        words,
+    })
+}
+
 fn tickets() -> impl Strategy<Value = LaneTicket> {
     let tcp = (option::of("[a-z0-9.]{1,40}"), 1u16.., any::<u64>(), any::<[u8; 32]>())
         .prop_map(|(host, port, lane, key)| LaneTicket::Tcp { host, port, lane, key });
     let local = (vec(any::<u8>(), 1..=108), any::<u64>()).prop_map(|(uds, lane)| LaneTicket::Local { uds, lane });
-    prop_oneof![tcp, local]
+    let verbs = (any::<u64>(), any::<u64>(), any::<u32>(), vec(served(), 1..4)).prop_map(
+        |(lane, incarnation, fence_slots, rails)| {
+            LaneTicket::Verbs(VerbsTicket { lane, incarnation, fence_slots, rails })
+        },
+    );
+    prop_oneof![tcp, local, verbs]
 }
 
 fn claims() -> impl Strategy<Value = ClaimId> {

@@ -1,0 +1,200 @@
+//! The engine's blocks: who holds how many references, which are free, and which content the prefix cache finds.
+//!
+//! A block is free when nobody refers to it; a free block keeps its content, and its place in the prefix cache, until it
+//! is needed for something else. Content is named by a chain of hashes: a block's key covers all tokens before it.
+
+use std::collections::{BTreeSet, HashMap};
+
+use kvferry::block::BlockId;
+use sha2::{Digest as _, Sha256};
+
+/// Names the content of a full block, and all before it. A hash that nobody can make collide: a prompt must never find
+/// another prompt's KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Key([u8; 32]);
+
+impl Key {
+    /// The key of the block of these tokens behind the one named by `self`; the first one's is behind the default.
+    pub fn then(self, tokens: &[u32]) -> Self {
+        let mut h = Sha256::new();
+        h.update(self.0);
+        tokens.iter().for_each(|t| h.update(t.to_le_bytes()));
+        Self(h.finalize().into())
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Slab {
+    refs: u32,
+    key: Option<Key>,
+    /// When it was last let go.
+    since: u64,
+}
+
+/// All blocks of an engine.
+#[derive(Debug)]
+pub struct Blocks {
+    slabs: Vec<Slab>,
+    /// Free blocks, in the order in which they are taken: those that nobody can find first, then the longest unused.
+    free: BTreeSet<(bool, u64, u32)>,
+    cache: HashMap<Key, BlockId>,
+    clock: u64,
+}
+
+impl Blocks {
+    /// This many free blocks.
+    pub fn new(blocks: u32) -> Self {
+        let free = (0..blocks).map(|b| (false, 0, b)).collect();
+        Self { slabs: vec![Slab::default(); blocks as usize], free, cache: HashMap::new(), clock: 0 }
+    }
+
+    /// Blocks in all.
+    pub fn len(&self) -> usize {
+        self.slabs.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.slabs.is_empty()
+    }
+
+    /// Free ones.
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Blocks that the prefix cache finds.
+    pub fn cached(&self) -> usize {
+        self.cache.len()
+    }
+
+    fn place(&self, b: BlockId) -> (bool, u64, u32) {
+        let s = &self.slabs[b.0 as usize];
+        (s.key.is_some(), s.since, b.0)
+    }
+
+    /// Takes a free block, with one reference. What it held is forgotten.
+    pub fn alloc(&mut self) -> Option<BlockId> {
+        let b = BlockId(self.free.pop_first()?.2);
+        let s = &mut self.slabs[b.0 as usize];
+        s.refs = 1;
+        if let Some(key) = s.key.take() {
+            self.cache.remove(&key);
+        }
+        Some(b)
+    }
+
+    /// Takes as many, or none.
+    pub fn alloc_all(&mut self, n: usize) -> Option<Vec<BlockId>> {
+        if self.free() < n {
+            return None;
+        }
+        (0..n).map(|_| self.alloc()).collect()
+    }
+
+    /// One more reference.
+    pub fn retain(&mut self, b: BlockId) {
+        if self.slabs[b.0 as usize].refs == 0 {
+            self.free.remove(&self.place(b));
+        }
+        self.slabs[b.0 as usize].refs += 1;
+    }
+
+    /// One reference less. To keep prefixes longest, let go of a sequence's last block first.
+    pub fn release(&mut self, b: BlockId) {
+        self.clock += 1;
+        let s = &mut self.slabs[b.0 as usize];
+        debug_assert!(s.refs > 0, "block {} is let go once too often", b.0);
+        s.refs = s.refs.saturating_sub(1);
+        if s.refs == 0 {
+            s.since = self.clock;
+            self.free.insert(self.place(b));
+        }
+    }
+
+    /// The block with this content.
+    pub fn find(&self, key: &Key) -> Option<BlockId> {
+        self.cache.get(key).copied()
+    }
+
+    /// The prefix cache finds this block from now on. A second block of the same content is not needed.
+    pub fn cache(&mut self, b: BlockId, key: Key) {
+        let s = &mut self.slabs[b.0 as usize];
+        if s.key.is_none() && !self.cache.contains_key(&key) {
+            debug_assert!(s.refs > 0, "a free block is not filled");
+            s.key = Some(key);
+            self.cache.insert(key, b);
+        }
+    }
+
+    /// The prefix cache does not find this block any more. Blocks that are none of ours are nobody's concern.
+    pub fn uncache(&mut self, b: BlockId) {
+        let Some(key) = self.slabs.get(b.0 as usize).and_then(|s| s.key) else { return };
+        let free = self.free.remove(&self.place(b));
+        self.slabs[b.0 as usize].key = None;
+        self.cache.remove(&key);
+        if free {
+            self.free.insert(self.place(b));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_covers_all_tokens_before_it() {
+        let [a, b] = [1, 2].map(|t| Key::default().then(&[t; 16]));
+        assert_ne!(a.then(&[3; 16]), b.then(&[3; 16]));
+        assert_eq!(a.then(&[3; 16]), Key::default().then(&[1; 16]).then(&[3; 16]));
+    }
+
+    #[test]
+    fn a_free_block_is_found_until_it_is_needed() {
+        let mut blocks = Blocks::new(3);
+        let key = Key::default().then(&[1; 16]);
+        let a = blocks.alloc().unwrap();
+        blocks.cache(a, key);
+        blocks.release(a);
+        assert_eq!((blocks.free(), blocks.find(&key)), (3, Some(a)));
+        blocks.retain(a);
+        assert_eq!(blocks.free(), 2);
+        blocks.release(a);
+        // The two that nobody can find go first.
+        let others = blocks.alloc_all(2).unwrap();
+        assert!(!others.contains(&a) && blocks.find(&key) == Some(a));
+        assert_eq!(blocks.alloc_all(2), None);
+        assert_eq!((blocks.alloc(), blocks.find(&key)), (Some(a), None));
+    }
+
+    #[test]
+    fn a_dropped_block_is_not_found_again_and_not_lost() {
+        let mut blocks = Blocks::new(2);
+        let key = Key::default().then(&[1; 16]);
+        let a = blocks.alloc().unwrap();
+        blocks.cache(a, key);
+        blocks.uncache(a);
+        blocks.uncache(BlockId(77));
+        assert_eq!(blocks.find(&key), None);
+        blocks.cache(a, key);
+        blocks.release(a);
+        blocks.uncache(a);
+        assert_eq!((blocks.free(), blocks.cached()), (2, 0));
+        assert!(blocks.alloc_all(2).is_some());
+    }
+
+    #[test]
+    fn prefixes_are_kept_longest() {
+        let mut blocks = Blocks::new(3);
+        let table = blocks.alloc_all(3).unwrap();
+        let mut key = Key::default();
+        for b in &table {
+            key = key.then(&[b.0; 16]);
+            blocks.cache(*b, key);
+        }
+        table.iter().rev().for_each(|b| blocks.release(*b));
+        assert_eq!(blocks.alloc(), Some(table[2]));
+        assert_eq!(blocks.alloc(), Some(table[1]));
+    }
+}

@@ -1,0 +1,181 @@
+//! Pulls, and what follows from blocks that did not arrive.
+
+use std::collections::HashSet;
+
+use kvferry::{
+    block::{Block, BlockId, GroupId},
+    consumer::{Ended, Pull},
+    error::Cause,
+    plan::LocalBlocks,
+    scheduler::{
+        invalid::{Outcome, Report, resolve},
+        ledger::End,
+        table::Held,
+    },
+};
+
+use super::Engine;
+use crate::{
+    kv::BLOCK,
+    request::{Id, Load, Refusal, Req},
+};
+
+const TOKENS: u64 = BLOCK as u64;
+
+impl Engine {
+    /// Starts to pull what a request's offer has behind what it holds, up to token `end`. `true`: nothing else is to be
+    /// done for it in this step.
+    pub(super) fn load(&mut self, i: usize, end: u64, budget: &mut u64) -> bool {
+        let r = &mut self.running[i];
+        let (from, to) = (r.held.total(), r.external().min(end));
+        let Some(consumer) = self.link.consumer.as_ref().filter(|_| r.job.offer.is_some()) else { return false };
+        let Some(offer) = r.job.offer.take() else { return false };
+        // Less than a block is computed as fast as it is asked for. And blocks that were begun here stay here.
+        if to < from + TOKENS || r.held.computed > 0 || !from.is_multiple_of(TOKENS) {
+            consumer.release(&offer);
+            return false;
+        }
+        let first = (from / TOKENS) as usize;
+        let blocks = r.table()[first..to.div_ceil(TOKENS) as usize].to_vec();
+        r.held = Held { cached: from, loaded: to - from, computed: 0 };
+        self.ledger.lookup(&r.id, from, to - from);
+        self.counts.asked.inc_by(to - from);
+        let wanted = LocalBlocks { group: GroupId(0), first_position: first as u32, blocks };
+        let from_engine = offer.engine.clone();
+        let pull = match consumer.pull(Pull::new(offer, vec![wanted]).deadline(self.settings.deadline)) {
+            Ok(pull) => {
+                self.pulls.insert(pull, (r.id, from_engine));
+                Some(pull)
+            }
+            Err(e) => {
+                tracing::warn!(request = %r.job.name, "a pull could not be started: {e}");
+                self.refused.push((r.id, Cause::BadOffer));
+                None
+            }
+        };
+        if self.settings.sync_loads {
+            // It counts on the load at once, and so may others.
+            let (known, total) = (r.known(), r.held.total());
+            let tokens = (known - total).min(*budget);
+            self.schedule(i, tokens, budget);
+        } else {
+            r.load = Some(Load { pull, ended: false });
+        }
+        true
+    }
+
+    /// Takes in the loads that have ended since the last step.
+    pub(super) fn end_loads(&mut self) {
+        let ends = std::mem::take(&mut self.ends);
+        let refused = std::mem::take(&mut self.refused);
+        if ends.is_empty() && refused.is_empty() {
+            return;
+        }
+        for id in ends.iter().filter_map(|e| Some(&self.pulls.get(&e.pull)?.0)).chain(refused.iter().map(|r| &r.0)) {
+            let load = self.running.iter_mut().find(|r| r.id == *id).and_then(|r| r.load.as_mut());
+            load.into_iter().for_each(|l| l.ended = true);
+        }
+        self.report(&ends, &refused);
+        for i in 0..self.running.len() {
+            let r = &mut self.running[i];
+            if r.load.as_ref().is_some_and(|l| l.ended) {
+                r.load = None;
+                self.ledger.load_ended(&r.id);
+                self.counts.had(r.id, r.held.total());
+                self.cache_blocks(i);
+            }
+        }
+    }
+
+    /// Waits until every load of this step is quiet. The model runs next, on whatever has arrived.
+    pub(super) fn wait_for_loads(&mut self) {
+        while self.ends.len() < self.pulls.len()
+            && let Ok(msg) = self.inbox.recv()
+        {
+            self.take_in(msg);
+        }
+    }
+
+    /// Takes in the loads of this step, after it has run.
+    pub(super) fn end_sync_loads(&mut self) {
+        let ends = std::mem::take(&mut self.ends);
+        let refused = std::mem::take(&mut self.refused);
+        let ids: HashSet<Id> =
+            ends.iter().filter_map(|e| Some(self.pulls.get(&e.pull)?.0)).chain(refused.iter().map(|r| r.0)).collect();
+        self.report(&ends, &refused);
+        for r in self.running.iter().filter(|r| ids.contains(&r.id)) {
+            self.ledger.load_ended(&r.id);
+            self.counts.had(r.id, r.held.loaded_end());
+        }
+    }
+
+    /// Reports what did not arrive, and carries out what follows.
+    fn report(&mut self, ends: &[Ended], refused: &[(Id, Cause)]) {
+        let mut report = refused.iter().fold(Report::new(), |r, (id, cause)| r.load_failed(*id, *cause));
+        for e in ends {
+            let cause = e.outcome.cause().unwrap_or(Cause::LaneFailed);
+            report.extend(e.blocks.invalid.iter().map(|b| (*b, cause)));
+        }
+        let failed: Vec<Id> =
+            ends.iter().filter(|e| !e.outcome.complete()).filter_map(|e| Some(self.pulls.get(&e.pull)?.0)).collect();
+        ends.iter().for_each(|e| drop(self.pulls.remove(&e.pull)));
+        if report.is_empty() {
+            return;
+        }
+        let invalid = ends.iter().flat_map(|e| &e.blocks.invalid).copied().collect();
+        self.count_losses(&invalid, refused);
+        let views: Vec<_> = self.running.iter().map(Req::view).collect();
+        let outcome = resolve(&self.groups, &views, &report, self.settings.policy);
+        self.apply(outcome);
+        for r in self.running.iter().filter(|r| failed.contains(&r.id)) {
+            self.counts.salvaged.inc_by(r.held.loaded_end() - r.held.cached);
+        }
+    }
+
+    /// What is lost, worked out from the tables alone: see [`Counts`](crate::counts::Counts).
+    fn count_losses(&mut self, invalid: &HashSet<Block>, refused: &[(Id, Cause)]) {
+        let bad = |b: &Option<BlockId>| b.is_some_and(|id| invalid.contains(&Block { group: GroupId(0), id }));
+        for r in &self.running {
+            let first = r.table().iter().position(bad).map(|p| p as u64 * TOKENS);
+            let all = refused.iter().any(|f| f.0 == r.id).then_some(r.held.cached);
+            if let Some(from) = first.into_iter().chain(all).min() {
+                self.counts.lost(r.id, r.prompt(), from, r.held.loaded_end().max(from));
+            }
+        }
+    }
+
+    fn apply(&mut self, outcome: Outcome<Id>) {
+        self.ledger.apply(&outcome);
+        outcome.uncache.iter().for_each(|b| self.blocks.uncache(b.id));
+        for s in &outcome.shared {
+            tracing::debug!(block = s.block.id.0, owner = s.owner, heirs = ?s.heirs, "a lost block is shared");
+        }
+        for a in outcome.affected {
+            let Some(r) = self.running.iter_mut().find(|r| r.id == a.id) else { continue };
+            tracing::info!(
+                request = %r.job.name, keeps = a.held.total(), lost = a.lost.total(), cause = %a.first.cause,
+                waits = a.waits_for.is_some(), "KV did not arrive; it is computed again"
+            );
+            r.held = a.held;
+            r.scheduled = 0;
+        }
+        for f in outcome.failed {
+            let Some(i) = self.running.iter().position(|r| r.id == f.id) else { continue };
+            tracing::warn!(request = %self.running[i].job.name, "failed: {}", f.reason);
+            self.running[i].fail(Refusal::KvLost(f.reason.to_string()));
+            // A load that is still under way writes these blocks: they are given back when it is quiet.
+            match self.running[i].load.as_ref().filter(|l| !l.ended).and_then(|l| l.pull) {
+                Some(pull) => {
+                    self.running[i].gone = true;
+                    if let Some(c) = &self.link.consumer {
+                        c.cancel(pull);
+                    }
+                }
+                None => {
+                    let r = self.running.remove(i);
+                    self.close(r, End::Failed);
+                }
+            }
+        }
+    }
+}

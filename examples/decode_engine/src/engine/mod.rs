@@ -1,0 +1,392 @@
+//! The engine: one thread that owns the model, the blocks and all requests, and runs them step by step.
+//!
+//! A step is what [`kvferry::scheduler`] describes: take in what loads have brought, let everyone have his turn, admit,
+//! run the model once for all, and only then count. Whatever concerns invalid blocks is decided by the library; this
+//! module carries it out.
+//!
+//! | file | what it does |
+//! | --- | --- |
+//! | `schedule` | who runs in this step, who comes in, who has to give his blocks back |
+//! | `loads` | pulls, and what follows from blocks that did not arrive |
+//! | `offers` | the KV of finished prompts, for other engines |
+//! | `step` | the forward pass, and what it is counted as |
+
+mod loads;
+mod offers;
+mod schedule;
+mod step;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    time::Duration,
+};
+
+use kvferry::{
+    block::{BlockId, EngineId, GroupId, OfferId},
+    consumer::{Consumer, Ended, PullId},
+    error::Cause,
+    producer::{Freed, Producer},
+    scheduler::{
+        invalid::Policy,
+        ledger::{End, Ledger},
+        table::GroupSpec,
+    },
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::{
+    blocks::Blocks,
+    counts::Counts,
+    kv::{BLOCK, Kv},
+    llama::Llama,
+    request::{Event, Id, Job, Refusal, Req},
+};
+
+/// How an engine runs.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What happens to requests whose KV does not arrive.
+    pub policy: Policy,
+    /// Loads are waited for inside of a step, and others may count on their blocks at once; otherwise requests that load
+    /// stand aside, and the others run.
+    pub sync_loads: bool,
+    /// Tokens in a step, at most.
+    pub budget: u64,
+    /// Requests that hold blocks, at most.
+    pub running: usize,
+    /// From the start of a pull to its decision.
+    pub deadline: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            policy: Policy::Recompute,
+            sync_loads: false,
+            budget: 256,
+            running: 64,
+            deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the engine's thread is told.
+enum Msg {
+    Job(Job),
+    Ended(Box<Ended>),
+    Freed(Freed),
+    Status(oneshot::Sender<Status>),
+    Stop,
+}
+
+/// A pull under way.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PullStatus {
+    /// Whose KV it brings.
+    pub request: String,
+    /// The engine that it comes from.
+    pub from: String,
+    /// Chunks that have arrived, and chunks in all (0 until that is known).
+    pub loaded: usize,
+    pub chunks: usize,
+}
+
+/// How the engine is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Blocks in all, and how many of them nobody holds.
+    pub blocks: usize,
+    pub free: usize,
+    /// Free or not, the prefix cache finds them.
+    pub cached: usize,
+    pub running: usize,
+    pub waiting: usize,
+    /// Offers whose blocks are not back yet.
+    pub offers: usize,
+    pub pulls: Vec<PullStatus>,
+    /// Blocks are withheld because of a wedged lane: the process must be restarted to get them back.
+    pub wedged: usize,
+}
+
+/// To talk to an engine. It ends when the last one is dropped.
+#[derive(Clone)]
+pub struct Handle(Sender<Msg>);
+
+impl Handle {
+    /// Hands in a request. What becomes of it comes through the job's channel; `false`: the engine has ended.
+    pub fn submit(&self, job: Job) -> bool {
+        self.0.send(Msg::Job(job)).is_ok()
+    }
+
+    /// How the engine is; `None`: it has ended.
+    pub async fn status(&self) -> Option<Status> {
+        let (tx, rx) = oneshot::channel();
+        self.0.send(Msg::Status(tx)).ok()?;
+        rx.await.ok()
+    }
+
+    /// Ends the engine. Requests under way fail.
+    pub fn stop(&self) {
+        // It may have ended by itself.
+        let _ = self.0.send(Msg::Stop);
+    }
+}
+
+/// Its ends of the ferry.
+#[derive(Default)]
+pub struct Link {
+    /// To pull with.
+    pub consumer: Option<Arc<Consumer>>,
+    /// To offer with.
+    pub producer: Option<Arc<Producer>>,
+}
+
+/// An engine.
+pub struct Engine {
+    model: Arc<Llama>,
+    kv: Kv,
+    settings: Settings,
+    groups: [GroupSpec; 1],
+    blocks: Blocks,
+    running: Vec<Req>,
+    waiting: VecDeque<Req>,
+    ledger: Ledger<Id>,
+    counts: Counts,
+    link: Link,
+    inbox: Receiver<Msg>,
+    /// Pulls that have ended and are not reported yet.
+    ends: Vec<Ended>,
+    /// Loads that could not begin, and are not reported yet.
+    refused: Vec<(Id, Cause)>,
+    /// Pulls under way: whose they are, and from which engine.
+    pulls: HashMap<PullId, (Id, EngineId)>,
+    /// Blocks of live offers.
+    offers: HashMap<OfferId, Vec<BlockId>>,
+    next: Id,
+    stopping: bool,
+}
+
+impl Engine {
+    /// An engine that is not running yet.
+    pub fn new(model: Arc<Llama>, kv: Kv, settings: Settings, link: Link) -> anyhow::Result<(Self, Handle)> {
+        let (tx, inbox) = channel();
+        if let Some(c) = &link.consumer {
+            let (consumer, tx) = (Arc::downgrade(c), tx.clone());
+            watch("pull-ends", move || {
+                let Some(c) = consumer.upgrade() else { return false };
+                c.wait(Duration::from_secs(1)).is_none_or(|e| tx.send(Msg::Ended(Box::new(e))).is_ok())
+            })?;
+        }
+        if let Some(p) = &link.producer {
+            let (producer, tx) = (Arc::downgrade(p), tx.clone());
+            watch("freed-offers", move || {
+                let Some(p) = producer.upgrade() else { return false };
+                p.wait_freed(Duration::from_secs(1)).is_none_or(|f| tx.send(Msg::Freed(f)).is_ok())
+            })?;
+        }
+        let group = GroupSpec::full(GroupId(0), BLOCK as u32).ok_or_else(|| anyhow::anyhow!("a block of no tokens"))?;
+        let engine = Self {
+            blocks: Blocks::new(kv.blocks()),
+            model,
+            kv,
+            settings,
+            groups: [group],
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            ledger: Ledger::new(),
+            counts: Counts::default(),
+            link,
+            inbox,
+            ends: Vec::new(),
+            refused: Vec::new(),
+            pulls: HashMap::new(),
+            offers: HashMap::new(),
+            next: 1,
+            stopping: false,
+        };
+        Ok((engine, Handle(tx)))
+    }
+
+    /// The ledger, and the engine's own counts, to register.
+    pub fn register(&self, registry: &mut prometheus_client::registry::Registry) {
+        self.ledger.register(registry);
+        self.counts.register(registry);
+        if let Some(c) = &self.link.consumer {
+            c.metrics().register(registry);
+        }
+        if let Some(p) = &self.link.producer {
+            p.metrics().register(registry);
+        }
+    }
+
+    /// Runs until it is stopped.
+    pub fn run(mut self) {
+        let mut moved = true;
+        while self.receive(moved) && !self.stopping {
+            moved = self.step();
+            self.gauge();
+        }
+        for mut r in std::mem::take(&mut self.running).into_iter().chain(std::mem::take(&mut self.waiting)) {
+            r.fail(Refusal::Engine("the engine is shutting down".into()));
+        }
+    }
+
+    /// Takes in what was said. If the last step moved nothing, sleeps until something is said; a client may also go away
+    /// without a word, so with requests at hand not for long.
+    fn receive(&mut self, moved: bool) -> bool {
+        if !moved {
+            let idle = self.running.is_empty() && self.waiting.is_empty();
+            let patience = Duration::from_millis(if idle { 60_000 } else { 20 });
+            match self.inbox.recv_timeout(patience) {
+                Ok(msg) => self.take_in(msg),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        while let Ok(msg) = self.inbox.try_recv() {
+            self.take_in(msg);
+        }
+        true
+    }
+
+    fn take_in(&mut self, msg: Msg) {
+        match msg {
+            Msg::Job(job) => self.arrive(job),
+            Msg::Ended(e) => self.ends.push(*e),
+            Msg::Freed(f) => self.freed(f),
+            Msg::Status(tx) => {
+                // Whoever asked may not be interested any more.
+                let _ = tx.send(self.status());
+            }
+            Msg::Stop => self.stopping = true,
+        }
+    }
+
+    fn status(&self) -> Status {
+        let consumer = self.link.consumer.as_ref();
+        let pulls = self.pulls.iter().filter_map(|(pull, id)| {
+            let (loaded, chunks) = consumer?.progress(*pull)?;
+            let r = self.running.iter().find(|r| r.id == id.0)?;
+            Some(PullStatus { request: r.job.name.clone(), from: id.1.to_string(), loaded, chunks })
+        });
+        Status {
+            blocks: self.blocks.len(),
+            free: self.blocks.free(),
+            cached: self.blocks.cached(),
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            offers: self.offers.len(),
+            pulls: pulls.collect(),
+            wedged: consumer.map_or(0, |c| c.wedged()),
+        }
+    }
+
+    fn gauge(&self) {
+        self.counts.running.set(self.running.len() as i64);
+        self.counts.waiting.set(self.waiting.len() as i64);
+        self.counts.free_blocks.set(self.blocks.free() as i64);
+        self.counts.offers.set(self.offers.len() as i64);
+    }
+
+    fn arrive(&mut self, job: Job) {
+        let id = self.next;
+        self.next += 1;
+        let longest = (job.prompt.len() + job.max_tokens).div_ceil(BLOCK);
+        let c = &self.model.config;
+        let bad = if job.prompt.is_empty() || job.max_tokens == 0 {
+            Some("a prompt of at least one token, and max_tokens of at least 1, are needed".into())
+        } else if job.prompt.iter().any(|t| *t as usize >= c.vocab) {
+            Some(format!("a token is not in the vocabulary of {}", c.vocab))
+        } else if job.prompt.len() + job.max_tokens > c.context || longest > self.blocks.len() {
+            let room = c.context.min(self.blocks.len() * BLOCK);
+            Some(format!(
+                "{} tokens of prompt and {} to generate: this engine has room for {room} in all",
+                job.prompt.len(),
+                job.max_tokens
+            ))
+        } else {
+            None
+        };
+        let mut r = Req::new(id, job);
+        if let Some(why) = bad {
+            self.release_offer(&mut r);
+            return r.fail(Refusal::Bad(why));
+        }
+        self.ledger.admit(id, r.prompt());
+        self.waiting.push_back(r);
+    }
+
+    /// Gives a request's blocks back. Its load, if it had one, is quiet.
+    fn let_go(&mut self, r: &mut Req) {
+        // Last block first: the prefix stays in the cache longest.
+        for b in r.tables[0].drain(..).rev().flatten() {
+            self.blocks.release(b);
+        }
+        r.held = Default::default();
+        r.scheduled = 0;
+    }
+
+    /// A request has ended: it has its answer, or never will.
+    fn close(&mut self, mut r: Req, end: End) {
+        self.let_go(&mut r);
+        self.release_offer(&mut r);
+        if r.settled.is_none() {
+            self.counts.settled(r.prompt(), None);
+        }
+        self.ledger.ended(&r.id, end);
+        self.counts.forget(r.id);
+    }
+
+    /// Lets go of requests whose clients went away. One whose load is under way stays until that is quiet.
+    fn drop_gone(&mut self) {
+        for i in (0..self.waiting.len()).rev() {
+            if self.waiting[i].job.out.is_closed()
+                && let Some(r) = self.waiting.remove(i)
+            {
+                self.close(r, End::Aborted);
+            }
+        }
+        for i in (0..self.running.len()).rev() {
+            if self.running[i].gone || !self.running[i].job.out.is_closed() {
+                continue;
+            }
+            self.running[i].gone = true;
+            match self.running[i].load.as_ref().and_then(|l| l.pull) {
+                Some(pull) => {
+                    if let Some(c) = &self.link.consumer {
+                        c.cancel(pull);
+                    }
+                }
+                None if self.running[i].load.is_none() => {
+                    let r = self.running.remove(i);
+                    self.close(r, End::Aborted);
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn release_offer(&mut self, r: &mut Req) {
+        if let (Some(offer), Some(c)) = (r.job.offer.take(), &self.link.consumer) {
+            c.release(&offer);
+        }
+    }
+}
+
+impl Req {
+    fn fail(&mut self, why: Refusal) {
+        // Its client may be gone.
+        let _ = self.job.out.send(Event::Failed(why));
+    }
+}
+
+/// A thread that waits for something again and again, until that says `false`.
+fn watch(name: &str, mut f: impl FnMut() -> bool + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.into()).spawn(move || while f() {})?;
+    Ok(())
+}

@@ -1,0 +1,44 @@
+//! The KV of finished prompts, offered to other engines. The blocks stay as they are until the offer is freed: pulled and
+//! released, or revoked when its lease runs out.
+
+use kvferry::{
+    block::GroupId,
+    offer::{Offer, OfferGroup},
+    producer::{Freed, OfferSpec, Ready},
+};
+
+use super::Engine;
+use crate::{kv::BLOCK, request::Req};
+
+impl Engine {
+    /// Offers a finished request's prompt. `None`: it cannot be offered; its client does without.
+    pub(super) fn offer(&mut self, r: &mut Req) -> Option<Box<Offer>> {
+        let producer = self.link.producer.as_ref().filter(|_| r.job.produce)?;
+        let blocks = r.tables[0].get(..r.job.prompt.len().div_ceil(BLOCK))?.to_vec();
+        let spec = OfferSpec {
+            id: None,
+            request: r.job.name.chars().take(Offer::MAX_REQUEST / 4).collect(),
+            tokens: r.prompt(),
+            groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }],
+        };
+        match producer.offer(spec, Ready::Now) {
+            Ok(offer) => {
+                let kept: Vec<_> = offer.groups[0].blocks.iter().flatten().copied().collect();
+                kept.iter().for_each(|b| self.blocks.retain(*b));
+                self.offers.insert(offer.id, kept);
+                Some(Box::new(offer))
+            }
+            Err(e) => {
+                tracing::warn!(request = %r.job.name, "its KV cannot be offered: {e}");
+                None
+            }
+        }
+    }
+
+    /// An offer's blocks are back.
+    pub(super) fn freed(&mut self, freed: Freed) {
+        for b in self.offers.remove(&freed.offer).into_iter().flatten().rev() {
+            self.blocks.release(b);
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Who runs in a step, who comes in, and who has to give his blocks back.
+
+use kvferry::{
+    block::BlockId,
+    scheduler::{
+        ledger::End,
+        table::Held,
+        turn::{Turn, turns},
+    },
+};
+
+use super::Engine;
+use crate::{
+    kv::BLOCK,
+    request::{Id, Req},
+};
+
+const TOKENS: u64 = BLOCK as u64;
+
+impl Engine {
+    /// Everyone's turn. Returns the tokens that are left of the step's budget.
+    pub(super) fn take_turns(&mut self) -> u64 {
+        let mut budget = self.settings.budget;
+        let views: Vec<_> = self.running.iter().map(Req::view).collect();
+        let mut turns = turns(&self.groups, &views);
+        for (r, t) in self.running.iter_mut().zip(&turns) {
+            if r.load.is_none() && t.computed > r.held.total() {
+                self.ledger.adopted(&r.id, t.computed);
+                self.counts.had(r.id, t.computed);
+                r.held.adopt(t.computed);
+            }
+        }
+        // What could be taken over from those whose clients are gone has been: they can go.
+        for i in (0..self.running.len()).rev() {
+            if self.running[i].gone && self.running[i].load.is_none() {
+                let r = self.running.remove(i);
+                self.close(r, End::Aborted);
+            }
+        }
+        // One token for each that generates comes first: a long prompt must not hold them up.
+        turns.sort_by_key(|t| self.index(t.id).is_none_or(|i| self.running[i].known() - t.computed > 1));
+        for t in &turns {
+            self.take_turn(t, &mut budget);
+        }
+        budget
+    }
+
+    fn index(&self, id: Id) -> Option<usize> {
+        self.running.iter().position(|r| r.id == id)
+    }
+
+    fn take_turn(&mut self, t: &Turn<Id>, budget: &mut u64) {
+        let Some(i) = self.index(t.id).filter(|i| self.running[*i].load.is_none() && t.may_run()) else { return };
+        let end = t.limit.unwrap_or(u64::MAX).min(self.running[i].known());
+        if self.load(i, end, budget) {
+            return;
+        }
+        let from = self.running[i].held.total();
+        let to = end.min(from + *budget);
+        if to <= from {
+            return;
+        }
+        // Whoever came last gives his blocks back, be it this one itself.
+        while let Some(i) = self.index(t.id)
+            && !self.make_room(i, to)
+        {
+            let victim = self.running.iter().rposition(|r| r.load.is_none() && !r.gone);
+            match victim.filter(|v| *v != i || self.running.len() > 1) {
+                Some(v) => self.preempt(v),
+                // Offers hold the blocks: they come back in time.
+                None => return,
+            }
+        }
+        if let Some(i) = self.index(t.id) {
+            self.schedule(i, to - from, budget);
+        }
+    }
+
+    pub(super) fn schedule(&mut self, i: usize, tokens: u64, budget: &mut u64) {
+        self.running[i].scheduled = tokens;
+        *budget = budget.saturating_sub(tokens);
+        self.cache_blocks(i);
+    }
+
+    /// Puts what will be full at the end of the step into the prefix cache: others may find it in this very step, since
+    /// the model stores all KV of a layer before it reads any.
+    pub(super) fn cache_blocks(&mut self, i: usize) {
+        let r = &mut self.running[i];
+        r.name_blocks();
+        if r.load.is_some() {
+            return;
+        }
+        let full = (r.ran_to() / TOKENS) as usize;
+        for (b, key) in r.tables[0].iter().zip(&r.keys).take(full) {
+            if let Some(b) = b {
+                self.blocks.cache(*b, *key);
+            }
+        }
+    }
+
+    /// Blocks for the first `to` tokens, or none at all.
+    fn make_room(&mut self, i: usize, to: u64) -> bool {
+        let table = &mut self.running[i].tables[0];
+        let more = (to.div_ceil(TOKENS) as usize).saturating_sub(table.len());
+        match self.blocks.alloc_all(more) {
+            Some(new) => {
+                table.extend(new.into_iter().map(Some));
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn preempt(&mut self, i: usize) {
+        let mut r = self.running.remove(i);
+        // It was to fill these in this step, and will not.
+        if r.scheduled > 0 {
+            let unfilled = r.tables[0].iter().skip((r.held.total() / TOKENS) as usize).flatten();
+            unfilled.for_each(|b| self.blocks.uncache(*b));
+        }
+        self.let_go(&mut r);
+        self.ledger.preempted(&r.id);
+        self.counts.preemptions.inc();
+        self.waiting.push_front(r);
+    }
+
+    /// Lets requests in for as long as there is room for all of their known tokens.
+    pub(super) fn admit(&mut self, mut budget: u64) {
+        while self.running.len() < self.settings.running
+            && self.waiting.front().is_some_and(|r| budget > 0 || r.job.offer.is_some())
+            && let Some(mut r) = self.waiting.pop_front()
+        {
+            r.name_blocks();
+            let hit = self.look_up(&mut r);
+            let shares = self.share(&mut r);
+            let need = (r.known().div_ceil(TOKENS) as usize) - r.table().len();
+            let Some(new) = self.blocks.alloc_all(need) else {
+                // Not its time yet; nothing was counted.
+                self.let_go(&mut r);
+                self.waiting.push_front(r);
+                return;
+            };
+            r.tables[0].extend(new.into_iter().map(Some));
+            r.held = Held { cached: hit, loaded: 0, computed: 0 };
+            self.ledger.lookup(&r.id, hit, 0);
+            self.counts.had(r.id, hit);
+            self.running.push(r);
+            let i = self.running.len() - 1;
+            let known = self.running[i].known();
+            if !shares && !self.load(i, known, &mut budget) && budget > 0 {
+                self.schedule(i, budget.min(known - hit), &mut budget);
+            }
+        }
+    }
+
+    /// Takes the longest prefix that the cache has, and returns its tokens.
+    fn look_up(&mut self, r: &mut Req) -> u64 {
+        let most = (r.most() / TOKENS) as usize;
+        let found: Vec<BlockId> = r.keys.iter().take(most).map_while(|k| self.blocks.find(k)).collect();
+        found.iter().for_each(|b| self.blocks.retain(*b));
+        r.tables[0] = found.into_iter().map(Some).collect();
+        r.table().len() as u64 * TOKENS
+    }
+
+    /// Takes the blocks behind its hit from a request that is to fill them: it loads or computes the same text just now.
+    /// Then the newcomer waits for it; one that could load them itself waits for another's load, but not for a computation.
+    /// Blocks that others will fill are not in the cache, so that nobody counts on them.
+    fn share(&mut self, r: &mut Req) -> bool {
+        let from = r.table().len();
+        let most = (r.most() / TOKENS) as usize;
+        let common = |o: &Req| {
+            let keys = o.keys.iter().zip(&r.keys).take(most).take_while(|(a, b)| a == b).count();
+            keys.min(o.table().len())
+        };
+        let loads = r.job.offer.is_some();
+        let best = self.running.iter().filter(|o| !o.gone && (o.load.is_some() || !loads)).max_by_key(|o| common(o));
+        let Some(o) = best.filter(|o| common(o) > from) else { return false };
+        let shared: Vec<_> = o.table()[from..common(o)].to_vec();
+        shared.iter().flatten().for_each(|b| self.blocks.retain(*b));
+        r.tables[0].extend(shared);
+        true
+    }
+}

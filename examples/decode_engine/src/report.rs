@@ -1,0 +1,46 @@
+//! What was seen, and whether it held.
+
+use std::time::Duration;
+
+/// Things that must hold, as they were seen.
+#[derive(Debug, Default)]
+pub struct Report(Vec<(bool, String, String)>);
+
+impl Report {
+    /// Notes one.
+    pub fn saw(&mut self, what: &str, held: bool, seen: impl Into<String>) {
+        self.0.push((held, what.into(), seen.into()));
+    }
+
+    /// Notes one that fails with a reason.
+    pub fn check(&mut self, what: &str, seen: anyhow::Result<String>) {
+        match seen {
+            Ok(seen) => self.saw(what, true, seen),
+            Err(e) => self.saw(what, false, format!("{e:#}")),
+        }
+    }
+
+    /// Prints the table, and says whether all of it held.
+    pub fn print(&self) -> bool {
+        println!("\n{:<24} {:<6} what was seen", "promise", "held");
+        for (held, what, seen) in &self.0 {
+            println!("{what:<24} {:<6} {seen}", if *held { "yes" } else { "NO" });
+        }
+        let all = self.0.iter().all(|s| s.0);
+        println!("\n{}", if all { "all of it held" } else { "NOT all of it held" });
+        all
+    }
+}
+
+/// The value below which this part of all lies; zero of none.
+pub fn quantile(all: &[Duration], part: f64) -> Duration {
+    let mut all = all.to_vec();
+    all.sort();
+    let at = (part * all.len().saturating_sub(1) as f64).round() as usize;
+    all.get(at).copied().unwrap_or_default()
+}
+
+/// The median.
+pub fn median(all: &[Duration]) -> Duration {
+    quantile(all, 0.5)
+}

@@ -1,0 +1,217 @@
+//! One engine process: builds the model, its ends of the ferry, the engine's thread and the HTTP front.
+
+use std::{io::Write as _, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+use kvferry::{
+    config::Config, consumer::Consumer, lane::LaneKind, lane::fault::Faults, model::Model, plan::ChunkSize,
+    producer::Producer, scheduler::invalid::Policy,
+};
+use prometheus_client::registry::Registry;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+
+use crate::{
+    engine::{Engine, Link, Settings},
+    http::{self, Front},
+    kv::{BLOCK, Kv},
+    llama::Llama,
+    weights,
+};
+
+/// What an engine does in a deployment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Computes prompts, and offers their KV.
+    Prefill,
+    /// Pulls prompts' KV, and generates.
+    Decode,
+    /// Either, or all by itself.
+    Both,
+}
+
+/// See [`Policy`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnLoss {
+    /// Keep what arrived, compute the rest.
+    Recompute,
+    /// Fail the requests that lost something.
+    Fail,
+}
+
+/// See [`Settings::sync_loads`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Loads {
+    /// Requests that load stand aside.
+    Async,
+    /// The step waits for its loads.
+    Sync,
+}
+
+/// Flags of `serve`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// What it does.
+    #[arg(long, value_enum, default_value = "both")]
+    pub role: Role,
+    /// A GGUF file of a Llama-type model, `smollm2` (fetched before), or `tiny` (built in, random).
+    #[arg(long, default_value = "smollm2")]
+    pub model: String,
+    /// `HOST:PORT` of the HTTP front; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    pub listen: String,
+    /// `HOST:PORT` of kvferry's control plane, where KV is offered.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    pub kv_listen: String,
+    /// The engine's name for its peers.
+    #[arg(long, default_value = "engine")]
+    pub name: String,
+    /// Blocks of 16 tokens in its KV pool.
+    #[arg(long, default_value_t = 1024)]
+    pub blocks: u32,
+    /// Threads of the model.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Tokens in a step, at most: longer prompts run in chunks.
+    #[arg(long, default_value_t = 256)]
+    pub budget: u64,
+    /// Requests that hold blocks, at most.
+    #[arg(long, default_value_t = 64)]
+    pub running: usize,
+    /// What happens to requests whose KV does not arrive.
+    #[arg(long, value_enum, default_value = "recompute")]
+    pub policy: OnLoss,
+    /// Whether a step waits for its loads.
+    #[arg(long, value_enum, default_value = "async")]
+    pub loads: Loads,
+    /// Lanes that pulls may use, best first.
+    #[arg(long, value_delimiter = ',', default_value = "local,tcp")]
+    pub lanes: Vec<String>,
+    /// Seconds from the start of a pull to its decision.
+    #[arg(long, default_value_t = 10.0)]
+    pub deadline: f64,
+    /// Seconds that an offer waits for its claim.
+    #[arg(long, default_value_t = 30.0)]
+    pub unclaimed: f64,
+    /// Breaks pulls' lanes on purpose: see `kvferry pull --fault`.
+    #[arg(long)]
+    pub fault: Option<Faults>,
+    /// End when the parent process does.
+    #[arg(long, hide = true)]
+    pub exit_with_parent: bool,
+}
+
+/// What a process says on its standard output once it serves: one line of JSON.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ready {
+    /// `HOST:PORT` of the HTTP front.
+    pub listen: String,
+    /// `HOST:PORT` of kvferry's control plane; empty where nothing is offered.
+    pub kv: String,
+    pub pid: u32,
+}
+
+impl Ready {
+    /// Says it.
+    pub fn say(&self) -> Result<()> {
+        println!("{}", serde_json::to_string(self)?);
+        Ok(std::io::stdout().flush()?)
+    }
+}
+
+/// Ends this process when its parent does.
+pub fn follow_parent() -> Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+}
+
+/// What both sides of a transfer must agree on.
+pub fn identity(model: &Llama) -> Model {
+    Model {
+        name: model.config.name.clone(),
+        dtype: "float16".into(),
+        scales: String::new(),
+        attention: "HND".into(),
+        block_tokens: BLOCK as u32,
+    }
+}
+
+/// The engine's ends of the ferry, over its pool.
+pub fn link(role: Role, name: &str, model: &Llama, kv: &Kv, kv_listen: &str, config: &Config) -> Result<Link> {
+    let layout = || kv.layout().clone();
+    let consumer = Consumer::builder(name.parse()?, identity(model), layout());
+    let producer = Producer::builder(name.parse()?, identity(model), layout()).listen(kv_listen);
+    let mut link = Link::default();
+    if role != Role::Prefill {
+        let built = consumer.memory(kv.memory().clone()).config(config.clone()).build();
+        link.consumer = Some(Arc::new(built.context("the consumer did not start")?));
+    }
+    if role != Role::Decode {
+        let built = producer.memory(kv.memory().clone()).config(config.clone()).build();
+        link.producer = Some(Arc::new(built.context("the producer did not start")?));
+    }
+    Ok(link)
+}
+
+impl Args {
+    fn config(&self) -> Result<Config> {
+        let mut config = Config::default();
+        config.lease.unclaimed = Duration::try_from_secs_f64(self.unclaimed).context("--unclaimed")?;
+        config.pull.faults = self.fault.clone();
+        // A block or two of a small model, so that there is something to keep of a short prompt.
+        config.pull.chunk = ChunkSize { min_bytes: 4 << 10, ..ChunkSize::default() };
+        let lane = |l: &String| -> Result<LaneKind> {
+            match l.as_str() {
+                "local" => Ok(LaneKind::Local),
+                "tcp" => Ok(LaneKind::Tcp),
+                _ => anyhow::bail!("--lanes: {l:?} is no lane of this engine; there are local and tcp"),
+            }
+        };
+        config.pull.lanes = self.lanes.iter().map(lane).collect::<Result<_>>()?;
+        Ok(config)
+    }
+
+    fn settings(&self) -> Result<Settings> {
+        Ok(Settings {
+            policy: if self.policy == OnLoss::Fail { Policy::Fail } else { Policy::Recompute },
+            sync_loads: self.loads == Loads::Sync,
+            budget: self.budget.max(1),
+            running: self.running.max(1),
+            deadline: Duration::try_from_secs_f64(self.deadline).context("--deadline")?,
+        })
+    }
+}
+
+/// Serves until it is told to end.
+pub async fn run(args: Args) -> Result<()> {
+    if args.exit_with_parent {
+        follow_parent()?;
+    }
+    // The port is taken before the model is read: one in use is noticed at once.
+    let listener =
+        TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads.max(1)).build_global()?;
+    let (model, text) = weights::load(&args.model)?;
+    let model = Arc::new(model);
+    let kv = model.cache(args.blocks)?;
+    let link = link(args.role, &args.name, &model, &kv, &args.kv_listen, &args.config()?)?;
+    let offers_at = link.producer.as_ref().map(|p| p.addr().to_owned()).unwrap_or_default();
+    let name = model.config.name.clone();
+    let (engine, handle) = Engine::new(model, kv, args.settings()?, link)?;
+    let mut registry = Registry::default();
+    engine.register(&mut registry);
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+    let front = Arc::new(Front::new(handle.clone(), text, name, registry));
+    Ready { listen: listener.local_addr()?.to_string(), kv: offers_at, pid: std::process::id() }.say()?;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        served = axum::serve(listener, http::routes(front)) => served?,
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+    handle.stop();
+    // The consumer says goodbye when the engine lets go of it. If the thread panicked, that was printed already.
+    let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    Ok(())
+}

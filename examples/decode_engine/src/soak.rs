@@ -1,0 +1,202 @@
+//! `decode-engine soak`: requests at a steady rate, a prefill engine killed again and again, and not one wrong answer.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    client::{Client, Reply, Trouble},
+    demo::Ledger,
+    fleet::{Fleet, Killed, Plan, Terror, ask_all, question, terrorise},
+    prompts::prompts,
+    report::{Report, median},
+};
+
+/// Flags of `soak`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// As `serve --model` takes it. What two cores can do at this rate is the tiny one.
+    #[arg(long, default_value = "tiny")]
+    pub model: String,
+    /// Requests a second.
+    #[arg(long, default_value_t = 16.0)]
+    pub rate: f64,
+    /// For how long, in seconds.
+    #[arg(long, default_value_t = 60.0)]
+    pub seconds: f64,
+    /// Seconds from one kill to the next.
+    #[arg(long, default_value_t = 5.0)]
+    pub every: f64,
+    /// What decode engines do with requests whose KV does not arrive: `recompute` or `fail`.
+    #[arg(long, default_value = "recompute")]
+    pub policy: String,
+    /// Whether a decode engine's step waits for its loads: `async` or `sync`.
+    #[arg(long, default_value = "async")]
+    pub loads: String,
+    /// How fast pulls are, in bytes a second: slow, so that there is a middle to be killed in.
+    #[arg(long, default_value = "1M")]
+    pub throttle: String,
+    /// Tokens of an answer.
+    #[arg(long, default_value_t = 12)]
+    pub tokens: usize,
+}
+
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            model: "tiny".into(),
+            rate: 16.0,
+            seconds: 60.0,
+            every: 5.0,
+            policy: "recompute".into(),
+            loads: "async".into(),
+            throttle: "1M".into(),
+            tokens: 12,
+        }
+    }
+}
+
+/// What was seen.
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub asked: usize,
+    pub right: usize,
+    pub wrong: Vec<String>,
+    /// Answers that failed for want of KV, as they should under `fail`.
+    pub kv_lost: usize,
+    /// And for any other reason.
+    pub failed: Vec<String>,
+    /// Pulls that did not bring everything, as the consumers count them.
+    pub broken_pulls: u64,
+    pub killed: Killed,
+    pub ledger: Ledger,
+    /// `None`: every block is back and every book balanced.
+    pub unsettled: Option<String>,
+    pub first: Vec<Duration>,
+}
+
+/// Runs it with this program's own processes.
+pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
+    let client = Client::new()?;
+    let n = (args.rate * args.seconds) as usize;
+    let texts = prompts(n, 6, 240, 240, 9);
+    let single = plan.single()?;
+    let right: Vec<_> = ask_all(&client, &[single.addr().to_owned()], &texts, args.tokens, 32).await;
+    let right = right.into_iter().collect::<std::result::Result<Vec<Reply>, Trouble>>()?;
+    drop(single);
+
+    (plan.prefills, plan.decodes) = (2, 2);
+    let fault = format!("throttle={}", args.throttle);
+    let flags = ["--policy", &args.policy, "--loads", &args.loads, "--lanes", "tcp", "--fault", &fault];
+    plan.decode_flags = flags.map(String::from).to_vec();
+    plan.prefill_flags = ["--unclaimed", "5"].map(String::from).to_vec();
+    let fleet = Fleet::start(&plan)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let every = Duration::from_secs_f64(args.every);
+    let how = Terror { every, mid_pull: 0.1, patience: every / 2, dead: Duration::from_millis(300) };
+    let terror =
+        tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
+
+    let started = Instant::now();
+    let mut asks = Vec::new();
+    for (i, text) in texts.iter().enumerate() {
+        let at = started + Duration::from_secs_f64(i as f64 / args.rate);
+        tokio::time::sleep_until(at.into()).await;
+        let (client, addr, ask) = (client.clone(), fleet.router.addr().to_owned(), question(text, args.tokens));
+        asks.push(tokio::spawn(async move { client.ask(&addr, &ask).await }));
+    }
+    let mut seen = Seen { asked: n, ..Seen::default() };
+    for (i, ask) in asks.into_iter().enumerate() {
+        match ask.await? {
+            Ok(r) if r.tokens == right[i].tokens => {
+                seen.right += 1;
+                seen.first.push(r.first);
+            }
+            Ok(r) => seen.wrong.push(format!("answer {i} is {:?}, not {:?}", r.tokens, right[i].tokens)),
+            Err(Trouble::Said(p)) if p.error.kind == "kv_load_failed" && p.error.message.contains("did not arrive") => {
+                seen.kv_lost += 1;
+            }
+            Err(e) => seen.failed.push(format!("answer {i}: {e}")),
+        }
+    }
+    stop.store(true, Ordering::Release);
+    seen.killed = terror.await??;
+    seen.unsettled = fleet.settled(&client, Duration::from_secs(60)).await.err().map(|e| format!("{e:#}"));
+    for addr in fleet.decode_addrs() {
+        let m = client.metrics(&addr).await?;
+        seen.ledger.add(&m);
+        let broken = |result: &str| m.sum("kvferry_pulls_total", &[&format!("result=\"{result}\"")]);
+        seen.broken_pulls += broken("partial") + broken("failed");
+    }
+    Ok(seen)
+}
+
+impl Seen {
+    /// What must hold.
+    pub fn report(&self, policy: &str) -> Report {
+        let mut r = Report::default();
+        let first = |list: &[String]| list.first().cloned().unwrap_or_default();
+        r.saw(
+            "no wrong answer",
+            self.wrong.is_empty(),
+            format!("{} wrong of {} {}", self.wrong.len(), self.asked, first(&self.wrong)),
+        );
+        if policy == "fail" {
+            let same = self.kv_lost as u64 == self.broken_pulls;
+            r.saw(
+                "who must fail fails",
+                same,
+                format!(
+                    "{} answers failed for want of KV, {} pulls did not bring all",
+                    self.kv_lost, self.broken_pulls
+                ),
+            );
+            r.saw(
+                "nobody else fails",
+                self.failed.is_empty(),
+                format!("{} {}", self.failed.len(), first(&self.failed)),
+            );
+        } else {
+            let failed = self.failed.len() + self.kv_lost;
+            r.saw(
+                "no failed answer",
+                failed == 0,
+                format!("{failed} failed of {} {}", self.asked, first(&self.failed)),
+            );
+        }
+        r.saw(
+            "kills",
+            self.killed.mid_pull > 0,
+            format!(
+                "{} kills, {} in the middle of a pull; {} pulls broken",
+                self.killed.kills, self.killed.mid_pull, self.broken_pulls
+            ),
+        );
+        let settled = self.unsettled.clone();
+        r.saw(
+            "no leaked block",
+            settled.is_none(),
+            settled.unwrap_or_else(|| "every block back, every book balanced".into()),
+        );
+        r
+    }
+}
+
+/// Runs it; `false`: something did not hold.
+pub async fn run(args: Args) -> Result<bool> {
+    ensure!(["recompute", "fail"].contains(&args.policy.as_str()), "--policy is recompute or fail");
+    println!(
+        "{} requests a second for {} s, a prefill engine killed every {} s, policy {}",
+        args.rate, args.seconds, args.every, args.policy
+    );
+    let seen = soak(Plan::new(std::env::current_exe()?, &args.model), &args).await?;
+    println!("time to first token: {:.0} ms (median)", median(&seen.first).as_secs_f64() * 1e3);
+    seen.ledger.print();
+    Ok(seen.report(&args.policy).print())
+}

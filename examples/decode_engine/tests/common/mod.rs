@@ -1,0 +1,146 @@
+//! Engines inside of the test's process: the real thing, with the tiny model, without HTTP.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use decode_engine::{
+    client::Metrics,
+    engine::{Engine, Handle, Link, Settings, Status},
+    request::{Event, Job, Refusal},
+    serve::{Role, link},
+    weights,
+};
+use kvferry::{config::Config, offer::Offer, scheduler::tokens::Parts};
+use prometheus_client::registry::Registry;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// Nothing here takes longer, whatever runs beside it.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// An engine on a thread of its own. Ends when dropped.
+pub struct Rig {
+    pub handle: Handle,
+    registry: Registry,
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub struct Done {
+    pub tokens: Vec<u32>,
+    pub parts: Parts,
+    pub offer: Option<Offer>,
+}
+
+impl Rig {
+    /// One without a ferry.
+    pub fn new(blocks: u32, settings: Settings) -> Result<Self> {
+        Self::linked(blocks, settings, None, &Config::default())
+    }
+
+    /// One with its ends of the ferry.
+    pub fn linked(blocks: u32, settings: Settings, role: Option<Role>, config: &Config) -> Result<Self> {
+        let model = Arc::new(weights::tiny(1)?.0);
+        let kv = model.cache(blocks)?;
+        let link = match role {
+            Some(role) => link(role, "rig", &model, &kv, "127.0.0.1:0", config)?,
+            None => Link::default(),
+        };
+        let (engine, handle) = Engine::new(model, kv, settings, link)?;
+        let mut registry = Registry::default();
+        engine.register(&mut registry);
+        std::thread::spawn(move || engine.run());
+        Ok(Self { handle, registry })
+    }
+
+    /// Hands in a request; its events come through the receiver.
+    pub fn submit(
+        &self,
+        prompt: &[u32],
+        max_tokens: usize,
+        produce: bool,
+        offer: Option<Offer>,
+    ) -> UnboundedReceiver<Event> {
+        let (out, events) = unbounded_channel();
+        let job =
+            Job { name: "test".into(), prompt: prompt.to_vec(), max_tokens, ignore_eos: true, produce, offer, out };
+        assert!(self.handle.submit(job), "the engine has ended");
+        events
+    }
+
+    /// Asks, and waits for the answer.
+    pub fn ask(&self, prompt: &[u32], max_tokens: usize) -> Result<Done> {
+        answer(self.submit(prompt, max_tokens, false, None))
+    }
+
+    pub fn metrics(&self) -> Result<Metrics> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
+        Metrics::parse(&text)
+    }
+
+    pub fn count(&self, name: &str) -> Result<u64> {
+        Ok(self.metrics()?.sum(name, &[]))
+    }
+
+    /// Waits until `look` is content.
+    pub fn wait(&self, look: impl Fn(&Status) -> bool) -> Result<Status> {
+        let started = Instant::now();
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        loop {
+            let s = runtime.block_on(self.handle.status()).context("the engine has ended")?;
+            if look(&s) {
+                return Ok(s);
+            }
+            if started.elapsed() > LIMIT {
+                bail!("not there after {LIMIT:?}: {s:?}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Nothing is under way: every block is back, every book is balanced.
+    pub fn settled(&self) -> Result<()> {
+        let s = self.wait(|s| s.running + s.waiting + s.pulls.len() + s.offers == 0)?;
+        anyhow::ensure!(s.free == s.blocks, "{} blocks leaked", s.blocks - s.free);
+        self.metrics()?.balanced()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.handle.stop();
+    }
+}
+
+/// Waits for an answer.
+pub fn answer(events: UnboundedReceiver<Event>) -> Result<Done> {
+    match outcome(events)? {
+        Ok(done) => Ok(done),
+        Err(why) => bail!("{why}"),
+    }
+}
+
+/// Waits for an answer, or for the reason that there is none.
+pub fn outcome(mut events: UnboundedReceiver<Event>) -> Result<Result<Done, Refusal>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    runtime.block_on(async {
+        let mut tokens = Vec::new();
+        loop {
+            match tokio::time::timeout(LIMIT, events.recv()).await?.context("the engine has ended")? {
+                Event::Token(t) => tokens.push(t),
+                Event::Failed(why) => return Ok(Err(why)),
+                Event::Done { parts, offer, .. } => return Ok(Ok(Done { tokens, parts, offer: offer.map(|o| *o) })),
+            }
+        }
+    })
+}
+
+/// Prompts of bytes; see [`decode_engine::prompts::prompts`].
+pub fn prompts(n: usize, groups: usize, shared: usize, own: usize, seed: u64) -> Vec<Vec<u32>> {
+    let texts = decode_engine::prompts::prompts(n, groups, shared, own, seed);
+    texts.iter().map(|t| t.bytes().map(u32::from).collect()).collect()
+}

@@ -1,0 +1,179 @@
+//! Whole deployments of real processes on loopback: a router, prefill and decode engines, and SIGKILL.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use decode_engine::{
+    api::{Ask, Prompt},
+    client::{Client, Reply, Trouble},
+    fleet::{Fleet, Plan, ask_all, hold, in_mid_pull, question},
+    prompts::prompts,
+    soak::{self, soak},
+};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn plan() -> Plan {
+    Plan { blocks: 1500, ..Plan::new(Path::new(env!("CARGO_BIN_EXE_decode-engine")), "tiny") }
+}
+
+fn flags(list: &[&str]) -> Vec<String> {
+    list.iter().map(|f| (*f).to_owned()).collect()
+}
+
+async fn right(client: &Client, texts: &[String], tokens: usize) -> Result<Vec<Reply>> {
+    let single = plan().single()?;
+    let all = ask_all(client, &[single.addr().to_owned()], texts, tokens, 16).await;
+    Ok(all.into_iter().collect::<std::result::Result<_, Trouble>>()?)
+}
+
+/// The scenario that this project is for: many requests share a prefix, and the prefill engine is killed in the middle of
+/// the pull that brings it.
+async fn the_day(loads: &str) -> Result<()> {
+    let client = Client::new()?;
+    let texts = prompts(24, 2, 500, 100, 21);
+    let right = right(&client, &texts, 10).await?;
+    let mut plan = plan();
+    plan.decode_flags = flags(&["--lanes", "tcp", "--fault", "throttle=200K", "--loads", loads]);
+    plan.prefill_flags = flags(&["--unclaimed", "3"]);
+    let fleet = Fleet::start(&plan)?;
+    let (addr, decode) = (fleet.router.addr().to_owned(), fleet.decode_addrs());
+    let before = client.metrics(&decode[0]).await?;
+
+    let storm = {
+        let (client, texts) = (client.clone(), texts.clone());
+        tokio::spawn(async move { ask_all(&client, &[addr], &texts, 10, 24).await })
+    };
+    tokio::time::timeout(LIMIT, async {
+        // A step that waits for its loads says nothing meanwhile: there, having been asked to pull must do.
+        while !in_mid_pull(&client, &decode, "prefill-0", 0.3).await {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await
+    .context("no pull was seen")?;
+    let victim = fleet.prefill[0].clone();
+    tokio::task::spawn_blocking(move || hold(&victim).kill()).await??;
+
+    for (i, answer) in storm.await?.into_iter().enumerate() {
+        let answer = answer.with_context(|| format!("answer {i}"))?;
+        ensure!(answer.tokens == right[i].tokens, "answer {i} is {:?}, not {:?}", answer.tokens, right[i].tokens);
+    }
+    let m = client.metrics(&decode[0]).await?;
+    ensure!(m.shrunk(&before).next().is_none(), "a counter went down");
+    ensure!(m.sum("engine_recomputed_rows_total", &[]) > 0, "nothing was lost: {m:?}");
+    m.balanced()?;
+    // Every prompt token is accounted for: what the clients asked with is what the sources add up to.
+    let asked: u64 = right.iter().map(|r| r.usage.prompt_tokens).sum();
+    ensure!(m.sum("kvferry_prompt_tokens_total", &[]) == asked);
+
+    // It is back at its address, and served again.
+    let victim = fleet.prefill[0].clone();
+    tokio::task::spawn_blocking(move || hold(&victim).restart()).await??;
+    let text = &prompts(1, 1, 100, 200, 77)[0];
+    tokio::time::timeout(LIMIT, async {
+        loop {
+            let r = client.ask(fleet.router.addr(), &question(text, 4)).await?;
+            if r.usage.prompt_tokens_details.external > 0 {
+                return anyhow::Ok(());
+            }
+            // The router lets an engine that was dead rest for a moment; a prompt of its own for each try.
+            let text = &prompts(1, 1, 100, 200, std::process::id().into())[0];
+            let r = client.ask(fleet.router.addr(), &question(text, 4)).await?;
+            if r.usage.prompt_tokens_details.external > 0 {
+                return Ok(());
+            }
+        }
+    })
+    .await
+    .context("the prefill engine is not used again")??;
+    fleet.settled(&client, LIMIT).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_killed_in_mid_pull_changes_no_answer() -> Result<()> {
+    the_day("async").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_killed_in_mid_pull_changes_no_answer_where_steps_wait_for_loads() -> Result<()> {
+    the_day("sync").await
+}
+
+fn seconds() -> f64 {
+    std::env::var("KVFERRY_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(15.0)
+}
+
+/// 16 requests a second, a prefill engine killed and restarted every 5 s. `KVFERRY_SOAK_SECONDS` says for how long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_steady_load_and_kills_no_answer_fails_and_no_block_leaks() -> Result<()> {
+    let seen = soak(plan(), &soak::Args { seconds: seconds(), ..soak::Args::default() }).await?;
+    ensure!(seen.report("recompute").print(), "see above");
+    ensure!(seen.ledger.recomputed() > 0, "nothing was ever lost");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_the_policy_to_fail_exactly_the_affected_requests_fail() -> Result<()> {
+    let args = soak::Args { seconds: seconds(), policy: "fail".into(), ..soak::Args::default() };
+    let seen = soak(plan(), &args).await?;
+    ensure!(seen.report("fail").print(), "see above");
+    ensure!(seen.kv_lost > 0, "nobody was affected");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_speaks_http_as_clients_expect() -> Result<()> {
+    let client = Client::new()?;
+    let engine = plan().single()?;
+    let ask = question("Tell me about the sea.", 8);
+    let whole = client.whole(engine.addr(), &ask).await?;
+    let pieces = client.ask(engine.addr(), &ask).await?;
+    ensure!(whole.choices[0].token_ids == pieces.tokens && whole.choices[0].text == pieces.text);
+    ensure!(whole.usage.context("no usage")?.prompt_tokens == 22 && pieces.usage.completion_tokens == 8);
+    // Tokens instead of text.
+    let tokens = Prompt::Tokens("Tell me about the sea.".bytes().map(u32::from).collect());
+    let same = client.ask(engine.addr(), &Ask { prompt: tokens, ..ask.clone() }).await?;
+    ensure!(same.tokens == pieces.tokens);
+    for bad in [
+        Ask { temperature: Some(0.7), ..ask.clone() },
+        Ask { max_tokens: 0, ..ask.clone() },
+        Ask { prompt: Prompt::Tokens(vec![9999]), ..ask.clone() },
+    ] {
+        let refused = client.ask(engine.addr(), &bad).await;
+        ensure!(matches!(&refused, Err(Trouble::Said(p)) if p.error.code == 400), "{bad:?}: {refused:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_closed_aborts_its_request() -> Result<()> {
+    let client = Client::new()?;
+    let fleet = Fleet::start(&plan())?;
+    let decode = fleet.decode_addrs().remove(0);
+    for addr in [decode.clone(), fleet.router.addr().to_owned()] {
+        let (c, ask) = (client.clone(), question("A long story, please.", 3000));
+        let asked = tokio::spawn(async move { c.ask(&addr, &ask).await });
+        client.wait(&decode, LIMIT, |s| s.running == 1).await?;
+        asked.abort();
+        client.wait(&decode, LIMIT, |s| s.running == 0 && s.free == s.blocks).await?;
+    }
+    fleet.settled(&client, LIMIT).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_does_without_prefill_engines() -> Result<()> {
+    let client = Client::new()?;
+    let fleet = Fleet::start(&plan())?;
+    let texts = prompts(4, 1, 100, 100, 31);
+    let right = right(&client, &texts, 6).await?;
+    let victim = fleet.prefill[0].clone();
+    tokio::task::spawn_blocking(move || hold(&victim).kill()).await??;
+    let answers = ask_all(&client, &[fleet.router.addr().to_owned()], &texts, 6, 4).await;
+    for (a, right) in answers.into_iter().zip(&right) {
+        ensure!(a?.tokens == right.tokens);
+    }
+    let m = client.metrics(fleet.router.addr()).await?;
+    ensure!(m.sum("router_requests_total", &["prefill=\"local\""]) == 4, "{m:?}");
+    Ok(())
+}

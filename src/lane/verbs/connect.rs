@@ -1,0 +1,200 @@
+//! The consumer's half of the handshake: queue pairs first, then the peer's answer, then the lane.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use super::{
+    chain::MAX_DEPTH,
+    cq::Cq,
+    device::Port,
+    error::VerbsError,
+    exchange::{LinkLayer, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, VerbsRequest, VerbsTicket},
+    gid::Gid,
+    ladder,
+    landing::Landing,
+    lane::{self, VerbsLane},
+    memory::{Access, Region, Source},
+    path::{self, End, Path},
+    qp::{Agreed, At, Qp, Side},
+    rail::{Rail, Rails},
+    wake::Wake,
+};
+use crate::{block::Incarnation, config::VerbsConfig, group::PoolLayout, lane::LaneError, memory::Memory};
+
+/// A rail's half-open part.
+#[derive(Debug)]
+struct Half {
+    /// Dropped before the queue.
+    pairs: Vec<Qp>,
+    cq: Cq,
+    rail: Arc<Rail>,
+    port: Port,
+    layer: LinkLayer,
+    at: At,
+}
+
+/// A lane that waits for the peer's answer. Dropping it gives everything back.
+#[derive(Debug)]
+pub struct Opening {
+    halves: Vec<Half>,
+    request: VerbsRequest,
+    config: VerbsConfig,
+    memory: Memory,
+    peer: Option<Gid>,
+}
+
+/// A queue pair's first sequence number: random, so that packets of an earlier life are not taken for its own.
+pub(crate) fn random_psn() -> u32 {
+    let mut bytes = [0; 4];
+    // Without randomness a late packet may do harm, but no more than with every stack that starts at zero.
+    let _ = getrandom::fill(&mut bytes);
+    u32::from_ne_bytes(bytes) & 0xff_ffff
+}
+
+impl Opening {
+    /// Makes the queue pairs. `peer` is where the peer's control plane is, as a hint which address reaches it. Blocks for a
+    /// few milliseconds.
+    pub fn new(rails: &Arc<Rails>, peer: Option<IpAddr>) -> Result<Self, VerbsError> {
+        let config = rails.config().clone();
+        let peer = peer.map(|ip| match ip {
+            IpAddr::V4(a) => Gid(a.to_ipv6_mapped().octets()),
+            IpAddr::V6(a) => Gid(a.octets()),
+        });
+        let (mut halves, mut ends, mut why) = (Vec::new(), Vec::new(), Vec::new());
+        for (rail, port, layer) in rails.usable()?.into_iter().take(MAX_RAILS) {
+            match half(rail.clone(), port, layer, peer.as_ref(), &config) {
+                Ok((half, end)) => {
+                    halves.push(half);
+                    ends.push(end);
+                }
+                Err(e) => {
+                    rail.failed();
+                    why.push(e.to_string());
+                }
+            }
+        }
+        if halves.is_empty() {
+            return Err(VerbsError::NoRail { why: why.join("; ") });
+        }
+        let request = VerbsRequest { rails: ends };
+        Ok(Self { halves, request, config, memory: rails.memory().clone(), peer })
+    }
+
+    /// What to send.
+    pub fn request(&self) -> &VerbsRequest {
+        &self.request
+    }
+
+    /// Connects to what the peer answered. `remote` is the pool of its Hello. Blocks for a few milliseconds.
+    pub fn finish(
+        self,
+        ticket: &VerbsTicket,
+        remote: Arc<PoolLayout>,
+        incarnation: Incarnation,
+    ) -> Result<VerbsLane, LaneError> {
+        remote.check().map_err(|e| LaneError::protocol(format!("its pool is malformed: {e}")))?;
+        if ticket.incarnation != incarnation.get() {
+            return Err(LaneError::Restarted);
+        }
+        ticket.check(&self.request, remote.segments.len()).map_err(LaneError::protocol)?;
+        if ticket
+            .rails
+            .iter()
+            .any(|r| r.segments.iter().zip(&remote.segments).any(|(r, len)| r.address.checked_add(*len).is_none()))
+        {
+            return Err(LaneError::protocol("segments past the end of memory"));
+        }
+        let wake = Wake::new().map_err(LaneError::io("cannot make the lane's descriptors"))?;
+        let slots = Arc::new(Landing::new().map_err(LaneError::io("cannot map the fence slots"))?);
+        let config = &self.config;
+        let stall = config.gives_up_after() * 2 + Duration::from_millis(500);
+        let mut halves: Vec<Option<Half>> = self.halves.into_iter().map(Some).collect();
+        let (mut paths, mut max_read, mut depth) = (Vec::new(), config.max_read, 0);
+        for served in &ticket.rails {
+            let of = usize::from(served.of);
+            let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of))
+            else {
+                continue;
+            };
+            // The peer may be in another subnet than its control plane made believe: address it as it says.
+            let at = match config.gid_index {
+                None if self.peer.is_none() && half.layer == LinkLayer::InfiniBand => {
+                    half.rail.address(&half.port, half.layer, Some(&served.end.gid), config)?.1
+                }
+                _ => half.at,
+            };
+            let agreed =
+                Agreed { mtu: mine.mtu.min(served.end.mtu), rd_atomic: mine.rd_atomic.min(served.end.rd_atomic) };
+            for (qp, (mine, theirs)) in half.pairs.iter().zip(mine.queue_pairs.iter().zip(&served.end.queue_pairs)) {
+                qp.connect(at, &served.end, *theirs, mine.psn, agreed, config)?;
+            }
+            max_read = max_read.min(half.port.max_message.max(1));
+            wake.watch(half.cq.fd()).map_err(LaneError::io("epoll"))?;
+            half.rail.state().wake(wake.bell.clone());
+            let source = Source::Address { base: slots.base(), len: Landing::BYTES };
+            // Never in relaxed order: the word must not land after its completion.
+            let access = Access::Landing { relaxed: false };
+            // SAFETY: the slots stay mapped as long as `slots` is held, and are accessed as atomics only.
+            let landing = unsafe { Region::register(half.rail.pd(), source, access, slots.clone()) }?;
+            depth += half.pairs.len() * config.depth as usize;
+            let end = |(i, qp)| End::new(qp, config.depth, config.signal_every, i as u8);
+            paths.push(Path::new(path::Parts {
+                ends: half.pairs.into_iter().enumerate().map(end).collect(),
+                cq: half.cq,
+                rail: half.rail,
+                landing,
+                slots: slots.clone(),
+                memory: self.memory.clone(),
+                segments: served.segments.clone(),
+                words: served.words,
+                window: config.window,
+                stall,
+            }));
+        }
+        if paths.is_empty() {
+            return Err(VerbsError::NoPath { why: "the peer named no rail of this side".into() }.into());
+        }
+        // The tracker kills after half of the bound: that long reads may drain, or time out. The ladder has the other half.
+        let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(ladder::BOUND) * 2;
+        let peer = ticket.rails.first().map(|r| format!("{} {}", r.end.gid, r.end.name)).unwrap_or_default();
+        Ok(VerbsLane::new(lane::Parts {
+            paths,
+            slots,
+            fence_slots: ticket.fence_slots,
+            memory: self.memory,
+            remote,
+            wake,
+            max_read,
+            quiet_bound,
+            peer,
+            depth,
+        }))
+    }
+}
+
+fn half(
+    rail: Arc<Rail>,
+    port: Port,
+    layer: LinkLayer,
+    peer: Option<&Gid>,
+    config: &VerbsConfig,
+) -> Result<(Half, RailEnd), VerbsError> {
+    let (gid, at) = rail.address(&port, layer, peer, config)?;
+    let n = config.queue_pairs.clamp(1, MAX_QUEUE_PAIRS);
+    let depth = config.depth.clamp(1, MAX_DEPTH).next_power_of_two();
+    // A completion for every request: when a queue pair fails, each of them reports.
+    let cq = Cq::new(rail.pd().device(), (depth * n as u32).min(rail.limits().max_cqe.max(1)))?;
+    let mut pairs = Vec::with_capacity(n);
+    for _ in 0..n {
+        pairs.push(Qp::new(rail.pd(), &cq, depth, Side::Reader, port.number)?);
+    }
+    let end = RailEnd {
+        name: rail.name().into(),
+        link_layer: layer,
+        lid: port.lid,
+        gid,
+        mtu: port.mtu,
+        rd_atomic: config.rd_atomic.min(rail.limits().max_rd_atomic).max(1),
+        queue_pairs: pairs.iter().map(|q| QpEnd { number: q.number(), psn: random_psn() }).collect(),
+    };
+    Ok((Half { pairs, cq, rail, port, layer, at }, end))
+}

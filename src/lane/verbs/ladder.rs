@@ -1,0 +1,177 @@
+//! The ladder: how a rail of a lane is made quiet when it does not become so by itself.
+//!
+//! Drain, then ERR and drain, then destroy, then close the device; what even that does not stop is wedged. Each rung has
+//! its own limit, which is never the transport's: transports that never report an error are normal. Each is counted, and
+//! the whole climb is logged once.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{
+    cq::Cq,
+    device::{Closed, Closing},
+    qp::Qp,
+    wake::{Bell, undertake},
+};
+
+/// After ERR a device flushes what is posted within a millisecond or so; an emulated one under load in ten.
+pub(crate) const ERR_BOUND: Duration = Duration::from_millis(150);
+/// Destroying is a command to the device's firmware: milliseconds, tens of them when it is busy. The next rung takes the
+/// device from all other lanes on it, so a loaded machine gets time.
+pub(crate) const DESTROY_BOUND: Duration = Duration::from_millis(300);
+/// Closing destroys whatever is left.
+pub(crate) const CLOSE_BOUND: Duration = Duration::from_millis(130);
+/// When one that does not close is given up as wedged. Long after the bound: a pull has decided by then, and nothing is
+/// gained by an early verdict that costs the engine its blocks. A machine with four builds on two cores took 120 ms to
+/// run the thread that closes.
+pub(crate) const WEDGED_AFTER: Duration = Duration::from_secs(5);
+
+/// All of it, once the first rung (to stop posting and let it drain) has had its time.
+pub(crate) const BOUND: Duration = ERR_BOUND.saturating_add(DESTROY_BOUND).saturating_add(CLOSE_BOUND);
+
+/// How often each rung was what made a rail quiet, in this process.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// ERR and drain.
+    pub error: AtomicU64,
+    /// Destroy.
+    pub destroyed: AtomicU64,
+    /// Close the device.
+    pub closed: AtomicU64,
+    /// Nothing did.
+    pub wedged: AtomicU64,
+}
+
+/// This process's counters.
+pub static COUNTERS: Counters = Counters {
+    error: AtomicU64::new(0),
+    destroyed: AtomicU64::new(0),
+    closed: AtomicU64::new(0),
+    wedged: AtomicU64::new(0),
+};
+
+/// Where a rail of a lane stands.
+#[derive(Debug)]
+pub(crate) enum Rung {
+    /// In use.
+    Live,
+    /// In ERR; its flushed requests are awaited.
+    Error { since: Instant, began: Instant },
+    /// Being destroyed on another thread.
+    Destroying { since: Instant, began: Instant, job: Job },
+    /// Its device is being closed.
+    Closing { since: Instant, began: Instant, closing: Closing },
+    /// Nothing of it can write memory any more.
+    Quiet,
+    /// It may write memory for ever.
+    Wedged,
+}
+
+impl Rung {
+    /// When this rung's time is over.
+    pub(crate) fn until(&self) -> Option<Instant> {
+        match self {
+            Self::Error { since, .. } => Some(*since + ERR_BOUND),
+            Self::Destroying { since, .. } => Some(*since + DESTROY_BOUND),
+            // There is nobody who rings when a device has closed: look often.
+            Self::Closing { since, .. } => Some((*since + WEDGED_AFTER).min(Instant::now() + Duration::from_millis(2))),
+            Self::Live | Self::Quiet | Self::Wedged => None,
+        }
+    }
+
+    pub(crate) fn is_live(&self) -> bool {
+        matches!(self, Self::Live)
+    }
+
+    pub(crate) fn is_quiet(&self) -> bool {
+        matches!(self, Self::Quiet)
+    }
+}
+
+/// The destruction of a rail's queue pairs, on another thread.
+#[derive(Debug, Clone)]
+pub(crate) struct Job(Arc<AtomicU8>);
+
+impl Job {
+    /// Begins. `bell` is rung when it is done. Completions of the pairs that are not polled by then never matter.
+    pub(crate) fn destroy(pairs: Vec<Qp>, bell: Bell) -> Self {
+        let state = Arc::new(AtomicU8::new(0));
+        let theirs = state.clone();
+        undertake("kvferry-destroy", move || {
+            let mut good = true;
+            for qp in pairs {
+                if let Err(error) = qp.destroy() {
+                    tracing::error!(%error, "a queue pair cannot be destroyed");
+                    good = false;
+                }
+            }
+            theirs.store(if good { 1 } else { 2 }, Ordering::Release);
+            bell.ring();
+        });
+        Self(state)
+    }
+
+    /// `None`: not yet.
+    pub(crate) fn done(&self) -> Option<bool> {
+        match self.0.load(Ordering::Acquire) {
+            0 => None,
+            n => Some(n == 1),
+        }
+    }
+}
+
+/// Gives queue pairs that are quiet back to the device, on another thread, and then what they used.
+pub(crate) fn bury(pairs: Vec<Qp>, queue: Option<Cq>, rest: impl Send + 'static) {
+    undertake("kvferry-bury", move || {
+        drop(pairs);
+        drop(queue);
+        drop(rest);
+    });
+}
+
+/// What came out of a rung.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Nothing yet.
+    Wait,
+    /// Quiet.
+    Quiet,
+    /// The next rung.
+    Next,
+}
+
+/// Looks at the destroying rung.
+pub(crate) fn destroying(job: &Job, since: Instant, now: Instant) -> Step {
+    match job.done() {
+        Some(true) => Step::Quiet,
+        Some(false) => Step::Next,
+        None if now >= since + DESTROY_BOUND => Step::Next,
+        None => Step::Wait,
+    }
+}
+
+/// Looks at the closing rung.
+pub(crate) fn closing(closing: &Closing, since: Instant, now: Instant) -> Step {
+    match closing.state() {
+        Closed::Well => Step::Quiet,
+        Closed::Badly => Step::Next,
+        Closed::Not if now >= since + WEDGED_AFTER => Step::Next,
+        Closed::Not => Step::Wait,
+    }
+}
+
+/// Counts and logs the end of a climb.
+pub(crate) fn climbed(rail: &str, peer: &str, rung: &'static str, counter: &AtomicU64, began: Instant, now: Instant) {
+    counter.fetch_add(1, Ordering::Relaxed);
+    let took = now.saturating_duration_since(began);
+    match rung {
+        "error" => tracing::debug!(rail, peer, rung, ?took, "verbs rail quiet"),
+        "wedged" => tracing::error!(rail, peer, ?took, "verbs rail wedged: nothing stops it; restart this process"),
+        _ => tracing::warn!(rail, peer, rung, ?took, "verbs rail quiet, after it did not drain in ERR"),
+    }
+}

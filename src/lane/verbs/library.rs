@@ -1,0 +1,100 @@
+//! libibverbs, opened at run time: one binary starts on every host, and says what is missing where it is missing.
+//!
+//! Owns the table of its functions. The published `ibverbs` crate cannot READ, registers no foreign memory and keeps its
+//! handles to itself, so only the types of its FFI layer are used; nothing here is linked. Calls of the data path
+//! (`post_send`, `poll_cq`, `req_notify_cq`) are not in this table: they are in each context's own.
+
+use std::{
+    ffi::{c_char, c_int, c_uint, c_void},
+    sync::OnceLock,
+};
+
+use ibverbs_sys::{
+    ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_device_attr, ibv_mr, ibv_pd, ibv_port_attr,
+    ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
+};
+
+use super::error::VerbsError;
+
+macro_rules! functions {
+    (needed { $($need:ident: fn($($n:ty),*) -> $nr:ty;)* } wanted { $($want:ident: fn($($w:ty),*) -> $wr:ty;)* }) => {
+        /// The functions, by their names without `ibv_`. Which pointers they take is what the C headers say.
+        #[derive(Clone, Copy)]
+        #[allow(missing_docs)]
+        pub(crate) struct Library {
+            $(pub $need: unsafe extern "C" fn($($n),*) -> $nr,)*
+            $(pub $want: Option<unsafe extern "C" fn($($w),*) -> $wr>,)*
+        }
+
+        impl Library {
+            fn load(lib: &libloading::Library) -> Result<Self, VerbsError> {
+                Ok(Self {
+                    $($need: {
+                        let name = concat!("ibv_", stringify!($need));
+                        // SAFETY: the symbol's type is the one that the C headers declare for this name; the library is
+                        // never closed (see `get`), so the pointer stays valid.
+                        let found = unsafe { lib.get(name.as_bytes()) };
+                        *found.map_err(|_| VerbsError::OldLibrary { symbol: name })?
+                    },)*
+                    $($want: {
+                        // SAFETY: as above.
+                        let found = unsafe { lib.get(concat!("ibv_", stringify!($want)).as_bytes()) };
+                        found.ok().map(|f| *f)
+                    },)*
+                })
+            }
+        }
+    };
+}
+
+functions! {
+    needed {
+        get_device_list: fn(*mut c_int) -> *mut *mut ibv_device;
+        free_device_list: fn(*mut *mut ibv_device) -> ();
+        get_device_name: fn(*mut ibv_device) -> *const c_char;
+        open_device: fn(*mut ibv_device) -> *mut ibv_context;
+        close_device: fn(*mut ibv_context) -> c_int;
+        query_device: fn(*mut ibv_context, *mut ibv_device_attr) -> c_int;
+        query_port: fn(*mut ibv_context, u8, *mut ibv_port_attr) -> c_int;
+        alloc_pd: fn(*mut ibv_context) -> *mut ibv_pd;
+        dealloc_pd: fn(*mut ibv_pd) -> c_int;
+        reg_mr: fn(*mut ibv_pd, *mut c_void, usize, c_int) -> *mut ibv_mr;
+        dereg_mr: fn(*mut ibv_mr) -> c_int;
+        create_comp_channel: fn(*mut ibv_context) -> *mut ibv_comp_channel;
+        destroy_comp_channel: fn(*mut ibv_comp_channel) -> c_int;
+        create_cq: fn(*mut ibv_context, c_int, *mut c_void, *mut ibv_comp_channel, c_int) -> *mut ibv_cq;
+        destroy_cq: fn(*mut ibv_cq) -> c_int;
+        get_cq_event: fn(*mut ibv_comp_channel, *mut *mut ibv_cq, *mut *mut c_void) -> c_int;
+        ack_cq_events: fn(*mut ibv_cq, c_uint) -> ();
+        create_qp: fn(*mut ibv_pd, *mut ibv_qp_init_attr) -> *mut ibv_qp;
+        modify_qp: fn(*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
+        destroy_qp: fn(*mut ibv_qp) -> c_int;
+        get_async_event: fn(*mut ibv_context, *mut ibv_async_event) -> c_int;
+        ack_async_event: fn(*mut ibv_async_event) -> ();
+    }
+    wanted {
+        reg_mr_iova2: fn(*mut ibv_pd, *mut c_void, usize, u64, c_uint) -> *mut ibv_mr;
+        reg_dmabuf_mr: fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
+    }
+}
+
+impl Library {
+    /// This host's libibverbs, opened once and never closed: provider threads and handlers may outlive any owner.
+    pub(crate) fn get() -> Result<&'static Self, VerbsError> {
+        static LOADED: OnceLock<Result<Library, String>> = OnceLock::new();
+        let loaded = LOADED.get_or_init(|| {
+            // SAFETY: libibverbs has no initialiser of its own that could interfere; it is a system library like libc.
+            let lib = unsafe { libloading::Library::new("libibverbs.so.1") }.map_err(|e| e.to_string())?;
+            let table = Self::load(&lib).map_err(|e| e.to_string());
+            std::mem::forget(lib);
+            table
+        });
+        loaded.as_ref().map_err(|why| VerbsError::NoLibrary { why: why.clone() })
+    }
+}
+
+impl std::fmt::Debug for Library {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("libibverbs")
+    }
+}

@@ -1,0 +1,230 @@
+//! Protection domains, and memory that a device may reach.
+//!
+//! Owns registrations, and holds the memory behind each: it is given back only after the device has let go of it. Whatever
+//! the memory is (host pages, a dmabuf, a device pointer), the call is the same.
+
+use std::{
+    ffi::c_void,
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+    ptr::NonNull,
+    sync::Arc,
+};
+
+use ibverbs_sys::{ibv_mr, ibv_pd};
+
+use super::{
+    device::{Device, check},
+    error::VerbsError,
+};
+
+/// A protection domain: queue pairs of it reach its regions and no others.
+#[derive(Debug)]
+pub struct Pd {
+    pd: NonNull<ibv_pd>,
+    device: Arc<Device>,
+}
+
+// SAFETY: see `Device`: verbs calls may come from any thread.
+unsafe impl Send for Pd {}
+// SAFETY: as above.
+unsafe impl Sync for Pd {}
+
+impl Pd {
+    /// A new one.
+    pub fn new(device: Arc<Device>) -> Result<Arc<Self>, VerbsError> {
+        // SAFETY: the context is open.
+        let pd = NonNull::new(unsafe { (device.lib().alloc_pd)(device.context()) });
+        match pd {
+            Some(pd) => Ok(Arc::new(Self { pd, device })),
+            None => Err(device.os("ibv_alloc_pd", io::Error::last_os_error())),
+        }
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub(crate) fn raw(&self) -> *mut ibv_pd {
+        self.pd.as_ptr()
+    }
+}
+
+impl Drop for Pd {
+    fn drop(&mut self) {
+        // SAFETY: regions and queue pairs hold their domain, so none is left but those that the ladder gave up as lost.
+        let rc = unsafe { (self.device.lib().dealloc_pd)(self.raw()) };
+        if let Err(error) = check(rc) {
+            tracing::warn!(device = self.device.name(), %error, "a protection domain is not given back");
+        }
+    }
+}
+
+/// What a device may do with a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// READ responses are written to it.
+    Landing {
+        /// They may be written in any order: twice as fast on some machines.
+        relaxed: bool,
+    },
+    /// Peers READ it.
+    Exported {
+        /// As above.
+        relaxed: bool,
+    },
+}
+
+const LOCAL_WRITE: i32 = 1;
+const REMOTE_READ: i32 = 4;
+/// Optional: a device or kernel that does not know it leaves it out.
+const RELAXED_ORDERING: i32 = 1 << 20;
+
+impl Access {
+    fn flags(self) -> i32 {
+        match self {
+            Self::Landing { .. } => LOCAL_WRITE,
+            Self::Exported { .. } => REMOTE_READ,
+        }
+    }
+
+    fn relaxed(self) -> bool {
+        match self {
+            Self::Landing { relaxed } | Self::Exported { relaxed } => relaxed,
+        }
+    }
+}
+
+/// Memory to register.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    /// Pages of this process, or device memory that a peer-memory module makes look like them.
+    Address {
+        /// The first byte.
+        base: NonNull<u8>,
+        /// Bytes.
+        len: u64,
+    },
+    /// Part of a dmabuf.
+    Dmabuf {
+        /// The dmabuf.
+        fd: BorrowedFd<'a>,
+        /// Where in it, in bytes.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// The address that work requests use for its first byte.
+        address: u64,
+    },
+}
+
+/// A registered region.
+pub struct Region<K> {
+    mr: NonNull<ibv_mr>,
+    pd: Arc<Pd>,
+    address: u64,
+    len: u64,
+    /// The memory. `None` only inside `drop`.
+    keep: Option<K>,
+}
+
+// SAFETY: see `Device`; the memory behind it goes along, so it must be Send too.
+unsafe impl<K: Send> Send for Region<K> {}
+// SAFETY: as above.
+unsafe impl<K: Sync> Sync for Region<K> {}
+
+impl<K> Region<K> {
+    /// Registers memory that `keep` owns, for as long as the region lives.
+    ///
+    /// # Safety
+    /// `source` must be memory that stays valid, for the access that is asked for, as long as `keep` lives, and that may be
+    /// read and written by a device while it does.
+    pub unsafe fn register(pd: &Arc<Pd>, source: Source<'_>, access: Access, keep: K) -> Result<Self, VerbsError> {
+        let (device, lib) = (pd.device(), pd.device().lib());
+        let (mr, address, len, what) = match source {
+            Source::Address { base, len } => {
+                let at: *mut c_void = base.as_ptr().cast();
+                let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+                let address = base.addr().get() as u64;
+                let mr = match lib.reg_mr_iova2.filter(|_| access.relaxed()) {
+                    // SAFETY: the domain is alive, and the memory is valid by this function's contract.
+                    Some(reg) => unsafe {
+                        reg(pd.raw(), at, bytes, address, (access.flags() | RELAXED_ORDERING) as u32)
+                    },
+                    // SAFETY: as above.
+                    None => unsafe { (lib.reg_mr)(pd.raw(), at, bytes, access.flags()) },
+                };
+                (mr, address, len, "this memory")
+            }
+            Source::Dmabuf { fd, offset, len, address } => {
+                let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+                let Some(reg) = lib.reg_dmabuf_mr else {
+                    return Err(VerbsError::OldLibrary { symbol: "ibv_reg_dmabuf_mr" });
+                };
+                // SAFETY: as above; the descriptor is borrowed for the call.
+                let mr = unsafe { reg(pd.raw(), offset, bytes, address, fd.as_raw_fd(), access.flags()) };
+                (mr, address, len, "a dmabuf (its driver may be too old: use nvidia-peermem, or staging)")
+            }
+        };
+        match NonNull::new(mr) {
+            Some(mr) => Ok(Self { mr, pd: pd.clone(), address, len, keep: Some(keep) }),
+            None => Err(refused(device, io::Error::last_os_error(), len, what)),
+        }
+    }
+
+    /// Names it in local work requests.
+    pub fn lkey(&self) -> u32 {
+        // SAFETY: the region is registered as long as `self` lives, and its keys never change.
+        unsafe { (*self.mr.as_ptr()).lkey }
+    }
+
+    /// Names it in a peer's work requests.
+    pub fn rkey(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.mr.as_ptr()).rkey }
+    }
+
+    /// Address of its first byte, as work requests name it.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl<K> Drop for Region<K> {
+    fn drop(&mut self) {
+        // SAFETY: the region was registered and is deregistered once.
+        let rc = unsafe { (self.pd.device().lib().dereg_mr)(self.mr.as_ptr()) };
+        match check(rc) {
+            Ok(()) => {}
+            // The device is gone, and with it every registration.
+            Err(e) if gone(&e) => {}
+            Err(error) => {
+                tracing::error!(device = self.pd.device().name(), %error, "memory stays registered: it is never freed");
+                // The device may still reach it: it must never be used for anything else.
+                std::mem::forget(self.keep.take());
+            }
+        }
+    }
+}
+
+impl<K> std::fmt::Debug for Region<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Region").field("address", &self.address).field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// Whether an error says that the device was removed, which the kernel does after it has destroyed everything on it.
+pub(crate) fn gone(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EIO | libc::ENODEV))
+}
+
+fn refused(device: &Device, source: io::Error, need: u64, what: &'static str) -> VerbsError {
+    if source.raw_os_error() == Some(libc::ENOMEM)
+        && let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Memlock).current
+        && limit < need
+    {
+        return VerbsError::Memlock { need, limit };
+    }
+    VerbsError::Register { device: device.name().into(), what, source }
+}

@@ -1,0 +1,473 @@
+//! A lane's part on one rail: its queue pairs to the peer, and what is in flight on them.
+//!
+//! Owns the queue pairs and the completion queue, posts and accounts, and climbs the ladder when the rail fails. What was
+//! lost on it is kept until the rail is quiet, and is then for the lane to post elsewhere (promise *frugal*, but never
+//! before promise *quiet*).
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    chain::{Chain, Posted, Request},
+    cq::{BATCH, Completion, Cq, Status},
+    exchange::Remote,
+    ladder::{self, COUNTERS, Job, Rung, Step},
+    landing::Landing,
+    memory::Region,
+    qp::Qp,
+    rail::Rail,
+    wake::Bell,
+};
+use crate::{error::Cause, memory::Memory};
+
+/// Completion batches of one poll: enough to keep up, few enough that other lanes get their turn.
+const BATCHES: usize = 8;
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct What {
+    /// Offset in the source segment; of the word for a fence.
+    pub src: u64,
+    /// Offset in the local segment; the landing slot for a fence.
+    pub dst: u64,
+    pub len: u32,
+    /// The lane's slot of the attempt.
+    pub attempt: u32,
+    pub chunk: u32,
+    pub src_segment: u16,
+    pub dst_segment: u16,
+    pub fence: bool,
+    /// The queue pair that a fence must go over.
+    pub end: u8,
+    /// And its rail.
+    pub path: u8,
+}
+
+/// Why a rail of a lane failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Why {
+    Completion(Status, u32),
+    Post(i32),
+    Queue,
+    Stalled,
+    Device,
+    Killed,
+}
+
+impl Why {
+    pub(crate) fn cause(self) -> Cause {
+        match self {
+            Self::Completion(Status::RETRIES_EXCEEDED, _) | Self::Stalled => Cause::Unreachable,
+            _ => Cause::LaneFailed,
+        }
+    }
+}
+
+impl std::fmt::Display for Why {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Completion(status, vendor) => write!(f, "{status}, vendor error {vendor:#x}"),
+            Self::Post(os) => write!(f, "a request was refused: {}", io::Error::from_raw_os_error(*os)),
+            Self::Queue => f.write_str("its completion queue is broken"),
+            Self::Stalled => f.write_str("no completion came for longer than the transport may take: lost"),
+            Self::Device => f.write_str("the device failed or was removed"),
+            Self::Killed => f.write_str("closed by its owner"),
+        }
+    }
+}
+
+/// One queue pair.
+#[derive(Debug)]
+pub(crate) struct End {
+    qp: Option<Qp>,
+    number: u32,
+    chain: Chain<What>,
+    /// Bytes posted or filled, and not retired.
+    bytes: u64,
+    /// Something is filled.
+    dirty: bool,
+}
+
+impl End {
+    pub(crate) fn new(qp: Qp, depth: u32, signal_every: u32, index: u8) -> Self {
+        let number = qp.number();
+        Self { qp: Some(qp), number, chain: Chain::new(depth, signal_every, index), bytes: 0, dirty: false }
+    }
+}
+
+/// A lane's part on one rail. Fields drop in this order: pairs, queue, registrations, rail.
+#[derive(Debug)]
+pub(crate) struct Path {
+    ends: Vec<End>,
+    cq: Option<Cq>,
+    landing: Option<Region<Arc<Landing>>>,
+    landing_key: u32,
+    rail: Option<Arc<Rail>>,
+    name: String,
+    segments: Vec<Remote>,
+    words: Remote,
+    /// Local segments: address and key.
+    local: Vec<Remote>,
+    slots: Arc<Landing>,
+    /// Held for as long as something may be written.
+    memory: Memory,
+    pub(crate) rung: Rung,
+    pub(crate) why: Option<Why>,
+    /// Requests that failed, or may not have been carried out.
+    lost: Vec<What>,
+    /// When something last completed, or was posted where nothing was in flight.
+    progress: Instant,
+    stall: Duration,
+    bytes: u64,
+    window: u64,
+}
+
+/// What a path is made of.
+pub(crate) struct Parts {
+    pub rail: Arc<Rail>,
+    pub cq: Cq,
+    pub ends: Vec<End>,
+    pub landing: Region<Arc<Landing>>,
+    pub slots: Arc<Landing>,
+    pub memory: Memory,
+    pub segments: Vec<Remote>,
+    pub words: Remote,
+    pub window: u64,
+    /// Longest time without a completion while something is in flight.
+    pub stall: Duration,
+}
+
+impl Path {
+    pub(crate) fn new(p: Parts) -> Self {
+        let pool = p.rail.pool().map_or(&[][..], |pool| &pool.segments);
+        let local = pool.iter().map(|r| Remote { address: r.address(), rkey: r.lkey() }).collect();
+        let all: usize = p.ends.iter().map(|e| e.chain.room()).sum();
+        Self {
+            name: p.rail.name().into(),
+            landing_key: p.landing.lkey(),
+            local,
+            ends: p.ends,
+            cq: Some(p.cq),
+            landing: Some(p.landing),
+            rail: Some(p.rail),
+            segments: p.segments,
+            words: p.words,
+            slots: p.slots,
+            memory: p.memory,
+            rung: Rung::Live,
+            why: None,
+            lost: Vec::with_capacity(all),
+            progress: Instant::now(),
+            stall: p.stall,
+            bytes: 0,
+            window: p.window,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.ends.iter().map(|e| e.chain.in_flight()).sum()
+    }
+
+    /// Whether a completion is to be expected for everything in flight.
+    pub(crate) fn will_complete(&self) -> bool {
+        self.ends.iter().all(|e| e.chain.will_complete())
+    }
+
+    /// The queue pair with the least to do, and how much that is; `None`: nothing more is taken now.
+    #[inline]
+    pub(crate) fn best(&self) -> Option<(usize, u64)> {
+        if !self.rung.is_live() || (self.bytes >= self.window && self.bytes > 0) {
+            return None;
+        }
+        let free = self.ends.iter().enumerate().filter(|(_, e)| e.chain.room() > 0);
+        free.map(|(i, e)| (i, e.bytes)).min_by_key(|(_, bytes)| *bytes)
+    }
+
+    /// Whether a queue pair could still complete something.
+    pub(crate) fn alive(&self, end: usize) -> bool {
+        self.rung.is_live() && end < self.ends.len()
+    }
+
+    /// Whether a queue pair takes a request now, whatever is in flight.
+    pub(crate) fn has_room(&self, end: usize) -> bool {
+        self.ends.get(end).is_some_and(|e| e.chain.room() > 0)
+    }
+
+    /// Fills a request on a queue pair that `best` named. The lane has checked both ends' bounds.
+    #[inline]
+    pub(crate) fn fill(&mut self, end: usize, w: What) {
+        let request = if w.fence {
+            Request {
+                local: self.slots.address(w.dst as u16),
+                lkey: self.landing_key,
+                len: w.len,
+                remote: self.words.address + w.src,
+                rkey: self.words.rkey,
+            }
+        } else {
+            let (l, r) = (&self.local[usize::from(w.dst_segment)], &self.segments[usize::from(w.src_segment)]);
+            Request { local: l.address + w.dst, lkey: l.rkey, len: w.len, remote: r.address + w.src, rkey: r.rkey }
+        };
+        let e = &mut self.ends[end];
+        e.chain.fill(request, w);
+        e.bytes += u64::from(w.len);
+        e.dirty = true;
+        self.bytes += u64::from(w.len);
+    }
+
+    /// Whether the local and remote keys cover these segments.
+    pub(crate) fn has(&self, src: u16, dst: u16) -> bool {
+        usize::from(src) < self.segments.len() && usize::from(dst) < self.local.len()
+    }
+
+    /// Posts what is filled. What the device did not take comes back, in order.
+    pub(crate) fn flush(&mut self, now: Instant, mut back: impl FnMut(What)) {
+        let mut why = None;
+        for e in &mut self.ends {
+            if !std::mem::take(&mut e.dirty) {
+                continue;
+            }
+            let idle = e.chain.in_flight() == 0;
+            let posted = match &mut e.qp {
+                // SAFETY: what was filled names registered memory inside its bounds, which the lane checked; the
+                // registrations and the memory are held until this path is quiet.
+                Some(qp) => unsafe { e.chain.post(qp) },
+                None => Posted::Part { os: libc::ENOTCONN },
+            };
+            if idle && e.chain.in_flight() > 0 {
+                self.progress = now;
+            }
+            match posted {
+                Posted::All => continue,
+                // Full: there is less room than was asked for. It goes out when something has completed.
+                Posted::Part { os: libc::ENOMEM } => {}
+                Posted::Part { os } | Posted::Unknown { os } => why = Some(Why::Post(os)),
+            }
+            let (bytes, all) = (&mut e.bytes, &mut self.bytes);
+            e.chain.unfill(|w| {
+                *bytes -= u64::from(w.len);
+                *all -= u64::from(w.len);
+                back(w);
+            });
+        }
+        if let Some(why) = why {
+            self.fail(why, now);
+        }
+    }
+
+    /// Takes completions: `done` gets what was read, and on which queue pair. What failed is kept as lost. `true` when there were any.
+    pub(crate) fn reap(&mut self, now: Instant, mut done: impl FnMut(What, usize)) -> bool {
+        let Some(cq) = &mut self.cq else { return false };
+        let mut space = [const { MaybeUninit::<Completion>::uninit() }; BATCH];
+        let (mut any, mut why) = (false, None);
+        for _ in 0..BATCHES {
+            let got = match cq.poll(&mut space) {
+                Ok(got) => got,
+                Err(_) => {
+                    why = why.or(Some(Why::Queue));
+                    break;
+                }
+            };
+            any |= !got.is_empty();
+            for c in got {
+                // Which pair, by the request's id; the number must agree.
+                let end = (c.wr_id >> 56) as usize;
+                let Some(e) = self.ends.get_mut(end).filter(|e| e.number == c.qp_num) else { continue };
+                // Nothing in flight has this id: it is late, or rubbish.
+                let Some(before) = e.chain.find(c.wr_id) else { continue };
+                let failure = c.failure();
+                let (bytes, all) = (&mut e.bytes, &mut self.bytes);
+                let good = if failure.is_some() { before } else { before + 1 };
+                // A queue pair completes in order: whatever was before this one without a failure of its own was done.
+                e.chain.retire(good, |w| {
+                    *bytes -= u64::from(w.len);
+                    *all -= u64::from(w.len);
+                    done(w, end);
+                });
+                if let Some(status) = failure {
+                    let lost = &mut self.lost;
+                    e.chain.retire(1, |w| {
+                        *bytes -= u64::from(w.len);
+                        *all -= u64::from(w.len);
+                        lost.push(w);
+                    });
+                    why = why.or(Some(Why::Completion(status, c.vendor_err)));
+                }
+            }
+            if got.len() < BATCH {
+                break;
+            }
+        }
+        if any {
+            self.progress = now;
+        }
+        if let Some(why) = why {
+            self.fail(why, now);
+        }
+        any
+    }
+
+    /// Looks at what no completion tells: a device that is gone, or one that lost requests.
+    pub(crate) fn watch(&mut self, now: Instant, waiting: bool) {
+        if !self.rung.is_live() {
+            return;
+        }
+        if self.rail.as_ref().is_some_and(|r| r.state().fatal()) {
+            self.fail(Why::Device, now);
+        } else if (self.in_flight() > 0 || waiting) && now >= self.progress + self.stall {
+            self.fail(Why::Stalled, now);
+        } else if self.in_flight() == 0 && !waiting {
+            self.progress = now;
+        }
+    }
+
+    /// When it must be looked at again at the latest.
+    pub(crate) fn until(&self, waiting: bool) -> Option<Instant> {
+        match &self.rung {
+            Rung::Live if self.in_flight() > 0 || waiting => Some(self.progress + self.stall),
+            rung => rung.until(),
+        }
+    }
+
+    /// First rung that stops anything: the pairs go to ERR, and flush what is in flight.
+    pub(crate) fn fail(&mut self, why: Why, now: Instant) {
+        if !self.rung.is_live() {
+            return;
+        }
+        self.why = Some(why);
+        self.rung = Rung::Error { since: now, began: now };
+        for e in &self.ends {
+            // One that is in ERR already stays there. One that cannot be moved does not flush, and is destroyed.
+            if let Some(Err(error)) = e.qp.as_ref().map(Qp::fail) {
+                tracing::debug!(rail = %self.name, %error, "queue pair cannot be moved to ERR");
+            }
+        }
+        if why != Why::Killed
+            && let Some(rail) = &self.rail
+        {
+            rail.failed();
+        }
+    }
+
+    /// Climbs, if it is time to.
+    pub(crate) fn climb(&mut self, now: Instant, bell: &Bell, peer: &str) {
+        match &self.rung {
+            Rung::Live | Rung::Quiet | Rung::Wedged => {}
+            Rung::Error { since, began } => {
+                let (since, began) = (*since, *began);
+                if self.in_flight() == 0 {
+                    self.become_quiet("error", &COUNTERS.error, began, now, peer);
+                } else if now >= since + ladder::ERR_BOUND {
+                    let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
+                    let job = Job::destroy(pairs, bell.clone());
+                    self.rung = Rung::Destroying { since: now, began, job };
+                }
+            }
+            Rung::Destroying { since, began, job } => {
+                let (since, began) = (*since, *began);
+                match ladder::destroying(job, since, now) {
+                    Step::Wait => {}
+                    Step::Quiet => self.become_quiet("destroy", &COUNTERS.destroyed, began, now, peer),
+                    Step::Next => self.close(began, now),
+                }
+            }
+            Rung::Closing { since, began, closing } => {
+                let (since, began) = (*since, *began);
+                match ladder::closing(closing, since, now) {
+                    Step::Wait => {}
+                    Step::Quiet => self.become_quiet("close", &COUNTERS.closed, began, now, peer),
+                    Step::Next => {
+                        ladder::climbed(&self.name, peer, "wedged", &COUNTERS.wedged, began, now);
+                        // What may still be written is never given back.
+                        std::mem::forget((self.memory.clone(), self.slots.clone()));
+                        self.rung = Rung::Wedged;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets go of the device, and tells everybody else on it to do so: it closes when the last one has.
+    fn close(&mut self, began: Instant, now: Instant) {
+        let Some(rail) = self.rail.take() else { return };
+        let closing = rail.pd().device().closing();
+        rail.state().condemn();
+        ladder::bury(Vec::new(), self.cq.take(), (self.landing.take(), rail));
+        self.rung = Rung::Closing { since: now, began, closing };
+    }
+
+    fn become_quiet(
+        &mut self,
+        rung: &'static str,
+        counter: &std::sync::atomic::AtomicU64,
+        began: Instant,
+        now: Instant,
+        peer: &str,
+    ) {
+        ladder::climbed(&self.name, peer, rung, counter, began, now);
+        for e in &mut self.ends {
+            let lost = &mut self.lost;
+            e.chain.retire(u64::MAX, |w| lost.push(w));
+            e.bytes = 0;
+        }
+        self.bytes = 0;
+        self.rung = Rung::Quiet;
+        let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
+        ladder::bury(pairs, self.cq.take(), (self.landing.take(), self.rail.take()));
+    }
+
+    /// What was lost, once nothing of it can be written any more.
+    pub(crate) fn take_lost(&mut self, mut each: impl FnMut(What)) {
+        if self.rung.is_quiet() {
+            self.lost.drain(..).for_each(&mut each);
+        }
+    }
+
+    /// Before a sleep: completions from now on make the descriptor readable.
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
+        self.cq.as_mut().map_or(Ok(()), Cq::arm)
+    }
+
+    /// After a sleep.
+    pub(crate) fn woken(&mut self) {
+        if let Some(cq) = &mut self.cq {
+            cq.take_events();
+        }
+    }
+}
+
+impl Drop for Path {
+    fn drop(&mut self) {
+        let pairs: Vec<_> = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
+        let idle = self.in_flight() == 0;
+        let (cq, landing, rail) = (self.cq.take(), self.landing.take(), self.rail.take());
+        let kept = (self.memory.clone(), self.slots.clone());
+        if self.rung.is_quiet() {
+            return;
+        }
+        if !matches!(self.rung, Rung::Live | Rung::Error { .. }) {
+            // On the ladder, and nobody is left to see its end.
+            tracing::error!(rail = %self.name, "a lane was dropped before it was quiet: its memory is never freed");
+            std::mem::forget((kept, landing, rail, cq));
+            return;
+        }
+        super::wake::undertake("kvferry-bury", move || {
+            let good = pairs.into_iter().filter_map(|qp| qp.destroy().err()).count() == 0;
+            drop(cq);
+            if !good && !idle {
+                tracing::error!(
+                    "a lane was dropped while it was read into, and does not stop: its memory is never freed"
+                );
+                std::mem::forget((kept, landing, rail));
+            }
+        });
+    }
+}

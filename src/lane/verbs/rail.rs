@@ -1,0 +1,438 @@
+//! Rails: ports of devices that are open, addressed, and have the pool registered.
+//!
+//! Owns each device that it opened, one protection domain on it, and the registrations of the pool: made once, in the
+//! background, and shared by all lanes. A rail that failed is left out for a while and tried again later.
+
+use std::{
+    path::Path,
+    ptr::NonNull,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{
+    device::{self, Device, Limits, Port, SYS},
+    error::VerbsError,
+    events::{State, Watch},
+    exchange::LinkLayer,
+    gid::{self, Gid, GidEntry},
+    library::Library,
+    memory::{Access, Pd, Region, Source},
+    qp::At,
+};
+use crate::{
+    config::VerbsConfig,
+    memory::{FenceWords, Memory},
+};
+
+/// How long a rail that failed is left out while others work.
+const LEFT_OUT: Duration = Duration::from_secs(1);
+
+/// What the pool is registered for.
+#[derive(Debug, Clone)]
+pub enum Role {
+    /// Blocks land in it.
+    Reader,
+    /// It is read, and so are these words.
+    Served(Arc<FenceWords>),
+}
+
+/// The pool's registrations on one rail.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    pub segments: Vec<Region<Memory>>,
+    pub words: Option<Region<Arc<FenceWords>>>,
+}
+
+/// One rail.
+#[derive(Debug)]
+pub struct Rail {
+    name: String,
+    port: u8,
+    /// Set once the pool is registered. Dropped before the domain.
+    pool: OnceLock<Pool>,
+    _watch: Option<Watch>,
+    pd: Arc<Pd>,
+    state: Arc<State>,
+    limits: Limits,
+    failed: Mutex<Option<Instant>>,
+}
+
+impl Rail {
+    /// Opens a rail. Fails when its port is not up.
+    fn open(lib: &'static Library, name: &str) -> Result<Arc<Self>, VerbsError> {
+        let (dev, port) = split(name)?;
+        Self::on(Device::open(lib, dev)?, port, true)
+    }
+
+    /// A rail on a device that is open.
+    pub(crate) fn on(device: Arc<Device>, port: u8, watch: bool) -> Result<Arc<Self>, VerbsError> {
+        let limits = device.limits()?;
+        let state = Arc::<State>::default();
+        let watch = match watch {
+            true => {
+                Some(Watch::start(device.clone(), state.clone()).map_err(|e| device.os("cannot watch the device", e))?)
+            }
+            false => None,
+        };
+        let name = format!("{}:{port}", device.name());
+        let pd = Pd::new(device)?;
+        let rail =
+            Self { name, port, pool: OnceLock::new(), _watch: watch, pd, state, limits, failed: Mutex::default() };
+        rail.up()?;
+        Ok(Arc::new(rail))
+    }
+
+    /// DEVICE:PORT.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The domain.
+    pub fn pd(&self) -> &Arc<Pd> {
+        &self.pd
+    }
+
+    /// What the device can do.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub(crate) fn state(&self) -> &Arc<State> {
+        &self.state
+    }
+
+    /// The registered pool.
+    pub(crate) fn pool(&self) -> Option<&Pool> {
+        self.pool.get()
+    }
+
+    /// Its port, which must be up.
+    pub fn up(&self) -> Result<(Port, LinkLayer), VerbsError> {
+        let device = self.pd.device();
+        let port = device.port(self.port)?;
+        let name = device.name().to_owned();
+        if !port.active {
+            return Err(VerbsError::PortDown { device: name, port: self.port, state: port.state });
+        }
+        match port.link_layer {
+            Some(layer) => Ok((port, layer)),
+            None => Err(VerbsError::LinkLayer { device: name, port: self.port }),
+        }
+    }
+
+    /// Its GIDs.
+    pub fn gids(&self) -> Vec<GidEntry> {
+        gid::table(Path::new(SYS), self.pd.device().name(), self.port)
+    }
+
+    /// The GID to use towards a peer, and how queue pairs say where they are.
+    pub(crate) fn address(
+        &self,
+        port: &Port,
+        layer: LinkLayer,
+        peer: Option<&Gid>,
+        config: &VerbsConfig,
+    ) -> Result<(Gid, At), VerbsError> {
+        let table = self.gids();
+        let device = || self.pd.device().name().to_owned();
+        let entry = match config.gid_index {
+            Some(index) => {
+                let found = table.iter().find(|e| e.index == index);
+                Some(found.ok_or_else(|| VerbsError::BadGid {
+                    device: device(),
+                    port: self.port,
+                    index: index.into(),
+                })?)
+            }
+            None if layer == LinkLayer::Ethernet => {
+                let found = gid::choose(&table, peer).or_else(|| gid::choose(&table, None));
+                Some(found.ok_or_else(|| VerbsError::NoGid { device: device(), port: self.port })?)
+            }
+            // InfiniBand: by LID in one subnet; the first GID says which subnet it is.
+            None => table.first(),
+        };
+        let gid = entry.map(|e| e.gid).unwrap_or_default();
+        let global = layer == LinkLayer::Ethernet
+            || port.grh_required
+            || config.gid_index.is_some()
+            || peer.is_some_and(|p| p.0[..8] != gid.0[..8]);
+        Ok((gid, At { port: self.port, gid_index: entry.filter(|_| global).map(|e| e.index) }))
+    }
+
+    /// Something failed on it: it is left out for a while.
+    pub(crate) fn failed(&self) {
+        *lock(&self.failed) = Some(Instant::now());
+    }
+
+    fn left_out(&self) -> bool {
+        lock(&self.failed).is_some_and(|at| at.elapsed() < LEFT_OUT)
+    }
+
+    fn register(&self, memory: &Memory, role: &Role, relaxed: bool, done: &AtomicU64) -> Result<(), VerbsError> {
+        let access = match role {
+            Role::Reader => Access::Landing { relaxed },
+            Role::Served(_) => Access::Exported { relaxed },
+        };
+        let mut segments = Vec::with_capacity(memory.segments().len());
+        for (i, &len) in memory.segments().iter().enumerate() {
+            let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
+            // SAFETY: the segment is valid as long as a clone of the memory lives, and devices may touch it: see
+            // `Memory::from_raw`.
+            let region = unsafe { Region::register(&self.pd, Source::Address { base, len }, access, memory.clone()) };
+            segments.push(region?);
+            done.fetch_add(len, Ordering::Relaxed);
+        }
+        let words = match role {
+            Role::Reader => None,
+            Role::Served(words) => {
+                let base = NonNull::new(words.address() as *mut u8).unwrap_or(NonNull::dangling());
+                let len = u64::from(words.len()) * 8;
+                // Never in relaxed order: a word must not be read before what it vouches for.
+                let access = Access::Exported { relaxed: false };
+                // SAFETY: the words stay mapped as long as `words` is held, and are only read.
+                let region =
+                    unsafe { Region::register(&self.pd, Source::Address { base, len }, access, words.clone()) };
+                Some(region?)
+            }
+        };
+        // Set once: `Rails` registers each rail once.
+        let _ = self.pool.set(Pool { segments, words });
+        Ok(())
+    }
+}
+
+/// DEVICE or DEVICE:PORT.
+fn split(name: &str) -> Result<(&str, u8), VerbsError> {
+    let bad = || VerbsError::BadRail { name: name.into() };
+    match name.split_once(':') {
+        _ if name.is_empty() => Err(bad()),
+        None => Ok((name, 1)),
+        Some((dev, port)) => match port.parse() {
+            Ok(port @ 1..) if !dev.is_empty() => Ok((dev, port)),
+            _ => Err(bad()),
+        },
+    }
+}
+
+/// All rails of a rank in one role.
+#[derive(Debug)]
+pub struct Rails {
+    lib: &'static Library,
+    config: VerbsConfig,
+    memory: Memory,
+    role: Role,
+    list: Mutex<Vec<Slot>>,
+    done: AtomicU64,
+    all: AtomicU64,
+}
+
+/// A rail's place in the list.
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    rail: Option<Arc<Rail>>,
+    why_not: Option<String>,
+    tried: Instant,
+}
+
+impl Rails {
+    /// Opens the rails that `config` names, or all that are up, and begins to register the memory on them in the
+    /// background. At least one rail must be usable.
+    pub fn open(config: &VerbsConfig, memory: Memory, role: Role) -> Result<Arc<Self>, VerbsError> {
+        let lib = Library::get()?;
+        let names = if config.rails.is_empty() {
+            let mut names = Vec::new();
+            for d in device::names(Path::new(SYS)) {
+                let ports = std::fs::read_dir(Path::new(SYS).join(&d).join("ports")).into_iter().flatten().flatten();
+                let mut ports: Vec<u8> = ports.filter_map(|p| p.file_name().to_str()?.parse().ok()).collect();
+                ports.sort_unstable();
+                names.extend(ports.into_iter().map(|p| format!("{d}:{p}")));
+            }
+            names
+        } else {
+            config.rails.clone()
+        };
+        if names.is_empty() {
+            return Err(VerbsError::NoDevice);
+        }
+        let mut last = None;
+        let mut list = Vec::with_capacity(names.len());
+        for name in names {
+            let (rail, why_not) = match Rail::open(lib, &name) {
+                Ok(rail) => (Some(rail), None),
+                Err(e) => {
+                    let why = e.to_string();
+                    last = Some(e);
+                    (None, Some(why))
+                }
+            };
+            list.push(Slot { name, rail, why_not, tried: Instant::now() });
+        }
+        if list.iter().all(|s| s.rail.is_none()) {
+            return Err(match last {
+                Some(e) if list.len() == 1 => e,
+                _ => VerbsError::NoRail { why: reasons(&list) },
+            });
+        }
+        let it = Self::with(lib, config, memory, role, list);
+        it.register();
+        Ok(it)
+    }
+
+    fn with(lib: &'static Library, config: &VerbsConfig, memory: Memory, role: Role, list: Vec<Slot>) -> Arc<Self> {
+        Arc::new(Self {
+            lib,
+            config: config.clone(),
+            memory,
+            role,
+            list: Mutex::new(list),
+            done: AtomicU64::new(0),
+            all: AtomicU64::new(0),
+        })
+    }
+
+    /// Rails that are open already, registered before this returns.
+    #[cfg(test)]
+    pub(crate) fn of(
+        lib: &'static Library,
+        config: &VerbsConfig,
+        memory: Memory,
+        role: Role,
+        rails: Vec<Arc<Rail>>,
+    ) -> Result<Arc<Self>, VerbsError> {
+        let slot =
+            |rail: Arc<Rail>| Slot { name: rail.name().into(), rail: Some(rail), why_not: None, tried: Instant::now() };
+        let it = Self::with(lib, config, memory, role, rails.into_iter().map(slot).collect());
+        for rail in it.open_rails() {
+            rail.register(&it.memory, &it.role, config.relaxed_ordering, &it.done)?;
+        }
+        Ok(it)
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &VerbsConfig {
+        &self.config
+    }
+
+    /// The memory that is registered.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn open_rails(&self) -> Vec<Arc<Rail>> {
+        lock(&self.list).iter().filter_map(|s| s.rail.clone()).collect()
+    }
+
+    /// Registers what is not registered, on a thread of its own: pinning 100 GB takes seconds.
+    fn register(self: &Arc<Self>) {
+        let rails: Vec<_> = self.open_rails().into_iter().filter(|r| r.pool().is_none()).collect();
+        let bytes: u64 = self.memory.segments().iter().sum();
+        self.all.fetch_add(bytes * rails.len() as u64, Ordering::Relaxed);
+        let weak: Weak<Self> = Arc::downgrade(self);
+        super::wake::undertake("kvferry-register", move || {
+            for rail in rails {
+                let Some(this) = weak.upgrade() else { return };
+                let began = Instant::now();
+                match rail.register(&this.memory, &this.role, this.config.relaxed_ordering, &this.done) {
+                    Ok(()) => tracing::info!(rail = rail.name(), bytes, took = ?began.elapsed(), "pool registered"),
+                    Err(error) => {
+                        tracing::warn!(rail = rail.name(), %error, "the pool cannot be registered: this rail is not used");
+                        let mut list = lock(&this.list);
+                        if let Some(s) =
+                            list.iter_mut().find(|s| s.rail.as_ref().is_some_and(|r| Arc::ptr_eq(r, &rail)))
+                        {
+                            s.rail = None;
+                            s.why_not = Some(error.to_string());
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// Bytes registered, and bytes to register, over all rails.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.done.load(Ordering::Relaxed), self.all.load(Ordering::Relaxed))
+    }
+
+    /// The rails that can be used now, each with its port. Those that failed a moment ago only where no other is left.
+    pub(crate) fn usable(self: &Arc<Self>) -> Result<Vec<(Arc<Rail>, Port, LinkLayer)>, VerbsError> {
+        self.reopen();
+        let (mut good, mut left_out, mut why, mut waiting) = (Vec::new(), Vec::new(), Vec::new(), false);
+        for rail in self.open_rails() {
+            if rail.pool().is_none() {
+                waiting = true;
+                continue;
+            }
+            match rail.up() {
+                Ok((port, layer)) if rail.left_out() => left_out.push((rail, port, layer)),
+                Ok((port, layer)) => good.push((rail, port, layer)),
+                Err(e) => why.push(e.to_string()),
+            }
+        }
+        if good.is_empty() {
+            good = left_out;
+        }
+        if !good.is_empty() {
+            return Ok(good);
+        }
+        if waiting {
+            let (done, all) = self.progress();
+            return Err(VerbsError::NotYet { done, all });
+        }
+        why.push(reasons(&lock(&self.list)));
+        Err(VerbsError::NoRail { why: why.join("; ") })
+    }
+
+    /// Opens rails again that failed or died, now and then.
+    fn reopen(self: &Arc<Self>) {
+        let mut opened = false;
+        for s in lock(&self.list).iter_mut() {
+            if s.rail.as_ref().is_some_and(|r| r.state().fatal()) {
+                // Its lanes hold it until they are quiet.
+                s.rail = None;
+                s.why_not = Some("the device failed".into());
+            }
+            if s.rail.is_none() && s.tried.elapsed() >= LEFT_OUT {
+                s.tried = Instant::now();
+                match Rail::open(self.lib, &s.name) {
+                    Ok(rail) => {
+                        (s.rail, s.why_not, opened) = (Some(rail), None, true);
+                    }
+                    Err(e) => s.why_not = Some(e.to_string()),
+                }
+            }
+        }
+        if opened {
+            self.register();
+        }
+    }
+}
+
+fn reasons(list: &[Slot]) -> String {
+    let why: Vec<_> = list.iter().filter_map(|s| Some(format!("{}: {}", s.name, s.why_not.as_ref()?))).collect();
+    why.join("; ")
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every value here is whole at any time.
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rail_is_a_device_and_a_port() {
+        assert_eq!(split("mlx5_0").unwrap(), ("mlx5_0", 1));
+        assert_eq!(split("mlx5_0:2").unwrap(), ("mlx5_0", 2));
+        for bad in ["", ":1", "a:", "a:0", "a:x", "a:300"] {
+            assert!(split(bad).is_err(), "{bad}");
+        }
+    }
+}

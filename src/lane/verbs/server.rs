@@ -1,0 +1,226 @@
+//! The producer's end: queue pairs that a consumer's READs come through.
+//!
+//! Owns those queue pairs, for as long as the session that they were made for. It posts nothing, polls nothing, and spends
+//! no CPU on a pull. Whoever is connected can READ the whole pool and the fence table, and nothing else: that is what a
+//! trust domain means here.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{
+    connect::random_psn,
+    cq::Cq,
+    device::Port,
+    error::VerbsError,
+    exchange::{LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket},
+    ladder,
+    qp::{Agreed, Qp, Side},
+    rail::{Rail, Rails, Role},
+};
+use crate::{
+    block::Incarnation,
+    config::{Limits, VerbsConfig},
+    memory::Export,
+};
+
+/// One lane's queue pairs on one rail. Fields drop in this order.
+#[derive(Debug)]
+struct Served {
+    pairs: Vec<Qp>,
+    cq: Cq,
+    rail: Arc<Rail>,
+}
+
+/// A producer rank's verbs. Dropping it destroys all queue pairs.
+#[derive(Debug)]
+pub struct Server {
+    rails: Arc<Rails>,
+    incarnation: Incarnation,
+    fence_slots: u32,
+    max: usize,
+    lanes: Mutex<HashMap<u64, Vec<Served>>>,
+}
+
+impl Server {
+    /// Opens the rails, and begins to register the pool in the background. At most `limits.lanes` lanes are served.
+    pub fn start(
+        export: &Export,
+        incarnation: Incarnation,
+        config: &VerbsConfig,
+        limits: &Limits,
+    ) -> Result<Self, VerbsError> {
+        let rails = Rails::open(config, export.memory.clone(), Role::Served(export.words.clone()))?;
+        Ok(Self::on(rails, incarnation, export.words.len(), limits))
+    }
+
+    /// On rails that are open already.
+    pub(crate) fn on(rails: Arc<Rails>, incarnation: Incarnation, fence_slots: u32, limits: &Limits) -> Self {
+        Self { rails, incarnation, fence_slots, max: limits.lanes, lanes: Mutex::default() }
+    }
+
+    /// Its rails.
+    pub fn rails(&self) -> &Arc<Rails> {
+        &self.rails
+    }
+
+    fn lanes(&self) -> MutexGuard<'_, HashMap<u64, Vec<Served>>> {
+        // Every entry is whole at any time.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a lane of this number. Blocks for a few milliseconds.
+    pub fn admit(&self, lane: u64, request: &VerbsRequest) -> Result<VerbsTicket, VerbsError> {
+        request.check().map_err(|what| VerbsError::Protocol { what })?;
+        let full = |lanes: &HashMap<u64, Vec<Served>>| lanes.len() >= self.max;
+        if full(&self.lanes()) {
+            return Err(VerbsError::Full { limit: self.max });
+        }
+        let usable = self.rails.usable()?;
+        let (mut served, mut answers, mut why) = (Vec::new(), Vec::new(), Vec::new());
+        for (of, here) in self.pair(request, &usable) {
+            let (rail, port, layer) = &usable[here];
+            match self.serve(rail, port, *layer, &request.rails[of]) {
+                Ok((s, mut answer)) => {
+                    answer.of = of as u8;
+                    served.push(s);
+                    answers.push(answer);
+                }
+                Err(e) => {
+                    rail.failed();
+                    why.push(format!("{} to {}: {e}", rail.name(), request.rails[of].name));
+                }
+            }
+        }
+        if answers.is_empty() {
+            if why.is_empty() {
+                let theirs: Vec<_> = request.rails.iter().map(|r| format!("{} {}", r.name, r.gid)).collect();
+                why.push(format!("there: {}", theirs.join(", ")));
+            }
+            return Err(VerbsError::NoPath { why: why.join("; ") });
+        }
+        let mut lanes = self.lanes();
+        if full(&lanes) {
+            return Err(VerbsError::Full { limit: self.max });
+        }
+        lanes.insert(lane, served);
+        Ok(VerbsTicket { lane, incarnation: self.incarnation.get(), fence_slots: self.fence_slots, rails: answers })
+    }
+
+    /// Destroys a lane's queue pairs: whoever reads through them gets errors from now on.
+    pub fn dismiss(&self, lane: u64) {
+        if let Some(served) = self.lanes().remove(&lane) {
+            bury(served);
+        }
+    }
+
+    /// Lanes that are served now.
+    pub fn lanes_served(&self) -> usize {
+        self.lanes().len()
+    }
+
+    /// Which rail of the reader goes to which one here: nearest addresses first, each used once as far as they go round.
+    fn pair(&self, request: &VerbsRequest, usable: &[(Arc<Rail>, Port, LinkLayer)]) -> Vec<(usize, usize)> {
+        let mut options = Vec::new();
+        for (of, theirs) in request.rails.iter().enumerate() {
+            for (here, (rail, port, layer)) in usable.iter().enumerate() {
+                if *layer != theirs.link_layer {
+                    continue;
+                }
+                if let Ok((gid, _)) = rail.address(port, *layer, Some(&theirs.gid), self.rails.config()) {
+                    let family = *layer == LinkLayer::InfiniBand || gid.ip().is_ipv4() == theirs.gid.ip().is_ipv4();
+                    if family {
+                        options.push((gid.shared_prefix(&theirs.gid), of, here));
+                    }
+                }
+            }
+        }
+        options.sort_by_key(|&(near, of, here)| (std::cmp::Reverse(near), of, here));
+        assign(&options, request.rails.len(), usable.len())
+    }
+
+    fn serve(
+        &self,
+        rail: &Arc<Rail>,
+        port: &Port,
+        layer: LinkLayer,
+        reader: &RailEnd,
+    ) -> Result<(Served, ServedRail), VerbsError> {
+        let config = self.rails.config();
+        let pool = rail.pool().ok_or_else(|| {
+            let (done, all) = self.rails.progress();
+            VerbsError::NotYet { done, all }
+        })?;
+        let (gid, at) = rail.address(port, layer, Some(&reader.gid), config)?;
+        let cq = Cq::new(rail.pd().device(), 1)?;
+        let rd_atomic = config.rd_atomic.min(rail.limits().max_dest_rd_atomic).max(1);
+        let agreed = Agreed { mtu: port.mtu.min(reader.mtu), rd_atomic: rd_atomic.min(reader.rd_atomic) };
+        let (mut pairs, mut ends) = (Vec::new(), Vec::new());
+        for theirs in &reader.queue_pairs {
+            let qp = Qp::new(rail.pd(), &cq, 1, Side::Served, port.number)?;
+            let end = QpEnd { number: qp.number(), psn: random_psn() };
+            qp.connect(at, reader, *theirs, end.psn, agreed, config)?;
+            pairs.push(qp);
+            ends.push(end);
+        }
+        let end = RailEnd {
+            name: rail.name().into(),
+            link_layer: layer,
+            lid: port.lid,
+            gid,
+            mtu: port.mtu,
+            rd_atomic,
+            queue_pairs: ends,
+        };
+        let segments = pool.segments.iter().map(|r| Remote { address: r.address(), rkey: r.rkey() }).collect();
+        let words = pool.words.as_ref().map(|r| Remote { address: r.address(), rkey: r.rkey() });
+        let words = words.ok_or(VerbsError::Protocol { what: "no fence table is served here" })?;
+        Ok((Served { pairs, cq, rail: rail.clone() }, ServedRail { of: 0, end, segments, words }))
+    }
+}
+
+/// Takes the best options; each rail of either side once, then rails here again for those of the reader that have none.
+fn assign(options: &[(u32, usize, usize)], there: usize, here: usize) -> Vec<(usize, usize)> {
+    let (mut used_there, mut used_here, mut pairs) = (vec![false; there], vec![false; here], Vec::new());
+    for again in [false, true] {
+        for &(_, of, at) in options {
+            if !used_there[of] && (again || !used_here[at]) {
+                (used_there[of], used_here[at]) = (true, true);
+                pairs.push((of, at));
+            }
+        }
+    }
+    pairs.sort_unstable();
+    pairs
+}
+
+fn bury(served: Vec<Served>) {
+    for s in served {
+        ladder::bury(s.pairs, Some(s.cq), s.rail);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let lanes = std::mem::take(&mut *self.lanes());
+        lanes.into_values().for_each(bury);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rails_are_paired_by_nearness_and_each_is_used() {
+        // Two wires: 0-1 and 1-0 are near.
+        let options = [(28, 0, 1), (28, 1, 0), (20, 0, 0), (20, 1, 1)];
+        assert_eq!(assign(&options, 2, 2), [(0, 1), (1, 0)]);
+        // One rail here serves both of the reader's.
+        assert_eq!(assign(&[(28, 0, 0), (20, 1, 0)], 2, 1), [(0, 0), (1, 0)]);
+        // Nothing reaches the second one.
+        assert_eq!(assign(&[(28, 0, 0)], 2, 1), [(0, 0)]);
+        assert!(assign(&[], 2, 0).is_empty());
+    }
+}

@@ -1,0 +1,131 @@
+//! What this host's devices are and can do: for `kvferry doctor`. What can be tried is tried.
+
+use std::{
+    ffi::c_void,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use super::{
+    device::{self, Device, Limits, Port, SYS, check},
+    error::VerbsError,
+    gid::{self, GidEntry},
+    library::Library,
+    memory::Pd,
+};
+use crate::memory::Mapping;
+
+/// Whether a device can do something, or the error that it gave.
+pub type Tried = Result<(), io::Error>;
+
+/// A port and its addresses.
+#[derive(Debug)]
+pub struct PortReport {
+    /// The port.
+    pub port: Port,
+    /// Its GIDs.
+    pub gids: Vec<GidEntry>,
+    /// Index of the one that would be used on RoCE.
+    pub chosen: Option<u8>,
+}
+
+/// A device.
+#[derive(Debug)]
+pub struct DeviceReport {
+    /// Its name.
+    pub name: String,
+    /// Its bounds.
+    pub limits: Limits,
+    /// Its ports.
+    pub ports: Vec<PortReport>,
+    /// Registering ordinary memory.
+    pub register: Tried,
+    /// Registering it for writes in any order.
+    pub relaxed_ordering: Tried,
+    /// Registering it without pinning it.
+    pub odp: Tried,
+    /// Registering a dmabuf, which GPU memory comes as.
+    pub dmabuf: Tried,
+}
+
+/// A device's name, and what was found out about it, or why nothing was.
+pub type Surveyed = (String, Result<DeviceReport, VerbsError>);
+
+/// All devices, each with what is wrong with it if it cannot be opened.
+pub fn survey() -> Result<Vec<Surveyed>, VerbsError> {
+    let lib = Library::get()?;
+    let names = device::names(Path::new(SYS));
+    if names.is_empty() {
+        return Err(VerbsError::NoDevice);
+    }
+    Ok(names.into_iter().map(|n| (n.clone(), look(lib, n))).collect())
+}
+
+const LOCAL_WRITE: i32 = 1;
+const ON_DEMAND: i32 = 1 << 6;
+const RELAXED_ORDERING: i32 = 1 << 20;
+const PROBE: u64 = 1 << 16;
+
+fn look(lib: &'static Library, name: String) -> Result<DeviceReport, VerbsError> {
+    let device = Device::open(lib, &name)?;
+    let limits = device.limits()?;
+    let mut ports = Vec::new();
+    for n in 1..=limits.ports {
+        let gids = gid::table(Path::new(SYS), &name, n);
+        let chosen = gid::choose(&gids, None).map(|e| e.index);
+        ports.push(PortReport { port: device.port(n)?, gids, chosen });
+    }
+    let pd = Pd::new(device.clone())?;
+    let memory = Mapping::anonymous(PROBE).map_err(|e| device.os("mmap", e))?;
+    let at: *mut c_void = memory.base().as_ptr().cast();
+    let len = PROBE as usize;
+    let plain = |flags: i32| {
+        // SAFETY: the domain and the memory are alive, and the region is given back before this returns.
+        let mr = unsafe { (lib.reg_mr)(pd.raw(), at, len, flags) };
+        give_back(lib, mr)
+    };
+    let relaxed = match lib.reg_mr_iova2 {
+        None => Err(io::Error::other("libibverbs is too old for it")),
+        Some(register) => {
+            // SAFETY: as above.
+            let mr = unsafe { register(pd.raw(), at, len, at as u64, (LOCAL_WRITE | RELAXED_ORDERING) as u32) };
+            give_back(lib, mr)
+        }
+    };
+    let dmabuf = match lib.reg_dmabuf_mr {
+        None => Err(io::Error::other("libibverbs is too old for it")),
+        Some(register) => no_dmabuf().and_then(|fd| {
+            // A file that is no dmabuf: a driver that takes them says that this is none, others that they take none.
+            // SAFETY: as above; the descriptor is open.
+            let mr = unsafe { register(pd.raw(), 0, len, 0, fd.as_raw_fd(), LOCAL_WRITE) };
+            match give_back(lib, mr) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EBADF)) => Ok(()),
+                tried => tried,
+            }
+        }),
+    };
+    Ok(DeviceReport {
+        limits,
+        ports,
+        register: plain(LOCAL_WRITE),
+        relaxed_ordering: relaxed,
+        odp: plain(LOCAL_WRITE | ON_DEMAND),
+        dmabuf,
+        name,
+    })
+}
+
+fn give_back(lib: &Library, mr: *mut ibverbs_sys::ibv_mr) -> Tried {
+    if mr.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was registered just now, and is given back once.
+    check(unsafe { (lib.dereg_mr)(mr) })
+}
+
+fn no_dmabuf() -> io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("kvferry-probe", rustix::fs::MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&fd, PROBE)?;
+    Ok(fd)
+}

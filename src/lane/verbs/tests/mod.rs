@@ -1,0 +1,570 @@
+//! The lane against a device that is none.
+
+mod standin;
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use standin::{Control, LIBRARY, Standin};
+
+use super::{
+    connect::Opening,
+    ladder::COUNTERS,
+    lane::VerbsLane,
+    rail::{Rail, Rails, Role},
+    server::Server,
+};
+use crate::{
+    block::{GroupId, Incarnation, Nonce},
+    config::{Limits, VerbsConfig},
+    error::Cause,
+    group::PoolLayout,
+    lane::{Attempt, FenceSlot, Grant, Lane, LaneEvent},
+    memory::{FenceWords, Memory},
+    plan::Read,
+};
+
+const BLOCK: u64 = 512;
+const BLOCKS: u64 = 256;
+
+struct Rig {
+    lane: VerbsLane,
+    /// The reader's devices.
+    devices: Vec<Arc<Mutex<Control>>>,
+    here: Memory,
+    there: Memory,
+    words: Arc<FenceWords>,
+    nonce: Nonce,
+    events: Vec<LaneEvent>,
+    server: Server,
+    _rails: Arc<Rails>,
+}
+
+const A: Attempt = Attempt(1);
+
+impl Rig {
+    fn new(rails: usize, config: VerbsConfig) -> Self {
+        let segment = [BLOCK * BLOCKS];
+        let (here, there) = (Memory::alloc(&segment).unwrap(), Memory::alloc(&segment).unwrap());
+        for b in 0..BLOCKS {
+            there.write_from(0, b * BLOCK, &pattern(b)).unwrap();
+        }
+        let words = Arc::new(FenceWords::new(8).unwrap());
+        let nonce = Nonce::random();
+        words.set(3, nonce);
+        let rail = |name: &str| {
+            let s = Standin::new(name);
+            let handle = s.handle();
+            (Rail::on(s.device, 1, false).unwrap(), handle)
+        };
+        let (readers, devices): (Vec<_>, Vec<_>) = (0..rails).map(|i| rail(&format!("reader{i}"))).unzip();
+        let (served, _): (Vec<_>, Vec<_>) = (0..rails).map(|i| rail(&format!("served{i}"))).unzip();
+        let readers = Rails::of(&LIBRARY, &config, here.clone(), Role::Reader, readers).unwrap();
+        let served = Rails::of(&LIBRARY, &config, there.clone(), Role::Served(words.clone()), served).unwrap();
+        let incarnation = Incarnation::random();
+        let server = Server::on(served, incarnation, words.len(), &Limits::default());
+        let opening = Opening::new(&readers, None).unwrap();
+        let ticket = server.admit(9, opening.request()).unwrap();
+        let layout = Arc::new(PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16));
+        let mut lane = opening.finish(&ticket, layout, incarnation).unwrap();
+        lane.begin(A, Grant { slot: 3, nonce });
+        Self { lane, devices, here, there, words, nonce, events: Vec::new(), server, _rails: readers }
+    }
+
+    fn simple() -> Self {
+        Self::new(1, VerbsConfig { queue_pairs: 1, depth: 16, signal_every: 4, ..VerbsConfig::default() })
+    }
+
+    fn device(&self) -> std::sync::MutexGuard<'_, Control> {
+        self.devices[0].lock().unwrap()
+    }
+
+    fn post(&mut self, a: Attempt, blocks: std::ops::Range<u64>) -> usize {
+        let reads: Vec<Read> = blocks.map(read).collect();
+        self.lane.post(a, &reads, true)
+    }
+
+    fn poll(&mut self) -> Vec<LaneEvent> {
+        let from = self.events.len();
+        self.lane.poll(&mut self.events);
+        self.events[from..].to_vec()
+    }
+
+    /// Polls until an event satisfies `f`.
+    fn until(&mut self, f: impl Fn(&LaneEvent) -> bool) {
+        let limit = Instant::now() + Duration::from_secs(20);
+        while !self.poll().iter().any(&f) {
+            assert!(Instant::now() < limit, "{:?}", self.events);
+            std::thread::yield_now();
+        }
+    }
+
+    fn done(&self) -> u32 {
+        let reads = |e: &LaneEvent| if let LaneEvent::Done { reads, .. } = e { *reads } else { 0 };
+        self.events.iter().map(reads).sum()
+    }
+
+    fn quiet(&self) -> usize {
+        self.events.iter().filter(|e| matches!(e, LaneEvent::Quiet { .. })).count()
+    }
+
+    /// Carries everything out, pairs in the order that `turn` gives.
+    fn carry_out(&self, turn: impl Fn(&mut Vec<u32>)) {
+        for d in &self.devices {
+            let mut d = d.lock().unwrap();
+            let mut numbers = d.numbers();
+            turn(&mut numbers);
+            for n in numbers {
+                d.complete(n, 1 << 20);
+            }
+        }
+    }
+
+    /// Posts the chunk's fence, carries it out until it has been answered, and returns the answer.
+    fn fence(&mut self) -> LaneEvent {
+        let from = self.events.len();
+        assert!(self.lane.post_fence(A, FENCE));
+        let limit = Instant::now() + Duration::from_secs(20);
+        loop {
+            self.carry_out(|_| ());
+            self.poll();
+            let answer = |e: &&LaneEvent| matches!(e, LaneEvent::Fence { .. } | LaneEvent::Again { .. });
+            if let Some(e) = self.events[from..].iter().find(answer) {
+                return e.clone();
+            }
+            assert!(Instant::now() < limit, "{:?}", self.events);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.devices.iter().map(|d| d.lock().unwrap().in_flight()).sum()
+    }
+
+    fn check(&self, blocks: std::ops::Range<u64>) {
+        for b in blocks {
+            let mut got = vec![0; BLOCK as usize];
+            // Backwards, so that an address that is mixed up shows.
+            self.here.read_into(0, (BLOCKS - 1 - b) * BLOCK, &mut got).unwrap();
+            assert!(got == pattern(b), "block {b}");
+        }
+    }
+}
+
+fn pattern(b: u64) -> Vec<u8> {
+    (0..BLOCK).map(|i| (b * 31 + i * 7 + 1) as u8).collect()
+}
+
+fn read(b: u64) -> Read {
+    Read {
+        src_offset: b * BLOCK,
+        dst_offset: (BLOCKS - 1 - b) * BLOCK,
+        len: BLOCK,
+        piece: BLOCK,
+        within: 0,
+        chunk: 0,
+        position: b as u32,
+        blocks: 1,
+        group: GroupId(0),
+        region: 0,
+        src_segment: 0,
+        dst_segment: 0,
+    }
+}
+
+const FENCE: FenceSlot = FenceSlot { chunk: 0, slot: 3 };
+
+#[test]
+fn blocks_and_the_fence_word_land_where_they_belong() {
+    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 16, ..VerbsConfig::default() });
+    assert_eq!(r.post(A, 0..90), 90);
+    assert_eq!(r.devices.iter().map(|d| d.lock().unwrap().in_flight()).sum::<usize>(), 90, "spread over all pairs");
+    r.carry_out(|_| ());
+    r.poll();
+    assert_eq!(r.done(), 90);
+    r.check(0..90);
+    let word = r.nonce.get();
+    assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
+    r.words.clear(3);
+    assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word: 0 });
+    r.lane.stop(A);
+    assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
+}
+
+#[test]
+fn a_fence_goes_over_every_pair_that_carried_its_chunk_and_no_other() {
+    for (blocks, pairs) in [(1, 1), (2, 2), (5, 5), (90, 6)] {
+        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 16, ..VerbsConfig::default() });
+        assert_eq!(r.post(A, 0..blocks), blocks as usize);
+        r.carry_out(|_| ());
+        r.poll();
+        assert!(r.lane.post_fence(A, FENCE));
+        assert_eq!(r.in_flight(), pairs, "{blocks} blocks");
+    }
+}
+
+#[test]
+fn a_read_that_is_reported_as_done_and_was_not_is_read_again() {
+    // Signaled or not, the last of its queue or not; the slip seen before the fence is posted, or not.
+    for (depth_of_slip, seen) in [(0, true), (3, true), (7, true), (7, false), (3, false)] {
+        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 16, signal_every: 4, ..VerbsConfig::default() });
+        assert_eq!(r.post(A, 0..16), 16);
+        let (n, other) = (r.devices[0].clone(), r.devices[1].clone());
+        let number = n.lock().unwrap().numbers()[0];
+        n.lock().unwrap().complete(number, depth_of_slip);
+        n.lock().unwrap().slip(number);
+        let second = other.lock().unwrap().numbers()[0];
+        other.lock().unwrap().complete(second, 100);
+        let limit = Instant::now() + Duration::from_secs(20);
+        while r.done() < 16 {
+            r.poll();
+            other.lock().unwrap().complete(second, 100);
+            assert!(Instant::now() < limit, "{:?}", r.events);
+        }
+        if seen {
+            // A request of somebody else shows that the pair is in ERR.
+            let b = Attempt(2);
+            r.lane.begin(b, Grant { slot: 3, nonce: r.nonce });
+            r.post(b, 20..24);
+            r.poll();
+        }
+        assert_eq!(r.fence(), LaneEvent::Again { attempt: A, chunk: 0 }, "{depth_of_slip} {seen}");
+        assert_eq!(r.post(A, 0..16), 16);
+        r.carry_out(|_| ());
+        r.poll();
+        let word = r.nonce.get();
+        assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
+        r.check(0..16);
+    }
+}
+
+#[test]
+fn a_word_that_did_not_land_is_not_taken_for_a_revoke() {
+    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 16, signal_every: 4, ..VerbsConfig::default() });
+    assert_eq!(r.post(A, 0..16), 16);
+    r.carry_out(|_| ());
+    r.poll();
+    assert!(r.lane.post_fence(A, FENCE));
+    let slipping = r.devices[0].clone();
+    let number = slipping.lock().unwrap().numbers()[0];
+    slipping.lock().unwrap().slip(number);
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !r.events.contains(&LaneEvent::Again { attempt: A, chunk: 0 }) {
+        r.carry_out(|_| ());
+        r.poll();
+        assert!(Instant::now() < limit, "{:?}", r.events);
+    }
+    assert!(!r.events.iter().any(|e| matches!(e, LaneEvent::Fence { .. })));
+    assert_eq!(r.post(A, 0..16), 16);
+    r.carry_out(|_| ());
+    r.poll();
+    let word = r.nonce.get();
+    assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
+}
+
+#[test]
+fn a_full_queue_refuses_anywhere_and_every_read_is_done_once() {
+    for at in 0..16 {
+        for error in [libc::ENOMEM] {
+            let mut r = Rig::simple();
+            r.device().refuse = Some((at, error));
+            assert_eq!(r.post(A, 0..16), 16, "accepted, whatever the device does with it now");
+            assert_eq!(r.device().in_flight(), at);
+            for _ in 0..40 {
+                r.carry_out(|_| ());
+                r.poll();
+            }
+            assert_eq!(r.done(), 16, "refused at {at}");
+            r.check(0..16);
+            r.lane.stop(A);
+            r.poll();
+            assert_eq!(r.quiet(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_device_that_refuses_for_good_takes_the_lane_down_and_leaves_nothing_in_flight() {
+    for mute in [false, true] {
+        for at in 0..8 {
+            let mut r = Rig::simple();
+            r.device().mute = mute;
+            r.device().refuse = Some((at, libc::EINVAL));
+            assert_eq!(r.post(A, 0..8), 8);
+            r.until(|e| matches!(e, LaneEvent::Down { .. }));
+            assert_eq!(r.quiet(), 1);
+            assert_eq!(r.done(), 0);
+            assert!(r.events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }));
+        }
+    }
+}
+
+#[test]
+fn a_flush_storm_full_of_rubbish_fails_what_failed_and_nothing_else() {
+    for rubbish in [0, u32::MAX, 0xdead_beef] {
+        for good in 0..16 {
+            let mut r = Rig::simple();
+            r.device().rubbish = rubbish;
+            assert_eq!(r.post(A, 0..16), 16);
+            let n = r.device().numbers()[0];
+            // Completions that belong to nothing: other ids, other pairs, failures among them.
+            for (id, number) in [(u64::MAX, n), (1 << 56, n), (16, n), (3, n + 1), (u64::from(rubbish), n + 7)] {
+                r.device().forge(id, rubbish & 7, number);
+            }
+            r.device().complete(n, good);
+            r.device().fail(n, 12);
+            r.until(|e| matches!(e, LaneEvent::Down { .. }));
+            assert_eq!(r.done() as usize, good, "what completed before the failure did so without a report of its own");
+            assert!(r.events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::Unreachable }));
+            assert_eq!(r.events.iter().filter(|e| matches!(e, LaneEvent::Failed { .. })).count(), 1);
+            assert_eq!(r.quiet(), 1);
+            r.check(0..good as u64);
+        }
+    }
+}
+
+#[test]
+fn queue_pairs_may_complete_in_any_order() {
+    for turn in [|_: &mut Vec<u32>| (), |n: &mut Vec<u32>| n.reverse(), |n: &mut Vec<u32>| n.rotate_left(2)] {
+        let mut r = Rig::new(1, VerbsConfig { queue_pairs: 4, depth: 8, signal_every: 3, ..VerbsConfig::default() });
+        let mut from = 0;
+        while from < 200 {
+            from += r.post(A, from..200) as u64;
+            r.carry_out(turn);
+            r.poll();
+        }
+        r.carry_out(turn);
+        r.poll();
+        assert_eq!(r.done(), 200);
+        r.check(0..200);
+    }
+}
+
+#[test]
+fn a_stopped_attempt_is_quiet_only_when_nothing_of_it_is_in_flight() {
+    let mut r = Rig::simple();
+    let b = Attempt(2);
+    r.lane.begin(b, Grant { slot: 3, nonce: r.nonce });
+    assert_eq!(r.post(A, 0..8), 8);
+    assert_eq!(r.post(b, 8..12), 4);
+    r.lane.stop(A);
+    assert_eq!(r.post(A, 12..16), 4, "taken, and forgotten");
+    assert_eq!(r.device().in_flight(), 12);
+    assert_eq!(r.poll(), []);
+    let n = r.device().numbers()[0];
+    r.device().complete(n, 7);
+    assert_eq!(r.poll(), []);
+    r.device().complete(n, 1);
+    assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
+    r.device().complete(n, 4);
+    assert_eq!(r.poll(), [LaneEvent::Done { attempt: b, chunk: 0, reads: 4 }]);
+}
+
+#[test]
+fn completions_that_come_after_the_end_change_nothing() {
+    let mut r = Rig::simple();
+    assert_eq!(r.post(A, 0..8), 8);
+    let n = r.device().numbers()[0];
+    let ids: Vec<u64> = r.device().pairs[&n].ops.iter().map(|o| o.wr_id).collect();
+    r.lane.kill();
+    // Still in the queue when the lane looks: flushed ones, and then the same again as if they had succeeded.
+    for &id in &ids {
+        r.device().forge(id, 0, n);
+    }
+    r.until(|e| matches!(e, LaneEvent::Down { .. }));
+    assert_eq!((r.done(), r.quiet()), (0, 1));
+    let before = r.events.len();
+    for _ in 0..10 {
+        r.poll();
+    }
+    assert_eq!(r.events.len(), before);
+    assert!(matches!(r.lane.arm(), Ok(None)));
+}
+
+#[test]
+fn pairs_that_do_not_flush_are_destroyed() {
+    let mut r = Rig::simple();
+    assert_eq!(r.post(A, 0..8), 8);
+    r.device().no_flush = true;
+    let before = COUNTERS.destroyed.load(std::sync::atomic::Ordering::Relaxed);
+    r.lane.kill();
+    assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }]);
+    r.until(|e| matches!(e, LaneEvent::Quiet { .. }));
+    assert_eq!(r.device().destroyed, 1);
+    assert!(COUNTERS.destroyed.load(std::sync::atomic::Ordering::Relaxed) > before);
+}
+
+#[test]
+fn pairs_that_cannot_be_destroyed_take_their_device_along_or_wedge() {
+    for close in [0, libc::EBUSY] {
+        let mut r = Rig::simple();
+        // Only the lane holds the device from here on.
+        r._rails = Rails::of(&LIBRARY, &VerbsConfig::default(), r.here.clone(), Role::Reader, Vec::new()).unwrap();
+        assert_eq!(r.post(A, 0..8), 8);
+        {
+            let mut d = r.device();
+            (d.no_flush, d.destroy, d.close) = (true, libc::EBUSY, close);
+        }
+        r.lane.kill();
+        if close == 0 {
+            r.until(|e| matches!(e, LaneEvent::Quiet { .. }));
+            assert_eq!(r.device().closed, 1);
+        } else {
+            r.until(|e| matches!(e, LaneEvent::Wedged));
+            for _ in 0..10 {
+                r.poll();
+            }
+            assert_eq!(r.quiet(), 0, "what may be written for ever is never quiet");
+        }
+    }
+}
+
+#[test]
+fn a_removed_device_has_destroyed_everything_by_itself() {
+    let mut r = Rig::simple();
+    assert_eq!(r.post(A, 0..8), 8);
+    {
+        let mut d = r.device();
+        (d.no_flush, d.destroy) = (true, libc::EIO);
+    }
+    r.lane.kill();
+    r.until(|e| matches!(e, LaneEvent::Quiet { .. }));
+}
+
+#[test]
+fn a_device_that_loses_requests_is_not_waited_for() {
+    let mut r = Rig::new(1, VerbsConfig { timeout: 1, retry: 0, ..VerbsConfig::default() });
+    assert_eq!(r.post(A, 0..8), 8);
+    r.until(|e| matches!(e, LaneEvent::Down { cause: Cause::Unreachable }));
+    assert_eq!(r.quiet(), 1);
+}
+
+#[test]
+fn what_one_rail_loses_goes_over_the_other_and_not_before_the_first_is_quiet() {
+    let config = VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 8, ..VerbsConfig::default() };
+    let mut r = Rig::new(2, config);
+    assert_eq!(r.post(A, 0..40), 40);
+    let (lost, other) = (r.devices[0].clone(), r.devices[1].clone());
+    assert_eq!((lost.lock().unwrap().in_flight(), other.lock().unwrap().in_flight()), (20, 20));
+    {
+        let mut d = lost.lock().unwrap();
+        let n = d.numbers()[0];
+        d.complete(n, 5);
+        // The failing request alone: the flush comes later.
+        d.no_flush = true;
+        let rest = d.pairs.get_mut(&n).unwrap().ops.split_off(1);
+        d.fail(n, 12);
+        d.pairs.get_mut(&n).unwrap().ops = rest;
+    }
+    r.poll();
+    assert_eq!(other.lock().unwrap().in_flight(), 20, "nothing moves over while the lost rail may still write");
+    let limit = Instant::now() + Duration::from_secs(20);
+    while other.lock().unwrap().in_flight() == 20 {
+        r.poll();
+        assert!(Instant::now() < limit, "{:?}", r.events);
+    }
+    assert_eq!(lost.lock().unwrap().destroyed, 1, "it did not flush, so it was destroyed first");
+    while r.done() < 40 {
+        let mut d = other.lock().unwrap();
+        for n in d.numbers() {
+            d.complete(n, 100);
+        }
+        drop(d);
+        r.poll();
+        assert!(Instant::now() < limit, "{:?}", r.events);
+    }
+    r.check(0..40);
+    assert_eq!(r.lane.rails().collect::<Vec<_>>(), ["reader1:1"]);
+    // Five of the chunk's reads came over the rail that has failed since.
+    assert_eq!(r.fence(), LaneEvent::Again { attempt: A, chunk: 0 });
+    let mut from = 0;
+    while from < 40 {
+        from += r.post(A, from..40) as u64;
+        r.carry_out(|_| ());
+        r.poll();
+    }
+    let word = r.nonce.get();
+    assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
+    assert!(!r.events.iter().any(|e| matches!(e, LaneEvent::Failed { .. } | LaneEvent::Down { .. })));
+}
+
+#[test]
+fn a_read_that_leaves_its_memory_fails_its_attempt_and_is_never_posted() {
+    let bad: [fn(&mut Read); 6] = [
+        |r| r.src_offset = BLOCK * BLOCKS,
+        |r| r.src_offset = u64::MAX,
+        |r| r.dst_offset = u64::MAX - 3,
+        |r| r.len = 0,
+        |r| r.src_segment = 1,
+        |r| r.dst_segment = 1,
+    ];
+    for f in bad {
+        let mut r = Rig::simple();
+        let mut read = read(1);
+        f(&mut read);
+        assert_eq!(r.lane.post(A, &[read], true), 1);
+        assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::BadOffer }]);
+        assert_eq!(r.device().in_flight(), 0);
+        assert!(r.lane.post_fence(A, FENCE) && r.device().in_flight() == 0);
+        r.lane.stop(A);
+        assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
+    }
+    let mut r = Rig::simple();
+    assert!(r.lane.post_fence(A, FenceSlot { chunk: 0, slot: 8 }));
+    assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::BadOffer }]);
+}
+
+#[test]
+fn an_idle_lane_sleeps_and_a_completion_wakes_it() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    // Arms the lane, lets something happen, and tells whether that woke it.
+    let woken = |r: &mut Rig, what: &dyn Fn(), ms: i64| {
+        let fd = r.lane.arm().unwrap().unwrap();
+        what();
+        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 })).unwrap() == 1
+    };
+    let mut r = Rig::simple();
+    let device = r.devices[0].clone();
+    let carry_out = || {
+        let mut d = device.lock().unwrap();
+        let n = d.numbers()[0];
+        d.complete(n, 4);
+    };
+    assert!(!woken(&mut r, &|| (), 10));
+    assert_eq!(r.post(A, 0..4), 4);
+    assert!(!woken(&mut r, &|| (), 10));
+    assert!(woken(&mut r, &carry_out, 1000));
+    assert_eq!(r.poll(), [LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }]);
+    assert!(!woken(&mut r, &|| (), 10), "woken once");
+    // One that came before the queue was armed.
+    assert_eq!(r.post(A, 4..8), 4);
+    r.carry_out(|_| ());
+    assert_eq!(r.lane.arm().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(r.poll(), [LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }]);
+}
+
+#[test]
+fn a_lane_that_is_dropped_in_the_middle_is_taken_down_first() {
+    let mut r = Rig::simple();
+    assert_eq!(r.post(A, 0..8), 8);
+    let device = r.devices[0].clone();
+    let keep = (r.here.clone(), r.there.clone());
+    drop(r);
+    let limit = Instant::now() + Duration::from_secs(20);
+    while device.lock().unwrap().destroyed == 0 {
+        assert!(Instant::now() < limit);
+        std::thread::yield_now();
+    }
+    drop(keep);
+}
+
+#[test]
+fn a_dismissed_lane_has_no_queue_pairs_any_more() {
+    let r = Rig::simple();
+    assert_eq!(r.server.lanes_served(), 1);
+    r.server.dismiss(9);
+    r.server.dismiss(9);
+    assert_eq!(r.server.lanes_served(), 0);
+}

@@ -1,0 +1,233 @@
+//! Bad days, one for each way that verbs fail. Whatever happens, the pull is decided by its deadline, ends when nothing can
+//! be written any more, and what is loaded is exact; and the next pull works.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use kvferry::{consumer::Ended, error::Cause, lane::LaneKind};
+use rustix::process::Signal;
+
+use crate::{
+    rig::{Producer, SOON, Say, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded},
+    wires::{all_up, config, ends, ip, objects, run, settled, spec, tc, wires},
+};
+
+/// Emulated CPUs may look at the clock late.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// A pull of 16 MiB at a pace that leaves time to break it, broken when a third is there.
+fn broken(
+    deadline: Duration,
+    rails: usize,
+    hurt: impl FnOnce(&mut Producer),
+    heal: impl FnOnce(&mut Producer),
+) -> (Ended, Duration) {
+    all_up();
+    let before = objects();
+    let spec = spec(rails, 256, 1, 64 << 10);
+    let (mut producer, consumer) = ends(rails, &spec, Some("8M"));
+    let offer = producer.offer_all();
+    let started = Instant::now();
+    let pull = consumer.pull(pull_all(&offer, LaneKind::Verbs, deadline)).unwrap();
+    wait_until_loaded(&consumer, pull, 0.3);
+    hurt(&mut producer);
+    let at = started.elapsed();
+    let end = consumer.wait(deadline + SOON).expect("it ends");
+    let t = end.outcome.times;
+    println!(
+        "hurt at {at:?}: decided {:?}, ended {:?}, {} of 256 loaded, {:?}",
+        t.decided.unwrap(),
+        t.ended.unwrap(),
+        end.outcome.loaded(),
+        end.outcome.cause()
+    );
+    assert!(t.decided.unwrap() <= deadline + SLACK);
+    assert!(t.ended.unwrap() >= t.decided.unwrap());
+    assert!(end.outcome.loaded() >= 256 / 4, "what was there stays there");
+    assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), end.outcome.loaded());
+    // What is said to be quiet stays as it is, whatever still goes on below.
+    heal(&mut producer);
+    all_up();
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+    // The next pull, by the same consumer, from a healthy peer.
+    let mut other = Producer::start(&spec);
+    let offer = other.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
+    let next = ended(&consumer);
+    assert!(next.outcome.complete(), "the next pull: {:?}", next.outcome.cause());
+    assert_loaded_is_exact(&next, &consumer, &spec, other.seed);
+    drop(consumer);
+    producer.kill();
+    other.kill();
+    settled(before);
+    (end, at)
+}
+
+const DEADLINE: Duration = Duration::from_secs(8);
+
+#[test]
+fn a_killed_peer() {
+    if wires(1) {
+        let (end, _) = broken(DEADLINE, 1, |p| p.kill(), |_| ());
+        assert!(end.outcome.invalid() > 0);
+    }
+}
+
+#[test]
+fn a_stopped_peer_is_read_on_and_its_data_stays_valid_while_the_fence_holds() {
+    if wires(1) {
+        let (end, _) = broken(DEADLINE, 1, |p| p.signal(Signal::STOP), |p| p.signal(Signal::CONT));
+        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+    }
+}
+
+#[test]
+fn the_own_link_down_and_up_again() {
+    if wires(1) {
+        let (end, _) = broken(DEADLINE, 1, |_| ip("link set a1 down"), |_| ip("link set a1 up"));
+        assert!(end.outcome.invalid() > 0);
+    }
+}
+
+#[test]
+fn the_peers_link_down_and_up_again() {
+    if wires(1) {
+        let (end, _) = broken(DEADLINE, 1, |_| ip("link set b1 down"), |_| ip("link set b1 up"));
+        assert!(end.outcome.invalid() > 0);
+    }
+}
+
+#[test]
+fn every_packet_lost() {
+    if wires(1) {
+        let hurt = |_: &mut Producer| tc("qdisc add dev a1 root netem loss 100%");
+        let (end, _) = broken(DEADLINE, 1, hurt, |_| tc("qdisc del dev a1 root"));
+        assert!(end.outcome.invalid() > 0);
+    }
+}
+
+#[test]
+fn a_blip_that_swallows_completions() {
+    if wires(1) {
+        let blip = |_: &mut Producer| {
+            ip("link set b1 down");
+            std::thread::sleep(Duration::from_millis(300));
+            ip("link set b1 up");
+        };
+        let (end, _) = broken(Duration::from_secs(15), 1, blip, |_| ());
+        assert!(end.outcome.complete(), "there was time to try again: {:?}", end.outcome.cause());
+    }
+}
+
+/// soft-RoCE takes a device away only once nobody has it open any more, and says nothing to those who have: the removal
+/// waits for them. So the pull goes on, and what is to be seen is that a consumer that goes lets go of the device.
+#[test]
+fn the_own_device_removed_in_the_middle_of_a_pull_is_let_go_of() {
+    if !wires(2) {
+        return;
+    }
+    all_up();
+    let before = objects();
+    let spec = spec(1, 256, 1, 64 << 10);
+    let (mut producer, consumer) = ends(1, &spec, Some("8M"));
+    let offer = producer.offer_all();
+    let pull = consumer.pull(pull_all(&offer, LaneKind::Verbs, DEADLINE)).unwrap();
+    wait_until_loaded(&consumer, pull, 0.3);
+    let mut removal = Command::new("rdma").args(["link", "del", "rxa1"]).spawn().unwrap();
+    let end = consumer.wait(DEADLINE + SOON).expect("it ends");
+    assert!(end.outcome.times.decided.unwrap() <= DEADLINE + SLACK);
+    assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), end.outcome.loaded());
+    drop(consumer);
+    let until = Instant::now() + SOON;
+    while removal.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < until, "the device is still held: {:?}", objects());
+        std::thread::yield_now();
+    }
+    run("rdma", "link add rxa1 type rxe netdev a1");
+    all_up();
+    let consumer = crate::rig::consumer(&spec, config(1, None));
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
+    let next = ended(&consumer);
+    assert!(next.outcome.complete(), "the next pull: {:?}", next.outcome.cause());
+    assert_loaded_is_exact(&next, &consumer, &spec, producer.seed);
+    drop(consumer);
+    producer.kill();
+    settled(before);
+}
+
+#[test]
+fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
+    if !wires(1) {
+        return;
+    }
+    let spec = spec(1, 256, 1, 64 << 10);
+    let (mut producer, consumer) = ends(1, &spec, Some("8M"));
+    for _ in 0..3 {
+        let offer = producer.offer_all();
+        let pull = consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
+        wait_until_loaded(&consumer, pull, 0.2);
+        // Its blocks are overwritten at once.
+        producer.say(&Say::Revoke(offer.id));
+        let end = ended(&consumer);
+        assert!(matches!(end.outcome.cause(), Some(Cause::Stale | Cause::Revoked)), "{:?}", end.outcome.cause());
+        // The pattern of what was loaded is the one from before.
+        assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), end.outcome.loaded());
+        drop(producer);
+        producer = Producer::start(&spec);
+    }
+}
+
+#[test]
+fn one_of_two_rails_cut_costs_nothing_but_time() {
+    if wires(2) {
+        let (end, at) = broken(Duration::from_secs(30), 2, |_| ip("link set a1 down"), |_| ip("link set a1 up"));
+        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+        println!("failed over and done {:?} after the cut", end.outcome.times.data.unwrap() - at);
+        let hurt = |_: &mut Producer| tc("qdisc add dev b2 root netem loss 100%");
+        let (end, at) = broken(Duration::from_secs(30), 2, hurt, |_| tc("qdisc del dev b2 root"));
+        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+        println!("failed over and done {:?} after the loss", end.outcome.times.data.unwrap() - at);
+    }
+}
+
+#[test]
+fn both_rails_cut_leave_the_prefix() {
+    if wires(2) {
+        let cut = |_: &mut Producer| {
+            ip("link set a1 down");
+            ip("link set b2 down");
+        };
+        let mend = |_: &mut Producer| {
+            ip("link set a1 up");
+            ip("link set b2 up");
+        };
+        let (end, _) = broken(DEADLINE, 2, cut, mend);
+        let g = &end.outcome.groups[0];
+        assert!(end.outcome.invalid() > 0 && g.loaded.contains(0));
+    }
+}
+
+#[test]
+fn a_peer_that_fails_leaves_other_peers_pulls_alone() {
+    if !wires(1) {
+        return;
+    }
+    let spec = spec(1, 128, 1, 64 << 10);
+    let (mut one, mut two) = (Producer::start(&spec), Producer::start(&spec));
+    let consumers = [consumer(&spec, config(1, Some("4M"))), consumer(&spec, config(1, Some("4M")))];
+    let offers = [one.offer_all(), two.offer_all()];
+    let mut pulls = Vec::new();
+    for (c, o) in consumers.iter().zip(&offers) {
+        pulls.push(c.pull(pull_all(o, LaneKind::Verbs, SOON)).unwrap());
+    }
+    wait_until_loaded(&consumers[0], pulls[0], 0.2);
+    one.kill();
+    let bad = ended(&consumers[0]);
+    let good = ended(&consumers[1]);
+    assert!(!bad.outcome.complete());
+    assert!(good.outcome.complete(), "{:?}", good.outcome.cause());
+    assert_loaded_is_exact(&good, &consumers[1], &spec, two.seed);
+}

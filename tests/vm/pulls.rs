@@ -1,0 +1,101 @@
+//! Pulls that go well.
+
+use kvferry::lane::LaneKind;
+use std::time::Duration;
+
+use crate::{
+    rig::{Producer, assert_loaded_is_exact, consumer, ended, pull_all},
+    wires::{Loss, config, ends, objects, settled, spec, wires},
+};
+
+/// Emulated CPUs are slow; no test here is about speed.
+const LONG: Duration = Duration::from_secs(100);
+
+fn exact(rails: usize, blocks: u32, regions: u32, block_size: u64) {
+    let before = objects();
+    let spec = spec(rails, blocks, regions, block_size);
+    let (mut producer, consumer) = ends(rails, &spec, None);
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Verbs, LONG)).unwrap();
+    let end = consumer.wait(LONG).expect("it ends");
+    assert!(end.outcome.complete(), "{:?} {:?}", end.outcome.cause(), end.outcome.times);
+    assert!(end.outcome.lanes.iter().all(|l| *l == LaneKind::Verbs), "{:?}", end.outcome.lanes);
+    assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), u64::from(blocks));
+    let took = end.outcome.times.data.unwrap();
+    let bytes = u64::from(blocks) * spec.block_bytes();
+    println!(
+        "{rails} rails, {block_size} byte blocks: {} MiB in {took:?}, {:.1} MB/s",
+        bytes >> 20,
+        bytes as f64 / took.as_secs_f64() / 1e6
+    );
+    drop(consumer);
+    producer.kill();
+    settled(before);
+}
+
+#[test]
+fn scattered_blocks_of_every_size_arrive_exact_over_one_and_two_rails() {
+    if !wires(2) {
+        return;
+    }
+    for rails in [1, 2] {
+        for size in [4 << 10, 64 << 10, 1 << 20] {
+            exact(rails, ((32u64 << 20) / size) as u32, 1, size);
+        }
+    }
+}
+
+#[test]
+fn a_quarter_of_a_gigabyte_arrives_exact() {
+    if wires(2) {
+        exact(1, 1024, 4, 64 << 10);
+        exact(2, 1024, 4, 64 << 10);
+    }
+}
+
+#[test]
+fn one_lost_packet_in_a_hundred_costs_time_and_no_block() {
+    if !wires(1) {
+        return;
+    }
+    let _lossy = ["a1", "b1"].map(|end| Loss::on(end, 1));
+    exact(1, 128, 1, 64 << 10);
+}
+
+#[test]
+fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
+    if !wires(1) {
+        return;
+    }
+    let spec = spec(1, 64, 1, 16 << 10);
+    let before = objects();
+    let consumer = consumer(&spec, config(1, None));
+    let mut with_consumer = None;
+    let mut addr = None;
+    for round in 0..20 {
+        let listen = addr.clone().unwrap_or_else(|| spec.listen.clone());
+        let spec = crate::rig::Spec { listen, ..spec.clone() };
+        let mut producer = Producer::start(&spec);
+        addr = Some(producer.addr.clone());
+        let offer = producer.offer_all();
+        consumer.pull(pull_all(&offer, LaneKind::Verbs, LONG)).unwrap();
+        let end = consumer.wait(LONG).expect("it ends");
+        assert!(end.outcome.complete(), "round {round}: {:?}", end.outcome.cause());
+        assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+        // Killed in the middle of another one.
+        let offer = producer.offer_all();
+        consumer.pull(pull_all(&offer, LaneKind::Verbs, Duration::from_secs(4))).unwrap();
+        producer.kill();
+        let end = ended(&consumer);
+        assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+        let now = objects();
+        match with_consumer {
+            None => with_consumer = Some(now),
+            Some(first) => {
+                assert!(now.qp <= first.qp + 2 && now.mr <= first.mr + 1, "round {round}: {now:?}, {first:?}")
+            }
+        }
+    }
+    drop(consumer);
+    settled(before);
+}

@@ -1,0 +1,208 @@
+//! The lane by itself, both ends in this process: keys that do not fit, and queue pairs that go away.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kvferry::{
+    block::{Incarnation, Nonce},
+    config::{Limits, VerbsConfig},
+    error::Cause,
+    group::PoolLayout,
+    lane::{
+        Attempt, FenceSlot, Grant, Lane, LaneEvent,
+        verbs::{Opening, Rails, Role, Server, VerbsLane, VerbsTicket},
+    },
+    memory::{Export, FenceWords, Memory},
+    plan::Read,
+};
+
+use crate::{
+    rig::SOON,
+    wires::{objects, settled, wires},
+};
+
+const BLOCK: u64 = 64 << 10;
+const BLOCKS: u32 = 64;
+const A: Attempt = Attempt(1);
+
+struct Both {
+    lane: VerbsLane,
+    server: Server,
+    memory: Memory,
+    words: Arc<FenceWords>,
+    nonce: Nonce,
+}
+
+fn both(twist: impl FnOnce(&mut VerbsTicket)) -> Both {
+    let layout = Arc::new(PoolLayout::uniform(BLOCKS, 1, BLOCK, 16));
+    let (here, there) = (Memory::alloc(&layout.segments).unwrap(), Memory::alloc(&layout.segments).unwrap());
+    for b in 0..u64::from(BLOCKS) {
+        there.write_from(0, b * BLOCK, &vec![b as u8 + 1; BLOCK as usize]).unwrap();
+    }
+    let words = Arc::new(FenceWords::new(16).unwrap());
+    let nonce = Nonce::random();
+    words.set(5, nonce);
+    let export = Export::new(layout.clone(), there, words.clone());
+    let on = |rail: &str| VerbsConfig { rails: vec![rail.into()], ..VerbsConfig::default() };
+    let incarnation = Incarnation::random();
+    let server = Server::start(&export, incarnation, &on("rxb1"), &Limits::default()).unwrap();
+    let rails = Rails::open(&on("rxa1"), here.clone(), Role::Reader).unwrap();
+    let until = Instant::now() + SOON;
+    let (opening, mut ticket) = loop {
+        let made = Opening::new(&rails, None).and_then(|o| Ok((server.admit(1, o.request())?, o)));
+        match made {
+            Ok((ticket, opening)) => break (opening, ticket),
+            Err(e) => assert!(Instant::now() < until, "{e}"),
+        }
+        std::thread::yield_now();
+    };
+    twist(&mut ticket);
+    let mut lane = opening.finish(&ticket, layout, incarnation).unwrap();
+    lane.begin(A, Grant { slot: 5, nonce });
+    Both { lane, server, memory: here, words, nonce }
+}
+
+fn reads(blocks: std::ops::Range<u64>) -> Vec<Read> {
+    let read = |b: u64| Read {
+        src_offset: b * BLOCK,
+        dst_offset: (u64::from(BLOCKS) - 1 - b) * BLOCK,
+        len: BLOCK,
+        piece: BLOCK,
+        within: 0,
+        chunk: 0,
+        position: b as u32,
+        blocks: 1,
+        group: kvferry::block::GroupId(0),
+        region: 0,
+        src_segment: 0,
+        dst_segment: 0,
+    };
+    blocks.map(read).collect()
+}
+
+/// Polls, asleep in between, until an event satisfies `f`.
+fn until(lane: &mut VerbsLane, events: &mut Vec<LaneEvent>, f: impl Fn(&[LaneEvent]) -> bool) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let limit = Instant::now() + SOON;
+    while !f(events) {
+        assert!(Instant::now() < limit, "{events:?}");
+        lane.poll(events);
+        if let Ok(Some(fd)) = lane.arm() {
+            let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 1, tv_nsec: 0 }));
+        }
+    }
+}
+
+fn done(events: &[LaneEvent]) -> u32 {
+    events.iter().map(|e| if let LaneEvent::Done { reads, .. } = e { *reads } else { 0 }).sum()
+}
+
+fn down(events: &[LaneEvent]) -> bool {
+    events.iter().any(|e| matches!(e, LaneEvent::Down { .. }))
+}
+
+#[test]
+fn reads_land_and_the_fence_tells_a_revoked_offer() {
+    if !wires(1) {
+        return;
+    }
+    let before = objects();
+    let mut b = both(|_| ());
+    let mut events = Vec::new();
+    assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS)), true), BLOCKS as usize);
+    until(&mut b.lane, &mut events, |e| done(e) == BLOCKS);
+    for block in 0..u64::from(BLOCKS) {
+        let mut got = vec![0; BLOCK as usize];
+        b.memory.read_into(0, (u64::from(BLOCKS) - 1 - block) * BLOCK, &mut got).unwrap();
+        assert!(got.iter().all(|&x| x == block as u8 + 1), "block {block}");
+    }
+    let fence = FenceSlot { chunk: 0, slot: 5 };
+    assert!(b.lane.post_fence(A, fence));
+    let word = b.nonce.get();
+    until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Fence { attempt: A, chunk: 0, word }));
+    b.words.clear(5);
+    assert!(b.lane.post_fence(A, fence));
+    until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Fence { attempt: A, chunk: 0, word: 0 }));
+    b.lane.stop(A);
+    until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Quiet { attempt: A }));
+    drop(b);
+    settled(before);
+}
+
+#[test]
+fn keys_and_addresses_that_are_not_the_peers_fail_the_lane() {
+    if !wires(1) {
+        return;
+    }
+    let before = objects();
+    let twists: [fn(&mut VerbsTicket); 3] = [
+        |t| t.rails[0].segments[0].rkey ^= 0x55,
+        |t| t.rails[0].segments[0].address += u64::from(BLOCKS) * BLOCK,
+        |t| t.rails[0].segments[0].address -= BLOCK,
+    ];
+    for twist in twists {
+        let mut b = both(twist);
+        let mut events = Vec::new();
+        let started = Instant::now();
+        assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS)), true), BLOCKS as usize);
+        until(&mut b.lane, &mut events, down);
+        println!("down {:?} after {:?}", events.last(), started.elapsed());
+        assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }), "{events:?}");
+        assert_eq!(events.iter().filter(|e| matches!(e, LaneEvent::Quiet { .. })).count(), 1);
+    }
+    settled(before);
+}
+
+#[test]
+fn a_peer_that_destroys_its_queue_pairs_is_noticed() {
+    if !wires(1) {
+        return;
+    }
+    let before = objects();
+    let mut b = both(|_| ());
+    let mut events = Vec::new();
+    assert_eq!(b.lane.post(A, &reads(0..8), true), 8);
+    until(&mut b.lane, &mut events, |e| done(e) == 8);
+    b.server.dismiss(1);
+    let served = Instant::now() + SOON;
+    while objects().qp > before.qp + 2 {
+        assert!(Instant::now() < served);
+    }
+    let started = Instant::now();
+    assert_eq!(b.lane.post(A, &reads(8..40), true), 32);
+    until(&mut b.lane, &mut events, down);
+    println!("noticed after {:?}: {:?}", started.elapsed(), events.last());
+    assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::Unreachable }), "{events:?}");
+    assert_eq!(done(&events), 8);
+    drop(b);
+    settled(before);
+}
+
+#[test]
+fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_after() {
+    if !wires(1) {
+        return;
+    }
+    for _ in 0..5 {
+        let mut b = both(|_| ());
+        let mut events = Vec::new();
+        assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS)), true), BLOCKS as usize);
+        b.lane.kill();
+        until(&mut b.lane, &mut events, down);
+        assert_eq!(events.iter().filter(|e| matches!(e, LaneEvent::Quiet { .. })).count(), 1);
+        for block in 0..u64::from(BLOCKS) {
+            b.memory.write_from(0, block * BLOCK, &vec![0xAB; BLOCK as usize]).unwrap();
+        }
+        let later = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < later {
+            std::thread::yield_now();
+        }
+        let mut got = vec![0; BLOCK as usize];
+        for block in 0..u64::from(BLOCKS) {
+            b.memory.read_into(0, block * BLOCK, &mut got).unwrap();
+            assert!(got.iter().all(|&x| x == 0xAB), "block {block} was written after it was said to be quiet");
+        }
+    }
+}

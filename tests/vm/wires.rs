@@ -1,0 +1,133 @@
+//! The wires and what hangs on them: cutting, mending, and counting what the kernel has of verbs objects.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use kvferry::config::Config;
+
+use crate::rig::{Producer, SOON, Spec, consumer};
+
+/// Whether this is the virtual machine, and has so many wires.
+pub fn wires(n: usize) -> bool {
+    if std::env::var_os("KVFERRY_VM").is_none() {
+        eprintln!("skipped: not in the virtual machine; run tests/vm/run");
+        return false;
+    }
+    let there = (1..=n).all(|i| std::path::Path::new(&format!("/sys/class/infiniband/rxb{i}")).exists());
+    assert!(there, "the virtual machine has no {n} wires: set WIRES={n}");
+    true
+}
+
+pub fn run(program: &str, args: &str) -> String {
+    let out = Command::new(program).args(args.split_whitespace()).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(out.status.success(), "{program} {args}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+pub fn ip(args: &str) {
+    run("ip", args);
+}
+
+pub fn tc(args: &str) {
+    run("tc", args);
+}
+
+/// Packets of an interface that are lost, in per cent, until this is dropped.
+pub struct Loss(&'static str);
+
+impl Loss {
+    pub fn on(end: &'static str, percent: u32) -> Self {
+        tc(&format!("qdisc add dev {end} root netem loss {percent}% limit 10000"));
+        Self(end)
+    }
+}
+
+impl Drop for Loss {
+    fn drop(&mut self) {
+        let _ = Command::new("tc").args(["qdisc", "del", "dev", self.0, "root"]).status();
+    }
+}
+
+/// Waits until the ports of all wires are up.
+pub fn all_up() {
+    let until = Instant::now() + SOON;
+    let up = || {
+        let devices = std::fs::read_dir("/sys/class/infiniband").unwrap().flatten();
+        devices
+            .filter_map(|d| std::fs::read_to_string(d.path().join("ports/1/state")).ok())
+            .all(|s| s.contains("ACTIVE"))
+    };
+    while !up() {
+        assert!(Instant::now() < until, "a port stays down");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Verbs objects in the kernel, over all devices: queue pairs, completion queues, regions, domains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Objects {
+    pub qp: u32,
+    pub cq: u32,
+    pub mr: u32,
+    pub pd: u32,
+}
+
+pub fn objects() -> Objects {
+    let text = run("rdma", "resource show");
+    let sum = |kind: &str| {
+        let mut words = text.split_whitespace();
+        let mut n = 0;
+        while let Some(w) = words.next() {
+            if w == kind {
+                n += words.next().and_then(|w| w.parse::<u32>().ok()).unwrap_or(0);
+            }
+        }
+        n
+    };
+    Objects { qp: sum("qp"), cq: sum("cq"), mr: sum("mr"), pd: sum("pd") }
+}
+
+/// Waits until the kernel has these objects again.
+pub fn settled(want: Objects) {
+    let until = Instant::now() + SOON;
+    loop {
+        let have = objects();
+        if have == want {
+            return;
+        }
+        assert!(Instant::now() < until, "verbs objects leak: {have:?}, where {want:?} were before");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A producer on the far ends of the first `n` wires, and a consumer's settings for the near ones.
+pub fn spec(n: usize, blocks: u32, regions: u32, block_size: u64) -> Spec {
+    Spec {
+        blocks,
+        regions,
+        block_size,
+        local: false,
+        tcp: false,
+        engine_memory: true,
+        rails: (1..=n).map(|i| format!("rxb{i}")).collect(),
+        ..Spec::default()
+    }
+}
+
+pub fn config(n: usize, throttle: Option<&str>) -> Config {
+    let mut config = Config::default();
+    config.verbs.rails = (1..=n).map(|i| format!("rxa{i}")).collect();
+    // An emulated wire carries about 100 MB/s and drops what a device queues beyond its backlog: what is in flight must be
+    // little, or answers get lost until the queue pair gives up.
+    config.verbs.window = 1 << 20;
+    config.verbs.max_read = 128 << 10;
+    config.pull.faults = throttle.map(|t| format!("throttle={t}").parse().expect("faults"));
+    config
+}
+
+/// Both ends over `n` wires.
+pub fn ends(n: usize, spec: &Spec, throttle: Option<&str>) -> (Producer, kvferry::consumer::Consumer) {
+    (Producer::start(spec), consumer(spec, config(n, throttle)))
+}

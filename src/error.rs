@@ -108,6 +108,17 @@ pub enum PullError {
     Shutdown,
 }
 
+impl PullError {
+    /// The cause to report for the blocks that were wanted.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Offer(_) | Self::Plan(_) => Cause::BadOffer,
+            Self::BlockBusy { .. } | Self::TooManyPulls { .. } => Cause::Limit,
+            Self::Shutdown => Cause::Shutdown,
+        }
+    }
+}
+
 /// An offer that could not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -123,6 +123,12 @@ impl Offer {
         if let Some(r) = self.ranks.iter().find(|r| r.addr.is_empty() || r.addr.len() > Self::MAX_ADDR) {
             return bad(format!("rank {} has no address, or one of over {} bytes", r.rank, Self::MAX_ADDR));
         }
+        // Told at once, and not by a deadline that passes while nobody can be reached.
+        let reachable =
+            |a: &str| a.rsplit_once(':').is_some_and(|(h, p)| !h.is_empty() && p.parse::<u16>().is_ok_and(|p| p > 0));
+        if let Some(r) = self.ranks.iter().find(|r| !reachable(&r.addr)) {
+            return bad(format!("rank {} has the address {:?}, which is no HOST:PORT", r.rank, r.addr));
+        }
         if !self.groups.windows(2).all(|w| w[0].group < w[1].group) {
             return bad("groups do not ascend".into());
         }

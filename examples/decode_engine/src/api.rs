@@ -12,13 +12,22 @@ pub struct Ask {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     pub prompt: Prompt,
-    #[serde(default = "sixteen")]
+    #[serde(default = "sixteen", deserialize_with = "sixteen_if_null")]
     pub max_tokens: usize,
     #[serde(default)]
     pub stream: bool,
     /// Only greedy sampling is there: 0, or left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
+    /// These three as they are left out, or nothing: what they ask for is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop: Option<serde_json::Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<u32>,
+    #[serde(default)]
+    pub echo: bool,
     /// Go on past the token that ends an answer.
     #[serde(default)]
     pub ignore_eos: bool,
@@ -31,6 +40,28 @@ pub struct Ask {
 
 fn sixteen() -> usize {
     16
+}
+
+fn sixteen_if_null<'de, D: serde::Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
+    Ok(Option::deserialize(d)?.unwrap_or_else(sixteen))
+}
+
+impl Ask {
+    /// What it asks for that is not there, and would change the answer.
+    pub fn cannot(&self) -> Option<&'static str> {
+        let stop =
+            self.stop.as_ref().is_some_and(|s| s.as_str().is_none_or(|s| !s.is_empty()) && *s != serde_json::json!([]));
+        match self {
+            a if a.temperature.is_some_and(|t| t != 0.0) => {
+                Some("only greedy sampling is there: leave temperature out, or at 0")
+            }
+            a if a.n.is_some_and(|n| n != 1) => Some("there is one answer to a prompt: leave n out, or at 1"),
+            _ if stop => Some("stop is not there: leave it out"),
+            a if a.logprobs.is_some() => Some("logprobs are not there: leave them out"),
+            a if a.echo => Some("echo is not there: leave it out"),
+            _ => None,
+        }
+    }
 }
 
 /// Text, or tokens.
@@ -59,6 +90,10 @@ pub struct Transfer {
     /// What to pull.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offer: Option<Offer>,
+    /// A hash of the tokens that the offer is of. KV of another prompt would give wrong answers, to others too once the
+    /// prefix cache has it: without this hash, or with another, an offer is not used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
 }
 
 /// An answer, or a piece of one.

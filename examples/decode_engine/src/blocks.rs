@@ -13,6 +13,12 @@ use sha2::{Digest as _, Sha256};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Key([u8; 32]);
 
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
 impl Key {
     /// The key of the block of these tokens behind the one named by `self`; the first one's is behind the default.
     pub fn then(self, tokens: &[u32]) -> Self {

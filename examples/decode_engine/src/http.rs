@@ -25,6 +25,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
     api::{Answer, Ask, Choice, Problem, Prompt, Transfer, Usage},
+    blocks::Key,
     engine::{Handle, Status},
     request::{Event, Job, Refusal},
     text::Text,
@@ -35,17 +36,22 @@ pub struct Front {
     pub engine: Handle,
     pub text: Text,
     pub model: String,
-    pub registry: Registry,
+    pub registry: Arc<Registry>,
     asked: AtomicU64,
     /// Tells names of this process from those of others.
     salt: u64,
 }
 
 impl Front {
-    pub fn new(engine: Handle, text: Text, model: String, registry: Registry) -> Self {
+    pub fn new(engine: Handle, text: Text, model: String, registry: Arc<Registry>) -> Self {
         let salt = RandomState::new().hash_one(std::process::id());
         Self { engine, text, model, registry, asked: AtomicU64::new(1), salt }
     }
+}
+
+/// Names a prompt: see [`Transfer::prompt`].
+fn fingerprint(prompt: &[u32]) -> String {
+    Key::default().then(prompt).to_string()
 }
 
 type Shared = State<Arc<Front>>;
@@ -79,10 +85,14 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
     let bad = |why: String| refuse(Problem::new(400, "invalid_request_error", why));
     let Json(ask) = match ask {
         Ok(ask) => ask,
-        Err(e) => return bad(e.body_text()),
+        Err(e) => return refuse(Problem::new(e.status().as_u16(), "invalid_request_error", e.body_text())),
     };
-    if ask.temperature.is_some_and(|t| t != 0.0) {
-        return bad("only greedy sampling is there: leave temperature out, or at 0".into());
+    if let Some(why) = ask.cannot() {
+        return bad(why.into());
+    }
+    if let Some(other) = ask.model.as_ref().filter(|m| **m != front.model) {
+        let why = format!("there is no model {other:?} here: this is {:?}", front.model);
+        return refuse(Problem::new(404, "model_not_found", why));
     }
     let prompt = match ask.prompt {
         Prompt::Tokens(t) => t,
@@ -91,11 +101,15 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
             Err(e) => return bad(e.to_string()),
         },
     };
-    let transfer = ask.kv_transfer_params.unwrap_or_default();
+    let mut transfer = ask.kv_transfer_params.unwrap_or_default();
+    if transfer.offer.is_some() && transfer.prompt.as_deref() != Some(&fingerprint(&prompt)) {
+        tracing::warn!("an offer is not used: it is not for this prompt, or does not say for which");
+        transfer.offer = None;
+    }
     let number = front.asked.fetch_add(1, Ordering::Relaxed);
     let name = ask.request_id.unwrap_or_else(|| format!("cmpl-{:08x}-{number}", front.salt as u32));
     let (out, events) = unbounded_channel();
-    let prompt_tokens = prompt.len() as u64;
+    let (prompt_tokens, prompt_is) = (prompt.len() as u64, fingerprint(&prompt));
     let job = Job {
         name: name.clone(),
         prompt,
@@ -108,7 +122,7 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
     if !front.engine.submit(job) {
         return refuse(Problem::new(503, "engine_error", "the engine has ended"));
     }
-    let answer = Answers { front, name, events, prompt_tokens, tokens: Vec::new(), said: 0 };
+    let answer = Answers { front, name, events, prompt_tokens, prompt_is, tokens: Vec::new(), said: 0 };
     if ask.stream { answer.stream().await } else { answer.whole().await }
 }
 
@@ -118,6 +132,8 @@ struct Answers {
     name: String,
     events: UnboundedReceiver<Event>,
     prompt_tokens: u64,
+    /// See [`Transfer::prompt`].
+    prompt_is: String,
     tokens: Vec<u32>,
     /// Bytes of text that were given out.
     said: usize,
@@ -154,6 +170,7 @@ impl Answers {
             let transfer = |o: &kvferry::offer::Offer| Transfer {
                 do_remote_prefill: true,
                 offer: Some(o.clone()),
+                prompt: Some(self.prompt_is.clone()),
                 ..Transfer::default()
             };
             answer.kv_transfer_params = offer.as_deref().map(transfer);
@@ -247,9 +264,18 @@ async fn health(State(front): Shared) -> Response {
 }
 
 async fn metrics(State(front): Shared) -> Response {
-    let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &front.registry) {
-        Ok(()) => {
+    let registry = front.registry.clone();
+    let encode = move || {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).map(|()| text)
+    };
+    // Between steps, so that a scrape adds up. The numbers of an engine that has ended do not change any more.
+    let text = match front.engine.between_steps(encode.clone()).await {
+        Some(text) => text,
+        None => encode(),
+    };
+    match text {
+        Ok(text) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, kind)], text).into_response()
         }

@@ -46,15 +46,18 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', required = true)]
     pub decode: Vec<String>,
     /// Seconds that a prefill engine may take.
-    #[arg(long, default_value_t = 120.0)]
+    #[arg(long, default_value_t = 30.0)]
     pub prefill_timeout: f64,
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub exit_with_parent: bool,
 }
 
-/// A prefill engine that did not answer is left alone for this long: shorter than a restart takes, longer than a burst.
+/// An engine that did not answer is left alone for this long: shorter than a restart takes, longer than a burst. Twice as
+/// long each time that it does not answer again,
 const REST: Duration = Duration::from_millis(200);
+/// but no longer than this.
+const LONG_REST: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Way {
@@ -63,17 +66,31 @@ struct Way {
 
 struct Peer {
     url: String,
-    resting: Mutex<Option<Instant>>,
+    /// Since when it rests, and how long.
+    resting: Mutex<Option<(Instant, Duration)>>,
 }
 
 impl Peer {
+    fn resting(&self) -> std::sync::MutexGuard<'_, Option<(Instant, Duration)>> {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn rests(&self) -> bool {
-        let at = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        at.is_some_and(|at| at.elapsed() < REST)
+        self.resting().is_some_and(|(at, long)| at.elapsed() < long)
     }
 
     fn rest(&self) {
-        *self.resting.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        let mut resting = self.resting();
+        // Those that were on their way together count once.
+        if resting.is_some_and(|(at, long)| at.elapsed() < long) {
+            return;
+        }
+        let long = resting.map_or(REST, |(_, long)| (long * 2).min(LONG_REST));
+        *resting = Some((Instant::now(), long));
+    }
+
+    fn answered(&self) {
+        *self.resting() = None;
     }
 }
 
@@ -127,7 +144,7 @@ pub async fn run(args: Args) -> Result<()> {
 async fn complete(State(desk): State<Arc<Desk>>, ask: std::result::Result<Json<Ask>, JsonRejection>) -> Response {
     let Json(mut ask) = match ask {
         Ok(ask) => ask,
-        Err(e) => return refuse(Problem::new(400, "invalid_request_error", e.body_text())),
+        Err(e) => return refuse(Problem::new(e.status().as_u16(), "invalid_request_error", e.body_text())),
     };
     let turn = desk.next.fetch_add(1, Ordering::Relaxed);
     ask.kv_transfer_params = desk.prefill(&ask, turn).await;
@@ -159,7 +176,10 @@ impl Desk {
                 Err(e) => Err(e.to_string()),
             };
             match answer {
-                Ok(a) => return a.kv_transfer_params,
+                Ok(a) => {
+                    peer.answered();
+                    return a.kv_transfer_params;
+                }
                 Err(why) => {
                     tracing::warn!(peer = %peer.url, "a prefill engine did not answer: {why}");
                     self.retries.inc();
@@ -176,6 +196,18 @@ impl Desk {
         for i in 0..self.decode.len() {
             let peer = &self.decode[(turn + i) % self.decode.len()];
             match self.http.post(&peer.url).json(ask).send().await {
+                Ok(r) if r.status().is_server_error() => {
+                    let status = r.status();
+                    let body = r.bytes().await.unwrap_or_default();
+                    let said = serde_json::from_slice::<Problem>(&body).unwrap_or_default();
+                    // What became of the request is its client's to know; what became of the engine, ours.
+                    if said.error.kind != "engine_error" {
+                        return (status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
+                    }
+                    tracing::warn!(peer = %peer.url, "a decode engine cannot: {}", said.error.message);
+                    self.retries.inc();
+                    why = said.error.message;
+                }
                 Ok(r) => {
                     let status = r.status();
                     let kind = r.headers().get(header::CONTENT_TYPE).cloned();

@@ -5,8 +5,14 @@ use std::{io::Write as _, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use kvferry::{
-    config::Config, consumer::Consumer, lane::LaneKind, lane::fault::Faults, model::Model, plan::ChunkSize,
-    producer::Producer, scheduler::invalid::Policy,
+    config::{Config, OnWedge},
+    consumer::Consumer,
+    lane::LaneKind,
+    lane::fault::Faults,
+    model::Model,
+    plan::ChunkSize,
+    producer::Producer,
+    scheduler::invalid::Policy,
 };
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
@@ -77,7 +83,7 @@ pub struct Args {
     /// Tokens in a step, at most: longer prompts run in chunks.
     #[arg(long, default_value_t = 256)]
     pub budget: u64,
-    /// Requests that hold blocks, at most.
+    /// Requests that run at once, at most.
     #[arg(long, default_value_t = 64)]
     pub running: usize,
     /// What happens to requests whose KV does not arrive.
@@ -159,6 +165,8 @@ impl Args {
         let mut config = Config::default();
         config.lease.unclaimed = Duration::try_from_secs_f64(self.unclaimed).context("--unclaimed")?;
         config.pull.faults = self.fault.clone();
+        // A request whose blocks are withheld never ends. A process can be started again; that is what its supervisor is for.
+        config.pull.on_wedge = OnWedge::Exit;
         // A block or two of a small model, so that there is something to keep of a short prompt.
         config.pull.chunk = ChunkSize { min_bytes: 4 << 10, ..ChunkSize::default() };
         let lane = |l: &String| -> Result<LaneKind> {
@@ -179,6 +187,7 @@ impl Args {
             budget: self.budget.max(1),
             running: self.running.max(1),
             deadline: Duration::try_from_secs_f64(self.deadline).context("--deadline")?,
+            ..Settings::default()
         })
     }
 }
@@ -198,10 +207,17 @@ pub async fn run(args: Args) -> Result<()> {
     let link = link(args.role, &args.name, &model, &kv, &args.kv_listen, &args.config()?)?;
     let offers_at = link.producer.as_ref().map(|p| p.addr().to_owned()).unwrap_or_default();
     let name = model.config.name.clone();
+    let consumer = link.consumer.clone();
     let (engine, handle) = Engine::new(model, kv, args.settings()?, link)?;
     let mut registry = Registry::default();
     engine.register(&mut registry);
-    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+    let registry = Arc::new(registry);
+    let (over, mut ended) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        // Dropped when the engine ends, in whatever way.
+        let _over: tokio::sync::oneshot::Sender<()> = over;
+        engine.run();
+    })?;
     let front = Arc::new(Front::new(handle.clone(), text, name, registry));
     Ready { listen: listener.local_addr()?.to_string(), kv: offers_at, pid: std::process::id() }.say()?;
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -209,9 +225,18 @@ pub async fn run(args: Args) -> Result<()> {
         served = axum::serve(listener, http::routes(front)) => served?,
         _ = tokio::signal::ctrl_c() => {}
         _ = terminate.recv() => {}
+        // A front without an engine would only turn people away.
+        _ = &mut ended => anyhow::bail!("the engine has ended; see above"),
     }
     handle.stop();
-    // The consumer says goodbye when the engine lets go of it. If the thread panicked, that was printed already.
-    let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    let goodbye = move || {
+        // If it panicked, that was printed already.
+        let _ = thread.join();
+        // Peers get their blocks back at once, and not when a lease runs out.
+        if let Some(c) = consumer {
+            c.shutdown();
+        }
+    };
+    tokio::task::spawn_blocking(goodbye).await?;
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use decode_engine::{
-    api::{Ask, Prompt},
+    api::{Ask, Prompt, Transfer},
     client::{Client, Reply, Trouble},
     fleet::{Fleet, Plan, ask_all, hold, in_mid_pull, question},
     prompts::prompts,
@@ -70,20 +70,16 @@ async fn the_day(loads: &str) -> Result<()> {
     // It is back at its address, and served again.
     let victim = fleet.prefill[0].clone();
     tokio::task::spawn_blocking(move || hold(&victim).restart()).await??;
-    let text = &prompts(1, 1, 100, 200, 77)[0];
     tokio::time::timeout(LIMIT, async {
-        loop {
+        // The router lets an engine that was dead rest for a moment; a prompt of its own for each try.
+        for seed in 77.. {
+            let text = &prompts(1, 1, 100, 200, seed)[0];
             let r = client.ask(fleet.router.addr(), &question(text, 4)).await?;
             if r.usage.prompt_tokens_details.external > 0 {
-                return anyhow::Ok(());
-            }
-            // The router lets an engine that was dead rest for a moment; a prompt of its own for each try.
-            let text = &prompts(1, 1, 100, 200, std::process::id().into())[0];
-            let r = client.ask(fleet.router.addr(), &question(text, 4)).await?;
-            if r.usage.prompt_tokens_details.external > 0 {
-                return Ok(());
+                break;
             }
         }
+        anyhow::Ok(())
     })
     .await
     .context("the prefill engine is not used again")??;
@@ -138,10 +134,61 @@ async fn an_engine_speaks_http_as_clients_expect() -> Result<()> {
     for bad in [
         Ask { temperature: Some(0.7), ..ask.clone() },
         Ask { max_tokens: 0, ..ask.clone() },
+        Ask { max_tokens: usize::MAX, ..ask.clone() },
+        Ask { n: Some(2), ..ask.clone() },
+        Ask { stop: Some("sea".into()), ..ask.clone() },
         Ask { prompt: Prompt::Tokens(vec![9999]), ..ask.clone() },
     ] {
         let refused = client.ask(engine.addr(), &bad).await;
         ensure!(matches!(&refused, Err(Trouble::Said(p)) if p.error.code == 400), "{bad:?}: {refused:?}");
+    }
+    Ok(())
+}
+
+/// KV of another prompt would give wrong answers, and to others too once the prefix cache has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_offer_of_another_prompt_is_not_used() -> Result<()> {
+    let client = Client::new()?;
+    let texts = prompts(2, 2, 0, 200, 41);
+    let right = right(&client, &texts, 6).await?;
+    let fleet = Fleet::start(&plan())?;
+    let (prefill, decode) = (hold(&fleet.prefill[0]).addr().to_owned(), fleet.decode_addrs().remove(0));
+    let offering = Transfer { do_remote_decode: true, ..Transfer::default() };
+    let ask = Ask { kv_transfer_params: Some(offering), ..question(&texts[1], 1) };
+    let other = client.whole(&prefill, &ask).await?.kv_transfer_params.context("nothing was offered")?;
+    let unnamed = Transfer { prompt: None, ..other.clone() };
+    for transfer in [other.clone(), unnamed] {
+        let ask = Ask { kv_transfer_params: Some(transfer), ..question(&texts[0], 6) };
+        ensure!(client.whole(&decode, &ask).await?.choices[0].token_ids == right[0].tokens);
+        ensure!(client.ask(&decode, &question(&texts[0], 6)).await?.tokens == right[0].tokens, "the cache is poisoned");
+    }
+    // For its own prompt it is good.
+    let ask = Ask { kv_transfer_params: Some(other), ..question(&texts[1], 6) };
+    let answer = client.whole(&decode, &ask).await?;
+    ensure!(answer.choices[0].token_ids == right[1].tokens);
+    ensure!(answer.usage.context("no usage")?.prompt_tokens_details.external > 0);
+    fleet.settled(&client, LIMIT).await
+}
+
+/// A wedged lane may write its blocks at any time: they are never used again, and the request would wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_whose_lane_wedges_ends() -> Result<()> {
+    for loads in ["async", "sync"] {
+        let client = Client::new()?;
+        let mut plan = plan();
+        let fault = "silent@20K,wedge,lanes=1";
+        plan.decode_flags = flags(&["--lanes", "tcp", "--fault", fault, "--deadline", "2", "--loads", loads]);
+        let mut fleet = Fleet::start(&plan)?;
+        let text = &prompts(1, 1, 100, 200, 51)[0];
+        let answer = client.ask(fleet.router.addr(), &question(text, 4)).await;
+        ensure!(answer.is_err(), "{answer:?}");
+        tokio::time::timeout(LIMIT, async {
+            while fleet.decode[0].lives() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+        .context("it lives on")?;
     }
     Ok(())
 }

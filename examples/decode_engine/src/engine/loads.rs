@@ -1,6 +1,6 @@
 //! Pulls, and what follows from blocks that did not arrive.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::mpsc::RecvTimeoutError, time::Duration};
 
 use kvferry::{
     block::{Block, BlockId, GroupId},
@@ -42,14 +42,16 @@ impl Engine {
         self.counts.asked.inc_by(to - from);
         let wanted = LocalBlocks { group: GroupId(0), first_position: first as u32, blocks };
         let from_engine = offer.engine.clone();
-        let pull = match consumer.pull(Pull::new(offer, vec![wanted]).deadline(self.settings.deadline)) {
+        let pull = match consumer.pull(Pull::new(offer.clone(), vec![wanted]).deadline(self.settings.deadline)) {
             Ok(pull) => {
                 self.pulls.insert(pull, (r.id, from_engine));
                 Some(pull)
             }
             Err(e) => {
                 tracing::warn!(request = %r.job.name, "a pull could not be started: {e}");
-                self.refused.push((r.id, Cause::BadOffer));
+                // Its peer need not wait for a lease.
+                consumer.release(&offer);
+                self.refused.push((r.id, e.cause()));
                 None
             }
         };
@@ -89,10 +91,21 @@ impl Engine {
 
     /// Waits until every load of this step is quiet. The model runs next, on whatever has arrived.
     pub(super) fn wait_for_loads(&mut self) {
-        while self.ends.len() < self.pulls.len()
-            && let Ok(msg) = self.inbox.recv()
-        {
-            self.take_in(msg);
+        while self.ends.len() < self.pulls.len() {
+            match self.inbox.recv_timeout(Duration::from_millis(20)) {
+                Ok(msg) => self.take_in(msg),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            // Nobody is to be held up by a load that nobody wants. It still has to become quiet.
+            for (pull, (id, _)) in &self.pulls {
+                let unwanted = |r: &&Req| r.id == *id && r.job.out.is_closed();
+                if let Some(c) = &self.link.consumer
+                    && (self.stopping || self.running.iter().find(unwanted).is_some())
+                {
+                    c.cancel(*pull);
+                }
+            }
         }
     }
 

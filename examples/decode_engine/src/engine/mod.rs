@@ -57,8 +57,10 @@ pub struct Settings {
     pub sync_loads: bool,
     /// Tokens in a step, at most.
     pub budget: u64,
-    /// Requests that hold blocks, at most.
+    /// Requests that run, at most,
     pub running: usize,
+    /// and beside those requests that wait for their loads.
+    pub loading: usize,
     /// From the start of a pull to its decision.
     pub deadline: Duration,
 }
@@ -70,6 +72,7 @@ impl Default for Settings {
             sync_loads: false,
             budget: 256,
             running: 64,
+            loading: 256,
             deadline: Duration::from_secs(10),
         }
     }
@@ -81,6 +84,8 @@ enum Msg {
     Ended(Box<Ended>),
     Freed(Freed),
     Status(oneshot::Sender<Status>),
+    /// Runs between two steps, when nothing is half counted.
+    Between(Box<dyn FnOnce() + Send>),
     Stop,
 }
 
@@ -127,6 +132,17 @@ impl Handle {
     pub async fn status(&self) -> Option<Status> {
         let (tx, rx) = oneshot::channel();
         self.0.send(Msg::Status(tx)).ok()?;
+        rx.await.ok()
+    }
+
+    /// Has `f` run between two steps, when nothing is half counted; `None`: the engine has ended.
+    pub async fn between_steps<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let (tx, rx) = oneshot::channel();
+        let run = move || {
+            // Whoever asked may not be interested any more.
+            let _ = tx.send(f());
+        };
+        self.0.send(Msg::Between(Box::new(run))).ok()?;
         rx.await.ok()
     }
 
@@ -263,6 +279,7 @@ impl Engine {
                 // Whoever asked may not be interested any more.
                 let _ = tx.send(self.status());
             }
+            Msg::Between(f) => f(),
             Msg::Stop => self.stopping = true,
         }
     }
@@ -296,13 +313,14 @@ impl Engine {
     fn arrive(&mut self, job: Job) {
         let id = self.next;
         self.next += 1;
-        let longest = (job.prompt.len() + job.max_tokens).div_ceil(BLOCK);
+        let tokens = job.prompt.len().saturating_add(job.max_tokens);
+        let longest = tokens.div_ceil(BLOCK);
         let c = &self.model.config;
         let bad = if job.prompt.is_empty() || job.max_tokens == 0 {
             Some("a prompt of at least one token, and max_tokens of at least 1, are needed".into())
         } else if job.prompt.iter().any(|t| *t as usize >= c.vocab) {
             Some(format!("a token is not in the vocabulary of {}", c.vocab))
-        } else if job.prompt.len() + job.max_tokens > c.context || longest > self.blocks.len() {
+        } else if tokens > c.context || longest > self.blocks.len() {
             let room = c.context.min(self.blocks.len() * BLOCK);
             Some(format!(
                 "{} tokens of prompt and {} to generate: this engine has room for {room} in all",

@@ -126,7 +126,10 @@ impl Engine {
 
     /// Lets requests in for as long as there is room for all of their known tokens.
     pub(super) fn admit(&mut self, mut budget: u64) {
-        while self.running.len() < self.settings.running
+        // Whoever waits for a peer takes up blocks, but nobody's turn.
+        let loading = |running: &[Req]| running.iter().filter(|r| r.load.is_some()).count();
+        while self.running.len() - loading(&self.running) < self.settings.running
+            && loading(&self.running) < self.settings.loading
             && self.waiting.front().is_some_and(|r| budget > 0 || r.job.offer.is_some())
             && let Some(mut r) = self.waiting.pop_front()
         {

@@ -190,6 +190,9 @@ pub struct VerbsConfig {
     pub window: u64,
     /// Longest READ, in bytes. Longer ones are cut, so that several are in flight and a lost packet costs little.
     pub max_read: u32,
+    /// How long the end of little data (64 KiB at most) is looked for before the thread sleeps: to be woken takes longer
+    /// than a short READ. Zero sleeps at once.
+    pub spin: Duration,
     /// READs that a queue pair has in flight on the wire; what the devices take is less at times.
     pub rd_atomic: u8,
     /// Transport timeout: an answer is waited for 4.096 us * 2^timeout; 1 to 20. 0 would be for ever.
@@ -216,6 +219,7 @@ impl Default for VerbsConfig {
             signal_every: 16,
             window: 16 << 20,
             max_read: 1 << 20,
+            spin: Duration::from_micros(200),
             rd_atomic: 16,
             timeout: 14,
             retry: 3,

@@ -22,6 +22,7 @@ use serde::Serialize;
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     child::Serve,
+    perftest::Perftest,
     plot,
     pull::verify,
     raw::Raw,
@@ -40,6 +41,9 @@ pub struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
+    /// RDMA ports of the producer that is started here; by default the consumer's.
+    #[arg(long, value_name = "RAIL,…", value_delimiter = ',', conflicts_with = "connect")]
+    serve_rails: Vec<String>,
     /// Smallest block size.
     #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = args::bytes)]
     start_block_size: u64,
@@ -59,7 +63,7 @@ pub struct Args {
     #[arg(long)]
     check_consistency: bool,
     /// Measure the bare copy of the same blocks in turn: process_vm_readv or memcpy for local, one loopback connection
-    /// for tcp.
+    /// for tcp, perftest's ib_read_bw and ib_read_lat over the first rail for verbs.
     #[arg(long)]
     vs_raw: bool,
     /// Memory as an engine would bring it, on both sides, instead of pools that can be mapped.
@@ -72,6 +76,12 @@ pub struct Args {
     model: ModelArgs,
     #[command(flatten)]
     json: JsonArg,
+}
+
+impl Args {
+    fn served_rails(&self) -> Vec<String> {
+        if self.serve_rails.is_empty() { self.verbs.config().rails } else { self.serve_rails.clone() }
+    }
 }
 
 /// Latencies of a pull, in microseconds.
@@ -102,6 +112,11 @@ pub struct Row {
     pub raw_gb_per_s: Option<f64>,
     /// From the call to the end.
     pub lat_us: Latency,
+    /// A pull of one block, from the granted claim to its fence, median in microseconds; `null` but for verbs with
+    /// `--vs-raw`.
+    pub one_block_us: Option<f64>,
+    /// One bare READ of a block, median in microseconds, where the above is measured.
+    pub raw_one_block_us: Option<f64>,
     /// Median from the call to the granted claim.
     pub prep_us: u64,
     /// Median from the last fence to the end.
@@ -133,7 +148,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let memory =
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
     memory.touch()?;
-    let mut raw = args.vs_raw.then(|| Raw::new(&memory, child.as_ref().map(|c| c.ready.clone()))).transpose()?;
+    let perftest = (!args.verbs.config().rails.is_empty())
+        .then(|| Perftest::new(&args.verbs.config(), &args.served_rails()))
+        .transpose()?;
+    let ready = child.as_ref().map(|c| c.ready.clone());
+    let mut raw = args.vs_raw.then(|| Raw::new(&memory, ready, perftest)).transpose()?;
     let mut bench = Bench { args: &args, addr, runtime, welcome, total, rows: Vec::new() };
     let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.welcome.lanes.contains(l)).collect();
     if lanes.is_empty() {
@@ -205,7 +224,7 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
     if args.engine_memory {
         flags.push("--engine-memory".into());
     }
-    let rails: Vec<_> = args.verbs.config().rails;
+    let rails = args.served_rails();
     if !rails.is_empty() {
         flags.extend(["--rails".into(), rails.join(",")]);
     }
@@ -238,6 +257,24 @@ impl Bench<'_> {
         self.runtime
             .block_on(client::make_offer(&self.addr, blocks, true, size, LIMIT))
             .map_err(|e| Failure::failed(format!("{e}; start the other side with `kvferry serve --views {size}`")))
+    }
+
+    /// The median of pulls of one block over verbs, from the granted claim to the fence.
+    fn one_block(&self, consumer: &Consumer, size: u64, n: u32) -> Result<Duration, Failure> {
+        let mut all = Vec::new();
+        for _ in 0..n {
+            let offer = self.offer(1, size)?;
+            let wanted =
+                LocalBlocks { group: offer.groups[0].group, first_position: 0, blocks: vec![Some(BlockId(0))] };
+            consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Verbs]))?;
+            let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
+            match (ended.outcome.complete(), ended.outcome.times.claim, ended.outcome.times.data) {
+                (true, Some(claim), Some(data)) => all.push(data.saturating_sub(claim)),
+                _ => return Err(Failure::failed("a pull of one block lost it")),
+            }
+        }
+        all.sort();
+        Ok(percentile(&all, 50))
     }
 
     /// One row; `None` when the lane cannot be had.
@@ -297,6 +334,14 @@ impl Bench<'_> {
         for v in [&mut lat, &mut prep, &mut post, &mut bare] {
             v.sort();
         }
+        let one = match raw {
+            Some(raw) if lane == LaneKind::Verbs => {
+                let n = self.args.iterations * 10;
+                Some((self.one_block(consumer, size, n)?, raw.one_read(size, n.into())?))
+            }
+            _ => None,
+        };
+        let us_of = |t: Duration| t.as_secs_f64() * 1e6;
         let rate = |t: Duration| self.total as f64 / t.as_secs_f64().max(1e-9) / 1e9;
         Ok(Some(Row {
             lane: lane.as_str(),
@@ -310,6 +355,8 @@ impl Bench<'_> {
                 p50: us(percentile(&lat, 50)),
                 p99: us(percentile(&lat, 99)),
             },
+            one_block_us: one.map(|o| us_of(o.0)),
+            raw_one_block_us: one.map(|o| us_of(o.1)),
             prep_us: us(percentile(&prep, 50)),
             post_us: us(percentile(&post, 50)),
         }))
@@ -343,6 +390,9 @@ fn print(r: &Row) {
         "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
         r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
     );
+    if let (Some(ours), Some(bare)) = (r.one_block_us, r.raw_one_block_us) {
+        println!("       one block, READ and fence: {ours:.0} us; ib_read_lat: {bare:.0} us; ratio {:.2}", ours / bare);
+    }
 }
 
 #[cfg(test)]

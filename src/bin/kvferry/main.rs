@@ -6,6 +6,7 @@ mod child;
 mod demo;
 mod doctor;
 mod pattern;
+mod perftest;
 mod plot;
 mod pull;
 mod raw;

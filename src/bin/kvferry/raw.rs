@@ -13,7 +13,7 @@ use kvferry::{
     memory::{Memory, Span},
 };
 
-use crate::{child::Ready, report::Failure};
+use crate::{child::Ready, perftest::Perftest, report::Failure};
 
 /// What bare copies read from, and where they write.
 pub struct Raw {
@@ -22,14 +22,15 @@ pub struct Raw {
     /// A pool like the producer's, for memcpy.
     source: Option<Memory>,
     stream: Option<(TcpStream, Child)>,
+    perftest: Option<Perftest>,
 }
 
 impl Raw {
-    /// Bare copies into `memory`.
-    pub fn new(memory: &Memory, producer: Option<Ready>) -> Result<Self, Failure> {
+    /// Bare copies into `memory`; over verbs perftest's.
+    pub fn new(memory: &Memory, producer: Option<Ready>, perftest: Option<Perftest>) -> Result<Self, Failure> {
         let producer =
             producer.ok_or_else(|| Failure::usage("--vs-raw needs both ends on this machine: leave out --connect"))?;
-        Ok(Self { memory: memory.clone(), producer: Some(producer), source: None, stream: None })
+        Ok(Self { memory: memory.clone(), producer: Some(producer), source: None, stream: None, perftest })
     }
 
     /// Copies blocks `src` of `size` bytes to the blocks 0, 1, 2, … and returns how long it took.
@@ -37,8 +38,18 @@ impl Raw {
         match lane {
             LaneKind::Local if self.memory.memfds().is_some() => self.memcpy(size, src),
             LaneKind::Local => self.read_process(size, src),
+            LaneKind::Verbs => self.perftest()?.bandwidth(size, size * src.len() as u64),
             _ => self.stream(size * src.len() as u64),
         }
+    }
+
+    /// The median of `n` bare READs of `size` bytes, one at a time.
+    pub fn one_read(&mut self, size: u64, n: u64) -> Result<Duration, Failure> {
+        self.perftest()?.latency(size, n)
+    }
+
+    fn perftest(&mut self) -> Result<&mut Perftest, Failure> {
+        self.perftest.as_mut().ok_or_else(|| Failure::usage("--vs-raw over verbs needs a device: give --device"))
     }
 
     fn memcpy(&mut self, size: u64, src: &[u32]) -> Result<Duration, Failure> {

@@ -279,6 +279,30 @@ mod tests {
         at
     }
 
+    /// Not a test: `cargo test --release --lib --features verbs chain -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "prints figures"]
+    fn speed() {
+        use std::{hint::black_box, time::Instant};
+        let mut c = Chain::<[u64; 2]>::new(128, 16, 0);
+        let (mut best, mut n) = (f64::MAX, 0);
+        for _ in 0..20 {
+            let started = Instant::now();
+            for _ in 0..1000 {
+                while c.room() > 0 {
+                    c.fill(black_box(request(n)), [n, n]);
+                    n += 1;
+                }
+                // SAFETY: nobody reads the chain.
+                let posted = unsafe { c.post_with(|first| Ok(drop(black_box(first)))) };
+                assert_eq!(posted, Posted::All);
+                c.retire(128, |w| drop(black_box(w)));
+            }
+            best = best.min(started.elapsed().as_nanos() as f64 / 128e3);
+        }
+        println!("{best:.1} ns to fill, post and retire a request, chains of 128");
+    }
+
     #[test]
     fn a_partial_post_is_accounted_for_at_every_position() {
         // Every fill level, from every place in the ring, refused at every position.

@@ -163,6 +163,7 @@ impl Opening {
             memory: self.memory,
             remote,
             wake,
+            spin: config.spin,
             max_read,
             quiet_bound,
             peer,

@@ -54,6 +54,11 @@ pub struct VerbsLane {
     pending: Vec<LaneEvent>,
     wake: Wake,
     slept: bool,
+    /// Something was posted, or came back, since it was last looked whether to sleep,
+    moved: bool,
+    /// and from then on this long, and until then, little data is looked for before sleeping.
+    spin: Duration,
+    awake_until: Option<Instant>,
     max_read: u32,
     quiet_bound: Duration,
     peer: String,
@@ -63,6 +68,9 @@ pub struct VerbsLane {
     down: Option<Cause>,
 }
 
+/// See [`VerbsConfig::spin`](crate::config::VerbsConfig::spin).
+const SPIN_BYTES: u64 = 64 << 10;
+
 /// What a lane is made of.
 pub(crate) struct Parts {
     pub paths: Vec<Path>,
@@ -71,6 +79,7 @@ pub(crate) struct Parts {
     pub memory: Memory,
     pub remote: Arc<PoolLayout>,
     pub wake: Wake,
+    pub spin: Duration,
     pub max_read: u32,
     pub quiet_bound: Duration,
     pub peer: String,
@@ -93,6 +102,9 @@ impl VerbsLane {
             pending: Vec::with_capacity(64),
             wake: p.wake,
             slept: true,
+            moved: false,
+            spin: p.spin,
+            awake_until: None,
             max_read: p.max_read,
             quiet_bound: p.quiet_bound,
             peer: p.peer,
@@ -214,6 +226,7 @@ impl VerbsLane {
 
     /// Posts what is filled. What is not taken waits in `again`, in front.
     fn flush(&mut self, now: Instant) {
+        self.moved = true;
         for path in &mut self.paths {
             let (again, tries) = (&mut self.again, &mut self.tries);
             path.flush(now, |w| {
@@ -338,6 +351,7 @@ impl VerbsLane {
                 }
             });
         }
+        self.moved |= any;
         any
     }
 
@@ -415,6 +429,19 @@ impl VerbsLane {
         for path in &mut self.paths {
             path.fail(Why::Killed, now);
         }
+    }
+
+    /// Whether what is in flight is so little that its end is looked for: see [`VerbsConfig::spin`](crate::config::VerbsConfig).
+    fn nearly_there(&mut self, now: Instant) -> bool {
+        let (bytes, any) = self.paths.iter().fold((0, false), |(b, any), p| (b + p.bytes(), any | (p.in_flight() > 0)));
+        if !any || bytes > SPIN_BYTES {
+            self.awake_until = None;
+            return false;
+        }
+        if std::mem::take(&mut self.moved) {
+            self.awake_until = now.checked_add(self.spin);
+        }
+        self.awake_until.is_some_and(|t| now < t)
     }
 
     /// Whether something waits for a completion that may never come by itself.
@@ -551,6 +578,9 @@ impl Lane for VerbsLane {
         }
         if self.down.is_some() {
             return Ok(None);
+        }
+        if self.nearly_there(Instant::now()) {
+            return Err(io::ErrorKind::WouldBlock.into());
         }
         for path in &mut self.paths {
             path.arm()?;

@@ -172,6 +172,11 @@ impl Path {
         &self.name
     }
 
+    /// Bytes in flight.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub(crate) fn in_flight(&self) -> usize {
         self.ends.iter().map(|e| e.chain.in_flight()).sum()
     }

@@ -525,7 +525,7 @@ fn an_idle_lane_sleeps_and_a_completion_wakes_it() {
         let mut fds = [PollFd::new(&fd, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 })).unwrap() == 1
     };
-    let mut r = Rig::simple();
+    let mut r = Rig::new(1, VerbsConfig { spin: Duration::ZERO, queue_pairs: 1, depth: 16, ..VerbsConfig::default() });
     let device = r.devices[0].clone();
     let carry_out = || {
         let mut d = device.lock().unwrap();
@@ -543,6 +543,27 @@ fn an_idle_lane_sleeps_and_a_completion_wakes_it() {
     r.carry_out(|_| ());
     assert_eq!(r.lane.arm().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     assert_eq!(r.poll(), [LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }]);
+}
+
+#[test]
+fn the_end_of_little_data_is_looked_for_before_sleeping_and_not_for_ever() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    // Blocks that make up more than is looked for, and one that does not.
+    let much = (64 << 10) / BLOCK + 1;
+    for (spin, blocks, looks) in [(HOUR, 1, true), (HOUR, much, false), (Duration::ZERO, 1, false)] {
+        let config = VerbsConfig { spin, queue_pairs: 1, depth: 256, ..VerbsConfig::default() };
+        let mut r = Rig::new(1, config);
+        assert_eq!(r.post(A, 0..blocks), blocks as usize);
+        assert_eq!(r.lane.arm().is_err(), looks, "{spin:?} {blocks}");
+    }
+    // What does not come is slept for.
+    let config = VerbsConfig { spin: Duration::from_millis(1), queue_pairs: 1, depth: 16, ..VerbsConfig::default() };
+    let mut r = Rig::new(1, config);
+    assert_eq!(r.post(A, 0..1), 1);
+    let limit = Instant::now() + Duration::from_secs(20);
+    while r.lane.arm().is_err() {
+        assert!(Instant::now() < limit);
+    }
 }
 
 #[test]

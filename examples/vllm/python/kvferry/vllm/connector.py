@@ -48,6 +48,8 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._side: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._orphans: set[str] = set()
+        self._unsent: set[str] = set()
         self._begin(vllm_config, role, kv_cache_config)
 
     @never_raises(lambda: None)
@@ -174,6 +176,10 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def _start(self, meta: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(meta, Meta):
             self._worker.start(meta)
+        elif isinstance(meta, Meta):
+            # A rank that could not even begin: what waits for it must hear so.
+            self._orphans.update(load.request for load in meta.loads)
+            self._unsent.update(offering.request for offering in meta.offerings)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads were started when the step began."""
@@ -196,7 +202,11 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     @never_raises(lambda: Report(set(), set(), set()))
     def _collect(self, finished: set[str]) -> Report:
-        return self._worker.collect(finished) if self._worker is not None else Report(set(), set(), set())
+        if self._worker is not None:
+            return self._worker.collect(finished)
+        lost, unsent = self._orphans, self._unsent
+        self._orphans, self._unsent = set(), set()
+        return Report(unsent, lost, set(lost))
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """The same in an older form."""

@@ -80,8 +80,11 @@ class Options:
     def native(self) -> _native.Settings:
         """The same for the native part, which checks them."""
         tls = None
-        if self.tls_cert and self.tls_key and self.tls_ca:
-            pem = (Path(p).read_bytes() for p in (self.tls_cert, self.tls_key, self.tls_ca))
+        files = [f for f in (self.tls_cert, self.tls_key, self.tls_ca) if f]
+        if len(files) not in (0, 3):
+            raise ValueError("tls_cert, tls_key and tls_ca belong together: give all three, or none")
+        if files:
+            pem = (Path(p).read_bytes() for p in files)
             tls = (*pem, self.tls_server_name)
         return _native.Settings(
             lanes=list(self.lanes) if self.lanes else None,

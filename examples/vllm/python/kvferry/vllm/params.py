@@ -22,12 +22,16 @@ class BadParams(ValueError):
     """Params that this connector cannot use."""
 
 
-def fingerprint(tokens: Sequence[int]) -> str:
-    """Names the tokens that an offer's blocks were computed from, so that no other prompt is answered with them."""
+def fingerprint(tokens: Sequence[int], *more: str) -> str:
+    """Names the tokens that an offer's blocks were computed from, and what else they depend on, so that no other prompt is
+    answered with them."""
     numbers = array("q", tokens)
     if sys.byteorder == "big":
         numbers.byteswap()
-    return hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest()
+    h = hashlib.blake2b(numbers.tobytes(), digest_size=16)
+    for text in more:
+        h.update(b"\0" + text.encode())
+    return h.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,14 @@ def group_kind(spec: KVCacheSpec) -> str:
     )
 
 
+def windowed(spec: KVCacheSpec) -> bool:
+    """Whether a group's layers see a sliding window only."""
+    try:
+        return group_kind(spec) == "sliding_window"
+    except Unsupported:
+        return False
+
+
 def layer_region(name: str, tensor: torch.Tensor, num_blocks: int, segment: int, base: int) -> Region:
     """`(name, segment, offset, block bytes, stride)` of one layer's blocks."""
     if tensor.ndim < 2 or tensor.shape[0] == 0 or tensor.shape[0] % num_blocks:

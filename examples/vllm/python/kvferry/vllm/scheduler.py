@@ -53,6 +53,16 @@ class Todo:
     releases: list[str] = field(default_factory=list)
 
 
+def _fingerprint(request: "Request", tokens: int) -> str | None:
+    """Names what the first tokens' KV depends on; `None`: it cannot be told (embeddings)."""
+    if request.prompt_token_ids is None:
+        return None
+    lora = getattr(request.lora_request, "lora_name", None)
+    # Images and the like: their tokens are placeholders, all alike.
+    seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
+    return kv_params.fingerprint(request.prompt_token_ids[:tokens], *([lora] if lora else []), *seen)
+
+
 class SchedulerSide:
     """One engine."""
 
@@ -66,6 +76,9 @@ class SchedulerSide:
         self._group_ids = pool.transfer_groups(kv_cache_config)
         self._block_tokens = {g: kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._group_ids}
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
+        parallel = config.parallel_config
+        self._world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        self._windows = any(pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec) for g in self._group_ids)
         self._ranks: list[dict[str, Any]] = []
         self._incarnation: str | None = None
         self._todo = Todo()
@@ -91,6 +104,10 @@ class SchedulerSide:
         if self._pulls_here and not all(h.pulls for h in ours):
             logger.error("kvferry: not every rank can pull: all prompts are prefilled here")
             self._pulls_here = False
+        if len(ours) != self._world:
+            logger.error("kvferry: %d of %d ranks are there: all prompts are prefilled here", len(ours), self._world)
+            self._pulls_here = False
+            return
         if not self._offers_here:
             return
         if not ours or not all(h.addr and h.incarnation for h in ours):
@@ -111,6 +128,10 @@ class SchedulerSide:
             return 0, False
         self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
+        if tokens == request.num_prompt_tokens and self._windows:
+            # The last token is computed here, and may see one token more than the next one would: a block that both sides
+            # would leave out as past. So it is not part of the load, and the block is asked for.
+            return (tokens - 1 - computed, True) if tokens - 1 > computed else (0, False)
         more = tokens - computed
         # The engine computes a prompt's last token itself, to sample from it. A load of that one alone brings nothing.
         if more <= (1 if tokens == request.num_prompt_tokens else 0):
@@ -132,8 +153,10 @@ class SchedulerSide:
             if remote.offer_id in self._used:
                 raise kv_params.BadParams("its offer was used by another request of this engine")
             if remote.prompt is not None and tokens is not None:
-                if len(tokens) < remote.tokens or kv_params.fingerprint(tokens[: remote.tokens]) != remote.prompt:
+                if len(tokens) < remote.tokens or _fingerprint(request, remote.tokens) != remote.prompt:
                     raise kv_params.BadParams("its offer is of another prompt")
+            elif tokens is not None:
+                raise kv_params.BadParams("its offer does not say of which prompt it is")
         except kv_params.BadParams as e:
             logger.warning("kvferry: request %s is prefilled here: %s", request.request_id, e)
             params["do_remote_prefill"] = False
@@ -148,26 +171,31 @@ class SchedulerSide:
         if external <= 0 and not kv_params.wants_prefill(params):
             return
         request_id = request.request_id
-        remote = self._remotes.pop(request_id, None)
+        remote = self._remotes.get(request_id)
         first = self._local.pop(request_id, 0)
         if params is not None:
             params["do_remote_prefill"] = False
-        if remote is not None:
-            self._use(remote)
         if external > 0:
             if remote is None:
                 raise RuntimeError("no offer is known for a request that is to be loaded")
             groups = self._wanted(blocks, first, first + external)
+            self._remotes.pop(request_id)
+            self._use(remote)
             self._waiting[request_id] = self._wait(groups, first, first + external)
             self._todo.loads.append(Load(request_id, remote.offer, groups))
         elif remote is not None:
             # All of the prompt is here, or another connector brings it.
+            self._remotes.pop(request_id)
+            self._use(remote)
             self._todo.releases.append(remote.offer)
 
     def give_up(self, request: "Request") -> None:
         """`allocated` failed: the request waits all the same, until its workers report that nothing came. It is not to be
         loaded when it is looked up again."""
-        self._remotes.pop(request.request_id, None)
+        remote = self._remotes.pop(request.request_id, None)
+        if remote is not None:
+            self._use(remote)
+            self._todo.releases.append(remote.offer)
         self._local.pop(request.request_id, None)
         if request.kv_transfer_params:
             request.kv_transfer_params["do_remote_prefill"] = False
@@ -264,7 +292,6 @@ class SchedulerSide:
                 raise RuntimeError(f"group {gid} has {len(ids)} blocks for {count} positions")
             named = [None if b == NULL_BLOCK else b for b in ids]
             groups.append({"group": gid, "first_position": 0, "blocks": named})
-        prompt = request.prompt_token_ids
         offer_id, offer, response = kv_params.response(
             engine=self._engine,
             request=request.request_id,
@@ -273,7 +300,7 @@ class SchedulerSide:
             incarnation=self._incarnation,
             groups=groups,
             tokens=tokens,
-            prompt=kv_params.fingerprint(prompt[:tokens]) if prompt is not None else None,
+            prompt=_fingerprint(request, tokens),
             tp_size=self._tp_size,
         )
         self._todo.offerings.append(Offering(request.request_id, offer_id, offer))

@@ -160,7 +160,7 @@ class KvFerryPromMetrics(KVConnectorPromMetrics):
         # Each engine's ranks report by themselves, and only when something has changed.
         self._known: dict[int, dict[str, list[int]]] = {}
         self._gauges = [
-            self._gauge_cls(name=f"vllm:kvferry_{name}", documentation=text, labelnames=labelnames)
+            self._gauge_cls(name=f"vllm:kvferry_{name}", documentation=text, labelnames=labelnames, multiprocess_mode="mostrecent")
             for name, text in GAUGES
         ]
         self._seconds = self._histogram_cls(

@@ -294,9 +294,16 @@ mod tests {
                     n += 1;
                 }
                 // SAFETY: nobody reads the chain.
-                let posted = unsafe { c.post_with(|first| Ok(drop(black_box(first)))) };
+                let posted = unsafe {
+                    c.post_with(|first| {
+                        black_box(first);
+                        Ok(())
+                    })
+                };
                 assert_eq!(posted, Posted::All);
-                c.retire(128, |w| drop(black_box(w)));
+                c.retire(128, |w| {
+                    black_box(w);
+                });
             }
             best = best.min(started.elapsed().as_nanos() as f64 / 128e3);
         }

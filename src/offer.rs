@@ -146,3 +146,30 @@ impl Offer {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_nobody_can_be_reached_at_is_refused_at_once() {
+        let offer = |addr: &str| {
+            let incarnation = Incarnation::random();
+            Offer {
+                id: OfferId::random(),
+                engine: "prefill".parse().unwrap(),
+                incarnation,
+                ranks: vec![OfferRank { rank: Rank(0), incarnation, addr: addr.into() }],
+                tokens: 1,
+                groups: vec![],
+                request: String::new(),
+            }
+        };
+        for good in ["10.0.0.1:7400", "prefill-3.rack:1", "[fe80::1]:65535"] {
+            assert_eq!(offer(good).check(10), Ok(()), "{good}");
+        }
+        for bad in ["", "10.0.0.1", "10.0.0.1:", ":7400", "a:0", "a:65536", "not an address", "[fe80::1"] {
+            assert!(matches!(offer(bad).check(10), Err(BadOffer::Malformed(_))), "{bad}");
+        }
+    }
+}

@@ -194,7 +194,7 @@ fn server_frames() -> impl Strategy<Value = ServerFrame> {
 }
 
 fn offers() -> impl Strategy<Value = Offer> {
-    let ranks = vec((incarnations(), "[a-z0-9.]{1,20}:[0-9]{1,4}"), 1..4);
+    let ranks = vec((incarnations(), "[a-z0-9.]{1,20}:[1-9][0-9]{0,3}"), 1..4);
     let groups = vec((0u32..1000, vec(option::of(0u32..1000), 0..20)), 0..4);
     (offer_ids(), peers(), ranks, groups, any::<u64>(), text()).prop_map(
         |(id, peer, ranks, groups, tokens, request)| Offer {

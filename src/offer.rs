@@ -124,8 +124,13 @@ impl Offer {
             return bad(format!("rank {} has no address, or one of over {} bytes", r.rank, Self::MAX_ADDR));
         }
         // Told at once, and not by a deadline that passes while nobody can be reached.
-        let reachable =
-            |a: &str| a.rsplit_once(':').is_some_and(|(h, p)| !h.is_empty() && p.parse::<u16>().is_ok_and(|p| p > 0));
+        let reachable = |a: &str| {
+            a.rsplit_once(':').is_some_and(|(host, port)| {
+                let bracketed = host.starts_with('[') && host.ends_with(']');
+                let plain = !host.contains([':', '[', ']', ' ']) && !host.is_empty();
+                (bracketed || plain) && port.parse::<u16>().is_ok_and(|p| p > 0)
+            })
+        };
         if let Some(r) = self.ranks.iter().find(|r| !reachable(&r.addr)) {
             return bad(format!("rank {} has the address {:?}, which is no HOST:PORT", r.rank, r.addr));
         }

@@ -132,14 +132,7 @@ impl ProducerMetrics {
     }
 
     pub(crate) fn freed(&self, why: Gone) {
-        let why = match why {
-            Gone::Released => "released",
-            Gone::Expired => "expired",
-            Gone::Revoked => "revoked",
-            Gone::HardCap => "hard_cap",
-            Gone::Unknown => "unknown",
-            Gone::Limit => "limit",
-        };
+        let why = why.as_str();
         self.ends.get_or_create(&End { why }).inc();
     }
 }

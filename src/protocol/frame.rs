@@ -156,6 +156,18 @@ pub enum Gone {
 }
 
 impl Gone {
+    /// The stable name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Released => "released",
+            Self::Revoked => "revoked",
+            Self::HardCap => "hard_cap",
+            Self::Limit => "limit",
+        }
+    }
+
     /// The cause that a pull's blocks get.
     pub fn cause(self) -> Cause {
         match self {

@@ -77,7 +77,9 @@ impl Producer {
     /// `revoked`, `hard_cap`, …
     fn poll_freed(&self, py: Python<'_>) -> PyResult<Vec<(String, &'static str)>> {
         let inner = self.inner.get()?;
-        Ok(py.detach(|| std::iter::from_fn(|| inner.poll_freed()).map(|f| (f.offer.to_string(), why(f.why))).collect()))
+        Ok(py.detach(|| {
+            std::iter::from_fn(|| inner.poll_freed()).map(|f| (f.offer.to_string(), f.why.as_str())).collect()
+        }))
     }
 
     /// Live offers, claims on them, and open sessions of consumers.
@@ -92,17 +94,5 @@ impl Producer {
     /// Ends it; nothing is offered any more. Returns within `limit` seconds: `True` when all is done.
     fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
         Ok(self.inner.close(py, seconds(limit)?, drop))
-    }
-}
-
-fn why(gone: kvferry::protocol::frame::Gone) -> &'static str {
-    use kvferry::protocol::frame::Gone;
-    match gone {
-        Gone::Released => "released",
-        Gone::Expired => "expired",
-        Gone::Revoked => "revoked",
-        Gone::HardCap => "hard_cap",
-        Gone::Unknown => "unknown",
-        Gone::Limit => "limit",
     }
 }

@@ -112,8 +112,10 @@ pub struct Faulty {
     watched: bool,
     /// Bytes accepted.
     accepted: u64,
-    /// When the throttle lets the next bytes in.
+    /// When the throttle lets the next bytes in,
     free_at: Instant,
+    /// and whether it kept any out since the owner last slept.
+    kept_out: bool,
     nonces: HashMap<Attempt, u64>,
     /// Quiet events that are kept back.
     withheld: VecDeque<LaneEvent>,
@@ -137,6 +139,7 @@ impl Faulty {
             watched: false,
             accepted: 0,
             free_at: Instant::now(),
+            kept_out: false,
             nonces: HashMap::new(),
             withheld: VecDeque::new(),
             down: false,
@@ -191,6 +194,7 @@ impl Lane for Faulty {
         }
         let now = Instant::now();
         if self.free_at > now {
+            self.kept_out = true;
             return 0;
         }
         let taken = self.inner.post(a, reads, last);
@@ -252,8 +256,12 @@ impl Lane for Faulty {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
             self.watched = true;
         }
-        let left = self.free_at.saturating_duration_since(Instant::now());
-        if !left.is_zero() {
+        if std::mem::take(&mut self.kept_out) {
+            let left = self.free_at.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // It lets them in by now, and no timer would say so.
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
             let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
             timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
@@ -265,6 +273,59 @@ impl Lane for Faulty {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        block::GroupId,
+        lane::{FenceKind, LaneKind},
+    };
+
+    /// Takes everything and never says anything.
+    struct Still;
+
+    impl Lane for Still {
+        fn caps(&self) -> LaneCaps {
+            let (kind, fence) = (LaneKind::Tcp, FenceKind::Trailer);
+            LaneCaps { kind, max_read: 1 << 20, quiet_bound: Duration::ZERO, fence }
+        }
+        fn begin(&mut self, _: Attempt, _: Grant) {}
+        fn post(&mut self, _: Attempt, reads: &[Read], _: bool) -> usize {
+            reads.len()
+        }
+        fn post_fence(&mut self, _: Attempt, _: FenceSlot) -> bool {
+            true
+        }
+        fn stop(&mut self, _: Attempt) {}
+        fn kill(&mut self) {}
+        fn poll(&mut self, _: &mut Vec<LaneEvent>) {}
+        fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+            Ok(None)
+        }
+    }
+
+    #[test]
+    fn a_throttle_that_lets_in_again_before_its_owner_sleeps_keeps_the_owner_awake() {
+        let mut lane = Faulty::new(Box::new(Still), "throttle=1M".parse().unwrap()).unwrap();
+        let read = Read {
+            src_offset: 0,
+            dst_offset: 0,
+            len: 64,
+            piece: 64,
+            within: 0,
+            chunk: 0,
+            position: 0,
+            blocks: 1,
+            group: GroupId(0),
+            region: 0,
+            src_segment: 0,
+            dst_segment: 0,
+        };
+        lane.free_at = Instant::now() + Duration::from_secs(3600);
+        assert_eq!(lane.post(Attempt(1), &[read], true), 0);
+        assert!(lane.arm().is_ok(), "it may sleep: the timer wakes it");
+        assert_eq!(lane.post(Attempt(1), &[read], true), 0);
+        lane.free_at = Instant::now();
+        assert_eq!(lane.arm().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(lane.post(Attempt(1), &[read], true), 1);
+    }
 
     #[test]
     fn faults_are_read_as_they_are_written() {

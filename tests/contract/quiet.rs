@@ -8,7 +8,7 @@ use kvferry::{
     lane::LaneKind,
 };
 
-use crate::rig::{Producer, SOON, Spec, consumer, ended, pull_all, throttled, wait_until_loaded};
+use crate::rig::{Producer, SOON, Spec, consumer, deadline, ended, pull_all, throttled, wait_until_loaded};
 
 const MARK: u8 = 0xA5;
 
@@ -87,7 +87,8 @@ fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("silent@4M,wedge,lanes=1"));
     let offer = producer.offer_all();
-    let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_millis(500))).unwrap();
+    let pull =
+        consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline(LaneKind::Tcp, Duration::from_millis(500)))).unwrap();
     let until = std::time::Instant::now() + SOON;
     while consumer.wedged() == 0 {
         assert!(std::time::Instant::now() < until, "never said to be wedged");

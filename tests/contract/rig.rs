@@ -322,6 +322,12 @@ pub fn really(lane: LaneKind) -> LaneKind {
     if verbs { LaneKind::Verbs } else { lane }
 }
 
+/// A deadline that leaves `reading` of itself for reading. Verbs need up to 1.2 s to be quiet, and start to stop so much
+/// earlier; an emulated rail takes a moment to connect.
+pub fn deadline(lane: LaneKind, reading: Duration) -> Duration {
+    reading + if really(lane) == LaneKind::Verbs { Duration::from_millis(2_000) } else { Duration::ZERO }
+}
+
 /// A pull of everything over one lane.
 pub fn pull_all(offer: &Offer, lane: LaneKind, deadline: Duration) -> Pull {
     Pull::new(offer.clone(), all_of(offer)).lanes(vec![really(lane)]).deadline(deadline)
@@ -336,7 +342,9 @@ pub fn ended(consumer: &Consumer) -> Ended {
 pub fn wait_until_loaded(consumer: &Consumer, pull: kvferry::consumer::PullId, share: f64) {
     let until = Instant::now() + SOON;
     loop {
-        let (loaded, all) = consumer.progress(pull).expect("the pull is on");
+        let Some((loaded, all)) = consumer.progress(pull) else {
+            panic!("the pull ended before {share} of it was loaded: {:?}", ended(consumer).outcome);
+        };
         if all > 0 && loaded as f64 >= share * all as f64 {
             return;
         }

@@ -6,7 +6,8 @@ use kvferry::{config::Config, error::Cause, lane::LaneKind};
 use rustix::process::Signal;
 
 use crate::rig::{
-    Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
+    Producer, SOON, Spec, assert_loaded_is_exact, consumer, deadline, ended, pull_all, really, throttled,
+    wait_until_loaded,
 };
 
 /// A loaded machine may look at the clock late; no promise is about less than this.
@@ -55,8 +56,13 @@ fn a_stopped_producer_is_decided_by_the_deadline() {
     let end = ended(&consumer);
     producer.signal(Signal::CONT);
     assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK, "{:?}", end.outcome.times);
-    assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
-    assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "what arrived is kept: {:?}", end.outcome);
+    if really(LaneKind::Tcp) == LaneKind::Verbs {
+        // The device goes on serving its memory: nothing is missing.
+        assert!(end.outcome.complete(), "{:?}", end.outcome);
+    } else {
+        assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
+        assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "what arrived is kept: {:?}", end.outcome);
+    }
     assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
 }
 
@@ -80,10 +86,11 @@ fn a_deadline_shorter_than_the_transfer_keeps_what_made_it() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
-        let consumer = consumer(&spec, throttled("throttle=32M"));
+        let verbs = really(lane) == LaneKind::Verbs;
+        let consumer = consumer(&spec, throttled(if verbs { "throttle=8M" } else { "throttle=32M" }));
         let offer = producer.offer_all();
-        // A second for 32 MiB at 32 MiB a second: most of it makes it, and not all.
-        let deadline = Duration::from_millis(600);
+        // A second for 32 MiB at 32 MiB a second (four at 8): much of it makes it, and not all.
+        let deadline = deadline(lane, Duration::from_millis(600));
         consumer.pull(pull_all(&offer, lane, deadline)).unwrap();
         let end = ended(&consumer);
         assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK, "{lane}: {:?}", end.outcome.times);

@@ -33,9 +33,11 @@ fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {
             "{lane}: killed at {killed:?}, decided at {decided:?}"
         );
         let g = &end.outcome.groups[0];
-        assert_eq!(g.loaded.ranges().len(), 1, "{lane}: a prefix");
-        assert!(g.loaded.contains(0));
-        assert!(g.loaded.len() >= 230, "{lane}: {:?}", g.loaded);
+        // Over several queue pairs a chunk may arrive whose predecessor was still in flight on another.
+        let gaps = if really(lane) == LaneKind::Verbs { 2 } else { 0 };
+        assert!(g.loaded.ranges().len() <= 1 + gaps, "{lane}: a prefix: {:?}", g.loaded);
+        let [first, last] = g.loaded.ranges()[0];
+        assert!(first == 0 && last >= 229, "{lane}: {:?}", g.loaded);
         assert_eq!(g.loaded.len() + g.invalid.len(), 512);
         assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), g.loaded.len());
         let cause = end.outcome.cause();
@@ -56,13 +58,11 @@ fn a_stopped_producer_is_decided_by_the_deadline() {
     let end = ended(&consumer);
     producer.signal(Signal::CONT);
     assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK, "{:?}", end.outcome.times);
-    if really(LaneKind::Tcp) == LaneKind::Verbs {
-        // The device goes on serving its memory: nothing is missing.
-        assert!(end.outcome.complete(), "{:?}", end.outcome);
-    } else {
+    // Over verbs the device goes on serving the memory of a stopped process, so nothing need be missing.
+    if really(LaneKind::Tcp) != LaneKind::Verbs || !end.outcome.complete() {
         assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
-        assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "what arrived is kept: {:?}", end.outcome);
     }
+    assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "what arrived is kept: {:?}", end.outcome);
     assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
 }
 

@@ -48,6 +48,8 @@ struct LaneSlot {
     dead: bool,
     /// It may have something to say.
     stirred: bool,
+    /// It takes nothing more before it is polled.
+    full: bool,
 }
 
 #[derive(Default)]
@@ -315,6 +317,7 @@ impl Rail {
                         attempts: VecDeque::new(),
                         dead: false,
                         stirred: true,
+                        full: false,
                     },
                 );
                 for (id, source) in waiting {
@@ -397,6 +400,9 @@ impl Rail {
     /// Posts reads and fences on a lane, a chunk of each attempt in turn, until it takes no more.
     fn post(&mut self, n: LaneNo) {
         let Some(l) = self.lanes.get_mut(&n) else { return };
+        if l.full {
+            return;
+        }
         let mut idle = 0;
         while idle < l.attempts.len() {
             let Some(attempt) = l.attempts.pop_front() else { return };
@@ -424,6 +430,7 @@ impl Rail {
                 if taken < all {
                     // Its window is full, for everybody on it; this attempt goes on first.
                     l.attempts.rotate_right(1);
+                    l.full = true;
                     return;
                 }
                 moved = true;
@@ -435,7 +442,7 @@ impl Rail {
     /// Polls a lane and passes on what it says. `true` when it said something.
     fn poll_lane(&mut self, now: Instant, n: LaneNo) -> bool {
         let Some(l) = self.lanes.get_mut(&n) else { return false };
-        l.stirred = false;
+        (l.stirred, l.full) = (false, false);
         let mut events = std::mem::take(&mut self.events);
         l.lane.poll(&mut events);
         let any = !events.is_empty();

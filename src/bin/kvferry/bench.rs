@@ -11,10 +11,11 @@ use kvferry::{
     config::Config,
     consumer::{Consumer, Pull},
     control::client,
+    group::PoolLayout,
     lane::LaneKind,
     memory::Memory,
     offer::Offer,
-    plan::LocalBlocks,
+    plan::{ChunkSize, LocalBlocks},
     protocol::hello::Welcome,
 };
 use serde::Serialize;
@@ -112,10 +113,13 @@ pub struct Row {
     pub raw_gb_per_s: Option<f64>,
     /// From the call to the end.
     pub lat_us: Latency,
-    /// A pull of one block, from the granted claim to its fence, median in microseconds; `null` but for verbs with
+    /// READ and fence of one block, one block at a time, in microseconds: the median of pulls; `null` but for verbs with
     /// `--vs-raw`.
     pub one_block_us: Option<f64>,
-    /// One bare READ of a block, median in microseconds, where the above is measured.
+    /// A pull of one block, from the granted claim to its fence, median in microseconds: the same, by threads that slept
+    /// until then.
+    pub first_block_us: Option<f64>,
+    /// One bare READ of a block, one at a time, median in microseconds.
     pub raw_one_block_us: Option<f64>,
     /// Median from the call to the granted claim.
     pub prep_us: u64,
@@ -259,22 +263,39 @@ impl Bench<'_> {
             .map_err(|e| Failure::failed(format!("{e}; start the other side with `kvferry serve --views {size}`")))
     }
 
-    /// The median of pulls of one block over verbs, from the granted claim to the fence.
-    fn one_block(&self, consumer: &Consumer, size: u64, n: u32) -> Result<Duration, Failure> {
+    /// The median of `n` pulls of so many blocks over verbs, from the granted claim to the last fence, for a block.
+    fn per_block(&self, consumer: &Consumer, size: u64, blocks: u32, n: u32) -> Result<Duration, Failure> {
         let mut all = Vec::new();
         for _ in 0..n {
-            let offer = self.offer(1, size)?;
-            let wanted =
-                LocalBlocks { group: offer.groups[0].group, first_position: 0, blocks: vec![Some(BlockId(0))] };
+            let offer = self.offer(blocks, size)?;
+            let wanted = LocalBlocks {
+                group: offer.groups[0].group,
+                first_position: 0,
+                blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
+            };
             consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Verbs]))?;
             let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
             match (ended.outcome.complete(), ended.outcome.times.claim, ended.outcome.times.data) {
-                (true, Some(claim), Some(data)) => all.push(data.saturating_sub(claim)),
+                (true, Some(claim), Some(data)) => all.push(data.saturating_sub(claim) / blocks),
                 _ => return Err(Failure::failed("a pull of one block lost it")),
             }
         }
         all.sort();
         Ok(percentile(&all, 50))
+    }
+
+    /// One block at a time, as perftest measures latency: a window that one READ fills, and a fence for each block.
+    fn one_at_a_time(&self, warm: &Consumer, size: u64) -> Result<Duration, Failure> {
+        let mut config = Config { verbs: self.args.verbs.config(), ..Config::default() };
+        config.verbs.window = 1;
+        config.pull.chunk = ChunkSize { per_pull: u32::MAX, min_bytes: size, max_bytes: size };
+        let consumer = Consumer::builder("bench".parse()?, self.args.model.model(), PoolLayout::clone(warm.layout()))
+            .memory(warm.memory().clone())
+            .config(config)
+            .build()?;
+        let blocks = (self.total / size).min(64) as u32;
+        self.per_block(&consumer, size, blocks, 1)?;
+        self.per_block(&consumer, size, blocks, self.args.iterations)
     }
 
     /// One row; `None` when the lane cannot be had.
@@ -337,7 +358,8 @@ impl Bench<'_> {
         let one = match raw {
             Some(raw) if lane == LaneKind::Verbs => {
                 let n = self.args.iterations * 10;
-                Some((self.one_block(consumer, size, n)?, raw.one_read(size, n.into())?))
+                let first = self.per_block(consumer, size, 1, n)?;
+                Some((self.one_at_a_time(consumer, size)?, first, raw.one_read(size, n.into())?))
             }
             _ => None,
         };
@@ -356,7 +378,8 @@ impl Bench<'_> {
                 p99: us(percentile(&lat, 99)),
             },
             one_block_us: one.map(|o| us_of(o.0)),
-            raw_one_block_us: one.map(|o| us_of(o.1)),
+            first_block_us: one.map(|o| us_of(o.1)),
+            raw_one_block_us: one.map(|o| us_of(o.2)),
             prep_us: us(percentile(&prep, 50)),
             post_us: us(percentile(&post, 50)),
         }))
@@ -390,8 +413,12 @@ fn print(r: &Row) {
         "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
         r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
     );
-    if let (Some(ours), Some(bare)) = (r.one_block_us, r.raw_one_block_us) {
-        println!("       one block, READ and fence: {ours:.0} us; ib_read_lat: {bare:.0} us; ratio {:.2}", ours / bare);
+    if let (Some(ours), Some(first), Some(bare)) = (r.one_block_us, r.first_block_us, r.raw_one_block_us) {
+        println!(
+            "       one block at a time, READ and fence: {ours:.0} us; ib_read_lat: {bare:.0} us; ratio {:.2}; first of a pull: {first:.0} us, {:.2}",
+            ours / bare,
+            first / bare
+        );
     }
 }
 

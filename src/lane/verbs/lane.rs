@@ -16,7 +16,7 @@ use super::{
     ladder::Rung,
     landing::{Landing, SLOTS},
     path::{Path, What, Why},
-    wake::Wake,
+    wake::{Spin, Wake},
 };
 use crate::{
     error::Cause,
@@ -54,11 +54,7 @@ pub struct VerbsLane {
     pending: Vec<LaneEvent>,
     wake: Wake,
     slept: bool,
-    /// Something was posted, or came back, since it was last looked whether to sleep,
-    moved: bool,
-    /// and from then on this long, and until then, little data is looked for before sleeping.
-    spin: Duration,
-    awake_until: Option<Instant>,
+    spin: Spin,
     max_read: u32,
     quiet_bound: Duration,
     peer: String,
@@ -67,9 +63,6 @@ pub struct VerbsLane {
     /// Said `Down`, or `Wedged`.
     down: Option<Cause>,
 }
-
-/// See [`VerbsConfig::spin`](crate::config::VerbsConfig::spin).
-const SPIN_BYTES: u64 = 64 << 10;
 
 /// What a lane is made of.
 pub(crate) struct Parts {
@@ -102,9 +95,7 @@ impl VerbsLane {
             pending: Vec::with_capacity(64),
             wake: p.wake,
             slept: true,
-            moved: false,
-            spin: p.spin,
-            awake_until: None,
+            spin: Spin::new(p.spin),
             max_read: p.max_read,
             quiet_bound: p.quiet_bound,
             peer: p.peer,
@@ -158,6 +149,7 @@ impl VerbsLane {
     #[inline]
     fn fill(&mut self, path: usize, end: usize, w: What) {
         self.paths[path].fill(end, w);
+        self.spin.moved();
         if let Some(Some(t)) = self.tries.get_mut(w.attempt as usize) {
             t.in_flight += 1;
         }
@@ -226,7 +218,6 @@ impl VerbsLane {
 
     /// Posts what is filled. What is not taken waits in `again`, in front.
     fn flush(&mut self, now: Instant) {
-        self.moved = true;
         for path in &mut self.paths {
             let (again, tries) = (&mut self.again, &mut self.tries);
             path.flush(now, |w| {
@@ -351,7 +342,9 @@ impl VerbsLane {
                 }
             });
         }
-        self.moved |= any;
+        if any {
+            self.spin.moved();
+        }
         any
     }
 
@@ -431,17 +424,10 @@ impl VerbsLane {
         }
     }
 
-    /// Whether what is in flight is so little that its end is looked for: see [`VerbsConfig::spin`](crate::config::VerbsConfig).
-    fn nearly_there(&mut self, now: Instant) -> bool {
+    /// Whether to look for the end of what is in flight instead of sleeping.
+    fn nearly_there(&mut self) -> bool {
         let (bytes, any) = self.paths.iter().fold((0, false), |(b, any), p| (b + p.bytes(), any | (p.in_flight() > 0)));
-        if !any || bytes > SPIN_BYTES {
-            self.awake_until = None;
-            return false;
-        }
-        if std::mem::take(&mut self.moved) {
-            self.awake_until = now.checked_add(self.spin);
-        }
-        self.awake_until.is_some_and(|t| now < t)
+        self.spin.goes_on(any.then_some(bytes), Instant::now)
     }
 
     /// Whether something waits for a completion that may never come by itself.
@@ -481,6 +467,10 @@ impl Lane for VerbsLane {
 
     fn post(&mut self, a: Attempt, reads: &[Read], _last: bool) -> usize {
         let Some(i) = self.open(a) else { return reads.len() };
+        // Asked at every turn while the window is full: it costs little then.
+        if self.paths.iter().all(|p| p.best().is_none()) {
+            return 0;
+        }
         let now = Instant::now();
         self.post_again(now);
         if !self.again.is_empty() {
@@ -579,7 +569,7 @@ impl Lane for VerbsLane {
         if self.down.is_some() {
             return Ok(None);
         }
-        if self.nearly_there(Instant::now()) {
+        if self.nearly_there() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         for path in &mut self.paths {

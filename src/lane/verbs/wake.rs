@@ -1,4 +1,5 @@
-//! What a lane's owner sleeps on: one descriptor for completions, for the lane's own deadlines, and for other threads.
+//! What a lane's owner sleeps on: one descriptor for completions, for the lane's own deadlines, and for other threads;
+//! and whether it sleeps at all.
 
 use std::{
     io,
@@ -91,6 +92,45 @@ impl Wake {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.all.as_fd()
+    }
+}
+
+/// Whether a lane looks for the end of little data before it sleeps: see
+/// [`VerbsConfig::spin`](crate::config::VerbsConfig::spin).
+#[derive(Debug)]
+pub(crate) struct Spin {
+    /// How long, from when something moved last.
+    span: Duration,
+    /// Something was posted, or came back, since this was last asked for.
+    moved: bool,
+    until: Option<Instant>,
+}
+
+impl Spin {
+    /// What counts as little, in bytes.
+    const LITTLE: u64 = 64 << 10;
+
+    pub(crate) fn new(span: Duration) -> Self {
+        Self { span, moved: false, until: None }
+    }
+
+    /// Something was posted, or came back.
+    #[inline]
+    pub(crate) fn moved(&mut self) {
+        self.moved = true;
+    }
+
+    /// Whether to look on, with this many bytes in flight; `None`: nothing is in flight.
+    pub(crate) fn goes_on(&mut self, bytes: Option<u64>, clock: impl FnOnce() -> Instant) -> bool {
+        if self.span.is_zero() || bytes.is_none_or(|b| b > Self::LITTLE) {
+            self.until = None;
+            return false;
+        }
+        let now = clock();
+        if std::mem::take(&mut self.moved) {
+            self.until = now.checked_add(self.span);
+        }
+        self.until.is_some_and(|t| now < t)
     }
 }
 

@@ -4,6 +4,8 @@
 //! loaded or invalid, and nothing writes local memory any more. A synchronous engine loop calls [`Consumer::poll`] once a
 //! step; async code awaits [`Consumer::pull_async`].
 
+mod directory;
+
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
@@ -16,18 +18,16 @@ use std::{
 
 use tokio::sync::oneshot;
 
+use self::directory::Directory;
 use crate::{
     block::{EngineId, Incarnation, Marks, Rank},
     config::{Config, OnWedge},
-    control::{
-        client::{self, PeerHandle, PeerTask},
-        host,
-    },
+    control::host,
     driver::{
         mailbox::Mailbox,
-        rail::{self, Addr, Progress, Rail, Start},
+        rail::{self, Progress, Rail, Start},
         runtime::Runtime,
-        thread::{self, Mail, Peers, Reports},
+        thread::{self, Mail, Reports},
     },
     error::{Cause, PullError, StartError},
     group::PoolLayout,
@@ -42,7 +42,6 @@ use crate::{
         hello::{self, Hello},
         pull::Retry,
         quarantine::Quarantine,
-        session::Want,
     },
     shard::Shard,
 };
@@ -262,12 +261,21 @@ impl Consumer {
             return Err(busy);
         }
         let progress = Arc::new(Progress::default());
-        {
+        let died = {
             let mut done = lock(&self.shared.done);
-            done.progress.insert(id, progress.clone());
-            if let Some(tx) = waiter {
-                done.waiters.insert(id, tx);
+            if !done.died {
+                done.progress.insert(id, progress.clone());
+                if let Some(tx) = waiter {
+                    done.waiters.insert(id, tx);
+                }
             }
+            done.died
+        };
+        if died {
+            let blocks = pull.blocks.iter().flat_map(LocalBlocks::wanted_blocks);
+            lock(&self.shared.quarantine).give_back(id.0, blocks);
+            self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
+            return Err(PullError::Died);
         }
         self.shared.metrics.running.inc();
         let deadline = pull.deadline.unwrap_or(self.config.pull.deadline).min(MAX_DEADLINE);
@@ -362,9 +370,15 @@ impl Consumer {
         lock(&self.shared.quarantine).len()
     }
 
-    /// Pulls whose lanes wedged: their blocks are withheld until this process restarts. Not zero: health is red.
+    /// Pulls whose lanes wedged, or which were on when the data thread died: their blocks are withheld until this process
+    /// restarts. Not zero: health is red.
     pub fn wedged(&self) -> usize {
         self.shared.wedged.load(Ordering::Acquire)
+    }
+
+    /// Whether pulls are taken: not after [`Consumer::shutdown`], and not after the data thread has died of a bug.
+    pub fn is_alive(&self) -> bool {
+        !self.stopped.load(Ordering::Acquire) && !lock(&self.shared.done).died
     }
 
     /// Its metrics, to register where the engine's are.
@@ -429,6 +443,8 @@ struct Done {
     queue: VecDeque<Ended>,
     waiters: HashMap<PullId, oneshot::Sender<Ended>>,
     progress: HashMap<PullId, Arc<Progress>>,
+    /// The data thread panicked: what has not ended never will.
+    died: bool,
 }
 
 struct Shared {
@@ -478,83 +494,32 @@ impl Reports for Shared {
             pull = pull.0,
             "a pull's blocks are withheld: its lane wedged; restart this process to get them back"
         );
+        self.after_wedge();
+    }
+
+    fn died(&self) {
+        let on = {
+            let mut done = lock(&self.done);
+            done.died = true;
+            // Their receivers learn of it, as they would of a consumer that is gone.
+            done.waiters.clear();
+            done.progress.len()
+        };
+        self.wedged.store(on, Ordering::Release);
+        self.metrics.wedged.set(on as i64);
+        tracing::error!(
+            pulls = on,
+            "the data thread died: these pulls' blocks are withheld, and no pull is taken; restart this process"
+        );
+        self.after_wedge();
+    }
+}
+
+impl Shared {
+    fn after_wedge(&self) {
         if self.on_wedge == OnWedge::Exit {
             tracing::error!("on_wedge = exit");
             std::process::exit(70);
         }
-    }
-}
-
-/// The sessions with peers, by address.
-struct Directory {
-    handle: tokio::runtime::Handle,
-    hello: Arc<Hello>,
-    config: Arc<Config>,
-    sink: client::Sink,
-    connector: Arc<Connector>,
-    peers: HashMap<Addr, Known>,
-    shared: Arc<Shared>,
-}
-
-struct Known {
-    handle: PeerHandle,
-    /// When something was last wanted of it.
-    used: Instant,
-}
-
-impl Directory {
-    /// Whether this would be one peer too many.
-    fn is_full(&self, peer: &Addr) -> bool {
-        self.peers.len() >= self.config.limits.peers && !self.peers.contains_key(peer)
-    }
-
-    fn peer(&mut self, addr: &Addr) -> &PeerHandle {
-        let known = self.peers.entry(addr.clone()).or_insert_with(|| {
-            let handle = PeerTask::spawn(
-                &self.handle,
-                addr.clone(),
-                self.hello.clone(),
-                self.config.clone(),
-                self.sink.clone(),
-                self.connector.clone(),
-            );
-            let mut up = lock(&self.shared.up);
-            up.retain(|u| u.strong_count() > 0);
-            up.push(handle.up());
-            Known { handle, used: Instant::now() }
-        });
-        known.used = Instant::now();
-        &known.handle
-    }
-}
-
-impl Peers for Directory {
-    fn claim(&mut self, peer: &Addr, want: Want) {
-        if self.is_full(peer) {
-            let limit = self.config.limits.peers;
-            tracing::warn!(%peer, limit, "as many peers as the limits allow are known: raise limits.peers");
-            return (self.sink)(rail::In::Lost(want.claim, Cause::Limit));
-        }
-        self.peer(peer).claim(want);
-    }
-
-    fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release) {
-        // What could not be claimed has nothing to be let go; a mere release is left to the lease.
-        if !self.is_full(peer) {
-            self.peer(peer).release(expect, release);
-        }
-    }
-
-    fn connect(&mut self, peer: &Addr, expect: Incarnation, kinds: Vec<LaneKind>) {
-        self.peer(peer).connect_lane(expect, kinds);
-    }
-
-    fn dropped(&mut self, peer: &Addr) -> bool {
-        // What was sent to it since is still carried out: its task ends when its handle is gone and it has nothing to do.
-        let idle = self.peers.get(peer).is_none_or(|k| k.used.elapsed() >= self.config.session.idle / 2);
-        if idle {
-            self.peers.remove(peer);
-        }
-        idle
     }
 }

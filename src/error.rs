@@ -106,6 +106,11 @@ pub enum PullError {
     /// The consumer was shut down.
     #[error("this consumer was shut down")]
     Shutdown,
+    /// The consumer's data thread panicked.
+    #[error(
+        "this consumer's data thread has died of a bug (its panic is on stderr): restart this process, and report it"
+    )]
+    Died,
 }
 
 impl PullError {
@@ -115,6 +120,7 @@ impl PullError {
             Self::Offer(_) | Self::Plan(_) => Cause::BadOffer,
             Self::BlockBusy { .. } | Self::TooManyPulls { .. } => Cause::Limit,
             Self::Shutdown => Cause::Shutdown,
+            Self::Died => Cause::LaneFailed,
         }
     }
 }

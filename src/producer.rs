@@ -293,7 +293,8 @@ impl Producer {
     }
 
     /// Takes an offer back, claimed or not. Its blocks are freed with the next [`Producer::poll_freed`]; whoever reads them
-    /// now will not count them.
+    /// now will not count them. A name that was given away and not entered is taken back as well: it cannot be entered any
+    /// more, and who waits for it hears so at once.
     pub fn revoke(&self, offer: OfferId) {
         self.core.tell(books::In::Revoke(offer));
     }

@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, HashSet, VecDeque},
     io,
     mem::MaybeUninit,
+    panic::AssertUnwindSafe,
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -51,6 +52,8 @@ pub trait Reports: Send + Sync {
     fn ended(&self, ended: Ended);
     /// The pull's blocks may be written for ever.
     fn wedged(&self, pull: PullId);
+    /// The thread panicked: no pull will end any more, and whether their blocks are still written is not known.
+    fn died(&self);
 }
 
 /// Starts the thread.
@@ -63,7 +66,12 @@ pub fn spawn(
 ) -> io::Result<JoinHandle<()>> {
     let sleeper = Sleeper::new(&mailbox)?;
     let mut this = Driver { rail, mailbox, peers, reports, sleeper, stop: None, mail: VecDeque::new() };
-    std::thread::Builder::new().name(name.into()).spawn(move || this.run())
+    std::thread::Builder::new().name(name.into()).spawn(move || {
+        // Everything in it is dropped after a panic, and nothing of it used: lanes that are not quiet keep their memory.
+        if std::panic::catch_unwind(AssertUnwindSafe(|| this.run())).is_err() {
+            this.reports.died();
+        }
+    })
 }
 
 struct Driver {

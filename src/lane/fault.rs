@@ -37,13 +37,17 @@ pub struct Faults {
     pub no_quiet: bool,
     /// Killing the lane does not help: it wedges.
     pub wedge: bool,
+    /// The data thread panics once this many bytes were accepted, as a bug of ours would make it.
+    pub panic_at: Option<u64>,
     /// Break lanes for this many connections, then no more; `None`: all.
     pub lanes: Option<u32>,
 }
 
 /// A fault that is not known.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, noquiet, wedge, lanes=N")]
+#[error(
+    "{0:?} is no fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, panic@BYTES, noquiet, wedge, lanes=N"
+)]
 pub struct BadFault(String);
 
 impl FromStr for Faults {
@@ -60,6 +64,7 @@ impl FromStr for Faults {
                 "down" => f.down_at = Some(number()?),
                 "silent" => f.silent_at = Some(number()?),
                 "stale" => f.stale_at = Some(number()?),
+                "panic" => f.panic_at = Some(number()?),
                 "lanes" => f.lanes = Some(u32::try_from(number()?).map_err(|_| bad())?),
                 "noquiet" if value.is_none() => f.no_quiet = true,
                 "wedge" if value.is_none() => (f.no_quiet, f.wedge) = (true, true),
@@ -90,6 +95,7 @@ impl fmt::Display for Faults {
             ("down@", self.down_at),
             ("silent@", self.silent_at),
             ("stale@", self.stale_at),
+            ("panic@", self.panic_at),
             ("lanes=", self.lanes.map(u64::from)),
         ];
         let mut parts: Vec<String> = numbers.iter().filter_map(|(n, v)| v.map(|v| format!("{n}{v}"))).collect();
@@ -192,6 +198,7 @@ impl Lane for Faulty {
         if self.down || self.past(self.faults.down_at) || self.past(self.faults.silent_at) {
             return 0;
         }
+        assert!(!self.past(self.faults.panic_at), "the fault panic@ was asked for");
         let now = Instant::now();
         if self.free_at > now {
             self.kept_out = true;
@@ -329,7 +336,7 @@ mod tests {
 
     #[test]
     fn faults_are_read_as_they_are_written() {
-        for text in ["throttle=1048576", "down@64", "silent@1024,noquiet", "stale@0,lanes=1", "wedge"] {
+        for text in ["throttle=1048576", "down@64", "silent@1024,noquiet", "stale@0,lanes=1", "panic@7", "wedge"] {
             let f: Faults = text.parse().unwrap();
             assert_eq!(f.to_string(), text);
         }

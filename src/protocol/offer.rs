@@ -32,7 +32,7 @@ pub enum In {
     Frame(PeerId, ClientFrame),
     /// A release that came without a session; `None`: on behalf of whoever it may concern.
     Release(Option<PeerId>, OfferId),
-    /// The engine takes the offer back.
+    /// The engine takes the offer back, or the name, if it never entered it.
     Revoke(OfferId),
     /// No new offers.
     Drain,
@@ -433,6 +433,17 @@ impl OfferTable {
         self.bury(now, id, why);
     }
 
+    /// A name that will never be entered is buried too: whoever came early need not wait for it.
+    fn revoke(&mut self, now: Instant, id: OfferId) {
+        if self.live.contains_key(&id) {
+            return self.end(now, id, Gone::Revoked);
+        }
+        if !self.tombs.contains_key(&id) {
+            self.early.remove(&id);
+            self.bury(now, id, Gone::Revoked);
+        }
+    }
+
     fn bury(&mut self, now: Instant, id: OfferId, why: Gone) {
         while self.tombs.len() >= self.limits.remembered.max(1) {
             let Some((_, old)) = self.tomb_age.pop_front() else { break };
@@ -500,7 +511,7 @@ impl Machine for OfferTable {
             In::Release(from, offer) => {
                 self.release(now, from, &Release { claim: None, offer, reader: Reader::ONLY, all: true });
             }
-            In::Revoke(id) => self.end(now, id, Gone::Revoked),
+            In::Revoke(id) => self.revoke(now, id),
             In::Drain => {
                 if !std::mem::replace(&mut self.draining, true) {
                     self.out.push_back(Out::Broadcast(ServerFrame { ack: 0, body: Some(ServerBody::Draining) }));

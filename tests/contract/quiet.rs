@@ -102,3 +102,20 @@ fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
     // The producer is not held up by it: its blocks came back at the decision.
     assert_eq!(producer.freed(offer.id).0, "Released");
 }
+
+#[test]
+fn a_data_thread_that_dies_withholds_its_blocks_and_takes_no_more_pulls() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, throttled("panic@4M"));
+    let (offer, other) = (producer.offer_all(), producer.offer_all());
+    let (_, end) = consumer.pull_async(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+    assert!(end.blocking_recv().is_err(), "there is no end to hear of");
+    assert_eq!((consumer.wedged(), consumer.is_alive()), (1, false));
+    assert_eq!(consumer.blocks_held(), spec.blocks as usize, "nobody knows whether they are still written");
+    // Nothing waits for ever: not the next pull, and not the producer.
+    assert_eq!(consumer.pull(pull_all(&other, LaneKind::Tcp, SOON)), Err(PullError::Died));
+    assert_eq!((consumer.blocks_held(), consumer.pulls()), (spec.blocks as usize, 1));
+    producer.freed(offer.id);
+    assert!(consumer.poll().is_none());
+}

@@ -51,7 +51,7 @@ fn a_stopped_producer_is_decided_by_the_deadline() {
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("throttle=64M"));
     let offer = producer.offer_all();
-    let deadline = Duration::from_secs(2);
+    let deadline = deadline(LaneKind::Tcp, Duration::from_secs(2));
     let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline)).unwrap();
     wait_until_loaded(&consumer, pull, 0.3);
     producer.signal(Signal::STOP);

@@ -127,6 +127,17 @@ fn a_name_that_is_claimed_before_it_is_entered_waits_and_is_granted() {
 }
 
 #[test]
+fn a_name_that_is_taken_back_before_it_is_entered_is_revoked_at_once() {
+    let mut b = Books::new(Limits::default());
+    let a = peer("a", 1);
+    assert!(matches!(b.claim(&a, 1, 1), ServerBody::NotYet { .. }));
+    b.tell(In::Revoke(id(1)));
+    assert_eq!(b.claim(&a, 1, 1), gone(1, Gone::Revoked));
+    assert_eq!(b.table.offer(b.now, id(1), true), Err(OfferError::Duplicate(id(1))));
+    assert_eq!(b.freed(), []);
+}
+
+#[test]
 fn a_name_that_is_never_entered_is_unknown_after_the_grace_period() {
     let mut b = Books::new(Limits::default());
     let a = peer("a", 1);

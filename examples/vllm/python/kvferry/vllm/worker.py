@@ -141,6 +141,9 @@ class WorkerSide:
             logger.warning("kvferry: request %s is not offered: %s", offering.request, e)
             self._offered.pop(offering.offer_id, None)
             self._report.sent.add(offering.request)
+            if self._producer is not None:
+                # Its name is on its way to the decode side, which would wait for it.
+                self._producer.revoke(offering.offer_id)
 
     def _load(self, load: Load) -> None:
         try:
@@ -155,6 +158,9 @@ class WorkerSide:
             self._fail(load, [b for g in load.groups for b in g.blocks if b is not None])
             blocks = sum(b is not None for g in load.groups for b in g.blocks)
             self.stats.load("failed", causes={"not_started": blocks})
+            if load.offer is not None:
+                # The request is prefilled here, whatever other ranks bring: the blocks need not wait for the lease.
+                self._release(load.offer)
             return
         self._pulls[number] = Running(load)
         self._by_request[load.request] = number

@@ -1,0 +1,91 @@
+//! The sessions of a consumer with its peers.
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+use super::{Shared, lock};
+use crate::{
+    block::Incarnation,
+    config::Config,
+    control::client::{self, PeerHandle, PeerTask},
+    driver::{
+        rail::{self, Addr},
+        thread::Peers,
+    },
+    error::Cause,
+    lane::{LaneKind, connect::Connector},
+    protocol::{frame::Release, hello::Hello, session::Want},
+};
+
+/// The sessions with peers, by address.
+pub(super) struct Directory {
+    pub(super) handle: tokio::runtime::Handle,
+    pub(super) hello: Arc<Hello>,
+    pub(super) config: Arc<Config>,
+    pub(super) sink: client::Sink,
+    pub(super) connector: Arc<Connector>,
+    pub(super) peers: HashMap<Addr, Known>,
+    pub(super) shared: Arc<Shared>,
+}
+
+pub(super) struct Known {
+    handle: PeerHandle,
+    /// When something was last wanted of it.
+    used: Instant,
+}
+
+impl Directory {
+    /// Whether this would be one peer too many.
+    fn is_full(&self, peer: &Addr) -> bool {
+        self.peers.len() >= self.config.limits.peers && !self.peers.contains_key(peer)
+    }
+
+    fn peer(&mut self, addr: &Addr) -> &PeerHandle {
+        let known = self.peers.entry(addr.clone()).or_insert_with(|| {
+            let handle = PeerTask::spawn(
+                &self.handle,
+                addr.clone(),
+                self.hello.clone(),
+                self.config.clone(),
+                self.sink.clone(),
+                self.connector.clone(),
+            );
+            let mut up = lock(&self.shared.up);
+            up.retain(|u| u.strong_count() > 0);
+            up.push(handle.up());
+            Known { handle, used: Instant::now() }
+        });
+        known.used = Instant::now();
+        &known.handle
+    }
+}
+
+impl Peers for Directory {
+    fn claim(&mut self, peer: &Addr, want: Want) {
+        if self.is_full(peer) {
+            let limit = self.config.limits.peers;
+            tracing::warn!(%peer, limit, "as many peers as the limits allow are known: raise limits.peers");
+            return (self.sink)(rail::In::Lost(want.claim, Cause::Limit));
+        }
+        self.peer(peer).claim(want);
+    }
+
+    fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release) {
+        // What could not be claimed has nothing to be let go; a mere release is left to the lease.
+        if !self.is_full(peer) {
+            self.peer(peer).release(expect, release);
+        }
+    }
+
+    fn connect(&mut self, peer: &Addr, expect: Incarnation, kinds: Vec<LaneKind>) {
+        self.peer(peer).connect_lane(expect, kinds);
+    }
+
+    fn dropped(&mut self, peer: &Addr) -> bool {
+        // What was sent to it since is still carried out: its task ends when its handle is gone and it has nothing to do.
+        let idle = self.peers.get(peer).is_none_or(|k| k.used.elapsed() >= self.config.session.idle / 2);
+        if idle {
+            self.peers.remove(peer);
+        }
+        idle
+    }
+}

@@ -7,7 +7,7 @@ use super::{
     cq::Cq,
     device::Port,
     error::VerbsError,
-    exchange::{LinkLayer, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, VerbsRequest, VerbsTicket},
+    exchange::{LinkLayer, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, ServedRail, VerbsRequest, VerbsTicket},
     gid::Gid,
     ladder,
     landing::Landing,
@@ -39,7 +39,6 @@ pub struct Opening {
     request: VerbsRequest,
     config: VerbsConfig,
     memory: Memory,
-    peer: Option<Gid>,
 }
 
 /// A queue pair's first sequence number: random, so that packets of an earlier life are not taken for its own.
@@ -76,7 +75,7 @@ impl Opening {
             return Err(VerbsError::NoRail { why: why.join("; ") });
         }
         let request = VerbsRequest { rails: ends };
-        Ok(Self { halves, request, config, memory: rails.memory().clone(), peer })
+        Ok(Self { halves, request, config, memory: rails.memory().clone() })
     }
 
     /// What to send.
@@ -106,49 +105,29 @@ impl Opening {
         let wake = Wake::new().map_err(LaneError::io("cannot make the lane's descriptors"))?;
         let slots = Arc::new(Landing::new().map_err(LaneError::io("cannot map the fence slots"))?);
         let config = &self.config;
-        let stall = config.gives_up_after() * 2 + Duration::from_millis(500);
         let mut halves: Vec<Option<Half>> = self.halves.into_iter().map(Some).collect();
-        let (mut paths, mut max_read, mut depth) = (Vec::new(), config.max_read, 0);
+        let (mut paths, mut max_read, mut depth, mut failed) = (Vec::new(), config.max_read, 0, None);
         for served in &ticket.rails {
             let of = usize::from(served.of);
             let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of))
             else {
                 continue;
             };
-            // The peer may be in another subnet than its control plane made believe: address it as it says.
-            let at = match config.gid_index {
-                None if self.peer.is_none() && half.layer == LinkLayer::InfiniBand => {
-                    half.rail.address(&half.port, half.layer, Some(&served.end.gid), config)?.1
+            let (rail, longest) = (half.rail.clone(), half.port.max_message.max(1));
+            match path(half, mine, served, config, &wake, &slots, &self.memory) {
+                Ok(path) => {
+                    depth += mine.queue_pairs.len() * config.depth as usize;
+                    max_read = max_read.min(longest);
+                    paths.push(path);
                 }
-                _ => half.at,
-            };
-            let agreed =
-                Agreed { mtu: mine.mtu.min(served.end.mtu), rd_atomic: mine.rd_atomic.min(served.end.rd_atomic) };
-            for (qp, (mine, theirs)) in half.pairs.iter().zip(mine.queue_pairs.iter().zip(&served.end.queue_pairs)) {
-                qp.connect(at, &served.end, *theirs, mine.psn, agreed, config)?;
+                Err(error) => {
+                    tracing::warn!(rail = rail.name(), %error, "a rail does not reach this peer: its others are used");
+                    failed = Some(error);
+                }
             }
-            max_read = max_read.min(half.port.max_message.max(1));
-            wake.watch(half.cq.fd()).map_err(LaneError::io("epoll"))?;
-            half.rail.state().wake(wake.bell.clone());
-            let source = Source::Address { base: slots.base(), len: Landing::BYTES };
-            // Never in relaxed order: the word must not land after its completion.
-            let access = Access::Landing { relaxed: false };
-            // SAFETY: the slots stay mapped as long as `slots` is held, and are accessed as atomics only.
-            let landing = unsafe { Region::register(half.rail.pd(), source, access, slots.clone()) }?;
-            depth += half.pairs.len() * config.depth as usize;
-            let end = |(i, qp)| End::new(qp, config.depth, config.signal_every, i as u8);
-            paths.push(Path::new(path::Parts {
-                ends: half.pairs.into_iter().enumerate().map(end).collect(),
-                cq: half.cq,
-                rail: half.rail,
-                landing,
-                slots: slots.clone(),
-                memory: self.memory.clone(),
-                segments: served.segments.clone(),
-                words: served.words,
-                window: config.window,
-                stall,
-            }));
+        }
+        if let (true, Some(error)) = (paths.is_empty(), failed) {
+            return Err(error);
         }
         if paths.is_empty() {
             return Err(VerbsError::NoPath { why: "the peer named no rail of this side".into() }.into());
@@ -170,6 +149,49 @@ impl Opening {
             depth,
         }))
     }
+}
+
+/// A rail's part of a lane, connected to what the peer answered for it.
+fn path(
+    half: Half,
+    mine: &RailEnd,
+    served: &ServedRail,
+    config: &VerbsConfig,
+    wake: &Wake,
+    slots: &Arc<Landing>,
+    memory: &Memory,
+) -> Result<Path, LaneError> {
+    let at = match config.gid_index {
+        // InfiniBand: which subnet the peer is in, only its GID says; the address of its control plane does not.
+        None if half.layer == LinkLayer::InfiniBand => {
+            half.rail.address(&half.port, half.layer, Some(&served.end.gid), config)?.1
+        }
+        _ => half.at,
+    };
+    let agreed = Agreed { mtu: mine.mtu.min(served.end.mtu), rd_atomic: mine.rd_atomic.min(served.end.rd_atomic) };
+    for (qp, (mine, theirs)) in half.pairs.iter().zip(mine.queue_pairs.iter().zip(&served.end.queue_pairs)) {
+        qp.connect(at, &served.end, *theirs, mine.psn, agreed, config)?;
+    }
+    wake.watch(half.cq.fd()).map_err(LaneError::io("epoll"))?;
+    half.rail.state().wake(wake.bell.clone());
+    let source = Source::Address { base: slots.base(), len: Landing::BYTES };
+    // Never in relaxed order: the word must not land after its completion.
+    let access = Access::Landing { relaxed: false };
+    // SAFETY: the slots stay mapped as long as `slots` is held, and are accessed as atomics only.
+    let landing = unsafe { Region::register(half.rail.pd(), source, access, slots.clone()) }?;
+    let end = |(i, qp)| End::new(qp, config.depth, config.signal_every, i as u8);
+    Ok(Path::new(path::Parts {
+        ends: half.pairs.into_iter().enumerate().map(end).collect(),
+        cq: half.cq,
+        rail: half.rail,
+        landing,
+        slots: slots.clone(),
+        memory: memory.clone(),
+        segments: served.segments.clone(),
+        words: served.words,
+        window: config.window,
+        stall: config.gives_up_after() * 2 + Duration::from_millis(500),
+    }))
 }
 
 fn half(

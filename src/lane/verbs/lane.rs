@@ -109,6 +109,12 @@ impl VerbsLane {
         self.paths.iter().filter(|p| p.rung.is_live()).map(Path::name)
     }
 
+    /// What its owner sleeps on.
+    #[cfg(test)]
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.wake.fd()
+    }
+
     fn find(&self, a: Attempt) -> Option<usize> {
         self.tries.iter().position(|t| t.is_some_and(|t| t.attempt == a))
     }
@@ -547,7 +553,8 @@ impl Lane for VerbsLane {
 
     fn poll(&mut self, out: &mut Vec<LaneEvent>) {
         let now = Instant::now();
-        if std::mem::take(&mut self.slept) {
+        // Whoever uses it arms it before every sleep. A lane that nobody uses is polled when its descriptor is readable only.
+        if std::mem::take(&mut self.slept) || self.down.is_some() || self.tries.iter().all(Option::is_none) {
             self.wake.woken(now);
             self.paths.iter_mut().for_each(Path::woken);
         }

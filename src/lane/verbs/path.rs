@@ -193,6 +193,10 @@ impl Path {
             return None;
         }
         let free = self.ends.iter().enumerate().filter(|(_, e)| e.chain.room() > 0);
+        // What a full queue took only a part of may end in a request that reports nothing: the next one on it does.
+        if let Some((i, _)) = free.clone().find(|(_, e)| !e.chain.will_complete()) {
+            return Some((i, 0));
+        }
         free.map(|(i, e)| (i, e.bytes)).min_by_key(|(_, bytes)| *bytes)
     }
 
@@ -404,7 +408,7 @@ impl Path {
     fn close(&mut self, began: Instant, now: Instant) {
         let Some(rail) = self.rail.take() else { return };
         let closing = rail.pd().device().closing();
-        rail.state().condemn();
+        rail.condemn();
         ladder::bury(Vec::new(), self.cq.take(), (self.landing.take(), rail));
         self.rung = Rung::Closing { since: now, began, closing };
     }

@@ -59,6 +59,8 @@ pub struct Rail {
     state: Arc<State>,
     limits: Limits,
     failed: Mutex<Option<Instant>>,
+    /// Who keeps it open between lanes.
+    keeper: OnceLock<Weak<Rails>>,
 }
 
 impl Rail {
@@ -80,8 +82,8 @@ impl Rail {
         };
         let name = format!("{}:{port}", device.name());
         let pd = Pd::new(device)?;
-        let rail =
-            Self { name, port, pool: OnceLock::new(), _watch: watch, pd, state, limits, failed: Mutex::default() };
+        let (pool, failed, keeper) = (OnceLock::new(), Mutex::default(), OnceLock::new());
+        let rail = Self { name, port, pool, _watch: watch, pd, state, limits, failed, keeper };
         rail.up()?;
         Ok(Arc::new(rail))
     }
@@ -103,6 +105,15 @@ impl Rail {
 
     pub(crate) fn state(&self) -> &Arc<State> {
         &self.state
+    }
+
+    /// Tells everybody who holds its device to let go of it: lanes when they look next, whoever keeps it between lanes soon.
+    pub(crate) fn condemn(&self) {
+        self.state.condemn();
+        if let Some(keeper) = self.keeper.get().and_then(Weak::upgrade) {
+            // On a thread of its own: the list is locked while a device is opened.
+            super::wake::undertake("kvferry-condemn", move || keeper.let_go());
+        }
     }
 
     /// The registered pool.
@@ -284,14 +295,19 @@ impl Rails {
     }
 
     fn with(lib: &'static Library, config: &VerbsConfig, memory: Memory, role: Role, list: Vec<Slot>) -> Arc<Self> {
-        Arc::new(Self {
-            lib,
-            config: config.clone(),
-            memory,
-            role,
-            list: Mutex::new(list),
-            done: AtomicU64::new(0),
-            all: AtomicU64::new(0),
+        Arc::new_cyclic(|this: &Weak<Self>| {
+            for rail in list.iter().filter_map(|s| s.rail.as_ref()) {
+                rail.keeper.get_or_init(|| this.clone());
+            }
+            Self {
+                lib,
+                config: config.clone(),
+                memory,
+                role,
+                list: Mutex::new(list),
+                done: AtomicU64::new(0),
+                all: AtomicU64::new(0),
+            }
         })
     }
 
@@ -388,19 +404,24 @@ impl Rails {
         Err(VerbsError::NoRail { why: why.join("; ") })
     }
 
+    /// Lets go of rails whose device failed, or must be closed. Their lanes hold them until they are quiet.
+    fn let_go(&self) {
+        for s in lock(&self.list).iter_mut().filter(|s| s.rail.as_ref().is_some_and(|r| r.state().fatal())) {
+            s.rail = None;
+            s.why_not = Some("the device failed".into());
+        }
+    }
+
     /// Opens rails again that failed or died, now and then.
     fn reopen(self: &Arc<Self>) {
+        self.let_go();
         let mut opened = false;
         for s in lock(&self.list).iter_mut() {
-            if s.rail.as_ref().is_some_and(|r| r.state().fatal()) {
-                // Its lanes hold it until they are quiet.
-                s.rail = None;
-                s.why_not = Some("the device failed".into());
-            }
             if s.rail.is_none() && s.tried.elapsed() >= LEFT_OUT {
                 s.tried = Instant::now();
                 match Rail::open(self.lib, &s.name) {
                     Ok(rail) => {
+                        rail.keeper.get_or_init(|| Arc::downgrade(self));
                         (s.rail, s.why_not, opened) = (Some(rail), None, true);
                     }
                     Err(e) => s.why_not = Some(e.to_string()),

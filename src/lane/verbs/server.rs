@@ -88,7 +88,7 @@ impl Server {
                     answers.push(answer);
                 }
                 Err(e) => {
-                    rail.failed();
+                    // It may be what the peer said of itself: the rail is not to blame.
                     why.push(format!("{} to {}: {e}", rail.name(), request.rails[of].name));
                 }
             }

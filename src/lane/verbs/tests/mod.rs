@@ -399,8 +399,6 @@ fn pairs_that_do_not_flush_are_destroyed() {
 fn pairs_that_cannot_be_destroyed_take_their_device_along_or_wedge() {
     for close in [0, libc::EBUSY] {
         let mut r = Rig::simple();
-        // Only the lane holds the device from here on.
-        r._rails = Rails::of(&LIBRARY, &VerbsConfig::default(), r.here.clone(), Role::Reader, Vec::new()).unwrap();
         assert_eq!(r.post(A, 0..8), 8);
         {
             let mut d = r.device();
@@ -543,6 +541,28 @@ fn an_idle_lane_sleeps_and_a_completion_wakes_it() {
     r.carry_out(|_| ());
     assert_eq!(r.lane.arm().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     assert_eq!(r.poll(), [LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }]);
+}
+
+#[test]
+fn a_lane_that_nobody_uses_any_more_does_not_keep_its_owner_awake() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let readable = |r: &Rig, timeout: Option<&Timespec>| {
+        let fd = r.lane.descriptor();
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout).unwrap() == 1
+    };
+    let config = VerbsConfig { spin: Duration::ZERO, queue_pairs: 1, depth: 16, ..VerbsConfig::default() };
+    let mut r = Rig::new(1, config);
+    assert_eq!(r.post(A, 0..4), 4);
+    // It sleeps, and so sets a timer: the requests may be lost.
+    assert!(r.lane.arm().unwrap().is_some());
+    r.carry_out(|_| ());
+    r.poll();
+    r.lane.stop(A);
+    assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
+    // The timer goes off while the lane is idle, and nobody arms it again.
+    assert!(readable(&r, None));
+    r.poll();
+    assert!(!readable(&r, Some(&Timespec::default())), "its owner would never sleep again");
 }
 
 #[test]

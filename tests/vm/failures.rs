@@ -180,16 +180,22 @@ fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
     }
 }
 
+/// Two seconds are the bound; an emulated machine on a loaded host gets two more.
+fn done_soon(what: &str, took: Duration) {
+    println!("failed over and done {took:?} after the {what}");
+    assert!(took < Duration::from_secs(4), "{took:?} after the {what}");
+}
+
 #[test]
 fn one_of_two_rails_cut_costs_nothing_but_time() {
     if wires(2) {
         let (end, at) = broken(Duration::from_secs(30), 2, |_| ip("link set a1 down"), |_| ip("link set a1 up"));
         assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-        println!("failed over and done {:?} after the cut", end.outcome.times.data.unwrap() - at);
+        done_soon("cut", end.outcome.times.data.unwrap() - at);
         let hurt = |_: &mut Producer| tc("qdisc add dev b2 root netem loss 100%");
         let (end, at) = broken(Duration::from_secs(30), 2, hurt, |_| tc("qdisc del dev b2 root"));
         assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-        println!("failed over and done {:?} after the loss", end.outcome.times.data.unwrap() - at);
+        done_soon("loss", end.outcome.times.data.unwrap() - at);
     }
 }
 

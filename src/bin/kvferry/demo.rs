@@ -7,6 +7,7 @@ use std::{
 
 use kvferry::{
     block::{BlockId, EngineId, GroupId},
+    config::Config,
     consumer::{Consumer, Ended, Pull, PullId},
     control::client,
     error::Cause,
@@ -18,7 +19,7 @@ use kvferry::{
 use serde::Serialize;
 
 use crate::{
-    args::{self, JsonArg, ModelArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     child::Serve,
     pull::{local_layout, verify},
     report::{Failure, PullRecord, ranges, size},
@@ -33,6 +34,14 @@ pub struct Args {
     /// Where the producer listens; port 0 takes a free one.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
     listen: String,
+    /// The lane that is broken and heals, beside the one inside this host: tcp or verbs.
+    #[arg(long, value_enum, default_value = "tcp")]
+    lane: LaneChoice,
+    #[command(flatten)]
+    verbs: VerbsArgs,
+    /// RDMA ports that the producer serves; by default the same as this side's.
+    #[arg(long, value_name = "RAIL,…", value_delimiter = ',')]
+    serve_rails: Vec<String>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -68,6 +77,8 @@ struct Stage {
     text: bool,
     model: ModelArgs,
     consumer: Consumer,
+    /// The lane between hosts.
+    far: LaneKind,
     blocks: u32,
     seen: Vec<Seen>,
     pulls: Vec<PullRecord>,
@@ -139,6 +150,14 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             Failure::usage("--total-bytes: at least 100M, so that there is something to kill in the middle of")
         })?;
     args::check_memory(2 * args.total_bytes)?;
+    args.lane.check()?;
+    let far = match args.lane {
+        LaneChoice::Tcp => LaneKind::Tcp,
+        LaneChoice::Verbs => LaneKind::Verbs,
+        LaneChoice::Auto | LaneChoice::Local => return Err(Failure::usage("--lane: tcp or verbs, for the demo")),
+    };
+    let verbs = args.verbs.config();
+    let serve_rails = if args.serve_rails.is_empty() { &verbs.rails } else { &args.serve_rails };
     let flags = |listen: &str| -> Vec<String> {
         let m = &args.model;
         let pairs = [
@@ -151,16 +170,25 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             ("--dtype", m.dtype.clone()),
             ("--block-tokens", m.block_tokens.to_string()),
         ];
-        pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect()
+        let mut flags: Vec<_> = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect();
+        if !serve_rails.is_empty() {
+            flags.extend(["--rails".to_owned(), serve_rails.join(",")]);
+        }
+        if let Some(index) = args.verbs.gid_index {
+            flags.extend(["--gid-index".to_owned(), index.to_string()]);
+        }
+        flags
     };
     let mut producer = Serve::start(&flags(&args.listen))?;
     let addr = producer.ready.listen.clone();
     let theirs = kvferry::group::PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let layout = local_layout(&theirs, GroupId(0), blocks)?;
-    let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout).build()?;
+    let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout)
+        .config(Config { verbs: verbs.clone(), ..Config::default() })
+        .build()?;
     let text = args.json.text();
     let mut stage =
-        Stage { started, text, model: args.model.clone(), consumer, blocks, seen: Vec::new(), pulls: Vec::new() };
+        Stage { started, text, model: args.model.clone(), consumer, far, blocks, seen: Vec::new(), pulls: Vec::new() };
     stage.say(format!(
         "producer {} is process {} on {addr}: {} in {blocks} blocks of {REGIONS} regions",
         producer.ready.incarnation,
@@ -170,12 +198,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 
     stage.say("act 1: a good day");
     let local = stage.pull(&addr, LaneKind::Local)?;
-    let tcp = stage.pull(&addr, LaneKind::Tcp)?;
+    let other = stage.pull(&addr, far)?;
     let all = |r: &PullRecord| r.loaded.len() == u64::from(blocks) && r.mismatched_bytes == 0;
     stage.saw(
         "exact",
-        all(&local) && all(&tcp),
-        format!("{blocks} of {blocks} blocks over local and over tcp, every byte compared"),
+        all(&local) && all(&other),
+        format!("{blocks} of {blocks} blocks over local and over {far}, every byte compared"),
     );
 
     stage.say("act 2: the producer is killed in mid-pull");
@@ -186,7 +214,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let before = producer.ready.incarnation.clone();
     let producer = Serve::start(&flags(&addr))?;
     stage.say(format!("producer {} is process {} on {addr}", producer.ready.incarnation, producer.pid()));
-    let healed = stage.pull(&addr, LaneKind::Tcp)?;
+    let healed = stage.pull(&addr, far)?;
     stage.saw(
         "healing",
         all(&healed) && producer.ready.incarnation != before,
@@ -229,7 +257,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 fn kill_in_mid_pull(stage: &mut Stage, producer: &mut Serve, addr: &str) -> Result<Duration, Failure> {
     let (welcome, offer) = stage.offer(addr)?;
     let started = Instant::now();
-    let pull = stage.start(&offer, LaneKind::Tcp)?;
+    let pull = stage.start(&offer, stage.far)?;
     let mut at = 0.0;
     while started.elapsed() < LIMIT {
         let Some((done, all)) = stage.consumer.progress(pull) else { break };
@@ -255,7 +283,8 @@ fn kill_in_mid_pull(stage: &mut Stage, producer: &mut Serve, addr: &str) -> Resu
     let causes: Vec<_> = r.causes.iter().map(|(c, s)| format!("{c}: {}", ranges(s))).collect();
     stage.say(format!("invalid {} ({})", ranges(&r.invalid), causes.join("; ")));
     let blocks = stage.blocks;
-    let prefix = r.loaded.ranges().len() == 1 && r.loaded.contains(0);
+    // Over several queue pairs a later chunk may have arrived before an earlier one.
+    let prefix = r.loaded.ranges().first().filter(|p| p[0] == 0).map_or(0, |p| p[1] + 1);
     stage.saw(
         "exact",
         r.loaded.len() + r.invalid.len() == u64::from(blocks) && !ended.outcome.complete(),
@@ -273,12 +302,11 @@ fn kill_in_mid_pull(stage: &mut Stage, producer: &mut Serve, addr: &str) -> Resu
     );
     stage.saw(
         "frugal",
-        prefix && r.loaded.len() as f64 >= (at - 0.05) * f64::from(blocks),
+        f64::from(prefix) >= (at - 0.05) * f64::from(blocks),
         format!(
-            "killed at {:.0} %, prefix of {} blocks ({:.0} %) kept",
+            "killed at {:.0} %, prefix of {prefix} blocks ({:.0} %) kept",
             at * 100.0,
-            r.loaded.len(),
-            100.0 * r.loaded.len() as f64 / f64::from(blocks)
+            100.0 * f64::from(prefix) / f64::from(blocks)
         ),
     );
     let known =

@@ -245,6 +245,10 @@ impl Consumer {
         if self.stopped.load(Ordering::Acquire) {
             return Err(PullError::Shutdown);
         }
+        // Before all else: blocks that a dead thread withholds are busy for ever, and that is not what is wrong.
+        if lock(&self.shared.done).died {
+            return Err(PullError::Died);
+        }
         let started = Instant::now();
         let limits = &self.config.limits;
         pull.offer.check(limits.blocks_per_offer)?;

@@ -421,9 +421,9 @@ impl World {
             let q = self.requests[r].ranks[k].proc;
             if self.procs[q].alive && !self.procs[q].stopped {
                 let id = self.requests[r].offer.id;
-                if let Some(l) = self.procs[q].leases.get_mut(&id) {
-                    l.revoked = true;
-                }
+                // A name that is taken back cannot be entered any more; engines here enter whatever they have named.
+                let Some(lease) = self.procs[q].leases.get_mut(&id) else { continue };
+                lease.revoked = true;
                 self.table(q, offer::In::Revoke(id));
             }
         }

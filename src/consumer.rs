@@ -505,12 +505,13 @@ impl Reports for Shared {
         let on = {
             let mut done = lock(&self.done);
             done.died = true;
-            // Their receivers learn of it, as they would of a consumer that is gone.
+            let on = done.progress.len();
+            self.wedged.store(on, Ordering::Release);
+            self.metrics.wedged.set(on as i64);
+            // Their receivers learn of it, as they would of a consumer that is gone; and find it counted.
             done.waiters.clear();
-            done.progress.len()
+            on
         };
-        self.wedged.store(on, Ordering::Release);
-        self.metrics.wedged.set(on as i64);
         tracing::error!(
             pulls = on,
             "the data thread died: these pulls' blocks are withheld, and no pull is taken; restart this process"

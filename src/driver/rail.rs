@@ -171,6 +171,14 @@ impl Rail {
 
     /// Lets lanes and trackers go on: polls, posts, and looks at the clock. `true` when there is more to do at once.
     pub fn turn(&mut self, now: Instant) -> bool {
+        // What lanes have to say comes before the clock's verdict on them: a thread that was kept from running for a few
+        // milliseconds would kill a lane, and with it everybody's reads, whose `Quiet` lies there already.
+        if self.timers.first().is_some_and(|t| t.0 <= now) {
+            let busy: Vec<_> = self.busy_lanes().collect();
+            for n in busy {
+                self.poll_lane(now, n);
+            }
+        }
         let due: Vec<_> = self.timers.range(..=(now, PullId(u64::MAX))).map(|(_, id)| *id).collect();
         for id in due {
             if let Some(p) = self.pulls.get_mut(&id) {

@@ -7,7 +7,7 @@
 use std::{
     fmt, fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// A GID: 16 bytes, as they go over the wire.
@@ -86,22 +86,34 @@ impl fmt::Display for GidEntry {
 
 /// The GIDs of a port that are not empty. `sys` is /sys/class/infiniband.
 pub fn table(sys: &Path, device: &str, port: u8) -> Vec<GidEntry> {
-    let at = sys.join(device).join("ports").join(port.to_string());
-    // Rows can be missing in between: a GID that was withdrawn leaves a hole.
+    let at = at(sys, device, port);
+    let there = |i: &u8| at.join("gids").join(i.to_string()).exists();
+    rows(sys, device, port, (0..=255).take_while(there))
+}
+
+/// Those of these rows that are not empty. Three files are read for each, so it pays to know which are used: tables have
+/// 256 rows and more.
+pub(crate) fn rows(sys: &Path, device: &str, port: u8, indices: impl Iterator<Item = u8>) -> Vec<GidEntry> {
+    let at = at(sys, device, port);
+    // Rows can be empty in between: a GID that was withdrawn leaves a hole.
     let row = |index: u8| {
         let read = |part: &str| {
             let text = fs::read_to_string(at.join(part).join(index.to_string())).ok()?;
             Some(text.trim().to_owned())
         };
-        let gid = Gid(read("gids")?.parse::<Ipv6Addr>().ok()?.octets());
+        let gid = Some(Gid(read("gids")?.parse::<Ipv6Addr>().ok()?.octets())).filter(|g| !g.is_zero())?;
         let kind = match read("gid_attrs/types") {
             Some(t) if t == "RoCE v2" => GidType::RoceV2,
             _ => GidType::IbOrRoceV1,
         };
         let netdev = read("gid_attrs/ndevs").unwrap_or_default();
-        (!gid.is_zero()).then_some(GidEntry { index, gid, kind, netdev })
+        Some(GidEntry { index, gid, kind, netdev })
     };
-    (0..=255).map_while(|i| at.join("gids").join(i.to_string()).exists().then(|| row(i))).flatten().collect()
+    indices.filter_map(row).collect()
+}
+
+fn at(sys: &Path, device: &str, port: u8) -> PathBuf {
+    sys.join(device).join("ports").join(port.to_string())
 }
 
 /// The best GID of a RoCE port: RoCE v2 only; if `peer` is known, of its family and nearest to it; IPv4 before global IPv6

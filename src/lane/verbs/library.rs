@@ -10,14 +10,14 @@ use std::{
 };
 
 use ibverbs_sys::{
-    ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_device_attr, ibv_mr, ibv_pd, ibv_port_attr,
-    ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
+    ibv_async_event, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_device_attr, ibv_gid_entry, ibv_mr, ibv_pd,
+    ibv_port_attr, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
 };
 
 use super::error::VerbsError;
 
 macro_rules! functions {
-    (needed { $($need:ident: fn($($n:ty),*) -> $nr:ty;)* } wanted { $($want:ident: fn($($w:ty),*) -> $wr:ty;)* }) => {
+    (needed { $($need:ident: fn($($n:ty),*) -> $nr:ty;)* } wanted { $($want:ident $symbol:literal: fn($($w:ty),*) -> $wr:ty;)* }) => {
         /// The functions, by their names without `ibv_`. Which pointers they take is what the C headers say.
         #[derive(Clone, Copy)]
         #[allow(missing_docs)]
@@ -38,7 +38,7 @@ macro_rules! functions {
                     },)*
                     $($want: {
                         // SAFETY: as above.
-                        let found = unsafe { lib.get(concat!("ibv_", stringify!($want)).as_bytes()) };
+                        let found = unsafe { lib.get($symbol.as_bytes()) };
                         found.ok().map(|f| *f)
                     },)*
                 })
@@ -73,8 +73,9 @@ functions! {
         ack_async_event: fn(*mut ibv_async_event) -> ();
     }
     wanted {
-        reg_mr_iova2: fn(*mut ibv_pd, *mut c_void, usize, u64, c_uint) -> *mut ibv_mr;
-        reg_dmabuf_mr: fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
+        reg_mr_iova2 "ibv_reg_mr_iova2": fn(*mut ibv_pd, *mut c_void, usize, u64, c_uint) -> *mut ibv_mr;
+        reg_dmabuf_mr "ibv_reg_dmabuf_mr": fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
+        query_gid_table "_ibv_query_gid_table": fn(*mut ibv_context, *mut ibv_gid_entry, usize, u32, usize) -> isize;
     }
 }
 

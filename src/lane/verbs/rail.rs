@@ -137,7 +137,7 @@ impl Rail {
 
     /// Its GIDs.
     pub fn gids(&self) -> Vec<GidEntry> {
-        gid::table(Path::new(SYS), self.pd.device().name(), self.port)
+        self.pd.device().gids(self.port)
     }
 
     /// The GID to use towards a peer, and how queue pairs say where they are.

@@ -72,7 +72,7 @@ fn look(lib: &'static Library, name: String) -> Result<DeviceReport, VerbsError>
     let limits = device.limits()?;
     let mut ports = Vec::new();
     for n in 1..=limits.ports {
-        let gids = gid::table(Path::new(SYS), &name, n);
+        let gids = device.gids(n);
         let chosen = gid::choose(&gids, None).map(|e| e.index);
         ports.push(PortReport { port: device.port(n)?, gids, chosen });
     }

@@ -213,6 +213,7 @@ pub static LIBRARY: Library = Library {
     ack_async_event,
     reg_mr_iova2: None,
     reg_dmabuf_mr: None,
+    query_gid_table: None,
 };
 
 unsafe extern "C" fn get_device_list(_: *mut c_int) -> *mut *mut ibv_device {

@@ -1,0 +1,180 @@
+//! The seam that every lane has, for verbs: what the owner asks, and when it may sleep.
+
+use std::{io, os::fd::BorrowedFd, time::Instant};
+
+use super::{Try, VerbsLane};
+use crate::{
+    error::Cause,
+    lane::{
+        Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind,
+        verbs::{
+            fences::{self, Fence},
+            path::{Path, What},
+        },
+    },
+    plan::Read,
+};
+
+impl Lane for VerbsLane {
+    fn caps(&self) -> LaneCaps {
+        LaneCaps {
+            kind: LaneKind::Verbs,
+            max_read: u64::from(self.max_read),
+            quiet_bound: self.quiet_bound,
+            fence: FenceKind::Posted,
+        }
+    }
+
+    fn begin(&mut self, a: Attempt, grant: Grant) {
+        if let Some(cause) = self.closing {
+            self.pending.push(LaneEvent::Failed { attempt: a, cause });
+            // It never has anything in flight.
+            self.pending.push(LaneEvent::Quiet { attempt: a });
+        } else if self.find(a).is_none() {
+            let t = Try { attempt: a, nonce: grant.nonce.get(), in_flight: 0, failed: false, stopped: false };
+            let i = self.tries.iter().position(Option::is_none).unwrap_or(self.tries.len());
+            if i == self.tries.len() {
+                self.tries.push(None);
+            }
+            self.tries[i] = Some(t);
+            self.fences.begin(i);
+        }
+    }
+
+    fn post(&mut self, a: Attempt, reads: &[Read], _last: bool) -> usize {
+        let Some(i) = self.open(a) else { return reads.len() };
+        // Asked at every turn while the window is full: it costs little then.
+        if self.paths.iter().all(|p| p.best().is_none()) {
+            return 0;
+        }
+        let now = Instant::now();
+        self.post_again(now);
+        if !self.again.is_empty() {
+            return 0;
+        }
+        let mut taken = reads.len();
+        for (n, r) in reads.iter().enumerate() {
+            if !self.fits(r) {
+                self.fail(i, Cause::BadOffer);
+                break;
+            }
+            let w = What {
+                src: r.src_offset,
+                dst: r.dst_offset,
+                len: r.len as u32,
+                attempt: i as u32,
+                chunk: r.chunk,
+                src_segment: r.src_segment,
+                dst_segment: r.dst_segment,
+                ..What::default()
+            };
+            if !self.place(w) {
+                taken = n;
+                break;
+            }
+        }
+        self.flush(now);
+        taken
+    }
+
+    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
+        let Some(i) = self.open(a) else { return true };
+        if f.slot >= self.fence_slots {
+            self.fail(i, Cause::BadOffer);
+            return true;
+        }
+        let carriers = self.fences.carriers(i, f.chunk);
+        if !self.alive(carriers) {
+            self.doubt(i, f.chunk);
+            return true;
+        }
+        let carriers = match carriers {
+            // Nothing was read of it on this lane: any will do.
+            0 => match self.paths.iter().enumerate().find_map(|(p, path)| Some((p, path.best()?.0))) {
+                Some((p, e)) => fences::bit(p, e),
+                None => return false,
+            },
+            n => n,
+        };
+        let Some(nonce) = self.tries[i].map(|t| t.nonce) else { return true };
+        let fence = Fence::new(i as u32, f.chunk, f.slot, carriers);
+        if !self.post_words(&fence) {
+            return false;
+        }
+        self.fences.posted(fence, nonce);
+        self.flush(Instant::now());
+        true
+    }
+
+    fn stop(&mut self, a: Attempt) {
+        let Some(i) = self.find(a) else { return };
+        if let Some(t) = &mut self.tries[i] {
+            t.stopped = true;
+        }
+        self.purge();
+        self.settle(i);
+    }
+
+    fn kill(&mut self) {
+        let now = Instant::now();
+        self.close(Cause::LaneFailed, now);
+        self.climb(now);
+    }
+
+    fn poll(&mut self, out: &mut Vec<LaneEvent>) {
+        let now = Instant::now();
+        // Whoever uses it arms it before every sleep. A lane that nobody uses is polled when its descriptor is readable only.
+        if std::mem::take(&mut self.slept) || self.down.is_some() || self.tries.iter().all(Option::is_none) {
+            self.wake.woken(now);
+            self.paths.iter_mut().for_each(Path::woken);
+        }
+        out.append(&mut self.pending);
+        if self.down.is_some() {
+            return;
+        }
+        self.reap(now, out);
+        self.climb(now);
+        self.post_again(now);
+        self.conclude_fences(now);
+        out.append(&mut self.pending);
+    }
+
+    fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        if !self.pending.is_empty() || self.must_spin() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.down.is_some() {
+            return Ok(None);
+        }
+        if self.nearly_there() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        for path in &mut self.paths {
+            path.arm()?;
+        }
+        // What came before the queues were armed wakes nobody.
+        let now = Instant::now();
+        let mut seen = std::mem::take(&mut self.pending);
+        let any = self.reap(now, &mut seen);
+        self.pending = seen;
+        if any || self.fences.any_back() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let waiting = !self.again.is_empty();
+        let until = self.paths.iter().filter_map(|p| p.until(waiting)).min();
+        if until.is_some_and(|t| t <= now) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.wake.wake_at(until, now)?;
+        self.slept = true;
+        Ok(Some(self.wake.fd()))
+    }
+}
+
+#[cfg(test)]
+impl VerbsLane {
+    /// What its owner sleeps on.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.wake.fd()
+    }
+}

@@ -61,6 +61,23 @@ impl VerbsArgs {
         let rails = self.device.iter().chain(&self.rails).cloned().collect();
         VerbsConfig { rails, gid_index: self.gid_index, ..VerbsConfig::default() }
     }
+
+    /// What a producer on this machine serves: `rails`, or the same as this side's where there are none.
+    pub fn served(&self, rails: &[String]) -> Vec<String> {
+        if rails.is_empty() { self.config().rails } else { rails.to_vec() }
+    }
+
+    /// The flags of `serve` for that.
+    pub fn serve_flags(&self, rails: &[String]) -> Vec<String> {
+        let (rails, mut flags) = (self.served(rails), Vec::new());
+        if !rails.is_empty() {
+            flags.extend(["--rails".to_owned(), rails.join(",")]);
+        }
+        if let Some(index) = self.gid_index {
+            flags.extend(["--gid-index".to_owned(), index.to_string()]);
+        }
+        flags
+    }
 }
 
 /// What the bytes mean. Both sides must agree.

@@ -79,12 +79,6 @@ pub struct Args {
     json: JsonArg,
 }
 
-impl Args {
-    fn served_rails(&self) -> Vec<String> {
-        if self.serve_rails.is_empty() { self.verbs.config().rails } else { self.serve_rails.clone() }
-    }
-}
-
 /// Latencies of a pull, in microseconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Latency {
@@ -153,7 +147,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
     memory.touch()?;
     let perftest = (!args.verbs.config().rails.is_empty())
-        .then(|| Perftest::new(&args.verbs.config(), &args.served_rails()))
+        .then(|| Perftest::new(&args.verbs.config(), &args.verbs.served(&args.serve_rails)))
         .transpose()?;
     let ready = child.as_ref().map(|c| c.ready.clone());
     let mut raw = args.vs_raw.then(|| Raw::new(&memory, ready, perftest)).transpose()?;
@@ -228,13 +222,7 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
     if args.engine_memory {
         flags.push("--engine-memory".into());
     }
-    let rails = args.served_rails();
-    if !rails.is_empty() {
-        flags.extend(["--rails".into(), rails.join(",")]);
-    }
-    if let Some(index) = args.verbs.gid_index {
-        flags.extend(["--gid-index".into(), index.to_string()]);
-    }
+    flags.extend(args.verbs.serve_flags(&args.serve_rails));
     flags
 }
 

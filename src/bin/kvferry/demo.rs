@@ -156,8 +156,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         LaneChoice::Verbs => LaneKind::Verbs,
         LaneChoice::Auto | LaneChoice::Local => return Err(Failure::usage("--lane: tcp or verbs, for the demo")),
     };
-    let verbs = args.verbs.config();
-    let serve_rails = if args.serve_rails.is_empty() { &verbs.rails } else { &args.serve_rails };
     let flags = |listen: &str| -> Vec<String> {
         let m = &args.model;
         let pairs = [
@@ -170,21 +168,15 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             ("--dtype", m.dtype.clone()),
             ("--block-tokens", m.block_tokens.to_string()),
         ];
-        let mut flags: Vec<_> = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]).collect();
-        if !serve_rails.is_empty() {
-            flags.extend(["--rails".to_owned(), serve_rails.join(",")]);
-        }
-        if let Some(index) = args.verbs.gid_index {
-            flags.extend(["--gid-index".to_owned(), index.to_string()]);
-        }
-        flags
+        let pairs = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]);
+        pairs.chain(args.verbs.serve_flags(&args.serve_rails)).collect()
     };
     let mut producer = Serve::start(&flags(&args.listen))?;
     let addr = producer.ready.listen.clone();
     let theirs = kvferry::group::PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let layout = local_layout(&theirs, GroupId(0), blocks)?;
     let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout)
-        .config(Config { verbs: verbs.clone(), ..Config::default() })
+        .config(Config { verbs: args.verbs.config(), ..Config::default() })
         .build()?;
     let text = args.json.text();
     let mut stage =

@@ -317,12 +317,12 @@ impl Consumer {
 
     /// Earlier work on the pull's local blocks is done: it may write them.
     pub fn local_ready(&self, pull: PullId) {
-        self.mailbox.send(Mail::Rail(rail::In::LocalReady(pull)));
+        self.tell(Mail::Rail(rail::In::LocalReady(pull)));
     }
 
     /// Gives a pull up. What is loaded by now stays loaded; its end is reported as always, once memory is quiet.
     pub fn cancel(&self, pull: PullId) {
-        self.mailbox.send(Mail::Rail(rail::In::Cancel(pull, Cause::Cancelled)));
+        self.tell(Mail::Rail(rail::In::Cancel(pull, Cause::Cancelled)));
     }
 
     /// Lets go of an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
@@ -330,7 +330,14 @@ impl Consumer {
     pub fn release(&self, offer: &Offer) {
         for rank in &offer.ranks {
             let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: true };
-            self.mailbox.send(Mail::Release(rank.addr.as_str().into(), rank.incarnation, release));
+            self.tell(Mail::Release(rank.addr.as_str().into(), rank.incarnation, release));
+        }
+    }
+
+    /// Mail that nobody reads any more would only pile up.
+    fn tell(&self, mail: Mail) {
+        if self.is_alive() {
+            self.mailbox.send(mail);
         }
     }
 

@@ -4,4 +4,5 @@
 mod offers;
 mod plans;
 mod pulls;
+mod rails;
 mod sessions;

@@ -70,6 +70,27 @@ pub struct Read {
     pub dst_segment: u16,
 }
 
+#[cfg(test)]
+impl Read {
+    /// A read of one block at position 0, between these segments and offsets.
+    pub(crate) fn between(chunk: u32, src: (u16, u64), dst: (u16, u64), len: u64) -> Self {
+        Self {
+            src_offset: src.1,
+            dst_offset: dst.1,
+            len,
+            piece: len,
+            within: 0,
+            chunk,
+            position: 0,
+            blocks: 1,
+            group: GroupId(0),
+            region: 0,
+            src_segment: src.0,
+            dst_segment: dst.0,
+        }
+    }
+}
+
 /// Memory and shard of one source rank.
 #[derive(Debug, Clone, Copy)]
 pub struct Source<'a> {

@@ -280,10 +280,7 @@ impl Lane for Faulty {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        block::GroupId,
-        lane::{FenceKind, LaneKind},
-    };
+    use crate::lane::{FenceKind, LaneKind};
 
     /// Takes everything and never says anything.
     struct Still;
@@ -311,20 +308,7 @@ mod tests {
     #[test]
     fn a_throttle_that_lets_in_again_before_its_owner_sleeps_keeps_the_owner_awake() {
         let mut lane = Faulty::new(Box::new(Still), "throttle=1M".parse().unwrap()).unwrap();
-        let read = Read {
-            src_offset: 0,
-            dst_offset: 0,
-            len: 64,
-            piece: 64,
-            within: 0,
-            chunk: 0,
-            position: 0,
-            blocks: 1,
-            group: GroupId(0),
-            region: 0,
-            src_segment: 0,
-            dst_segment: 0,
-        };
+        let read = Read::between(0, (0, 0), (0, 0), 64);
         lane.free_at = Instant::now() + Duration::from_secs(3600);
         assert_eq!(lane.post(Attempt(1), &[read], true), 0);
         assert!(lane.arm().is_ok(), "it may sleep: the timer wakes it");

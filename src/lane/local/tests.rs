@@ -18,7 +18,7 @@ use tokio::runtime::{Handle, Runtime};
 
 use super::{LocalLane, Server, connect, socket, wire};
 use crate::{
-    block::{GroupId, Incarnation, Nonce},
+    block::{Incarnation, Nonce},
     config::Limits,
     error::Cause,
     group::PoolLayout,
@@ -185,23 +185,6 @@ fn dial(name: &[u8], lane: u64, incarnation: Incarnation, memory: &Memory) -> Re
 
 const A: Attempt = Attempt(7);
 
-fn read(chunk: u32, src: (u16, u64), dst: (u16, u64), len: u64) -> Read {
-    Read {
-        src_offset: src.1,
-        dst_offset: dst.1,
-        len,
-        piece: len,
-        within: 0,
-        chunk,
-        position: 0,
-        blocks: 1,
-        group: GroupId(0),
-        region: 0,
-        src_segment: src.0,
-        dst_segment: dst.0,
-    }
-}
-
 /// Polls until `enough`, and returns all events.
 fn drive(lane: &mut LocalLane, mut enough: impl FnMut(&[LaneEvent]) -> bool) -> Vec<LaneEvent> {
     let (start, mut events) = (Instant::now(), vec![]);
@@ -265,8 +248,10 @@ fn every_byte_arrives_where_it_should_on_both_paths() {
         let mut lane = p.lane(&memory);
         assert_eq!(lane.mapped(), kind == "memfd");
         // Odd sizes, both segments on both sides, more reads than the window and longer ones than a poll.
-        let mut reads = vec![read(5, (0, 1), (0, 1), 3_000_000), read(5, (1, 0), (1, 4000), 5000)];
-        reads.extend((0..3000u64).map(|i| read(5, (0, i * 1234 % 3_700_000), (0, 3_000_010 + i * 1500), 1 + i % 1500)));
+        let mut reads = vec![Read::between(5, (0, 1), (0, 1), 3_000_000), Read::between(5, (1, 0), (1, 4000), 5000)];
+        reads.extend(
+            (0..3000u64).map(|i| Read::between(5, (0, i * 1234 % 3_700_000), (0, 3_000_010 + i * 1500), 1 + i % 1500)),
+        );
         let events = pull(&mut lane, &reads);
         assert_eq!(done(&events, 5), 3002);
         assert_eq!(fence(&mut lane), word(p.nonce));
@@ -290,7 +275,7 @@ fn a_revoked_word_fails_the_fence_on_both_paths() {
         let mut lane = p.lane(&memory);
         assert_eq!(fence(&mut lane), word(p.nonce));
         p.tell("withdraw");
-        pull(&mut lane, &[read(5, (0, 0), (0, 0), 100)]);
+        pull(&mut lane, &[Read::between(5, (0, 0), (0, 0), 100)]);
         assert_eq!(fence(&mut lane), word(0), "{kind}");
         assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: 8 }));
         assert_eq!(drive(&mut lane, |e| !e.is_empty()), word(0), "{kind}: a slot past the table is never live");
@@ -304,7 +289,7 @@ fn a_killed_owner_fails_the_fence_though_its_memory_can_still_be_read() {
     let mut lane = p.lane(&memory);
     lane.poll(&mut vec![]);
     p.kill();
-    assert_eq!(lane.post(A, &[read(5, (0, 0), (0, 0), 100)], true), 1);
+    assert_eq!(lane.post(A, &[Read::between(5, (0, 0), (0, 0), 100)], true), 1);
     let mut events = vec![];
     lane.poll(&mut events);
     assert_eq!(events, [LaneEvent::Done { attempt: A, chunk: 5, reads: 1 }], "the mapping outlives its owner");
@@ -323,7 +308,7 @@ fn a_killed_owner_fails_reads_and_fences_of_its_address_space() {
         if fence_first {
             assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: SLOT }));
         }
-        lane.post(A, &[read(5, (0, 0), (0, 0), 100)], true);
+        lane.post(A, &[Read::between(5, (0, 0), (0, 0), 100)], true);
         assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::PeerDown));
         assert!(lane.arm().unwrap().is_none());
     }
@@ -356,7 +341,7 @@ fn a_death_is_noticed_by_a_lane_that_was_armed_before_its_last_work() {
     let memory = Memory::alloc(&[1 << 20]).unwrap();
     let mut lane = p.lane(&memory);
     lane.arm().unwrap();
-    pull(&mut lane, &[read(0, (0, 0), (0, 0), 100)]);
+    pull(&mut lane, &[Read::between(0, (0, 0), (0, 0), 100)]);
     p.kill();
     // Its descriptor is in its owner's epoll set by now, which wakes whoever sleeps there until the lane says why.
     let mut events = vec![];
@@ -373,7 +358,7 @@ fn a_stopped_owner_still_serves_reads_and_fences() {
         let pid = rustix::process::Pid::from_child(&p.child);
         rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
         rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED).unwrap().unwrap();
-        pull(&mut lane, &[read(5, (0, 0), (0, 0), 100)]);
+        pull(&mut lane, &[Read::between(5, (0, 0), (0, 0), 100)]);
         assert_eq!(fence(&mut lane), word(p.nonce));
         if kind == "raw" {
             let lane = dial(&p.name, 2, p.incarnation, &memory);
@@ -510,7 +495,7 @@ fn rubbish_and_silence_are_turned_away_and_harm_nobody() {
     p.server.admit(1);
     let mut lane = p.dial(1, p.incarnation).unwrap();
     lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
-    pull(&mut lane, &[read(1, (0, 0), (0, 0), 4096)]);
+    pull(&mut lane, &[Read::between(1, (0, 0), (0, 0), 4096)]);
 }
 
 #[test]
@@ -538,8 +523,8 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
     let b = Attempt(8);
     lane.begin(A, grant);
     lane.begin(b, grant);
-    assert_eq!(lane.post(A, &[read(0, (0, 0), (0, 0), 50), read(0, (0, 50), (0, 50), 50)], true), 2);
-    assert_eq!(lane.post(b, &[read(9, (0, 0), (0, 200), 50)], true), 1);
+    assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50), Read::between(0, (0, 50), (0, 50), 50)], true), 2);
+    assert_eq!(lane.post(b, &[Read::between(9, (0, 0), (0, 200), 50)], true), 1);
     assert!(lane.post_fence(A, FenceSlot { chunk: 0, slot: SLOT }));
     lane.stop(A);
     let mut events = vec![];
@@ -548,7 +533,7 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
     let mut bytes = [1; 100];
     p.memory.read_into(0, 0, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 100], "what was queued was not copied");
-    assert_eq!(lane.post(A, &[read(0, (0, 0), (0, 0), 50)], true), 1);
+    assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50)], true), 1);
     lane.stop(A);
     lane.poll(&mut events);
     assert_eq!(events.len(), 2, "a quiet attempt stays quiet");
@@ -580,7 +565,7 @@ fn a_pool_of_more_segments_than_files_fit_in_a_packet_is_read_without_them() {
         let mut lane = runtime().block_on(connect(&name, 1, incarnation, layout, memory.clone())).unwrap();
         assert_eq!(lane.mapped(), mapped);
         lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
-        pull(&mut lane, &[read(1, (last, 60), (0, 3), 4)]);
+        pull(&mut lane, &[Read::between(1, (last, 60), (0, 3), 4)]);
         let mut bytes = [0; 4];
         memory.read_into(0, 3, &mut bytes).unwrap();
         assert_eq!(&bytes, b"last");
@@ -596,19 +581,19 @@ fn a_read_outside_of_either_pool_fails_its_attempt_only() {
     lane.begin(A, grant);
     let end = layout().segments[0];
     let bad = [
-        read(0, (0, end - 99), (0, 0), 100),
-        read(0, (2, 0), (0, 0), 1),
-        read(0, (0, u64::MAX), (0, 0), 100),
-        read(0, (0, 0), (0, (1 << 20) - 99), 100),
-        read(0, (0, 0), (1, 0), 1),
-        read(0, (0, 0), (0, u64::MAX), 100),
-        read(0, (0, 0), (0, 0), u64::MAX),
-        read(0, (0, 0), (0, 0), 0),
+        Read::between(0, (0, end - 99), (0, 0), 100),
+        Read::between(0, (2, 0), (0, 0), 1),
+        Read::between(0, (0, u64::MAX), (0, 0), 100),
+        Read::between(0, (0, 0), (0, (1 << 20) - 99), 100),
+        Read::between(0, (0, 0), (1, 0), 1),
+        Read::between(0, (0, 0), (0, u64::MAX), 100),
+        Read::between(0, (0, 0), (0, 0), u64::MAX),
+        Read::between(0, (0, 0), (0, 0), 0),
     ];
     for (i, bad) in bad.into_iter().enumerate() {
         let attempt = Attempt(100 + i as u64);
         lane.begin(attempt, grant);
-        lane.post(attempt, &[read(0, (0, 0), (0, 0), 100), bad], true);
+        lane.post(attempt, &[Read::between(0, (0, 0), (0, 0), 100), bad], true);
         let mut events = vec![];
         lane.poll(&mut events);
         assert_eq!(events, [LaneEvent::Failed { attempt, cause: Cause::BadOffer }], "{bad:?}");
@@ -617,7 +602,7 @@ fn a_read_outside_of_either_pool_fails_its_attempt_only() {
         lane.poll(&mut events);
         assert_eq!(events, [LaneEvent::Quiet { attempt }]);
     }
-    pull(&mut lane, &[read(1, (0, end - 100), (0, (1 << 20) - 100), 100)]);
+    pull(&mut lane, &[Read::between(1, (0, end - 100), (0, (1 << 20) - 100), 100)]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{
 
 use super::{super::frames::*, super::handshake::Keyed, rig::*};
 use crate::{
-    block::{GroupId, Incarnation, Nonce},
+    block::{Incarnation, Nonce},
     config::{Limits, TcpConfig},
     error::Cause,
     group::PoolLayout,
@@ -225,20 +225,7 @@ fn a_producer_that_breaks_the_protocol_writes_nothing_but_what_was_asked_for() {
         let mut lane = connect(addr, &KEY, incarnation, memory.clone(), &TcpConfig::default()).unwrap();
         let (a, grant) = (attempt(), Grant { slot: 0, nonce: Nonce::random() });
         lane.begin(a, grant);
-        let read = Read {
-            src_offset: 0,
-            dst_offset: BLOCK as u64,
-            len: BLOCK as u64,
-            piece: BLOCK as u64,
-            within: 0,
-            chunk: 0,
-            position: 0,
-            blocks: 1,
-            group: GroupId(0),
-            region: 0,
-            src_segment: 0,
-            dst_segment: 0,
-        };
+        let read = Read::between(0, (0, 0), (0, BLOCK as u64), BLOCK as u64);
         assert_eq!(lane.post(a, &[read], true), 1);
         let events = drive(&mut lane, |_, events| events.iter().any(|e| matches!(e, LaneEvent::Down { .. })));
         let end = &events[events.len() - 3..];

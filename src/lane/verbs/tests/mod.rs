@@ -18,7 +18,7 @@ use super::{
     server::Server,
 };
 use crate::{
-    block::{GroupId, Incarnation, Nonce},
+    block::{Incarnation, Nonce},
     config::{Limits, VerbsConfig},
     error::Cause,
     group::PoolLayout,
@@ -158,20 +158,7 @@ fn pattern(b: u64) -> Vec<u8> {
 }
 
 fn read(b: u64) -> Read {
-    Read {
-        src_offset: b * BLOCK,
-        dst_offset: (BLOCKS - 1 - b) * BLOCK,
-        len: BLOCK,
-        piece: BLOCK,
-        within: 0,
-        chunk: 0,
-        position: b as u32,
-        blocks: 1,
-        group: GroupId(0),
-        region: 0,
-        src_segment: 0,
-        dst_segment: 0,
-    }
+    Read { position: b as u32, ..Read::between(0, (0, b * BLOCK), (0, (BLOCKS - 1 - b) * BLOCK), BLOCK) }
 }
 
 const FENCE: FenceSlot = FenceSlot { chunk: 0, slot: 3 };

@@ -136,6 +136,12 @@ pub struct PullConfig {
     pub attempts: u32,
     /// Wait before a lane of the same kind is tried again; doubles with each try.
     pub retry_wait: Duration,
+    /// How long a peer is read over a worse lane than might be had (one of a kind that is not the first choice, one that
+    /// lost a rail) before a better one is looked for; doubles with each look up to `look_max`.
+    pub look_min: Duration,
+    /// Longest time between two looks for a better lane. Each costs both sides milliseconds, and a path that is looked for in
+    /// vain, or fails again, costs those who read over it more.
+    pub look_max: Duration,
     /// Which lanes may be used, best first. Those that a peer does not offer are left out.
     pub lanes: Vec<LaneKind>,
     /// See [`OnWedge`].
@@ -151,6 +157,8 @@ impl Default for PullConfig {
             chunk: ChunkSize::default(),
             attempts: 8,
             retry_wait: Duration::from_millis(10),
+            look_min: Duration::from_secs(1),
+            look_max: Duration::from_secs(60),
             lanes: vec![LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp],
             on_wedge: OnWedge::Withhold,
             faults: None,
@@ -318,6 +326,9 @@ impl Config {
         }
         if self.pull.lanes.is_empty() {
             return bad("pull.lanes", "must name at least one lane");
+        }
+        if self.pull.look_max < self.pull.look_min {
+            return bad("pull.look_max", "must not be shorter than look_min");
         }
         if self.pull.attempts == 0 {
             return bad("pull.attempts", "must be at least 1");

@@ -24,6 +24,7 @@ use crate::{
     config::{Config, OnWedge},
     control::host,
     driver::{
+        better::Waits,
         mailbox::Mailbox,
         rail::{self, Progress, Rail, Start},
         runtime::Runtime,
@@ -168,7 +169,8 @@ impl Builder {
             peers: HashMap::new(),
             shared: shared.clone(),
         };
-        let rail = Rail::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer);
+        let waits = Waits { first: self.config.pull.look_min, longest: self.config.pull.look_max };
+        let rail = Rail::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer, waits);
         let rail = thread::spawn("kvferry-rail", rail, mailbox.clone(), Box::new(directory), shared.clone())
             .map_err(os("cannot start the data thread"))?;
         Ok(Consumer {

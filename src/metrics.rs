@@ -85,6 +85,8 @@ impl ConsumerMetrics {
         r.register("pull_ended_seconds", "From the call to the end", self.ended.clone());
         r.register("pulls_running", "Pulls that have not ended", self.running.clone());
         r.register("pulls_wedged", "Pulls whose blocks are withheld until a restart", self.wedged.clone());
+        #[cfg(feature = "verbs")]
+        r.register_collector(Box::new(ladder::Rungs));
     }
 
     pub(crate) fn ended(&self, o: &Outcome) {
@@ -137,6 +139,40 @@ impl ProducerMetrics {
     }
 }
 
+#[cfg(feature = "verbs")]
+mod ladder {
+    //! What became of verbs rails that failed: of this whole process.
+
+    use prometheus_client::{
+        collector::Collector,
+        encoding::{DescriptorEncoder, EncodeMetric},
+        metrics::{MetricType, counter::ConstCounter},
+    };
+
+    use crate::lane::verbs::COUNTERS;
+
+    #[derive(Debug)]
+    pub(super) struct Rungs;
+
+    impl Collector for Rungs {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+            let help = "Verbs rails that failed and became quiet, by the rung of the ladder that did it";
+            let mut ends = encoder.encode_descriptor("verbs_rungs", help, None, MetricType::Counter)?;
+            for (rung, n, _) in COUNTERS.rungs() {
+                ConstCounter::new(n).encode(ends.encode_family(&[("rung", rung)])?)?;
+            }
+            let help = "Seconds that failed verbs rails stood on each rung of the ladder";
+            let mut times = encoder.encode_descriptor("verbs_rung_seconds", help, None, MetricType::Counter)?;
+            for (rung, _, time) in COUNTERS.rungs() {
+                if let Some(time) = time {
+                    ConstCounter::new(time.as_secs_f64()).encode(times.encode_family(&[("rung", rung)])?)?;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +209,10 @@ mod tests {
             "kvferry_blocks_invalid_total{cause=\"peer_down\"} 4",
             "kvferry_bytes_loaded_total{lane=\"tcp\"} 24576",
             "kvferry_pull_retries_total 1",
+            #[cfg(feature = "verbs")]
+            "kvferry_verbs_rungs_total{rung=\"wedged\"}",
+            #[cfg(feature = "verbs")]
+            "kvferry_verbs_rung_seconds_total{rung=\"destroy\"}",
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");
         }

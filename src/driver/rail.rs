@@ -23,6 +23,7 @@ use crate::{
     shard::Shard,
 };
 
+use super::better::{Better, Waits};
 pub use super::event::{Addr, Ended, In, Out, Progress, PullId, Start};
 
 struct PullState {
@@ -58,6 +59,9 @@ struct Peer {
     /// Who waits for a lane that is being connected.
     waiting: Vec<(PullId, usize)>,
     connecting: bool,
+    /// What is being connected is to be better than what there is: nobody needs it.
+    looking: bool,
+    better: Better,
 }
 
 /// Pulls and lanes of one consumer rank.
@@ -65,6 +69,7 @@ pub struct Rail {
     layout: Arc<PoolLayout>,
     shard: Shard,
     limit: usize,
+    waits: Waits,
     pulls: BTreeMap<PullId, PullState>,
     by_claim: HashMap<ClaimId, (PullId, usize)>,
     attempts: HashMap<Attempt, (PullId, usize, LaneNo)>,
@@ -81,12 +86,13 @@ pub struct Rail {
 }
 
 impl Rail {
-    /// A rail over this rank's memory. `limit` bounds the blocks of a pull.
-    pub fn new(layout: Arc<PoolLayout>, shard: Shard, limit: usize) -> Self {
+    /// A rail over this rank's memory. `limit` bounds the blocks of a pull, `waits` how often a better lane is looked for.
+    pub fn new(layout: Arc<PoolLayout>, shard: Shard, limit: usize, waits: Waits) -> Self {
         Self {
             layout,
             shard,
             limit,
+            waits,
             pulls: BTreeMap::new(),
             by_claim: HashMap::new(),
             attempts: HashMap::new(),
@@ -283,7 +289,9 @@ impl Rail {
     fn welcome(&mut self, now: Instant, addr: Addr, welcome: Arc<Welcome>) {
         let incarnation = welcome.peer.incarnation;
         let peer = self.peers.entry(addr.clone()).or_default();
-        peer.welcome = Some(welcome);
+        if peer.welcome.replace(welcome).is_some_and(|old| old.peer.incarnation != incarnation) {
+            peer.better = Better::default();
+        }
         // Lanes of an earlier incarnation take no new attempts.
         for l in self.lanes.values_mut().filter(|l| l.peer == addr && l.incarnation != incarnation) {
             l.dead |= !planted(Bug::IncarnationIgnored);
@@ -304,6 +312,7 @@ impl Rail {
     fn connected(&mut self, now: Instant, addr: Addr, incarnation: Incarnation, lane: Result<Box<dyn Lane>, Cause>) {
         let peer = self.peers.entry(addr.clone()).or_default();
         peer.connecting = false;
+        let looking = std::mem::take(&mut peer.looking);
         let waiting = std::mem::take(&mut peer.waiting);
         let current = peer.welcome.as_ref().is_some_and(|w| w.peer.incarnation == incarnation);
         match lane {
@@ -340,6 +349,12 @@ impl Rail {
             Ok(_) => {
                 for (id, source) in waiting {
                     self.tell(now, id, pull::In::NoLane { source, cause: Cause::LaneFailed });
+                }
+            }
+            // Only the kinds that would have been better were tried.
+            Err(_) if looking && current => {
+                for (id, source) in waiting {
+                    self.connect(id, source, Vec::new());
                 }
             }
             Err(cause) => {
@@ -386,8 +401,30 @@ impl Rail {
             .min_by_key(|(_, l)| (preference(l), l.attempts.len()))
             .map(|(n, _)| *n);
         match best {
-            Some(n) => self.attach(now, id, source, n),
+            Some(n) => {
+                self.improve(now, id, source, n);
+                self.attach(now, id, source, n);
+            }
             None => self.connect(id, source, avoid),
+        }
+    }
+
+    /// Looks for a better lane than this one, now and then: what failed once may work again. Pulls go on meanwhile.
+    fn improve(&mut self, now: Instant, id: PullId, source: usize, n: LaneNo) {
+        let (Some(p), Some(l)) = (self.pulls.get(&id), self.lanes.get(&n)) else { return };
+        let rank = &p.start.offer.ranks[p.start.sources[source]];
+        let Some(peer) = self.peers.get_mut(&l.peer) else { return };
+        let Some(welcome) = &peer.welcome else { return };
+        let preferred = p.start.lanes.iter().take_while(|k| **k != l.kind);
+        let mut kinds: Vec<_> = preferred.copied().filter(|k| welcome.lanes.contains(k)).collect();
+        if l.lane.poorer() {
+            kinds.push(l.kind);
+        }
+        if kinds.is_empty() {
+            peer.better.well(now);
+        } else if !peer.connecting && peer.better.look(now, self.waits) {
+            (peer.connecting, peer.looking) = (true, true);
+            self.out.push_back(Out::Connect(l.peer.clone(), rank.incarnation, kinds));
         }
     }
 

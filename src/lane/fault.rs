@@ -189,6 +189,10 @@ impl Lane for Faulty {
         LaneCaps { quiet_bound: inner.quiet_bound.max(Duration::from_millis(50)), ..inner }
     }
 
+    fn poorer(&self) -> bool {
+        self.inner.poorer()
+    }
+
     fn begin(&mut self, a: Attempt, grant: Grant) {
         self.nonces.insert(a, grant.nonce.get());
         self.inner.begin(a, grant);

@@ -155,6 +155,12 @@ pub trait Lane: Send {
     /// What it can do.
     fn caps(&self) -> LaneCaps;
 
+    /// Whether it has less than a new one might have: a part of it failed, or was not to be had when it was connected. It
+    /// goes on, and its owner looks for a new one now and then.
+    fn poorer(&self) -> bool {
+        false
+    }
+
     /// Begins an attempt under a grant. `post`, `post_fence` and `stop` of an attempt that was not begun, or is quiet, do
     /// nothing.
     fn begin(&mut self, a: Attempt, grant: Grant);

@@ -204,11 +204,13 @@ impl Core {
     }
 
     /// Makes sure that a consumer may have one lane more. Returns one of its lanes that must go for it, if one must.
-    fn room(&self, state: &mut State, from: &PeerId) -> Result<Option<(LaneKind, u64)>, Refusal> {
+    fn room(&self, state: &mut State, from: &PeerId, kind: LaneKind) -> Result<Option<(LaneKind, u64)>, Refusal> {
         let (lanes, limit) = (state.lanes, self.config.limits.lanes);
         let session = self.session(state, from)?;
-        // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones.
-        let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.pop_front() } else { None };
+        // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones, most likely those of
+        // the kind that it asks for again: another one it may be reading over.
+        let same = session.lanes.iter().position(|(k, _)| *k == kind).unwrap_or(0);
+        let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.remove(same) } else { None };
         if oldest.is_none() && lanes >= limit {
             return Err(Refusal::Limit { what: "lanes", limit });
         }
@@ -311,7 +313,7 @@ impl Desk for Core {
     fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
         let mut state = self.lock();
-        let oldest = self.room(&mut state, from)?;
+        let oldest = self.room(&mut state, from, kind)?;
         let lane = Incarnation::random().get();
         let ticket = match (kind, &self.tcp, &self.local) {
             (LaneKind::Tcp, Some(server), _) => {
@@ -343,7 +345,7 @@ impl Desk for Core {
         let lane = Incarnation::random().get();
         let ticket = server.admit(lane, ends).map_err(|e| Refusal::Precondition(e.to_string()))?;
         let mut state = self.lock();
-        match self.room(&mut state, from) {
+        match self.room(&mut state, from, LaneKind::Verbs) {
             Ok(oldest) => {
                 self.keep(state, from, (LaneKind::Verbs, lane), oldest);
                 Ok(LaneTicket::Verbs(ticket))

@@ -153,7 +153,7 @@ impl World {
         say!(self, "consumer {c} starts as {}", me.incarnation);
         self.consumers[c].life += 1;
         self.consumers[c].process = Some(Process {
-            rail: Rail::new(layout.pool.clone(), shard, 1 << 20),
+            rail: Rail::new(layout.pool.clone(), shard, 1 << 20, self.weather.looks),
             sessions: BTreeMap::new(),
             quarantine: Quarantine::new(&layout.pool),
             local,
@@ -581,7 +581,7 @@ impl World {
                     quiet_bound: Duration::from_micros(self.rng.between(low, high)),
                     fence: if kind == LaneKind::Tcp { FenceKind::Trailer } else { FenceKind::Posted },
                 };
-                let new = SimLane::connect(&self.fabric, local, q, caps);
+                let new = SimLane::connect(&self.fabric, local, q, caps, self.rng.chance(300));
                 say!(self, "consumer {c}: lane {} is {kind} to process {q}", new.number());
                 lane = Ok(Box::new(new));
                 break;

@@ -31,12 +31,14 @@ pub struct SimLane {
     fabric: Shared,
     number: usize,
     caps: LaneCaps,
+    /// It has not all of its paths.
+    poorer: bool,
 }
 
 impl SimLane {
-    pub fn connect(fabric: &Shared, local: usize, proc: usize, caps: LaneCaps) -> Self {
+    pub fn connect(fabric: &Shared, local: usize, proc: usize, caps: LaneCaps, poorer: bool) -> Self {
         let number = fabric.get().new_lane(local, proc, caps);
-        Self { fabric: fabric.clone(), number, caps }
+        Self { fabric: fabric.clone(), number, caps, poorer }
     }
 
     pub fn number(&self) -> usize {
@@ -47,6 +49,10 @@ impl SimLane {
 impl Lane for SimLane {
     fn caps(&self) -> LaneCaps {
         self.caps
+    }
+
+    fn poorer(&self) -> bool {
+        self.poorer
     }
 
     fn begin(&mut self, a: Attempt, grant: Grant) {

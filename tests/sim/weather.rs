@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kvferry::{
     config::{LeaseConfig, Limits, SessionConfig},
+    driver::better::Waits,
     protocol::pull::Retry,
 };
 
@@ -92,6 +93,8 @@ pub struct Weather {
     /// Limits are so small that they are met.
     pub tight: bool,
     pub retry: Retry,
+    /// How soon a better lane is looked for.
+    pub looks: Waits,
     pub requests: u64,
     /// How long the storm lasts.
     pub length: Micros,
@@ -153,6 +156,7 @@ impl Weather {
             limits: Limits { offers: 256, ..Limits::default() },
             tight,
             retry: Retry { attempts: rng.between(3, 10) as u32, wait: micros(rng.between(100, 4000)) },
+            looks: Waits { first: micros(rng.between(0, 20) * MS), longest: micros(100 * MS) },
             requests: rng.between(4, 14),
             length,
             quiet_bound: (2 * MS, rng.between(4, 30) * MS),

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 
 use crate::{
     rig::{Producer, SOON, Say, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded},
-    wires::{all_up, config, ends, ip, objects, run, settled, spec, tc, wires},
+    wires::{all_up, came_in, config, ends, ip, objects, run, settled, spec, tc, wires},
 };
 
 /// Emulated CPUs may look at the clock late.
@@ -197,6 +197,67 @@ fn one_of_two_rails_cut_costs_nothing_but_time() {
         assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
         done_soon("loss", end.outcome.times.data.unwrap() - at);
     }
+}
+
+/// Pulls everything, and says how many bytes came in over each of the near ends meanwhile.
+fn pull_over(consumer: &kvferry::consumer::Consumer, producer: &mut Producer) -> [u64; 2] {
+    let before = ["a1", "a2"].map(came_in);
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
+    let end = ended(consumer);
+    assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+    let after = ["a1", "a2"].map(came_in);
+    [after[0] - before[0], after[1] - before[1]]
+}
+
+#[test]
+fn a_rail_that_was_lost_is_read_over_again_once_it_works() {
+    if !wires(2) {
+        return;
+    }
+    all_up();
+    let before = objects();
+    let spec = spec(2, 64, 1, 64 << 10);
+    let (mut producer, consumer) = ends(2, &spec, None);
+    let share = u64::from(spec.blocks) * spec.block_bytes() / 5;
+    // One end of each side: the reader hears of its own links at once, and of the peer's by what fails.
+    for (end, wire) in [("a1", 0), ("b2", 1)] {
+        let over = pull_over(&consumer, &mut producer);
+        assert!(over.iter().all(|n| *n > share), "both rails are read over: {over:?}");
+        ip(&format!("link set {end} down"));
+        let over = pull_over(&consumer, &mut producer);
+        assert!(over[wire] < share, "{end} is down: {over:?}");
+        ip(&format!("link set {end} up"));
+        all_up();
+        let up = Instant::now();
+        let mut pulls = 0;
+        while pull_over(&consumer, &mut producer)[wire] <= share {
+            pulls += 1;
+            assert!(up.elapsed() < SOON, "{end} is not read over again");
+        }
+        println!("{end} is read over again after {:?} and {pulls} pulls", up.elapsed());
+    }
+    drop(consumer);
+    producer.kill();
+    settled(before);
+}
+
+#[test]
+fn a_producer_whose_port_is_down_at_its_start_serves_it_once_it_is_up() {
+    if !wires(1) {
+        return;
+    }
+    all_up();
+    let spec = spec(1, 64, 1, 64 << 10);
+    ip("link set b1 down");
+    let (mut producer, consumer) = ends(1, &spec, None);
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Verbs, DEADLINE)).unwrap();
+    let end = ended(&consumer);
+    assert_eq!(end.outcome.loaded(), 0);
+    ip("link set b1 up");
+    all_up();
+    pull_over(&consumer, &mut producer);
 }
 
 #[test]

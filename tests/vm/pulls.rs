@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::{
     rig::{Producer, assert_loaded_is_exact, consumer, ended, pull_all},
-    wires::{Loss, config, ends, objects, settled, spec, wires},
+    wires::{Loss, config, ends, objects, settled, spec, status, wires},
 };
 
 /// Emulated CPUs are slow; no test here is about speed.
@@ -73,7 +73,7 @@ fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
     let before = objects();
     let consumer = consumer(&spec, config(1, None));
     let mut with_consumer = None;
-    let mut addr = None;
+    let (mut addr, mut resident) = (None, 0);
     for round in 0..20 {
         let listen = addr.clone().unwrap_or_else(|| spec.listen.clone());
         let spec = crate::rig::Spec { listen, ..spec.clone() };
@@ -94,8 +94,14 @@ fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
         match with_consumer {
             None => with_consumer = Some(now),
             Some(first) => {
-                assert!(now.qp <= first.qp + 2 && now.mr <= first.mr + 1, "round {round}: {now:?}, {first:?}")
+                assert!(now.qp <= first.qp + 2 && now.mr <= first.mr + 1, "round {round}: {now:?}, {first:?}");
+                assert!(now.pinned <= first.pinned + 64, "round {round}: {now:?}, {first:?}");
             }
+        }
+        match round {
+            4 => resident = status("VmRSS"),
+            19 => assert!(status("VmRSS") < resident + 4096, "{resident} KiB after 5 rounds, now {}", status("VmRSS")),
+            _ => {}
         }
     }
     drop(consumer);

@@ -30,6 +30,7 @@ const A: Attempt = Attempt(1);
 struct Both {
     lane: VerbsLane,
     server: Server,
+    rails: Arc<Rails>,
     memory: Memory,
     words: Arc<FenceWords>,
     nonce: Nonce,
@@ -61,7 +62,7 @@ fn both(twist: impl FnOnce(&mut VerbsTicket)) -> Both {
     twist(&mut ticket);
     let mut lane = opening.finish(&ticket, layout, incarnation).unwrap();
     lane.begin(A, Grant { slot: 5, nonce });
-    Both { lane, server, memory: here, words, nonce }
+    Both { lane, server, rails, memory: here, words, nonce }
 }
 
 fn reads(blocks: std::ops::Range<u64>) -> Vec<Read> {
@@ -176,6 +177,32 @@ fn a_peer_that_destroys_its_queue_pairs_is_noticed() {
     println!("noticed after {:?}: {:?}", started.elapsed(), events.last());
     assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::Unreachable }), "{events:?}");
     assert_eq!(done(&events), 8);
+    drop(b);
+    settled(before);
+}
+
+#[test]
+fn a_peer_that_deregisters_its_memory_is_noticed() {
+    if !wires(1) {
+        return;
+    }
+    let before = objects();
+    let mut b = both(|_| ());
+    let with_both = objects();
+    let mut events = Vec::new();
+    assert_eq!(b.lane.post(A, &reads(0..8), true), 8);
+    until(&mut b.lane, &mut events, |e| done(e) == 8);
+    b.server.rails().withdraw();
+    let now = objects();
+    assert_eq!((now.qp, with_both.mr - now.mr), (with_both.qp, 2), "the pool and the fence table, and no queue pair");
+    let started = Instant::now();
+    assert_eq!(b.lane.post(A, &reads(8..40), true), 32);
+    until(&mut b.lane, &mut events, down);
+    println!("noticed after {:?}: {:?}", started.elapsed(), events.last());
+    assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }), "{events:?}");
+    assert_eq!(done(&events), 8);
+    let refused = Opening::new(&b.rails, None).and_then(|o| b.server.admit(2, o.request()));
+    assert!(refused.unwrap_err().to_string().contains("withdrawn"));
     drop(b);
     settled(before);
 }

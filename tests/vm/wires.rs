@@ -72,6 +72,21 @@ pub struct Objects {
     pub cq: u32,
     pub mr: u32,
     pub pd: u32,
+    /// KiB of this process that devices hold.
+    pub pinned: u64,
+}
+
+/// A line of this process's status, in KiB.
+pub fn status(what: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(what)).unwrap_or_else(|| panic!("no {what} in {text}"));
+    line.trim_matches([':', '\t', ' ']).trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Bytes that came in over an interface so far.
+pub fn came_in(interface: &str) -> u64 {
+    let path = format!("/sys/class/net/{interface}/statistics/rx_bytes");
+    std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
 }
 
 pub fn objects() -> Objects {
@@ -86,7 +101,7 @@ pub fn objects() -> Objects {
         }
         n
     };
-    Objects { qp: sum("qp"), cq: sum("cq"), mr: sum("mr"), pd: sum("pd") }
+    Objects { qp: sum("qp"), cq: sum("cq"), mr: sum("mr"), pd: sum("pd"), pinned: status("VmPin") }
 }
 
 /// Waits until the kernel has these objects again.

@@ -186,7 +186,7 @@ fn verbs() -> Vec<Finding> {
 /// Devices, ports and addresses, what can be registered, and a small pull.
 #[cfg(feature = "verbs")]
 fn verbs() -> Vec<Finding> {
-    use kvferry::lane::verbs::{LinkLayer, survey};
+    use kvferry::lane::verbs::{Dmabuf, LinkLayer, survey};
 
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     let mut found = vec![Finding::new(
@@ -219,9 +219,15 @@ fn verbs() -> Vec<Finding> {
             "{name}: {} READs in flight as reader, {} as served; relaxed ordering {}, ODP {}, dmabuf {}",
             l.max_rd_atomic,
             l.max_dest_rd_atomic,
-            can(&report.relaxed_ordering),
+            match &report.relaxed_ordering {
+                Ok(()) => "taken (a device that cannot ignores it)".into(),
+                tried => can(tried),
+            },
             can(&report.odp),
-            can(&report.dmabuf),
+            match &report.dmabuf {
+                Dmabuf::Tried(tried) => can(tried),
+                Dmabuf::NotTried(why) => format!("taken by its driver, not tried ({why})"),
+            },
         );
         let good = if report.register.is_ok() { Status::Ok } else { Status::Warn };
         found.push(Finding::new("verbs device", good, line, "memory cannot be registered: see locked memory above"));

@@ -86,6 +86,7 @@ impl From<VerbsTicket> for proto::VerbsLane {
             incarnation: t.incarnation,
             fence_slots: t.fence_slots,
             rails: t.rails.into_iter().map(rail).collect(),
+            poorer: t.poorer,
         }
     }
 }
@@ -113,6 +114,7 @@ impl TryFrom<proto::VerbsLane> for VerbsTicket {
             incarnation: t.incarnation,
             fence_slots: t.fence_slots,
             rails: t.rails.into_iter().map(|r| within("verbs.rails", rail(r))).collect::<Checked<_>>()?,
+            poorer: t.poorer,
         })
     }
 }

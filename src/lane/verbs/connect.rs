@@ -30,6 +30,8 @@ struct Half {
     port: Port,
     layer: LinkLayer,
     at: At,
+    /// Requests of a pair.
+    depth: u32,
 }
 
 /// A lane that waits for the peer's answer. Dropping it gives everything back.
@@ -37,6 +39,8 @@ struct Half {
 pub struct Opening {
     halves: Vec<Half>,
     request: VerbsRequest,
+    /// A rail of this side that has worked is not among them.
+    poorer: bool,
     config: VerbsConfig,
     memory: Memory,
 }
@@ -74,8 +78,8 @@ impl Opening {
         if halves.is_empty() {
             return Err(VerbsError::NoRail { why: why.join("; ") });
         }
-        let request = VerbsRequest { rails: ends };
-        Ok(Self { halves, request, config, memory: rails.memory().clone() })
+        let (request, poorer) = (VerbsRequest { rails: ends }, rails.have_worked() > halves.len());
+        Ok(Self { halves, request, poorer, config, memory: rails.memory().clone() })
     }
 
     /// What to send.
@@ -113,10 +117,10 @@ impl Opening {
             else {
                 continue;
             };
-            let (rail, longest) = (half.rail.clone(), half.port.max_message.max(1));
+            let (rail, longest, requests) = (half.rail.clone(), half.port.max_message.max(1), half.depth);
             match path(half, mine, served, config, &wake, &slots, &self.memory) {
                 Ok(path) => {
-                    depth += mine.queue_pairs.len() * config.depth as usize;
+                    depth += mine.queue_pairs.len() * requests as usize;
                     max_read = max_read.min(longest);
                     paths.push(path);
                 }
@@ -134,6 +138,7 @@ impl Opening {
         }
         // The tracker kills after half of the bound: that long reads may drain, or time out. The ladder has the other half.
         let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(ladder::BOUND) * 2;
+        let poorer = self.poorer || ticket.poorer || paths.len() < self.request.rails.len();
         let peer = ticket.rails.first().map(|r| format!("{} {}", r.end.gid, r.end.name)).unwrap_or_default();
         Ok(VerbsLane::new(lane::Parts {
             paths,
@@ -146,6 +151,7 @@ impl Opening {
             max_read,
             quiet_bound,
             peer,
+            poorer,
             depth,
         }))
     }
@@ -179,7 +185,7 @@ fn path(
     let access = Access::Landing { relaxed: false };
     // SAFETY: the slots stay mapped as long as `slots` is held, and are accessed as atomics only.
     let landing = unsafe { Region::register(half.rail.pd(), source, access, slots.clone()) }?;
-    let end = |(i, qp)| End::new(qp, config.depth, config.signal_every, i as u8);
+    let end = |(i, qp)| End::new(qp, half.depth, config.signal_every, i as u8);
     Ok(Path::new(path::Parts {
         ends: half.pairs.into_iter().enumerate().map(end).collect(),
         cq: half.cq,
@@ -203,7 +209,7 @@ fn half(
 ) -> Result<(Half, RailEnd), VerbsError> {
     let (gid, at) = rail.address(&port, layer, peer, config)?;
     let n = config.queue_pairs.clamp(1, MAX_QUEUE_PAIRS);
-    let depth = config.depth.clamp(1, MAX_DEPTH).next_power_of_two();
+    let depth = depth(config.depth, rail.limits().max_wr);
     // A completion for every request: when a queue pair fails, each of them reports.
     let cq = Cq::new(rail.pd().device(), (depth * n as u32).min(rail.limits().max_cqe.max(1)))?;
     let mut pairs = Vec::with_capacity(n);
@@ -219,5 +225,23 @@ fn half(
         rd_atomic: config.rd_atomic.min(rail.limits().max_rd_atomic).max(1),
         queue_pairs: pairs.iter().map(|q| QpEnd { number: q.number(), psn: random_psn() }).collect(),
     };
-    Ok((Half { pairs, cq, rail, port, layer, at }, end))
+    Ok((Half { pairs, cq, rail, port, layer, at, depth }, end))
+}
+
+/// The largest power of two that is not more than what is asked for, and not more than a device takes.
+fn depth(asked: u32, takes: u32) -> u32 {
+    1 << asked.clamp(1, MAX_DEPTH).min(takes.max(1)).ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::depth;
+
+    #[test]
+    fn a_queue_is_no_deeper_than_its_device_takes() {
+        assert_eq!(depth(128, 1 << 15), 128);
+        assert_eq!(depth(128, 100), 64);
+        assert_eq!(depth(1 << 20, u32::MAX), super::MAX_DEPTH);
+        assert_eq!(depth(0, 0), 1);
+    }
 }

@@ -177,6 +177,11 @@ impl Device {
         &self.name
     }
 
+    /// Whether the kernel still has a device of this name.
+    pub(crate) fn is_listed(&self) -> bool {
+        Path::new(SYS).join(&self.name).exists()
+    }
+
     /// Tells whether it has closed.
     pub fn closing(&self) -> Closing {
         Closing(self.closed.clone())

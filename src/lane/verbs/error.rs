@@ -89,11 +89,11 @@ pub enum VerbsError {
     },
     /// RLIMIT_MEMLOCK.
     #[error(
-        "{need} bytes cannot be registered, this process may lock {limit}: raise RLIMIT_MEMLOCK (`ulimit -l unlimited`, \
+        "registering this would lock {need} bytes, and this process may lock {limit}: raise RLIMIT_MEMLOCK (`ulimit -l unlimited`, \
          LimitMEMLOCK=infinity, or --ulimit memlock=-1), or give it CAP_IPC_LOCK"
     )]
     Memlock {
-        /// Bytes to register.
+        /// Bytes that would be locked, those that are locked already included.
         need: u64,
         /// The limit in bytes.
         limit: u64,

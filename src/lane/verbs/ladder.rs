@@ -34,7 +34,7 @@ pub(crate) const WEDGED_AFTER: Duration = Duration::from_secs(5);
 /// All of it, once the first rung (to stop posting and let it drain) has had its time.
 pub(crate) const BOUND: Duration = ERR_BOUND.saturating_add(DESTROY_BOUND).saturating_add(CLOSE_BOUND);
 
-/// How often each rung was what made a rail quiet, in this process.
+/// How often each rung was what made a rail quiet, in this process, and how long rails stood on each.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// ERR and drain.
@@ -45,6 +45,26 @@ pub struct Counters {
     pub closed: AtomicU64,
     /// Nothing did.
     pub wedged: AtomicU64,
+    /// Nanoseconds in ERR, draining.
+    pub error_nanos: AtomicU64,
+    /// Nanoseconds being destroyed.
+    pub destroy_nanos: AtomicU64,
+    /// Nanoseconds in which the device was being closed.
+    pub close_nanos: AtomicU64,
+}
+
+impl Counters {
+    /// Each rung's name, how often it was the last one, and how long rails stood on it.
+    pub fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 4] {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        let time = |n: &AtomicU64| Some(Duration::from_nanos(get(n)));
+        [
+            ("error", get(&self.error), time(&self.error_nanos)),
+            ("destroy", get(&self.destroyed), time(&self.destroy_nanos)),
+            ("close", get(&self.closed), time(&self.close_nanos)),
+            ("wedged", get(&self.wedged), None),
+        ]
+    }
 }
 
 /// This process's counters.
@@ -53,7 +73,89 @@ pub static COUNTERS: Counters = Counters {
     destroyed: AtomicU64::new(0),
     closed: AtomicU64::new(0),
     wedged: AtomicU64::new(0),
+    error_nanos: AtomicU64::new(0),
+    destroy_nanos: AtomicU64::new(0),
+    close_nanos: AtomicU64::new(0),
 };
+
+/// A climb: when it began, and how long the rungs before this one took.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Climb {
+    began: Instant,
+    error: Duration,
+    destroy: Duration,
+}
+
+impl Climb {
+    /// On the first rung.
+    pub(crate) fn from(now: Instant) -> Self {
+        Self { began: now, error: Duration::ZERO, destroy: Duration::ZERO }
+    }
+
+    /// ERR did not do it.
+    pub(crate) fn not_drained(self, now: Instant) -> Self {
+        Self { error: now.saturating_duration_since(self.began), ..self }
+    }
+
+    /// Neither did destroying.
+    pub(crate) fn not_destroyed(self, now: Instant) -> Self {
+        Self { destroy: now.saturating_duration_since(self.began).saturating_sub(self.error), ..self }
+    }
+
+    /// Counts and logs the end of it; `rung` is the one that it ended on.
+    pub(crate) fn end(self, rail: &str, peer: &str, rung: Last, now: Instant) {
+        let took = now.saturating_duration_since(self.began);
+        let (mut error, mut destroy, mut close) = (self.error, self.destroy, Duration::ZERO);
+        let left = took.saturating_sub(error).saturating_sub(destroy);
+        let counter = match rung {
+            Last::Error => {
+                error = left;
+                &COUNTERS.error
+            }
+            Last::Destroy => {
+                destroy = left;
+                &COUNTERS.destroyed
+            }
+            Last::Close => {
+                close = left;
+                &COUNTERS.closed
+            }
+            Last::Wedged => {
+                close = left;
+                &COUNTERS.wedged
+            }
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let times =
+            [(&COUNTERS.error_nanos, error), (&COUNTERS.destroy_nanos, destroy), (&COUNTERS.close_nanos, close)];
+        for (sum, time) in times {
+            sum.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+        match rung {
+            Last::Error => tracing::debug!(rail, peer, ?error, "verbs rail quiet"),
+            Last::Wedged => tracing::error!(
+                rail,
+                peer,
+                ?error,
+                ?destroy,
+                ?close,
+                "verbs rail wedged: nothing stops it; restart this process"
+            ),
+            _ => {
+                tracing::warn!(rail, peer, ?error, ?destroy, ?close, "verbs rail quiet, after it did not drain in ERR")
+            }
+        }
+    }
+}
+
+/// The rung that a climb ended on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Last {
+    Error,
+    Destroy,
+    Close,
+    Wedged,
+}
 
 /// Where a rail of a lane stands.
 #[derive(Debug)]
@@ -61,11 +163,11 @@ pub(crate) enum Rung {
     /// In use.
     Live,
     /// In ERR; its flushed requests are awaited.
-    Error { since: Instant, began: Instant },
+    Error { since: Instant, climb: Climb },
     /// Being destroyed on another thread.
-    Destroying { since: Instant, began: Instant, job: Job },
+    Destroying { since: Instant, climb: Climb, job: Job },
     /// Its device is being closed.
-    Closing { since: Instant, began: Instant, closing: Closing },
+    Closing { since: Instant, climb: Climb, closing: Closing },
     /// Nothing of it can write memory any more.
     Quiet,
     /// It may write memory for ever.
@@ -162,16 +264,5 @@ pub(crate) fn closing(closing: &Closing, since: Instant, now: Instant) -> Step {
         Closed::Badly => Step::Next,
         Closed::Not if now >= since + WEDGED_AFTER => Step::Next,
         Closed::Not => Step::Wait,
-    }
-}
-
-/// Counts and logs the end of a climb.
-pub(crate) fn climbed(rail: &str, peer: &str, rung: &'static str, counter: &AtomicU64, began: Instant, now: Instant) {
-    counter.fetch_add(1, Ordering::Relaxed);
-    let took = now.saturating_duration_since(began);
-    match rung {
-        "error" => tracing::debug!(rail, peer, rung, ?took, "verbs rail quiet"),
-        "wedged" => tracing::error!(rail, peer, ?took, "verbs rail wedged: nothing stops it; restart this process"),
-        _ => tracing::warn!(rail, peer, rung, ?took, "verbs rail quiet, after it did not drain in ERR"),
     }
 }

@@ -58,6 +58,8 @@ pub struct VerbsLane {
     max_read: u32,
     quiet_bound: Duration,
     peer: String,
+    /// A rail that has worked, on either side, was not to be had when it was connected.
+    poorer: bool,
     /// Being closed: nothing more is posted.
     closing: Option<Cause>,
     /// Said `Down`, or `Wedged`.
@@ -76,6 +78,8 @@ pub(crate) struct Parts {
     pub max_read: u32,
     pub quiet_bound: Duration,
     pub peer: String,
+    /// A rail that has worked, on either side, was not to be had.
+    pub poorer: bool,
     /// Requests that all paths together take.
     pub depth: usize,
 }
@@ -99,6 +103,7 @@ impl VerbsLane {
             max_read: p.max_read,
             quiet_bound: p.quiet_bound,
             peer: p.peer,
+            poorer: p.poorer,
             closing: None,
             down: None,
         }

@@ -198,7 +198,7 @@ impl<K> Drop for Region<K> {
         match check(rc) {
             Ok(()) => {}
             // The device is gone, and with it every registration.
-            Err(e) if gone(&e) => {}
+            Err(e) if gone(self.pd.device(), &e) => {}
             Err(error) => {
                 tracing::error!(device = self.pd.device().name(), %error, "memory stays registered: it is never freed");
                 // The device may still reach it: it must never be used for anything else.
@@ -214,12 +214,27 @@ impl<K> std::fmt::Debug for Region<K> {
     }
 }
 
-/// Whether an error says that the device was removed, which the kernel does after it has destroyed everything on it.
-pub(crate) fn gone(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EIO | libc::ENODEV))
+/// Whether an error says that the device was removed, which the kernel does after it has destroyed everything on it. It says
+/// EIO of a command then, which a device that is sick and there may say, too.
+pub(crate) fn gone(device: &Device, e: &io::Error) -> bool {
+    match e.raw_os_error() {
+        Some(libc::ENODEV) => true,
+        Some(libc::EIO) => !device.is_listed(),
+        _ => false,
+    }
+}
+
+/// Bytes that devices hold of this process; 0 where the kernel does not say.
+fn pinned(status: &std::path::Path) -> u64 {
+    let text = std::fs::read_to_string(status).unwrap_or_default();
+    let kib =
+        text.lines().find_map(|l| l.strip_prefix("VmPin:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
 }
 
 fn refused(device: &Device, source: io::Error, need: u64, what: &'static str) -> VerbsError {
+    // The kernel counts what all registrations of the process have pinned.
+    let need = pinned(std::path::Path::new("/proc/self/status")).saturating_add(need);
     if source.raw_os_error() == Some(libc::ENOMEM)
         && let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Memlock).current
         && limit < need
@@ -227,4 +242,19 @@ fn refused(device: &Device, source: io::Error, need: u64, what: &'static str) ->
         return VerbsError::Memlock { need, limit };
     }
     VerbsError::Register { device: device.name().into(), what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_pinned_is_read_in_bytes() {
+        let file = std::env::temp_dir().join(format!("kvferry-status-{}", std::process::id()));
+        std::fs::write(&file, "VmLck:\t      12 kB\nVmPin:\t    2048 kB\nVmHWM:\t 7 kB\n").unwrap();
+        assert_eq!(pinned(&file), 2 << 20);
+        std::fs::write(&file, "Name: x\n").unwrap();
+        assert_eq!(pinned(&file), 0);
+        std::fs::remove_file(&file).unwrap();
+    }
 }

@@ -75,5 +75,5 @@ pub use {
     memory::{Access, Pd, Region, Source},
     rail::{Rail, Rails, Role},
     server::Server,
-    survey::{DeviceReport, PortReport, survey},
+    survey::{DeviceReport, Dmabuf, PortReport, survey},
 };

@@ -15,11 +15,11 @@ use super::{
     chain::{Chain, Posted, Request},
     cq::{BATCH, Completion, Cq, Status},
     exchange::Remote,
-    ladder::{self, COUNTERS, Job, Rung, Step},
+    ladder::{self, Climb, Job, Last, Rung, Step},
     landing::Landing,
     memory::Region,
     qp::Qp,
-    rail::Rail,
+    rail::{Pool, Rail},
     wake::Bell,
 };
 use crate::{error::Cause, memory::Memory};
@@ -90,12 +90,15 @@ pub(crate) struct End {
     bytes: u64,
     /// Something is filled.
     dirty: bool,
+    /// When something of it last completed, or was posted where nothing was in flight.
+    progress: Instant,
 }
 
 impl End {
     pub(crate) fn new(qp: Qp, depth: u32, signal_every: u32, index: u8) -> Self {
         let number = qp.number();
-        Self { qp: Some(qp), number, chain: Chain::new(depth, signal_every, index), bytes: 0, dirty: false }
+        let chain = Chain::new(depth, signal_every, index);
+        Self { qp: Some(qp), number, chain, bytes: 0, dirty: false, progress: Instant::now() }
     }
 }
 
@@ -106,6 +109,8 @@ pub(crate) struct Path {
     cq: Option<Cq>,
     landing: Option<Region<Arc<Landing>>>,
     landing_key: u32,
+    /// What its requests name. Held for as long as something may be written.
+    pool: Option<Arc<Pool>>,
     rail: Option<Arc<Rail>>,
     name: String,
     segments: Vec<Remote>,
@@ -119,7 +124,7 @@ pub(crate) struct Path {
     pub(crate) why: Option<Why>,
     /// Requests that failed, or may not have been carried out.
     lost: Vec<What>,
-    /// When something last completed, or was posted where nothing was in flight.
+    /// When nothing was waited for, or something last completed.
     progress: Instant,
     stall: Duration,
     bytes: u64,
@@ -143,8 +148,9 @@ pub(crate) struct Parts {
 
 impl Path {
     pub(crate) fn new(p: Parts) -> Self {
-        let pool = p.rail.pool().map_or(&[][..], |pool| &pool.segments);
-        let local = pool.iter().map(|r| Remote { address: r.address(), rkey: r.lkey() }).collect();
+        let pool = p.rail.pool();
+        let local =
+            pool.iter().flat_map(|p| &p.segments).map(|r| Remote { address: r.address(), rkey: r.lkey() }).collect();
         let all: usize = p.ends.iter().map(|e| e.chain.room()).sum();
         Self {
             name: p.rail.name().into(),
@@ -153,6 +159,7 @@ impl Path {
             ends: p.ends,
             cq: Some(p.cq),
             landing: Some(p.landing),
+            pool,
             rail: Some(p.rail),
             segments: p.segments,
             words: p.words,
@@ -252,7 +259,7 @@ impl Path {
                 None => Posted::Part { os: libc::ENOTCONN },
             };
             if idle && e.chain.in_flight() > 0 {
-                self.progress = now;
+                (e.progress, self.progress) = (now, now);
             }
             match posted {
                 Posted::All => continue,
@@ -293,6 +300,7 @@ impl Path {
                 // Nothing in flight has this id: it is late, or rubbish.
                 let Some(before) = e.chain.find(c.wr_id) else { continue };
                 let failure = c.failure();
+                e.progress = now;
                 let (bytes, all) = (&mut e.bytes, &mut self.bytes);
                 let good = if failure.is_some() { before } else { before + 1 };
                 // A queue pair completes in order: whatever was before this one without a failure of its own was done.
@@ -331,17 +339,24 @@ impl Path {
         }
         if self.rail.as_ref().is_some_and(|r| r.state().fatal()) {
             self.fail(Why::Device, now);
-        } else if (self.in_flight() > 0 || waiting) && now >= self.progress + self.stall {
+        } else if self.due(waiting).is_some_and(|t| now >= t) {
             self.fail(Why::Stalled, now);
         } else if self.in_flight() == 0 && !waiting {
             self.progress = now;
         }
     }
 
+    /// When it has stalled, if nothing completes until then: each queue pair by itself, for the others may go on.
+    fn due(&self, waiting: bool) -> Option<Instant> {
+        let pairs = self.ends.iter().filter(|e| e.chain.in_flight() > 0).map(|e| e.progress).min();
+        let since = if waiting { Some(pairs.map_or(self.progress, |p| p.min(self.progress))) } else { pairs };
+        since.map(|t| t + self.stall)
+    }
+
     /// When it must be looked at again at the latest.
     pub(crate) fn until(&self, waiting: bool) -> Option<Instant> {
         match &self.rung {
-            Rung::Live if self.in_flight() > 0 || waiting => Some(self.progress + self.stall),
+            Rung::Live => self.due(waiting),
             rung => rung.until(),
         }
     }
@@ -352,7 +367,7 @@ impl Path {
             return;
         }
         self.why = Some(why);
-        self.rung = Rung::Error { since: now, began: now };
+        self.rung = Rung::Error { since: now, climb: Climb::from(now) };
         for e in &self.ends {
             // One that is in ERR already stays there. One that cannot be moved does not flush, and is destroyed.
             if let Some(Err(error)) = e.qp.as_ref().map(Qp::fail) {
@@ -370,31 +385,31 @@ impl Path {
     pub(crate) fn climb(&mut self, now: Instant, bell: &Bell, peer: &str) {
         match &self.rung {
             Rung::Live | Rung::Quiet | Rung::Wedged => {}
-            Rung::Error { since, began } => {
-                let (since, began) = (*since, *began);
+            Rung::Error { since, climb } => {
+                let (since, climb) = (*since, *climb);
                 if self.in_flight() == 0 {
-                    self.become_quiet("error", &COUNTERS.error, began, now, peer);
+                    self.become_quiet(Last::Error, climb, now, peer);
                 } else if now >= since + ladder::ERR_BOUND {
                     let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
                     let job = Job::destroy(pairs, bell.clone());
-                    self.rung = Rung::Destroying { since: now, began, job };
+                    self.rung = Rung::Destroying { since: now, climb: climb.not_drained(now), job };
                 }
             }
-            Rung::Destroying { since, began, job } => {
-                let (since, began) = (*since, *began);
+            Rung::Destroying { since, climb, job } => {
+                let (since, climb) = (*since, *climb);
                 match ladder::destroying(job, since, now) {
                     Step::Wait => {}
-                    Step::Quiet => self.become_quiet("destroy", &COUNTERS.destroyed, began, now, peer),
-                    Step::Next => self.close(began, now),
+                    Step::Quiet => self.become_quiet(Last::Destroy, climb, now, peer),
+                    Step::Next => self.close(climb.not_destroyed(now), now),
                 }
             }
-            Rung::Closing { since, began, closing } => {
-                let (since, began) = (*since, *began);
+            Rung::Closing { since, climb, closing } => {
+                let (since, climb) = (*since, *climb);
                 match ladder::closing(closing, since, now) {
                     Step::Wait => {}
-                    Step::Quiet => self.become_quiet("close", &COUNTERS.closed, began, now, peer),
+                    Step::Quiet => self.become_quiet(Last::Close, climb, now, peer),
                     Step::Next => {
-                        ladder::climbed(&self.name, peer, "wedged", &COUNTERS.wedged, began, now);
+                        climb.end(&self.name, peer, Last::Wedged, now);
                         // What may still be written is never given back.
                         std::mem::forget((self.memory.clone(), self.slots.clone()));
                         self.rung = Rung::Wedged;
@@ -405,23 +420,16 @@ impl Path {
     }
 
     /// Lets go of the device, and tells everybody else on it to do so: it closes when the last one has.
-    fn close(&mut self, began: Instant, now: Instant) {
+    fn close(&mut self, climb: Climb, now: Instant) {
         let Some(rail) = self.rail.take() else { return };
         let closing = rail.pd().device().closing();
         rail.condemn();
-        ladder::bury(Vec::new(), self.cq.take(), (self.landing.take(), rail));
-        self.rung = Rung::Closing { since: now, began, closing };
+        ladder::bury(Vec::new(), self.cq.take(), (self.landing.take(), self.pool.take(), rail));
+        self.rung = Rung::Closing { since: now, climb, closing };
     }
 
-    fn become_quiet(
-        &mut self,
-        rung: &'static str,
-        counter: &std::sync::atomic::AtomicU64,
-        began: Instant,
-        now: Instant,
-        peer: &str,
-    ) {
-        ladder::climbed(&self.name, peer, rung, counter, began, now);
+    fn become_quiet(&mut self, rung: Last, climb: Climb, now: Instant, peer: &str) {
+        climb.end(&self.name, peer, rung, now);
         for e in &mut self.ends {
             let lost = &mut self.lost;
             e.chain.retire(u64::MAX, |w| lost.push(w));
@@ -430,7 +438,7 @@ impl Path {
         self.bytes = 0;
         self.rung = Rung::Quiet;
         let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
-        ladder::bury(pairs, self.cq.take(), (self.landing.take(), self.rail.take()));
+        ladder::bury(pairs, self.cq.take(), (self.landing.take(), self.pool.take(), self.rail.take()));
     }
 
     /// What was lost, once nothing of it can be written any more.
@@ -457,7 +465,7 @@ impl Drop for Path {
     fn drop(&mut self) {
         let pairs: Vec<_> = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
         let idle = self.in_flight() == 0;
-        let (cq, landing, rail) = (self.cq.take(), self.landing.take(), self.rail.take());
+        let (cq, landing, rail) = (self.cq.take(), self.landing.take(), (self.pool.take(), self.rail.take()));
         let kept = (self.memory.clone(), self.slots.clone());
         if self.rung.is_quiet() {
             return;

@@ -54,6 +54,7 @@ pub struct Agreed {
 pub struct Qp {
     qp: NonNull<ibv_qp>,
     pd: Arc<Pd>,
+    side: Side,
 }
 
 // SAFETY: see `Device`; posting takes `&mut self`.
@@ -77,7 +78,7 @@ impl Qp {
         // SAFETY: domain and queue are alive, and `init` is filled in.
         let qp = NonNull::new(unsafe { (device.lib().create_qp)(pd.raw(), &mut init) })
             .ok_or_else(|| device.os("ibv_create_qp", io::Error::last_os_error()))?;
-        let it = Self { qp, pd: pd.clone() };
+        let it = Self { qp, pd: pd.clone(), side };
         let mut a = ibv_qp_attr { qp_state: ibv_qp_state::IBV_QPS_INIT, port_num: port, ..Default::default() };
         // Remote READ only, and only where it is meant to be: 4 is IBV_ACCESS_REMOTE_READ.
         a.qp_access_flags = if side == Side::Served { 4 } else { 0 };
@@ -117,7 +118,7 @@ impl Qp {
             path_mtu: mtu,
             dest_qp_num: end.number,
             rq_psn: end.psn,
-            max_dest_rd_atomic: agreed.rd_atomic,
+            max_dest_rd_atomic: if self.side == Side::Served { agreed.rd_atomic } else { UNUSED },
             min_rnr_timer: config.min_rnr_timer,
             ah_attr: ah,
             ..Default::default()
@@ -139,7 +140,7 @@ impl Qp {
             retry_cnt: config.retry,
             rnr_retry: RNR_RETRY,
             sq_psn: my_psn,
-            max_rd_atomic: agreed.rd_atomic,
+            max_rd_atomic: if self.side == Side::Reader { agreed.rd_atomic } else { UNUSED },
             ..Default::default()
         };
         let fields = [
@@ -197,7 +198,7 @@ impl Qp {
         // SAFETY: called once, by `destroy` or by `drop`, never by both.
         match check(unsafe { (self.pd.device().lib().destroy_qp)(self.qp.as_ptr()) }) {
             // A removed device has no queue pairs any more: the kernel destroyed them before it said so.
-            Err(e) if super::memory::gone(&e) => Ok(()),
+            Err(e) if super::memory::gone(self.pd.device(), &e) => Ok(()),
             done => done,
         }
     }
@@ -211,6 +212,8 @@ impl Drop for Qp {
     }
 }
 
+/// READs in flight in the direction in which none ever go: what every device takes.
+const UNUSED: u8 = 1;
 /// Routers that a packet may pass.
 const HOP_LIMIT: u8 = 64;
 /// READs never meet a receiver that is not ready; 7 is for ever, and is never needed.

@@ -17,7 +17,7 @@ use super::{
     device::{self, Device, Limits, Port, SYS},
     error::VerbsError,
     events::{State, Watch},
-    exchange::LinkLayer,
+    exchange::{LinkLayer, MAX_RAILS},
     gid::{self, Gid, GidEntry},
     library::Library,
     memory::{Access, Pd, Region, Source},
@@ -30,6 +30,9 @@ use crate::{
 
 /// How long a rail that failed is left out while others work.
 const LEFT_OUT: Duration = Duration::from_secs(1);
+/// Longest wait before a rail whose memory could not be registered is tried again: pinning a large pool takes seconds, and
+/// what was in its way is rarely gone soon.
+const REGISTER_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the pool is registered for.
 #[derive(Debug, Clone)]
@@ -52,8 +55,8 @@ pub(crate) struct Pool {
 pub struct Rail {
     name: String,
     port: u8,
-    /// Set once the pool is registered. Dropped before the domain.
-    pool: OnceLock<Pool>,
+    /// Once the pool is registered, until it is withdrawn. Dropped before the domain.
+    pool: Mutex<Option<Arc<Pool>>>,
     _watch: Option<Watch>,
     pd: Arc<Pd>,
     state: Arc<State>,
@@ -82,7 +85,7 @@ impl Rail {
         };
         let name = format!("{}:{port}", device.name());
         let pd = Pd::new(device)?;
-        let (pool, failed, keeper) = (OnceLock::new(), Mutex::default(), OnceLock::new());
+        let (pool, failed, keeper) = (Mutex::default(), Mutex::default(), OnceLock::new());
         let rail = Self { name, port, pool, _watch: watch, pd, state, limits, failed, keeper };
         rail.up()?;
         Ok(Arc::new(rail))
@@ -117,8 +120,8 @@ impl Rail {
     }
 
     /// The registered pool.
-    pub(crate) fn pool(&self) -> Option<&Pool> {
-        self.pool.get()
+    pub(crate) fn pool(&self) -> Option<Arc<Pool>> {
+        lock(&self.pool).clone()
     }
 
     /// Its port, which must be up.
@@ -210,8 +213,7 @@ impl Rail {
                 Some(region?)
             }
         };
-        // Set once: `Rails` registers each rail once.
-        let _ = self.pool.set(Pool { segments, words });
+        *lock(&self.pool) = Some(Arc::new(Pool { segments, words }));
         Ok(())
     }
 }
@@ -248,11 +250,21 @@ struct Slot {
     rail: Option<Arc<Rail>>,
     why_not: Option<String>,
     tried: Instant,
+    /// How long after that it is tried again.
+    wait: Duration,
+    /// It could be used at some time.
+    worked: bool,
+}
+
+impl Slot {
+    fn new(name: String, rail: Option<Arc<Rail>>, why_not: Option<String>) -> Self {
+        Self { name, rail, why_not, tried: Instant::now(), wait: LEFT_OUT, worked: false }
+    }
 }
 
 impl Rails {
     /// Opens the rails that `config` names, or all that are up, and begins to register the memory on them in the
-    /// background. At least one rail must be usable.
+    /// background. At least one must be there; one whose link is down is used once it is up.
     pub fn open(config: &VerbsConfig, memory: Memory, role: Role) -> Result<Arc<Self>, VerbsError> {
         let lib = Library::get()?;
         let names = if config.rails.is_empty() {
@@ -270,20 +282,24 @@ impl Rails {
         if names.is_empty() {
             return Err(VerbsError::NoDevice);
         }
-        let mut last = None;
+        let (mut last, mut down) = (None, false);
         let mut list = Vec::with_capacity(names.len());
         for name in names {
             let (rail, why_not) = match Rail::open(lib, &name) {
                 Ok(rail) => (Some(rail), None),
                 Err(e) => {
                     let why = e.to_string();
+                    down |= matches!(e, VerbsError::PortDown { .. });
                     last = Some(e);
                     (None, Some(why))
                 }
             };
-            list.push(Slot { name, rail, why_not, tried: Instant::now() });
+            list.push(Slot::new(name, rail, why_not));
         }
-        if list.iter().all(|s| s.rail.is_none()) {
+        let none = list.iter().all(|s| s.rail.is_none());
+        if none && down {
+            tracing::warn!(why = reasons(&list), "no rail can be used now: verbs lanes are made once a link is up");
+        } else if none {
             return Err(match last {
                 Some(e) if list.len() == 1 => e,
                 _ => VerbsError::NoRail { why: reasons(&list) },
@@ -320,8 +336,7 @@ impl Rails {
         role: Role,
         rails: Vec<Arc<Rail>>,
     ) -> Result<Arc<Self>, VerbsError> {
-        let slot =
-            |rail: Arc<Rail>| Slot { name: rail.name().into(), rail: Some(rail), why_not: None, tried: Instant::now() };
+        let slot = |rail: Arc<Rail>| Slot::new(rail.name().into(), Some(rail), None);
         let it = Self::with(lib, config, memory, role, rails.into_iter().map(slot).collect());
         for rail in it.open_rails() {
             rail.register(&it.memory, &it.role, config.relaxed_ordering, &it.done)?;
@@ -354,20 +369,41 @@ impl Rails {
                 let Some(this) = weak.upgrade() else { return };
                 let began = Instant::now();
                 match rail.register(&this.memory, &this.role, this.config.relaxed_ordering, &this.done) {
-                    Ok(()) => tracing::info!(rail = rail.name(), bytes, took = ?began.elapsed(), "pool registered"),
+                    Ok(()) => {
+                        tracing::info!(rail = rail.name(), bytes, took = ?began.elapsed(), "pool registered");
+                        this.slot_of(&rail, |s| s.wait = LEFT_OUT);
+                    }
                     Err(error) => {
                         tracing::warn!(rail = rail.name(), %error, "the pool cannot be registered: this rail is not used");
-                        let mut list = lock(&this.list);
-                        if let Some(s) =
-                            list.iter_mut().find(|s| s.rail.as_ref().is_some_and(|r| Arc::ptr_eq(r, &rail)))
-                        {
+                        this.slot_of(&rail, |s| {
                             s.rail = None;
                             s.why_not = Some(error.to_string());
-                        }
+                            (s.tried, s.wait) = (Instant::now(), (s.wait * 2).min(REGISTER_AGAIN));
+                        });
                     }
                 }
             }
         });
+    }
+
+    /// Gives all registrations back, for good: whoever still reads through a queue pair gets an error from now on. Lanes of
+    /// this side keep theirs until they are quiet.
+    pub fn withdraw(&self) {
+        for s in lock(&self.list).iter_mut() {
+            if let Some(rail) = s.rail.take() {
+                lock(&rail.pool).take();
+            }
+            s.why_not = Some("its memory was withdrawn".into());
+            s.wait = Duration::MAX;
+        }
+    }
+
+    /// Changes a rail's place in the list, if it still has one.
+    fn slot_of(&self, rail: &Arc<Rail>, change: impl FnOnce(&mut Slot)) {
+        let mut list = lock(&self.list);
+        if let Some(s) = list.iter_mut().find(|s| s.rail.as_ref().is_some_and(|r| Arc::ptr_eq(r, rail))) {
+            change(s);
+        }
     }
 
     /// Bytes registered, and bytes to register, over all rails.
@@ -390,6 +426,7 @@ impl Rails {
                 Err(e) => why.push(e.to_string()),
             }
         }
+        good.iter().for_each(|(rail, ..)| self.slot_of(rail, |s| s.worked = true));
         if good.is_empty() {
             good = left_out;
         }
@@ -402,6 +439,11 @@ impl Rails {
         }
         why.push(reasons(&lock(&self.list)));
         Err(VerbsError::NoRail { why: why.join("; ") })
+    }
+
+    /// How many rails a lane may have, of those that could be used at some time: a port that never had a link is not missed.
+    pub(crate) fn have_worked(&self) -> usize {
+        lock(&self.list).iter().filter(|s| s.worked).count().min(MAX_RAILS)
     }
 
     /// Lets go of rails whose device failed, or must be closed. Their lanes hold them until they are quiet.
@@ -417,7 +459,7 @@ impl Rails {
         self.let_go();
         let mut opened = false;
         for s in lock(&self.list).iter_mut() {
-            if s.rail.is_none() && s.tried.elapsed() >= LEFT_OUT {
+            if s.rail.is_none() && s.tried.elapsed() >= s.wait {
                 s.tried = Instant::now();
                 match Rail::open(self.lib, &s.name) {
                     Ok(rail) => {

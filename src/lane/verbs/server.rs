@@ -105,7 +105,9 @@ impl Server {
             return Err(VerbsError::Full { limit: self.max });
         }
         lanes.insert(lane, served);
-        Ok(VerbsTicket { lane, incarnation: self.incarnation.get(), fence_slots: self.fence_slots, rails: answers })
+        let (incarnation, fence_slots) = (self.incarnation.get(), self.fence_slots);
+        let poorer = self.rails.have_worked() > usable.len();
+        Ok(VerbsTicket { lane, incarnation, fence_slots, rails: answers, poorer })
     }
 
     /// Destroys a lane's queue pairs: whoever reads through them gets errors from now on.

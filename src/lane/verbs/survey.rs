@@ -3,7 +3,7 @@
 use std::{
     ffi::c_void,
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
 };
 
@@ -18,6 +18,15 @@ use crate::memory::Mapping;
 
 /// Whether a device can do something, or the error that it gave.
 pub type Tried = Result<(), io::Error>;
+
+/// Whether a device takes dmabufs.
+#[derive(Debug)]
+pub enum Dmabuf {
+    /// One was made and registered, or was refused.
+    Tried(Tried),
+    /// The driver takes dmabufs, and none could be made here to see one work.
+    NotTried(io::Error),
+}
 
 /// A port and its addresses.
 #[derive(Debug)]
@@ -41,12 +50,12 @@ pub struct DeviceReport {
     pub ports: Vec<PortReport>,
     /// Registering ordinary memory.
     pub register: Tried,
-    /// Registering it for writes in any order.
+    /// Registering it for writes in any order. A device may take the wish and still keep the order: verbs do not tell.
     pub relaxed_ordering: Tried,
     /// Registering it without pinning it.
     pub odp: Tried,
     /// Registering a dmabuf, which GPU memory comes as.
-    pub dmabuf: Tried,
+    pub dmabuf: Dmabuf,
 }
 
 /// A device's name, and what was found out about it, or why nothing was.
@@ -94,16 +103,21 @@ fn look(lib: &'static Library, name: String) -> Result<DeviceReport, VerbsError>
         }
     };
     let dmabuf = match lib.reg_dmabuf_mr {
-        None => Err(io::Error::other("libibverbs is too old for it")),
-        Some(register) => no_dmabuf().and_then(|fd| {
-            // A file that is no dmabuf: a driver that takes them says that this is none, others that they take none.
-            // SAFETY: as above; the descriptor is open.
-            let mr = unsafe { register(pd.raw(), 0, len, 0, fd.as_raw_fd(), LOCAL_WRITE) };
-            match give_back(lib, mr) {
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EBADF)) => Ok(()),
-                tried => tried,
+        None => Dmabuf::Tried(Err(io::Error::other("libibverbs is too old for it"))),
+        Some(register) => {
+            let take = |fd: &OwnedFd| {
+                // SAFETY: as above; the descriptor is open.
+                give_back(lib, unsafe { register(pd.raw(), 0, len, 0, fd.as_raw_fd(), LOCAL_WRITE) })
+            };
+            match udmabuf() {
+                Ok(fd) => Dmabuf::Tried(take(&fd)),
+                // A file that is no dmabuf: a driver that takes them says that this is none, others that they take none.
+                Err(why) => match memfd().and_then(|fd| take(&fd)) {
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EBADF)) => Dmabuf::NotTried(why),
+                    tried => Dmabuf::Tried(tried),
+                },
             }
-        }),
+        }
     };
     Ok(DeviceReport {
         limits,
@@ -124,8 +138,40 @@ fn give_back(lib: &Library, mr: *mut ibverbs_sys::ibv_mr) -> Tried {
     check(unsafe { (lib.dereg_mr)(mr) })
 }
 
-fn no_dmabuf() -> io::Result<OwnedFd> {
-    let fd = rustix::fs::memfd_create("kvferry-probe", rustix::fs::MemfdFlags::CLOEXEC)?;
+fn memfd() -> io::Result<OwnedFd> {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+    let fd = rustix::fs::memfd_create("kvferry-probe", flags)?;
     rustix::fs::ftruncate(&fd, PROBE)?;
     Ok(fd)
+}
+
+/// A dmabuf of host memory, from the kernel's `udmabuf` driver.
+fn udmabuf() -> io::Result<OwnedFd> {
+    /// `struct udmabuf_create`.
+    #[repr(C)]
+    struct Create {
+        memfd: u32,
+        flags: u32,
+        offset: u64,
+        size: u64,
+    }
+    /// `_IOW('u', 0x42, struct udmabuf_create)`.
+    const CREATE: libc::c_ulong = 0x4018_7542;
+    const CLOEXEC: u32 = 1;
+
+    let memfd = memfd()?;
+    rustix::fs::fcntl_add_seals(&memfd, rustix::fs::SealFlags::SHRINK)?;
+    let driver = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/udmabuf")
+        .map_err(|e| io::Error::new(e.kind(), format!("/dev/udmabuf: {e}")))?;
+    let create = Create { memfd: memfd.as_raw_fd() as u32, flags: CLOEXEC, offset: 0, size: PROBE };
+    // SAFETY: the request is this driver's, and reads a value of this layout.
+    let fd = unsafe { libc::ioctl(driver.as_raw_fd(), CREATE as _, &create) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call made this descriptor, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

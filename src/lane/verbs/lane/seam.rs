@@ -25,6 +25,10 @@ impl Lane for VerbsLane {
         }
     }
 
+    fn poorer(&self) -> bool {
+        self.poorer || self.paths.iter().any(|p| !p.rung.is_live())
+    }
+
     fn begin(&mut self, a: Attempt, grant: Grant) {
         if let Some(cause) = self.closing {
             self.pending.push(LaneEvent::Failed { attempt: a, cause });

@@ -12,7 +12,7 @@ use standin::{Control, LIBRARY, Standin};
 
 use super::{
     connect::Opening,
-    ladder::COUNTERS,
+    ladder::{COUNTERS, ERR_BOUND},
     lane::VerbsLane,
     rail::{Rail, Rails, Role},
     server::Server,
@@ -40,7 +40,15 @@ struct Rig {
     nonce: Nonce,
     events: Vec<LaneEvent>,
     server: Server,
-    _rails: Arc<Rails>,
+    rails: Arc<Rails>,
+    incarnation: Incarnation,
+}
+
+fn connect(rails: &Arc<Rails>, server: &Server, number: u64, incarnation: Incarnation) -> VerbsLane {
+    let opening = Opening::new(rails, None).unwrap();
+    let ticket = server.admit(number, opening.request()).unwrap();
+    let layout = Arc::new(PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16));
+    opening.finish(&ticket, layout, incarnation).unwrap()
 }
 
 const A: Attempt = Attempt(1);
@@ -66,12 +74,16 @@ impl Rig {
         let served = Rails::of(&LIBRARY, &config, there.clone(), Role::Served(words.clone()), served).unwrap();
         let incarnation = Incarnation::random();
         let server = Server::on(served, incarnation, words.len(), &Limits::default());
-        let opening = Opening::new(&readers, None).unwrap();
-        let ticket = server.admit(9, opening.request()).unwrap();
-        let layout = Arc::new(PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16));
-        let mut lane = opening.finish(&ticket, layout, incarnation).unwrap();
+        let mut lane = connect(&readers, &server, 9, incarnation);
         lane.begin(A, Grant { slot: 3, nonce });
-        Self { lane, devices, here, there, words, nonce, events: Vec::new(), server, _rails: readers }
+        Self { lane, devices, here, there, words, nonce, events: Vec::new(), server, rails: readers, incarnation }
+    }
+
+    /// Another lane between the same two, which ends with the statement.
+    fn another(&self) -> VerbsLane {
+        let lane = connect(&self.rails, &self.server, 10, self.incarnation);
+        self.server.dismiss(10);
+        lane
     }
 
     fn simple() -> Self {
@@ -392,12 +404,16 @@ fn pairs_that_do_not_flush_are_destroyed() {
     let mut r = Rig::simple();
     assert_eq!(r.post(A, 0..8), 8);
     r.device().no_flush = true;
-    let before = COUNTERS.destroyed.load(std::sync::atomic::Ordering::Relaxed);
+    let count = || COUNTERS.rungs().map(|(_, n, time)| (n, time));
+    let before = count();
     r.lane.kill();
     assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }]);
     r.until(|e| matches!(e, LaneEvent::Quiet { .. }));
     assert_eq!(r.device().destroyed, 1);
-    assert!(COUNTERS.destroyed.load(std::sync::atomic::Ordering::Relaxed) > before);
+    let after = count();
+    assert!(after[1].0 > before[1].0, "it was destroying that did it");
+    let drained = after[0].1.unwrap() - before[0].1.unwrap();
+    assert!(drained >= ERR_BOUND, "and all of the time for draining went by before: {drained:?}");
 }
 
 #[test]
@@ -441,6 +457,44 @@ fn a_device_that_loses_requests_is_not_waited_for() {
     assert_eq!(r.post(A, 0..8), 8);
     r.until(|e| matches!(e, LaneEvent::Down { cause: Cause::Unreachable }));
     assert_eq!(r.quiet(), 1);
+}
+
+#[test]
+fn a_queue_pair_that_is_stuck_is_noticed_while_its_neighbour_goes_on() {
+    let mut r = Rig::new(1, VerbsConfig { queue_pairs: 2, timeout: 1, retry: 0, ..VerbsConfig::default() });
+    assert_eq!(r.post(A, 0..8), 8);
+    let goes_on = r.device().numbers()[0];
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !r.poll().contains(&LaneEvent::Down { cause: Cause::Unreachable }) {
+        r.device().complete(goes_on, 100);
+        r.post(A, 8..9);
+        assert!(Instant::now() < limit, "{} reads are done", r.done());
+        std::thread::yield_now();
+    }
+    assert!(r.done() > 8, "the other one did go on");
+    assert_eq!(r.quiet(), 1);
+}
+
+#[test]
+fn a_lane_with_a_rail_less_than_there_were_says_so() {
+    let config = VerbsConfig { queue_pairs: 1, ..VerbsConfig::default() };
+    let mut r = Rig::new(2, config);
+    assert!(!r.lane.poorer());
+    assert_eq!(r.post(A, 0..8), 8);
+    let number = r.device().numbers()[0];
+    r.device().fail(number, 12);
+    r.poll();
+    assert!(r.lane.poorer());
+    assert_eq!(r.lane.rails().collect::<Vec<_>>(), ["reader1:1"]);
+    // One that is made while the rail is left out has less, too; a later one has both.
+    let new = r.another();
+    assert!(new.poorer() && new.rails().count() == 1, "{:?}", new.rails().collect::<Vec<_>>());
+    let limit = Instant::now() + Duration::from_secs(20);
+    while r.another().poorer() {
+        assert!(Instant::now() < limit);
+        std::thread::yield_now();
+    }
+    assert_eq!(r.another().rails().count(), 2);
 }
 
 #[test]

@@ -35,8 +35,25 @@ fn check_offer(offer: &str) -> PyResult<()> {
     pool::offer(offer).map(drop)
 }
 
+/// What the library has to say of peers and lanes goes to standard error, beside the engine's own log: from `warn` on, or
+/// as `KVFERRY_LOG` says (`kvferry=debug`).
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("KVFERRY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("kvferry=warn"));
+    // Another module of this process may have been first: then it listens.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
+}
+
 #[pymodule]
 mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::log();
+        Ok(())
+    }
+
     #[pymodule_export]
     use super::{
         check_offer,

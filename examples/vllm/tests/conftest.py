@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,14 +60,30 @@ def transfer(role: str, policy: str = "recompute", **extra: Any) -> dict[str, An
     }
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """A test that fails shows what kvferry said last in the engines' logs."""
+    report = yield
+    if report.failed:
+        logs = getattr(item.config, "engine_logs", None)
+        for log in sorted(logs.glob("*.log")) if logs else ():
+            said = [line for line in log.read_text(errors="replace").splitlines() if SAID.search(line)]
+            if said:
+                report.sections.append((f"kvferry in {log.name}", "\n".join(said[-20:])))
+    return report
+
+
+SAID = re.compile(r"kvferry(:| is )|(WARN|ERROR) kvferry")
+
 Start = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
-def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def log_dir(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
     given = os.environ.get("KVFERRY_TEST_LOGS")
     path = Path(given) if given else tmp_path_factory.mktemp("engines")
     path.mkdir(parents=True, exist_ok=True)
+    pytestconfig.engine_logs = path  # type: ignore[attr-defined]
     return path
 
 

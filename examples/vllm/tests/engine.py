@@ -67,6 +67,7 @@ class Engine:
         self.scheduler = self.core.scheduler
         self.connector = self.scheduler.get_kv_connector()
         self.scheduled: dict[str, int] = {}
+        self.idle = False
         self._watch()
 
     def _watch(self) -> None:
@@ -75,6 +76,7 @@ class Engine:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
+            self.idle = not output.num_scheduled_tokens
             for request, n in output.num_scheduled_tokens.items():
                 self.scheduled[request] = self.scheduled.get(request, 0) + n
             return output
@@ -166,6 +168,10 @@ class Engine:
                         return
             if self.busy():
                 self.step()
+                if self.idle:
+                    # As vLLM's own core process does: ranks that are asked for nothing in a tight loop keep both cores, and
+                    # starve whatever brings the blocks that they wait for.
+                    time.sleep(0.001)
 
 
 def live(spec: dict[str, Any]) -> None:

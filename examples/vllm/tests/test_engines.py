@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from conftest import Fleet, Start, prompt, transfer
-from driver import Engine
+from driver import LIMIT, Engine
 
 
-def pair(start: Start, model: str, label: str, p: dict[str, Any], d: dict[str, Any], **decode: Any) -> list[Engine]:
+def pair(start: Start, model: str, label: str, p: dict[str, Any], d: dict[str, Any], **extra: Any) -> list[Engine]:
     engines = [
-        start(f"{label}-prefill", model, "kv_producer", llm=p),
-        start(f"{label}-decode", model, "kv_consumer", llm=d, **decode),
+        start(f"{label}-prefill", model, "kv_producer", llm=p, **extra),
+        start(f"{label}-decode", model, "kv_consumer", llm=d, **extra),
         start(f"{label}-mono", model),
     ]
     return [e.ready() for e in engines]
@@ -65,8 +65,10 @@ def test_several_cache_groups_load_as_a_whole_or_not_at_all(start: Start, tiny_w
     ("prefill", "decode"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.soak), pytest.param(1, 2, marks=pytest.mark.soak)]
 )
 def test_tensor_parallel_ranks_pull_their_heads(start: Start, tiny: str, prefill: int, decode: int) -> None:
+    # Ranks that wait for each other spin. With two cores for seven processes a step has been seen to take 45 s.
+    slow = {"deadline": LIMIT, "unclaimed_lease": LIMIT}
     p, d, mono = pair(
-        start, tiny, f"tp{prefill}{decode}", {"tensor_parallel_size": prefill}, {"tensor_parallel_size": decode}
+        start, tiny, f"tp{prefill}{decode}", {"tensor_parallel_size": prefill}, {"tensor_parallel_size": decode}, **slow
     )
     free = p.state()["free"], d.state()["free"]
     for length in (33, 700):

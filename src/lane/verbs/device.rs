@@ -113,6 +113,14 @@ pub fn names(sys: &Path) -> Vec<String> {
     names
 }
 
+/// Whether the device file of a device is there and may be opened.
+fn may_open(sys: &Path, dev: &Path, name: &str) -> bool {
+    let mine = |uverbs: &Path| std::fs::read_to_string(uverbs.join("ibdev")).is_ok_and(|n| n.trim() == name);
+    let listed = std::fs::read_dir(sys.with_file_name("infiniband_verbs")).into_iter().flatten().flatten();
+    let file = listed.map(|e| e.path()).find(|p| mine(p)).and_then(|p| Some(dev.join(p.file_name()?)));
+    file.is_some_and(|f| std::fs::OpenOptions::new().read(true).write(true).open(f).is_ok())
+}
+
 impl Device {
     /// Opens a device by its name.
     pub(crate) fn open(lib: &'static Library, name: &str) -> Result<Arc<Self>, VerbsError> {
@@ -151,8 +159,11 @@ impl Device {
             }
             Some(Err(source)) => Err(VerbsError::Os { what: "ibv_open_device", device: name.into(), source }),
             None if have.is_empty() && names(Path::new(SYS)).iter().any(|n| n == name) => {
-                // The kernel has it, and the library does not: no device file, or no provider for it.
-                Err(VerbsError::NotPermitted { device: name.into() })
+                // The kernel has it, and the library does not.
+                Err(match may_open(Path::new(SYS), Path::new("/dev/infiniband"), name) {
+                    true => VerbsError::NoProvider { device: name.into() },
+                    false => VerbsError::NotPermitted { device: name.into() },
+                })
             }
             None if have.is_empty() => Err(VerbsError::NoDevice),
             None => Err(VerbsError::NoSuchDevice { name: name.into(), have: have.join(", ") }),
@@ -324,6 +335,20 @@ pub(crate) fn mtu_code(bytes: u32) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_file_that_is_there_and_opens_means_that_the_library_lacks_a_driver() {
+        let root = std::env::temp_dir().join(format!("kvferry-devices-{}", std::process::id()));
+        let (sys, dev) = (root.join("infiniband"), root.join("dev"));
+        std::fs::create_dir_all(root.join("infiniband_verbs/uverbs0")).unwrap();
+        std::fs::create_dir_all(&dev).unwrap();
+        std::fs::write(root.join("infiniband_verbs/uverbs0/ibdev"), "nic0\n").unwrap();
+        assert!(!may_open(&sys, &dev, "nic0"), "no device file: a container that was not given it");
+        std::fs::write(dev.join("uverbs0"), "").unwrap();
+        assert!(may_open(&sys, &dev, "nic0"));
+        assert!(!may_open(&sys, &dev, "nic1"));
+        std::fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn mtus_are_rounded_down_and_never_up() {

@@ -48,6 +48,12 @@ pub enum VerbsError {
         /// The device.
         device: String,
     },
+    /// The library knows no such hardware.
+    #[error("libibverbs has no driver for {device}: install ibverbs-providers, or the one of the NIC's vendor")]
+    NoProvider {
+        /// The device.
+        device: String,
+    },
     /// Its link is down.
     #[error("port {port} of {device} is {state}, not ACTIVE: check cable, switch and `ip link`, or use another rail")]
     PortDown {

@@ -27,14 +27,15 @@ macro_rules! functions {
         }
 
         impl Library {
-            fn load(lib: &libloading::Library) -> Result<Self, VerbsError> {
+            /// The error is a missing function's name.
+            fn load(lib: &libloading::Library) -> Result<Self, &'static str> {
                 Ok(Self {
                     $($need: {
                         let name = concat!("ibv_", stringify!($need));
                         // SAFETY: the symbol's type is the one that the C headers declare for this name; the library is
                         // never closed (see `get`), so the pointer stays valid.
                         let found = unsafe { lib.get(name.as_bytes()) };
-                        *found.map_err(|_| VerbsError::OldLibrary { symbol: name })?
+                        *found.map_err(|_| name)?
                     },)*
                     $($want: {
                         // SAFETY: as above.
@@ -79,18 +80,30 @@ functions! {
     }
 }
 
+/// What the library lacks.
+enum Missing {
+    /// Itself; with the loader's words.
+    All(String),
+    /// A function.
+    Function(&'static str),
+}
+
 impl Library {
     /// This host's libibverbs, opened once and never closed: provider threads and handlers may outlive any owner.
     pub(crate) fn get() -> Result<&'static Self, VerbsError> {
-        static LOADED: OnceLock<Result<Library, String>> = OnceLock::new();
+        static LOADED: OnceLock<Result<Library, Missing>> = OnceLock::new();
         let loaded = LOADED.get_or_init(|| {
             // SAFETY: libibverbs has no initialiser of its own that could interfere; it is a system library like libc.
-            let lib = unsafe { libloading::Library::new("libibverbs.so.1") }.map_err(|e| e.to_string())?;
-            let table = Self::load(&lib).map_err(|e| e.to_string());
+            let lib = unsafe { libloading::Library::new("libibverbs.so.1") };
+            let lib = lib.map_err(|e| Missing::All(e.to_string()))?;
+            let table = Self::load(&lib).map_err(Missing::Function);
             std::mem::forget(lib);
             table
         });
-        loaded.as_ref().map_err(|why| VerbsError::NoLibrary { why: why.clone() })
+        loaded.as_ref().map_err(|missing| match missing {
+            Missing::All(why) => VerbsError::NoLibrary { why: why.clone() },
+            Missing::Function(symbol) => VerbsError::OldLibrary { symbol },
+        })
     }
 }
 

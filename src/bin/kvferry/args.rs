@@ -53,13 +53,29 @@ pub struct VerbsArgs {
     /// Index of the GID to use on each port; by default chosen by type and reach.
     #[arg(long, value_name = "INDEX")]
     pub gid_index: Option<u8>,
+    /// Queue pairs to a peer on each rail.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
+    pub queue_pairs: Option<u8>,
+    /// Bytes in flight on a rail.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub window: Option<u64>,
+    /// Longest READ; longer ones are cut.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub max_read: Option<u64>,
 }
 
 impl VerbsArgs {
     /// The settings that they stand for.
     pub fn config(&self) -> VerbsConfig {
-        let rails = self.device.iter().chain(&self.rails).cloned().collect();
-        VerbsConfig { rails, gid_index: self.gid_index, ..VerbsConfig::default() }
+        let d = VerbsConfig::default();
+        VerbsConfig {
+            rails: self.device.iter().chain(&self.rails).cloned().collect(),
+            gid_index: self.gid_index,
+            queue_pairs: self.queue_pairs.map_or(d.queue_pairs, usize::from),
+            window: self.window.unwrap_or(d.window),
+            max_read: self.max_read.map_or(d.max_read, |n| u32::try_from(n).unwrap_or(u32::MAX)),
+            ..d
+        }
     }
 
     /// What a producer on this machine serves: `rails`, or the same as this side's where there are none.

@@ -73,8 +73,9 @@ pub(super) struct State {
     pub(super) next_session: u64,
 }
 
-/// Lanes of one session.
-const MAX_LANES: usize = 64;
+/// Lanes of one session and kind. A consumer reads over the newest; older ones finish what they have. One that looks for a
+/// better lane has eight of them after four minutes, and its pulls none on the first any more.
+const LANES_OF_A_KIND: usize = 8;
 
 pub(super) struct Session {
     from: PeerId,
@@ -85,6 +86,14 @@ pub(super) struct Session {
 
 pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Which lane of a session goes for another one of this kind, if one must: never one of another kind, which may be all that
+/// the consumer reads over.
+fn superfluous(lanes: &VecDeque<(LaneKind, u64)>, kind: LaneKind) -> Option<usize> {
+    let mut same = lanes.iter().enumerate().filter(|(_, (k, _))| *k == kind).map(|(i, _)| i);
+    let oldest = same.next()?;
+    (same.count() + 1 >= LANES_OF_A_KIND).then_some(oldest)
 }
 
 impl Core {
@@ -207,10 +216,7 @@ impl Core {
     fn room(&self, state: &mut State, from: &PeerId, kind: LaneKind) -> Result<Option<(LaneKind, u64)>, Refusal> {
         let (lanes, limit) = (state.lanes, self.config.limits.lanes);
         let session = self.session(state, from)?;
-        // A consumer rank needs a few lanes at a time. One that goes through many has lost the old ones, most likely those of
-        // the kind that it asks for again: another one it may be reading over.
-        let same = session.lanes.iter().position(|(k, _)| *k == kind).unwrap_or(0);
-        let oldest = if session.lanes.len() >= MAX_LANES { session.lanes.remove(same) } else { None };
+        let oldest = superfluous(&session.lanes, kind).and_then(|i| session.lanes.remove(i));
         if oldest.is_none() && lanes >= limit {
             return Err(Refusal::Limit { what: "lanes", limit });
         }
@@ -422,5 +428,21 @@ pub(super) async fn keep_time(core: Weak<Core>, rearm: Arc<Notify>) {
             () = tokio::time::sleep_until(until.into()) => {}
             () = rearm.notified() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kind_that_is_asked_for_again_and_again_takes_no_other_kinds_lane() {
+        let mut lanes = VecDeque::from([(LaneKind::Tcp, 0)]);
+        for n in 1..=LANES_OF_A_KIND as u64 {
+            assert_eq!(superfluous(&lanes, LaneKind::Verbs), None);
+            lanes.push_back((LaneKind::Verbs, n));
+        }
+        assert_eq!(superfluous(&lanes, LaneKind::Verbs), Some(1), "the oldest of its own kind");
+        assert_eq!(superfluous(&lanes, LaneKind::Tcp), None);
     }
 }

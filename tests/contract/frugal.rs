@@ -4,7 +4,7 @@ use kvferry::{config::Config, consumer::Pull, lane::LaneKind};
 use rustix::process::Signal;
 
 use crate::rig::{
-    Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all, really, throttled,
+    Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, killable, pull_all, really,
     wait_until_loaded,
 };
 
@@ -14,7 +14,7 @@ fn a_producer_killed_at_a_share_of_the_bytes_leaves_nearly_that_share_of_the_pro
         for (killed_at, at_least) in [(0.25, 0.20), (0.50, 0.45), (0.75, 0.70)] {
             let spec = Spec { blocks: 512, ..Spec::default() };
             let mut producer = Producer::start(&spec);
-            let consumer = consumer(&spec, throttled("throttle=64M"));
+            let consumer = consumer(&spec, killable());
             let offer = producer.offer_all();
             let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();
             wait_until_loaded(&consumer, pull, killed_at);

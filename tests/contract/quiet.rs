@@ -8,7 +8,7 @@ use kvferry::{
     lane::LaneKind,
 };
 
-use crate::rig::{Producer, SOON, Spec, consumer, deadline, ended, pull_all, throttled, wait_until_loaded};
+use crate::rig::{Producer, SOON, Spec, consumer, deadline, ended, killable, pull_all, throttled, wait_until_loaded};
 
 const MARK: u8 = 0xA5;
 
@@ -37,7 +37,7 @@ fn blocks_of_an_aborted_pull_are_never_written_after_its_end() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
-        let consumer = consumer(&spec, throttled("throttle=64M"));
+        let consumer = consumer(&spec, killable());
         for _ in 0..5 {
             let offer = producer.offer_all();
             let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();

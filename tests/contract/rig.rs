@@ -299,6 +299,12 @@ pub fn throttled(faults: &str) -> Config {
     config
 }
 
+/// Settings of a consumer that reads so slowly that its peer can be killed in the middle of 32 MiB: an emulated processor runs
+/// the killer late, and takes its time with a killed process before that one's queue pairs go.
+pub fn killable() -> Config {
+    throttled(if really(LaneKind::Tcp) == LaneKind::Verbs { "throttle=8M" } else { "throttle=64M" })
+}
+
 /// A consumer with the same pool as the producers of `spec`.
 pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
     if config.verbs.rails.is_empty() {

@@ -6,7 +6,7 @@ use kvferry::{config::Config, error::Cause, lane::LaneKind};
 use rustix::process::Signal;
 
 use crate::rig::{
-    Producer, SOON, Spec, assert_loaded_is_exact, consumer, deadline, ended, pull_all, really, throttled,
+    Producer, SOON, Spec, assert_loaded_is_exact, consumer, deadline, ended, killable, pull_all, really, throttled,
     wait_until_loaded,
 };
 
@@ -18,8 +18,7 @@ fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
-        // 32 MiB at 64 MiB a second: time enough to be killed in.
-        let consumer = consumer(&spec, throttled("throttle=64M"));
+        let consumer = consumer(&spec, killable());
         let offer = producer.offer_all();
         let started = Instant::now();
         let pull = consumer.pull(pull_all(&offer, lane, SOON)).unwrap();

@@ -192,9 +192,9 @@ pub struct VerbsConfig {
     pub queue_pairs: usize,
     /// Requests of a queue pair that may be in flight: a power of two, at most 4096.
     pub depth: u32,
-    /// Every how many requests one reports its completion.
+    /// Every how many requests one reports its completion, long ones at every 256 KiB.
     pub signal_every: u32,
-    /// Bytes in flight on a rail. About twice what 400 Gbit/s hold in 100 us, and little enough to drain in time.
+    /// Bytes in flight on a rail. More than 400 Gbit/s hold in 100 us, and little enough to drain in time.
     pub window: u64,
     /// Longest READ, in bytes. Longer ones are cut, so that several are in flight and a lost packet costs little.
     pub max_read: u32,
@@ -225,7 +225,7 @@ impl Default for VerbsConfig {
             queue_pairs: 2,
             depth: 128,
             signal_every: 16,
-            window: 16 << 20,
+            window: 8 << 20,
             max_read: 1 << 20,
             spin: Duration::from_micros(200),
             rd_atomic: 16,
@@ -326,6 +326,9 @@ impl Config {
         }
         if self.pull.lanes.is_empty() {
             return bad("pull.lanes", "must name at least one lane");
+        }
+        if self.pull.look_min.is_zero() {
+            return bad("pull.look_min", "must not be 0: every pull would look; Duration::MAX turns looking off");
         }
         if self.pull.look_max < self.pull.look_min {
             return bad("pull.look_max", "must not be shorter than look_min");

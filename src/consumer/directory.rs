@@ -8,11 +8,11 @@ use crate::{
     config::Config,
     control::client::{self, PeerHandle, PeerTask},
     driver::{
-        rail::{self, Addr},
+        rail::{self, Addr, LaneWish},
         thread::Peers,
     },
     error::Cause,
-    lane::{LaneKind, connect::Connector},
+    lane::connect::Connector,
     protocol::{frame::Release, hello::Hello, session::Want},
 };
 
@@ -76,8 +76,8 @@ impl Peers for Directory {
         }
     }
 
-    fn connect(&mut self, peer: &Addr, expect: Incarnation, kinds: Vec<LaneKind>) {
-        self.peer(peer).connect_lane(expect, kinds);
+    fn connect(&mut self, peer: &Addr, wish: LaneWish) {
+        self.peer(peer).connect_lane(wish);
     }
 
     fn dropped(&mut self, peer: &Addr) -> bool {

@@ -36,9 +36,9 @@ use super::{
 use crate::{
     block::Incarnation,
     config::Config,
-    driver::rail::{self, Addr},
+    driver::rail::{self, Addr, LaneWish},
     error::{Cause, HelloError},
-    lane::{Grant, LaneKind},
+    lane::Grant,
     protocol::{
         Machine,
         frame::{Release, ServerBody, ServerFrame},
@@ -61,7 +61,7 @@ const TICK: Duration = Duration::from_millis(1);
 enum Command {
     Claim(Want),
     Release(Incarnation, Release),
-    Connect(Incarnation, Vec<LaneKind>),
+    Connect(LaneWish),
     Close,
 }
 
@@ -90,8 +90,8 @@ impl PeerHandle {
     }
 
     /// Connects a lane of the first of these kinds that can be had; `Lane` comes, once.
-    pub fn connect_lane(&self, expect: Incarnation, kinds: Vec<LaneKind>) {
-        self.tell(Command::Connect(expect, kinds));
+    pub fn connect_lane(&self, wish: LaneWish) {
+        self.tell(Command::Connect(wish));
     }
 
     /// Whether the session's stream is up, now and later. Dead once the task has ended.
@@ -307,7 +307,7 @@ impl PeerTask {
             Event::Command(Some(Command::Release(expect, release))) => {
                 self.machine.handle(now, session::In::Release { expect, release });
             }
-            Event::Command(Some(Command::Connect(incarnation, kinds))) => self.connect_lane(incarnation, kinds),
+            Event::Command(Some(Command::Connect(wish))) => self.connect_lane(wish),
             Event::Command(Some(Command::Close)) => {
                 self.closing = true;
                 self.machine.handle(now, session::In::Close);
@@ -455,7 +455,8 @@ impl PeerTask {
         self.current = None;
     }
 
-    fn connect_lane(&mut self, incarnation: Incarnation, kinds: Vec<LaneKind>) {
+    fn connect_lane(&mut self, wish: LaneWish) {
+        let (incarnation, need) = (wish.expect, wish.need);
         let lane = match &self.current {
             Some((line, welcome)) if welcome.peer.incarnation == incarnation => Ok((line.clone(), welcome.clone())),
             // The session finds out what became of the peer; the pull may ask again.
@@ -474,9 +475,11 @@ impl PeerTask {
                 };
                 let sink = self.sink.clone();
                 // On its own: a lane that takes long to connect must not delay heartbeats and claims.
-                tokio::spawn(async move { sink(call.run(kinds).await) });
+                tokio::spawn(async move { sink(call.run(wish).await) });
             }
-            Err(cause) => (self.sink)(rail::In::Lane { peer: self.addr.clone(), incarnation, lane: Err(cause) }),
+            Err(cause) => {
+                (self.sink)(rail::In::Lane { peer: self.addr.clone(), incarnation, need, lane: Err(cause) });
+            }
         }
     }
 

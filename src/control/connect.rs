@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tonic::Code;
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     block::Incarnation,
-    driver::rail::{self, Addr},
+    driver::rail::{self, Addr, LaneWish, Need},
     error::Cause,
     lane::{Lane, LaneError, LaneKind, verbs::VerbsRequest},
     protocol::hello::{Hello, Welcome},
@@ -77,6 +77,20 @@ impl Skipped {
     }
 }
 
+/// How long a lane that is not ready yet is waited for where there is another kind: a small pool is registered by then, and
+/// for a large one the other kind does until a better lane is looked for.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// Between two looks whether it is.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why a lane was not connected.
+struct Failure {
+    why: String,
+    cause: Cause,
+    /// It may be had soon.
+    not_yet: bool,
+}
+
 /// One lane that is wanted of a peer.
 pub(crate) struct LaneCall {
     pub(crate) peer: Addr,
@@ -90,22 +104,22 @@ pub(crate) struct LaneCall {
 }
 
 impl LaneCall {
-    pub(crate) async fn run(self, kinds: Vec<LaneKind>) -> rail::In {
+    pub(crate) async fn run(self, wish: LaneWish) -> rail::In {
+        let LaneWish { kinds, need, .. } = wish;
         let incarnation = self.welcome.peer.incarnation;
         let mut cause = Cause::LaneFailed;
         let mut tried = 0;
+        let last = kinds.iter().rev().find(|k| self.possible(**k).is_ok()).copied();
         for kind in kinds {
             let failed = match self.possible(kind) {
                 Err(why) => Err((why.to_owned(), Cause::LaneFailed)),
                 Ok(()) => {
                     tried += 1;
-                    tokio::time::timeout(self.timeout, self.connect(kind)).await.unwrap_or_else(|_| {
-                        Err((format!("not connected within {:?}", self.timeout), Cause::Unreachable))
-                    })
+                    self.connect_patiently(kind, last == Some(kind)).await
                 }
             };
             match failed {
-                Ok(lane) => return rail::In::Lane { peer: self.peer, incarnation, lane: Ok(lane) },
+                Ok(lane) => return rail::In::Lane { peer: self.peer, incarnation, need, lane: Ok(lane) },
                 Err((why, c)) => {
                     if c == Cause::Unreachable {
                         cause = c;
@@ -116,10 +130,23 @@ impl LaneCall {
                 }
             }
         }
-        if tried == 0 {
+        if tried == 0 && need == Need::Now {
             tracing::warn!(peer = %self.peer, %incarnation, "no lane that both sides have; see which ones were skipped");
         }
-        rail::In::Lane { peer: self.peer, incarnation, lane: Err(cause) }
+        rail::In::Lane { peer: self.peer, incarnation, need, lane: Err(cause) }
+    }
+
+    /// What is not ready yet is waited for: for a while if there is another kind, as long as it may take if there is none.
+    async fn connect_patiently(&self, kind: LaneKind, last: bool) -> Result<Box<dyn Lane>, (String, Cause)> {
+        let until = Instant::now() + if last { self.timeout } else { PATIENCE.min(self.timeout) };
+        loop {
+            match tokio::time::timeout(self.timeout, self.connect(kind)).await {
+                Ok(Ok(lane)) => return Ok(lane),
+                Ok(Err(Failure { not_yet: true, .. })) if Instant::now() < until => tokio::time::sleep(LOOK).await,
+                Ok(Err(f)) => return Err((f.why, f.cause)),
+                Err(_) => return Err((format!("not connected within {:?}", self.timeout), Cause::Unreachable)),
+            }
+        }
     }
 
     fn possible(&self, kind: LaneKind) -> Result<(), &'static str> {
@@ -133,14 +160,15 @@ impl LaneCall {
         Ok(())
     }
 
-    async fn connect(&self, kind: LaneKind) -> Result<Box<dyn Lane>, (String, Cause)> {
+    async fn connect(&self, kind: LaneKind) -> Result<Box<dyn Lane>, Failure> {
         let failed = |e: LaneError| {
             let cause = match e.cause() {
                 Cause::Unreachable | Cause::PeerDown | Cause::PeerRestarted => Cause::Unreachable,
                 _ => Cause::LaneFailed,
             };
-            (e.to_string(), cause)
+            Failure { why: e.to_string(), cause, not_yet: matches!(e, LaneError::NotYet { .. }) }
         };
+        let broken = |why| Failure { why, cause: Cause::LaneFailed, not_yet: false };
         let mut prepared = self.connector.prepare(kind, self.line.to).await.map_err(failed)?;
         let ends = prepared.verbs.take().into_iter().flat_map(|r| r.rails);
         let request = proto::LaneRequest {
@@ -153,14 +181,15 @@ impl LaneCall {
             let cause = match s.code() {
                 // Not there any more, or another one by now: the session tells which.
                 Code::Unavailable | Code::FailedPrecondition | Code::Cancelled | Code::Unknown => Cause::Unreachable,
+                Code::Aborted => Cause::Unreachable,
                 _ => Cause::LaneFailed,
             };
-            (said(&s), cause)
+            Failure { why: said(&s), cause, not_yet: s.code() == Code::Aborted }
         })?;
-        let ticket = LaneTicket::try_from(reply.into_inner())
-            .map_err(|e| (format!("rubbish from the peer: {e}"), Cause::LaneFailed))?;
+        let ticket =
+            LaneTicket::try_from(reply.into_inner()).map_err(|e| broken(format!("rubbish from the peer: {e}")))?;
         if ticket.kind() != kind {
-            return Err((format!("the peer answered with a {} lane", ticket.kind()), Cause::LaneFailed));
+            return Err(broken(format!("the peer answered with a {} lane", ticket.kind())));
         }
         self.connector.connect_prepared(ticket, prepared, self.welcome.clone(), self.line.to).await.map_err(failed)
     }

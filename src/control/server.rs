@@ -56,6 +56,9 @@ pub enum Refusal {
     /// Something that must come before is missing, such as a session. FAILED_PRECONDITION.
     #[error("{0}")]
     Precondition(String),
+    /// Not now, but soon: ask again. ABORTED.
+    #[error("{0}")]
+    NotYet(String),
     /// A limit is reached. RESOURCE_EXHAUSTED.
     #[error("too many {what}: the limit here is {limit}")]
     Limit {
@@ -80,6 +83,7 @@ impl Refusal {
     pub(crate) fn status(&self) -> Status {
         let code = match self {
             Self::OtherIncarnation { .. } | Self::Precondition(_) => Code::FailedPrecondition,
+            Self::NotYet(_) => Code::Aborted,
             Self::Limit { .. } => Code::ResourceExhausted,
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::Stopping => Code::Unavailable,

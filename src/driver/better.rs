@@ -23,13 +23,13 @@ impl Better {
     pub fn look(&mut self, now: Instant, waits: Waits) -> bool {
         match self.next {
             None => {
-                self.next = Some((now + waits.first, waits.first));
+                self.next = Some((after(now, waits.first), waits.first));
                 false
             }
             Some((at, _)) if now < at => false,
             Some((_, wait)) => {
-                let wait = (wait * 2).min(waits.longest);
-                self.next = Some((now + wait, wait));
+                let wait = wait.saturating_mul(2).min(waits.longest);
+                self.next = Some((after(now, wait), wait));
                 true
             }
         }
@@ -38,10 +38,15 @@ impl Better {
     /// What is used is the best there is.
     pub fn well(&mut self, now: Instant) {
         // For as long again as the wait was: what fails every few seconds is not tried every few seconds.
-        if self.next.is_some_and(|(at, wait)| now >= at + wait) {
+        if self.next.is_some_and(|(at, wait)| now >= after(at, wait)) {
             self.next = None;
         }
     }
+}
+
+/// A wait that no clock can hold is as good as for ever: a year.
+fn after(now: Instant, wait: Duration) -> Instant {
+    now + wait.min(Duration::from_secs(365 * 86_400))
 }
 
 #[cfg(test)]
@@ -63,6 +68,10 @@ mod tests {
             waits.push((now - since).as_secs());
         }
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
+        let never = Waits { first: Duration::MAX, longest: Duration::MAX };
+        let mut off = Better::default();
+        assert!(!off.look(now, never) && !off.look(now + WAITS.longest, never), "it can be turned off");
+        off.well(now);
         b.well(now + WAITS.longest);
         assert!(!b.look(now + WAITS.longest - WAITS.first, WAITS), "it may have been well for a moment only");
         b.well(now + 2 * WAITS.longest);

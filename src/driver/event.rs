@@ -98,6 +98,8 @@ pub enum In {
         peer: Addr,
         /// The peer's incarnation that it was connected to.
         incarnation: Incarnation,
+        /// What it was asked for.
+        need: Need,
         /// The lane, or why there is none.
         lane: Result<Box<dyn Lane>, Cause>,
     },
@@ -107,6 +109,26 @@ pub enum In {
     Shutdown,
 }
 
+/// Whether anybody waits for a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Pulls wait for it.
+    Now,
+    /// It is to replace one that pulls go on with meanwhile.
+    Better,
+}
+
+/// A lane that is to be connected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaneWish {
+    /// To this incarnation of the peer.
+    pub expect: Incarnation,
+    /// In the order to try.
+    pub kinds: Vec<LaneKind>,
+    /// Whether anybody waits for it.
+    pub need: Need,
+}
+
 /// What the rail wants done, in order.
 #[derive(Debug)]
 pub enum Out {
@@ -114,8 +136,8 @@ pub enum Out {
     Claim(Addr, Want),
     /// Have the peer's session let go.
     Release(Addr, Incarnation, Release),
-    /// Connect a lane; the kinds are in the order to try.
-    Connect(Addr, Incarnation, Vec<LaneKind>),
+    /// Connect a lane.
+    Connect(Addr, LaneWish),
     /// The pull's sets are frozen.
     Decided(PullId),
     /// The pull has ended: its blocks are the engine's again.

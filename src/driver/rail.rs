@@ -24,7 +24,7 @@ use crate::{
 };
 
 use super::better::{Better, Waits};
-pub use super::event::{Addr, Ended, In, Out, Progress, PullId, Start};
+pub use super::event::{Addr, Ended, In, LaneWish, Need, Out, Progress, PullId, Start};
 
 struct PullState {
     tracker: PullTracker,
@@ -59,7 +59,7 @@ struct Peer {
     /// Who waits for a lane that is being connected.
     waiting: Vec<(PullId, usize)>,
     connecting: bool,
-    /// What is being connected is to be better than what there is: nobody needs it.
+    /// A better lane than what there is is looked for, beside that: nobody waits for it.
     looking: bool,
     better: Better,
 }
@@ -157,7 +157,7 @@ impl Rail {
                     self.tell(now, id, pull::In::Lost { cause });
                 }
             }
-            In::Lane { peer, incarnation, lane } => self.connected(now, peer, incarnation, lane),
+            In::Lane { peer, incarnation, need, lane } => self.connected(now, peer, incarnation, need, lane),
             In::Dropped(addr) => {
                 self.peers.remove(&addr);
                 for l in self.lanes.values_mut().filter(|l| l.peer == addr) {
@@ -292,8 +292,9 @@ impl Rail {
         if peer.welcome.replace(welcome).is_some_and(|old| old.peer.incarnation != incarnation) {
             peer.better = Better::default();
         }
-        // Lanes of an earlier incarnation take no new attempts.
-        for l in self.lanes.values_mut().filter(|l| l.peer == addr && l.incarnation != incarnation) {
+        // Its session is new, and a lane ends with the session that it was made for: those of before take no new attempts,
+        // and those of an earlier incarnation must not.
+        for l in self.lanes.values_mut().filter(|l| l.peer == addr) {
             l.dead |= !planted(Bug::IncarnationIgnored);
         }
         self.bury_lanes();
@@ -309,12 +310,26 @@ impl Rail {
         }
     }
 
-    fn connected(&mut self, now: Instant, addr: Addr, incarnation: Incarnation, lane: Result<Box<dyn Lane>, Cause>) {
+    fn connected(
+        &mut self,
+        now: Instant,
+        addr: Addr,
+        incarnation: Incarnation,
+        need: Need,
+        lane: Result<Box<dyn Lane>, Cause>,
+    ) {
         let peer = self.peers.entry(addr.clone()).or_default();
-        peer.connecting = false;
-        let looking = std::mem::take(&mut peer.looking);
-        let waiting = std::mem::take(&mut peer.waiting);
         let current = peer.welcome.as_ref().is_some_and(|w| w.peer.incarnation == incarnation);
+        let found = current && lane.is_ok();
+        match need {
+            Need::Now => peer.connecting = false,
+            Need::Better => peer.looking = false,
+        }
+        // Whoever waits has a connection of its own under way; what is found meanwhile does as well.
+        let waiting = match need {
+            Need::Better if !found => return,
+            _ => std::mem::take(&mut peer.waiting),
+        };
         match lane {
             Ok(lane) if current => {
                 let n = self.next_lane;
@@ -349,12 +364,6 @@ impl Rail {
             Ok(_) => {
                 for (id, source) in waiting {
                     self.tell(now, id, pull::In::NoLane { source, cause: Cause::LaneFailed });
-                }
-            }
-            // Only the kinds that would have been better were tried.
-            Err(_) if looking && current => {
-                for (id, source) in waiting {
-                    self.connect(id, source, Vec::new());
                 }
             }
             Err(cause) => {
@@ -422,9 +431,10 @@ impl Rail {
         }
         if kinds.is_empty() {
             peer.better.well(now);
-        } else if !peer.connecting && peer.better.look(now, self.waits) {
-            (peer.connecting, peer.looking) = (true, true);
-            self.out.push_back(Out::Connect(l.peer.clone(), rank.incarnation, kinds));
+        } else if !peer.connecting && !peer.looking && peer.better.look(now, self.waits) {
+            peer.looking = true;
+            let wish = LaneWish { expect: rank.incarnation, kinds, need: Need::Better };
+            self.out.push_back(Out::Connect(l.peer.clone(), wish));
         }
     }
 
@@ -438,7 +448,8 @@ impl Rail {
         let peer = self.peers.entry(addr.clone()).or_default();
         peer.waiting.push((id, source));
         if !std::mem::replace(&mut peer.connecting, true) {
-            self.out.push_back(Out::Connect(addr, rank.incarnation, kinds));
+            let wish = LaneWish { expect: rank.incarnation, kinds, need: Need::Now };
+            self.out.push_back(Out::Connect(addr, wish));
         }
     }
 

@@ -16,9 +16,8 @@ use crate::{
     block::Incarnation,
     driver::{
         mailbox::Mailbox,
-        rail::{Addr, Ended, In, Out, PullId, Rail},
+        rail::{Addr, Ended, In, LaneWish, Out, PullId, Rail},
     },
-    lane::LaneKind,
     protocol::{frame::Release, session::Want},
 };
 
@@ -39,7 +38,7 @@ pub trait Peers: Send {
     /// Let go.
     fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release);
     /// Connect a lane.
-    fn connect(&mut self, peer: &Addr, expect: Incarnation, kinds: Vec<LaneKind>);
+    fn connect(&mut self, peer: &Addr, wish: LaneWish);
     /// Nothing was wanted of this peer for long. `false`: something was, just now; keep it.
     fn dropped(&mut self, peer: &Addr) -> bool;
 }
@@ -134,7 +133,7 @@ impl Driver {
             match out {
                 Out::Claim(peer, want) => self.peers.claim(&peer, want),
                 Out::Release(peer, expect, release) => self.peers.release(&peer, expect, release),
-                Out::Connect(peer, expect, kinds) => self.peers.connect(&peer, expect, kinds),
+                Out::Connect(peer, wish) => self.peers.connect(&peer, wish),
                 Out::Decided(pull) => self.reports.decided(pull),
                 Out::Ended(ended) => self.reports.ended(*ended),
                 Out::Wedged(pull) => self.reports.wedged(pull),

@@ -125,7 +125,6 @@ mod verbs {
     use std::{
         net::SocketAddr,
         sync::{Arc, Mutex, PoisonError},
-        time::{Duration, Instant},
     };
 
     use crate::{
@@ -138,11 +137,6 @@ mod verbs {
         memory::Memory,
         protocol::hello::Welcome,
     };
-
-    /// How long a lane waits for the pool's registration before another lane is used meanwhile.
-    const PATIENCE: Duration = Duration::from_secs(2);
-    /// Between two looks whether it is done.
-    const LOOK: Duration = Duration::from_millis(5);
 
     /// This side's rails, opened when they are needed first, and again when that failed.
     pub(super) struct Verbs {
@@ -174,18 +168,8 @@ mod verbs {
         }
 
         pub(super) async fn prepare(self: Arc<Self>, peer: SocketAddr) -> Result<Prepared, LaneError> {
-            let until = Instant::now() + PATIENCE;
-            loop {
-                let this = self.clone();
-                let made = blocking(move || Opening::new(&this.rails()?, Some(peer.ip()))).await?;
-                match made {
-                    Ok(opening) => {
-                        return Ok(Prepared { verbs: Some(opening.request().clone()), state: Some(Box::new(opening)) });
-                    }
-                    Err(VerbsError::NotYet { .. }) if Instant::now() < until => tokio::time::sleep(LOOK).await,
-                    Err(e) => return Err(e.into()),
-                }
-            }
+            let opening = blocking(move || Opening::new(&self.rails()?, Some(peer.ip()))).await??;
+            Ok(Prepared { verbs: Some(opening.request().clone()), state: Some(Box::new(opening)) })
         }
     }
 

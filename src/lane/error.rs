@@ -46,6 +46,12 @@ pub enum LaneError {
         /// How long it had.
         after: Duration,
     },
+    /// Not now, but soon.
+    #[error("{what}")]
+    NotYet {
+        /// What is not ready.
+        what: String,
+    },
     /// What the peer sent makes no sense.
     #[error("the peer broke the lane's protocol: {what}; are both ends kvferry of the same version?")]
     Protocol {
@@ -66,7 +72,9 @@ impl LaneError {
     /// The cause that a pull's blocks get when no other lane is left.
     pub fn cause(&self) -> Cause {
         match self {
-            Self::Connect { .. } | Self::Elsewhere { .. } | Self::Silent { .. } => Cause::Unreachable,
+            Self::Connect { .. } | Self::Elsewhere { .. } | Self::Silent { .. } | Self::NotYet { .. } => {
+                Cause::Unreachable
+            }
             Self::Refused { .. } => Cause::Refused,
             Self::Restarted => Cause::PeerRestarted,
             Self::Died => Cause::PeerDown,

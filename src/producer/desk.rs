@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 use super::{OfferSpec, Ready};
 #[cfg(feature = "verbs")]
-use crate::lane::verbs::VerbsRequest;
+use crate::lane::verbs::{VerbsError, VerbsRequest};
 use crate::{
     block::{BlockId, Incarnation, OfferId},
     config::Config,
@@ -318,6 +318,15 @@ impl Desk for Core {
 
     fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
+        let served = match kind {
+            LaneKind::Tcp => self.tcp.is_some(),
+            LaneKind::Local => self.local.is_some(),
+            _ => false,
+        };
+        // Before room is made: what is refused costs no other lane.
+        if !served {
+            return Err(Refusal::Unsupported { what: format!("lane {kind}, asked for like this") });
+        }
         let mut state = self.lock();
         let oldest = self.room(&mut state, from, kind)?;
         let lane = Incarnation::random().get();
@@ -349,7 +358,10 @@ impl Desk for Core {
         // Before queue pairs are made for it; and after, for sessions end meanwhile.
         self.session(&mut self.lock(), from)?;
         let lane = Incarnation::random().get();
-        let ticket = server.admit(lane, ends).map_err(|e| Refusal::Precondition(e.to_string()))?;
+        let ticket = server.admit(lane, ends).map_err(|e| match e {
+            VerbsError::NotYet { .. } => Refusal::NotYet(e.to_string()),
+            e => Refusal::Precondition(e.to_string()),
+        })?;
         let mut state = self.lock();
         match self.room(&mut state, from, LaneKind::Verbs) {
             Ok(oldest) => {

@@ -91,6 +91,8 @@ pub struct TestDesk {
     pub acknowledges: AtomicBool,
     pub refuses_sessions: AtomicBool,
     pub lanes: Mutex<Vec<LaneKind>>,
+    /// How often a lane is not to be had yet.
+    pub not_yet: AtomicU64,
     pub outboxes: Mutex<HashMap<SessionId, Outbox>>,
     next: AtomicU64,
     seen: Mutex<Sender<Seen>>,
@@ -164,6 +166,10 @@ impl Desk for TestDesk {
 
     fn connect_lane(&self, _: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
+        let less = |n: u64| n.checked_sub(1);
+        if self.not_yet.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+            return Err(Refusal::NotYet("half of it is there".into()));
+        }
         match kind {
             LaneKind::Tcp => Ok(LaneTicket::Tcp { host: None, port: 9, lane: 5, key: [3; 32] }),
             _ => Err(Refusal::Unsupported { what: format!("lane {kind}") }),
@@ -219,6 +225,7 @@ impl Rig {
             grants: true.into(),
             acknowledges: true.into(),
             refuses_sessions: false.into(),
+            not_yet: 0.into(),
             lanes: Mutex::new(vec![LaneKind::Local, LaneKind::Tcp]),
             outboxes: Mutex::default(),
             next: 1.into(),

@@ -13,7 +13,7 @@ use kvferry::{
         server::Refusal,
         ticket::LaneTicket,
     },
-    driver::rail::In,
+    driver::rail::{In, LaneWish, Need},
     error::Cause,
     lane::{LaneError, LaneKind},
     protocol::{
@@ -214,7 +214,8 @@ impl LaneConnector for Tickets {
 }
 
 fn no_lane(consumer: &Consumer, incarnation: Incarnation, kinds: &[LaneKind]) -> Cause {
-    consumer.handle.connect_lane(incarnation, kinds.to_vec());
+    let wish = LaneWish { expect: incarnation, kinds: kinds.to_vec(), need: Need::Now };
+    consumer.handle.connect_lane(wish);
     consumer.event(|e| match e {
         In::Lane { incarnation: i, lane, .. } => {
             assert_eq!(i, incarnation);
@@ -239,4 +240,19 @@ fn lanes_that_cannot_work_are_skipped_and_the_others_are_tried_in_order() {
     let got = tickets.0.lock().unwrap().clone();
     assert_eq!(got, [(LaneTicket::Tcp { host: None, port: 9, lane: 5, key: [3; 32] }, rig.addr)]);
     assert_eq!(no_lane(&consumer, Incarnation::random(), &kinds), Cause::Unreachable, "of another life");
+}
+
+#[test]
+fn a_lane_that_is_not_ready_yet_is_waited_for() {
+    let rig = Rig::new(&config());
+    let tickets = Arc::new(Tickets(Mutex::default()));
+    let consumer = Consumer::with(rig.addr, config(), hello(), tickets.clone());
+    let claim = consumer.claim(1, &rig.desk.me);
+    assert_eq!(consumer.answer(), (claim, None));
+    rig.desk.not_yet.store(3, Ordering::SeqCst);
+    assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &[LaneKind::Tcp]), Cause::LaneFailed);
+    assert_eq!(tickets.0.lock().unwrap().len(), 1, "the fourth answer was a ticket, in the same call");
+    // Not for ever: whoever waits hears that it cannot be reached now.
+    rig.desk.not_yet.store(u64::MAX, Ordering::SeqCst);
+    assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &[LaneKind::Tcp]), Cause::Unreachable);
 }

@@ -14,7 +14,7 @@ use kvferry::{
     block::{BlockId, GroupId, Incarnation, Nonce, OfferId, Rank},
     driver::{
         better::Waits,
-        rail::{In, Out, Progress, PullId, Rail, Start},
+        rail::{In, Need, Out, Progress, PullId, Rail, Start},
     },
     error::Cause,
     group::PoolLayout,
@@ -101,6 +101,9 @@ struct Rig {
     now: Instant,
     incarnation: Incarnation,
     pulls: u64,
+    /// Of what was wanted last.
+    need: Need,
+    welcome: Arc<Welcome>,
 }
 
 impl Rig {
@@ -127,8 +130,9 @@ impl Rig {
             silence: 60 * SECOND,
         };
         let (mut rail, now) = (Rail::new(layout, shard, 100, WAITS), Instant::now());
-        rail.handle(now, In::Peer(ADDR.into(), Arc::new(welcome)));
-        Self { rail, now, incarnation, pulls: 0 }
+        let welcome = Arc::new(welcome);
+        rail.handle(now, In::Peer(ADDR.into(), welcome.clone()));
+        Self { rail, now, incarnation, pulls: 0, need: Need::Now, welcome }
     }
 
     /// A pull of four blocks, granted. Returns what it wants to have connected.
@@ -168,7 +172,10 @@ impl Rig {
     /// What is to be connected.
     fn wanted(&mut self) -> Option<Vec<LaneKind>> {
         match self.rail.poll()? {
-            Out::Connect(_, _, kinds) => Some(kinds),
+            Out::Connect(_, wish) => {
+                self.need = wish.need;
+                Some(wish.kinds)
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -181,7 +188,8 @@ impl Rig {
     }
 
     fn answer(&mut self, lane: Result<Box<dyn Lane>, Cause>) {
-        self.rail.handle(self.now, In::Lane { peer: ADDR.into(), incarnation: self.incarnation, lane });
+        self.rail
+            .handle(self.now, In::Lane { peer: ADDR.into(), incarnation: self.incarnation, need: self.need, lane });
         self.rail.turn(self.now);
     }
 
@@ -252,6 +260,19 @@ fn a_lane_that_lost_a_part_is_replaced_and_finishes_what_it_has() {
 }
 
 #[test]
+fn pulls_of_a_new_session_take_no_lane_of_an_old_one() {
+    let mut rig = Rig::new();
+    rig.pull();
+    let old = rig.connected(Prompt::of(LaneKind::Verbs));
+    assert_eq!((rig.pull(), count(&old)), (None, 2));
+    // The stream broke, and the same producer was met again: it let go of the lanes of the session that ended.
+    rig.rail.handle(rig.now, In::Peer(ADDR.into(), rig.welcome.clone()));
+    assert_eq!(rig.pull().unwrap(), BOTH);
+    let new = rig.connected(Prompt::of(LaneKind::Verbs));
+    assert_eq!((count(&old), count(&new)), (2, 1), "what is being read goes on where it is");
+}
+
+#[test]
 fn a_pull_without_a_lane_does_not_fail_because_a_better_one_was_not_to_be_had() {
     let mut rig = Rig::new();
     rig.pull();
@@ -264,9 +285,11 @@ fn a_pull_without_a_lane_does_not_fail_because_a_better_one_was_not_to_be_had() 
     // The lane that there was goes down while the better one is looked for.
     down.store(true, Ordering::Relaxed);
     rig.rail.turn(rig.now);
-    assert_eq!(rig.wanted(), None, "one is being connected");
+    assert_eq!(rig.wanted().unwrap(), BOTH, "it does not wait for that");
+    let now = std::mem::replace(&mut rig.need, Need::Better);
     rig.answer(Err(Cause::LaneFailed));
-    assert_eq!(rig.wanted().unwrap(), BOTH);
+    assert_eq!(rig.wanted(), None);
+    rig.need = now;
     let tcp = rig.connected(Prompt::of(LaneKind::Tcp));
     assert_eq!(count(&tcp), 3, "none of them has failed");
 }

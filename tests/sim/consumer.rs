@@ -7,8 +7,8 @@ use std::{
 };
 
 use kvferry::{
-    block::{Block, BlockId, EngineId, Incarnation, Rank},
-    driver::rail::{self, PullId, Rail, Start},
+    block::{Block, BlockId, EngineId, Rank},
+    driver::rail::{self, LaneWish, PullId, Rail, Start},
     error::Cause,
     lane::{FenceKind, Grant, Lane, LaneCaps, LaneKind},
     plan::{ChunkSize, LocalBlocks},
@@ -478,10 +478,10 @@ impl World {
                     self.meet(c, p);
                     self.session(c, p, session::In::Release { expect, release });
                 }
-                rail::Out::Connect(addr, incarnation, kinds) => {
+                rail::Out::Connect(addr, wish) => {
                     let Some(p) = self.producer_at(&addr) else { continue };
                     let t = self.now + self.delay();
-                    self.at(t, Event::LaneUp { c, e, p, incarnation, kinds });
+                    self.at(t, Event::LaneUp { c, e, p, wish });
                 }
                 _ => {}
             }
@@ -554,7 +554,7 @@ impl World {
     }
 
     /// A lane was asked for, and the answer is here.
-    pub fn lane_up(&mut self, c: usize, e: u64, p: usize, incarnation: Incarnation, kinds: &[LaneKind]) {
+    pub fn lane_up(&mut self, c: usize, e: u64, p: usize, wish: &LaneWish) {
         if self.consumers[c].life != e {
             return;
         }
@@ -565,12 +565,12 @@ impl World {
             None => *self.rng.pick(&[Cause::Unreachable, Cause::LaneFailed, Cause::PeerDown]),
             Some(_) => Cause::LaneFailed,
         });
-        let mut incarnation = incarnation;
+        let mut incarnation = wish.expect;
         let local = self.consumers[c].process.as_ref().map_or(0, |p| p.local);
         if let Some(q) = there {
             // Whoever is there now answers.
             incarnation = self.procs[q].id.incarnation;
-            for &kind in kinds {
+            for &kind in &wish.kinds {
                 if self.rng.chance(no_lane) {
                     continue;
                 }
@@ -596,7 +596,7 @@ impl World {
                 }
             }
         }
-        self.queue_for_rail(c, rail::In::Lane { peer: addr, incarnation, lane });
+        self.queue_for_rail(c, rail::In::Lane { peer: addr, incarnation, need: wish.need, lane });
     }
 
     pub fn lanes_stirred(&mut self, local: usize) {

@@ -9,7 +9,7 @@ use std::{
 
 use kvferry::{
     block::{Incarnation, OfferId},
-    lane::LaneKind,
+    driver::rail::LaneWish,
     model::Model,
     protocol::{
         frame::{ClientFrame, ServerFrame},
@@ -59,7 +59,7 @@ pub enum Event {
     Break { conn: usize },
     Hello { c: usize, e: u64, p: usize },
     Dialed { c: usize, e: u64, p: usize, answer: Answer },
-    LaneUp { c: usize, e: u64, p: usize, incarnation: Incarnation, kinds: Vec<LaneKind> },
+    LaneUp { c: usize, e: u64, p: usize, wish: LaneWish },
     Audit,
     Calm,
     Heal { c: usize, engine: usize },
@@ -319,7 +319,7 @@ impl World {
             Event::Break { conn } => self.break_conn(conn),
             Event::Hello { c, e, p } => self.hello(c, e, p),
             Event::Dialed { c, e, p, answer } => self.dialed(c, e, p, answer),
-            Event::LaneUp { c, e, p, incarnation, kinds } => self.lane_up(c, e, p, incarnation, &kinds),
+            Event::LaneUp { c, e, p, wish } => self.lane_up(c, e, p, &wish),
             Event::Audit => self.audit(),
             Event::Calm => self.all_calm(),
             Event::Heal { c, engine } => self.heal(c, engine),

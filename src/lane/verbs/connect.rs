@@ -30,6 +30,8 @@ struct Half {
     port: Port,
     layer: LinkLayer,
     at: At,
+    /// The peer's.
+    host: Option<IpAddr>,
     /// Requests of a pair.
     depth: u32,
 }
@@ -39,6 +41,7 @@ struct Half {
 pub struct Opening {
     halves: Vec<Half>,
     request: VerbsRequest,
+    host: Option<IpAddr>,
     /// A rail of this side that has worked is not among them.
     poorer: bool,
     config: VerbsConfig,
@@ -54,23 +57,23 @@ pub(crate) fn random_psn() -> u32 {
 }
 
 impl Opening {
-    /// Makes the queue pairs. `peer` is where the peer's control plane is, as a hint which address reaches it. Blocks for a
+    /// Makes the queue pairs. `host` is where the peer's control plane is, as a hint which address reaches it. Blocks for a
     /// few milliseconds.
-    pub fn new(rails: &Arc<Rails>, peer: Option<IpAddr>) -> Result<Self, VerbsError> {
+    pub fn new(rails: &Arc<Rails>, host: Option<IpAddr>) -> Result<Self, VerbsError> {
         let config = rails.config().clone();
-        let peer = peer.map(|ip| match ip {
+        let peer = host.map(|ip| match ip {
             IpAddr::V4(a) => Gid(a.to_ipv6_mapped().octets()),
             IpAddr::V6(a) => Gid(a.octets()),
         });
         let (mut halves, mut ends, mut why) = (Vec::new(), Vec::new(), Vec::new());
-        for (rail, port, layer) in rails.usable()?.into_iter().take(MAX_RAILS) {
-            match half(rail.clone(), port, layer, peer.as_ref(), &config) {
+        for (rail, port, layer) in rails.usable(host)?.into_iter().take(MAX_RAILS) {
+            match half(rail.clone(), port, layer, host, peer.as_ref(), &config) {
                 Ok((half, end)) => {
                     halves.push(half);
                     ends.push(end);
                 }
                 Err(e) => {
-                    rail.failed();
+                    rail.failed(None);
                     why.push(e.to_string());
                 }
             }
@@ -79,7 +82,7 @@ impl Opening {
             return Err(VerbsError::NoRail { why: why.join("; ") });
         }
         let (request, poorer) = (VerbsRequest { rails: ends }, rails.have_worked() > halves.len());
-        Ok(Self { halves, request, poorer, config, memory: rails.memory().clone() })
+        Ok(Self { halves, request, host, poorer, config, memory: rails.memory().clone() })
     }
 
     /// What to send.
@@ -111,6 +114,7 @@ impl Opening {
         let config = &self.config;
         let mut halves: Vec<Option<Half>> = self.halves.into_iter().map(Some).collect();
         let (mut paths, mut max_read, mut depth, mut failed) = (Vec::new(), config.max_read, 0, None);
+        let mut poorer = self.poorer || ticket.poorer;
         for served in &ticket.rails {
             let of = usize::from(served.of);
             let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of))
@@ -122,10 +126,12 @@ impl Opening {
                 Ok(path) => {
                     depth += mine.queue_pairs.len() * requests as usize;
                     max_read = max_read.min(longest);
+                    rail.reaches(self.host);
                     paths.push(path);
                 }
                 Err(error) => {
                     tracing::warn!(rail = rail.name(), %error, "a rail does not reach this peer: its others are used");
+                    poorer |= rail.has_reached(self.host);
                     failed = Some(error);
                 }
             }
@@ -138,7 +144,8 @@ impl Opening {
         }
         // The tracker kills after half of the bound: that long reads may drain, or time out. The ladder has the other half.
         let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(ladder::BOUND) * 2;
-        let poorer = self.poorer || ticket.poorer || paths.len() < self.request.rails.len();
+        // A rail that has no counterpart there never had one: a lane is not the worse for it.
+        poorer |= halves.iter().flatten().any(|h| h.rail.has_reached(self.host));
         let peer = ticket.rails.first().map(|r| format!("{} {}", r.end.gid, r.end.name)).unwrap_or_default();
         Ok(VerbsLane::new(lane::Parts {
             paths,
@@ -195,6 +202,7 @@ fn path(
         memory: memory.clone(),
         segments: served.segments.clone(),
         words: served.words,
+        host: half.host,
         window: config.window,
         stall: config.gives_up_after() * 2 + Duration::from_millis(500),
     }))
@@ -204,6 +212,7 @@ fn half(
     rail: Arc<Rail>,
     port: Port,
     layer: LinkLayer,
+    host: Option<IpAddr>,
     peer: Option<&Gid>,
     config: &VerbsConfig,
 ) -> Result<(Half, RailEnd), VerbsError> {
@@ -225,7 +234,7 @@ fn half(
         rd_atomic: config.rd_atomic.min(rail.limits().max_rd_atomic).max(1),
         queue_pairs: pairs.iter().map(|q| QpEnd { number: q.number(), psn: random_psn() }).collect(),
     };
-    Ok((Half { pairs, cq, rail, port, layer, at, depth }, end))
+    Ok((Half { pairs, cq, rail, port, layer, at, host, depth }, end))
 }
 
 /// The largest power of two that is not more than what is asked for, and not more than a device takes.

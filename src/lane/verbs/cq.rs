@@ -79,6 +79,11 @@ impl Status {
     pub const FLUSHED: Self = Self(5);
     /// The peer did not answer.
     pub const RETRIES_EXCEEDED: Self = Self(12);
+
+    /// Whether it is this side's own doing: its requests, its queue pair or its memory.
+    pub fn is_local(self) -> bool {
+        matches!(self.0, 1..=4 | 6)
+    }
 }
 
 impl std::fmt::Display for Status {

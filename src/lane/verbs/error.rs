@@ -64,6 +64,26 @@ pub enum VerbsError {
         /// Its state.
         state: &'static str,
     },
+    /// No such port.
+    #[error("{device} has no port {port}; its ports are 1 to {ports}")]
+    NoSuchPort {
+        /// The device.
+        device: String,
+        /// As asked for.
+        port: u8,
+        /// How many it has.
+        ports: u8,
+    },
+    /// A segment of the pool is longer than a region of the device may be.
+    #[error("{device} registers at most {most} bytes at once, and a segment of the pool has {bytes}: divide it")]
+    TooLarge {
+        /// The device.
+        device: String,
+        /// The segment's bytes.
+        bytes: u64,
+        /// The device's limit.
+        most: u64,
+    },
     /// Neither InfiniBand nor Ethernet.
     #[error("port {port} of {device} is neither InfiniBand nor Ethernet (RoCE): use another rail")]
     LinkLayer {
@@ -174,6 +194,7 @@ impl From<VerbsError> for LaneError {
     fn from(e: VerbsError) -> Self {
         match e {
             VerbsError::NoPath { .. } => Self::Elsewhere { what: e.to_string() },
+            VerbsError::NotYet { .. } => Self::NotYet { what: e.to_string() },
             VerbsError::Protocol { what } => Self::Protocol { what: what.into() },
             VerbsError::NotPermitted { .. } | VerbsError::Memlock { .. } => Self::Forbidden { why: e.to_string() },
             e => Self::Io { what: "verbs", source: io::Error::other(e) },

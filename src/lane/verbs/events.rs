@@ -78,11 +78,12 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn start(device: Arc<Device>, state: Arc<State>) -> io::Result<Self> {
+    /// `died` is called when the device turns out to be of no more use.
+    pub(crate) fn start(device: Arc<Device>, state: Arc<State>, died: impl Fn() + Send + 'static) -> io::Result<Self> {
         let stop = Bell::new()?;
         let end = stop.clone();
         rustix::io::ioctl_fionbio(device.async_events(), true)?;
-        std::thread::Builder::new().name("kvferry-verbs".into()).spawn(move || listen(&device, &state, &end))?;
+        std::thread::Builder::new().name("kvferry-verbs".into()).spawn(move || listen(&device, &state, &end, died))?;
         Ok(Self { stop })
     }
 }
@@ -93,7 +94,7 @@ impl Drop for Watch {
     }
 }
 
-fn listen(device: &Device, state: &State, stop: &Bell) {
+fn listen(device: &Device, state: &State, stop: &Bell, died: impl Fn()) {
     let events = device.async_events();
     let stop = stop.fd();
     loop {
@@ -115,6 +116,7 @@ fn listen(device: &Device, state: &State, stop: &Bell) {
             }
             // A removed device has no events any more.
             state.condemn();
+            died();
             return;
         }
         // SAFETY: the call above succeeded and filled it in; all bytes were zero before.
@@ -124,6 +126,9 @@ fn listen(device: &Device, state: &State, stop: &Bell) {
         state.heard(device.name(), event.event_type, u8::try_from(port).unwrap_or(0));
         // SAFETY: the event was taken and is acknowledged once.
         unsafe { (device.lib().ack_async_event)(&mut event) };
+        if state.fatal() {
+            died();
+        }
     }
 }
 

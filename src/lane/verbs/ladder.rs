@@ -6,7 +6,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -162,8 +162,8 @@ pub(crate) enum Last {
 pub(crate) enum Rung {
     /// In use.
     Live,
-    /// In ERR; its flushed requests are awaited.
-    Error { since: Instant, climb: Climb },
+    /// In ERR, or on the way there; its flushed requests are awaited.
+    Error { since: Instant, climb: Climb, pairs: Erring },
     /// Being destroyed on another thread.
     Destroying { since: Instant, climb: Climb, job: Job },
     /// Its device is being closed.
@@ -195,18 +195,56 @@ impl Rung {
     }
 }
 
+/// Queue pairs that another thread moves to ERR: that is a command to the device's firmware, and one that hangs must not
+/// keep the thread that all lanes are driven by.
+#[derive(Debug, Clone)]
+pub(crate) struct Erring(Arc<(Mutex<Option<Vec<Qp>>>, Condvar)>);
+
+impl Erring {
+    /// Begins.
+    pub(crate) fn begin(pairs: Vec<Qp>, rail: &str) -> Self {
+        let it = Self(Arc::default());
+        let (theirs, rail) = (it.clone(), rail.to_owned());
+        undertake("kvferry-err", move || {
+            // One that is in ERR already stays there. One that cannot be moved does not flush, and is destroyed.
+            for error in pairs.iter().filter_map(|qp| qp.fail().err()) {
+                tracing::debug!(rail, %error, "queue pair cannot be moved to ERR");
+            }
+            *theirs.pairs() = Some(pairs);
+            theirs.0.1.notify_all();
+        });
+        it
+    }
+
+    fn pairs(&self) -> MutexGuard<'_, Option<Vec<Qp>>> {
+        // The list is whole at any time.
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for them, and takes them. Called once, on a thread that may block.
+    pub(crate) fn wait(&self) -> Vec<Qp> {
+        let mut pairs = self.pairs();
+        loop {
+            match pairs.take() {
+                Some(pairs) => return pairs,
+                None => pairs = self.0.1.wait(pairs).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
 /// The destruction of a rail's queue pairs, on another thread.
 #[derive(Debug, Clone)]
 pub(crate) struct Job(Arc<AtomicU8>);
 
 impl Job {
     /// Begins. `bell` is rung when it is done. Completions of the pairs that are not polled by then never matter.
-    pub(crate) fn destroy(pairs: Vec<Qp>, bell: Bell) -> Self {
+    pub(crate) fn destroy(pairs: Erring, bell: Bell) -> Self {
         let state = Arc::new(AtomicU8::new(0));
         let theirs = state.clone();
         undertake("kvferry-destroy", move || {
             let mut good = true;
-            for qp in pairs {
+            for qp in pairs.wait() {
                 if let Err(error) = qp.destroy() {
                     tracing::error!(%error, "a queue pair cannot be destroyed");
                     good = false;
@@ -228,9 +266,9 @@ impl Job {
 }
 
 /// Gives queue pairs that are quiet back to the device, on another thread, and then what they used.
-pub(crate) fn bury(pairs: Vec<Qp>, queue: Option<Cq>, rest: impl Send + 'static) {
+pub(crate) fn bury(pairs: impl FnOnce() -> Vec<Qp> + Send + 'static, queue: Option<Cq>, rest: impl Send + 'static) {
     undertake("kvferry-bury", move || {
-        drop(pairs);
+        drop(pairs());
         drop(queue);
         drop(rest);
     });

@@ -26,6 +26,9 @@ use crate::{
     plan::Read,
 };
 
+/// The attempt of a request that only makes a queue pair report.
+const NOBODY: u32 = u32::MAX;
+
 /// One attempt.
 #[derive(Debug, Clone, Copy)]
 struct Try {
@@ -264,6 +267,33 @@ impl VerbsLane {
                 break;
             }
             self.again.pop_front();
+            any = true;
+        }
+        if any {
+            self.flush(now);
+        }
+    }
+
+    /// Has queue pairs report what a full queue took of them without a report, where nothing else is to be posted on them.
+    fn nudge(&mut self, now: Instant) {
+        if !self.again.is_empty() || self.closing.is_some() {
+            return;
+        }
+        let mut any = false;
+        for path in 0..self.paths.len() {
+            let Some(end) = self.paths[path].silent() else { continue };
+            let Some(slot) = self.free_slots.pop() else { return };
+            // A fence's word, for nobody.
+            let w = What {
+                dst: u64::from(slot),
+                len: 8,
+                attempt: NOBODY,
+                fence: true,
+                path: path as u8,
+                end: end as u8,
+                ..What::default()
+            };
+            self.fill(path, end, w);
             any = true;
         }
         if any {

@@ -7,6 +7,7 @@
 use std::{
     io,
     mem::MaybeUninit,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,7 +16,7 @@ use super::{
     chain::{Chain, Posted, Request},
     cq::{BATCH, Completion, Cq, Status},
     exchange::Remote,
-    ladder::{self, Climb, Job, Last, Rung, Step},
+    ladder::{self, Climb, Erring, Job, Last, Rung, Step},
     landing::Landing,
     memory::Region,
     qp::Qp,
@@ -59,6 +60,15 @@ pub(crate) enum Why {
 }
 
 impl Why {
+    /// Whether the peer, or the way to it, may be what failed.
+    fn beyond(self) -> bool {
+        match self {
+            Self::Completion(status, _) => !status.is_local(),
+            Self::Stalled => true,
+            Self::Post(_) | Self::Queue | Self::Device | Self::Killed => false,
+        }
+    }
+
     pub(crate) fn cause(self) -> Cause {
         match self {
             Self::Completion(Status::RETRIES_EXCEEDED, _) | Self::Stalled => Cause::Unreachable,
@@ -129,6 +139,8 @@ pub(crate) struct Path {
     stall: Duration,
     bytes: u64,
     window: u64,
+    /// The peer's, if it is known.
+    host: Option<IpAddr>,
 }
 
 /// What a path is made of.
@@ -141,6 +153,7 @@ pub(crate) struct Parts {
     pub memory: Memory,
     pub segments: Vec<Remote>,
     pub words: Remote,
+    pub host: Option<IpAddr>,
     pub window: u64,
     /// Longest time without a completion while something is in flight.
     pub stall: Duration,
@@ -172,6 +185,7 @@ impl Path {
             stall: p.stall,
             bytes: 0,
             window: p.window,
+            host: p.host,
         }
     }
 
@@ -353,6 +367,17 @@ impl Path {
         since.map(|t| t + self.stall)
     }
 
+    /// Nothing was wanted of it until now.
+    pub(crate) fn rested(&mut self, now: Instant) {
+        self.progress = now;
+    }
+
+    /// A queue pair with something in flight of which no completion will come by itself.
+    pub(crate) fn silent(&self) -> Option<usize> {
+        let live = self.rung.is_live();
+        self.ends.iter().position(|e| live && e.chain.room() > 0 && !e.chain.will_complete())
+    }
+
     /// When it must be looked at again at the latest.
     pub(crate) fn until(&self, waiting: bool) -> Option<Instant> {
         match &self.rung {
@@ -367,17 +392,13 @@ impl Path {
             return;
         }
         self.why = Some(why);
-        self.rung = Rung::Error { since: now, climb: Climb::from(now) };
-        for e in &self.ends {
-            // One that is in ERR already stays there. One that cannot be moved does not flush, and is destroyed.
-            if let Some(Err(error)) = e.qp.as_ref().map(Qp::fail) {
-                tracing::debug!(rail = %self.name, %error, "queue pair cannot be moved to ERR");
-            }
-        }
+        let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
+        let pairs = Erring::begin(pairs, &self.name);
+        self.rung = Rung::Error { since: now, climb: Climb::from(now), pairs };
         if why != Why::Killed
             && let Some(rail) = &self.rail
         {
-            rail.failed();
+            rail.failed(self.host.filter(|_| why.beyond()));
         }
     }
 
@@ -385,13 +406,12 @@ impl Path {
     pub(crate) fn climb(&mut self, now: Instant, bell: &Bell, peer: &str) {
         match &self.rung {
             Rung::Live | Rung::Quiet | Rung::Wedged => {}
-            Rung::Error { since, climb } => {
+            Rung::Error { since, climb, pairs } => {
                 let (since, climb) = (*since, *climb);
                 if self.in_flight() == 0 {
                     self.become_quiet(Last::Error, climb, now, peer);
                 } else if now >= since + ladder::ERR_BOUND {
-                    let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
-                    let job = Job::destroy(pairs, bell.clone());
+                    let job = Job::destroy(pairs.clone(), bell.clone());
                     self.rung = Rung::Destroying { since: now, climb: climb.not_drained(now), job };
                 }
             }
@@ -424,7 +444,7 @@ impl Path {
         let Some(rail) = self.rail.take() else { return };
         let closing = rail.pd().device().closing();
         rail.condemn();
-        ladder::bury(Vec::new(), self.cq.take(), (self.landing.take(), self.pool.take(), rail));
+        ladder::bury(Vec::new, self.cq.take(), (self.landing.take(), self.pool.take(), rail));
         self.rung = Rung::Closing { since: now, climb, closing };
     }
 
@@ -436,8 +456,12 @@ impl Path {
             e.bytes = 0;
         }
         self.bytes = 0;
-        self.rung = Rung::Quiet;
-        let pairs = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
+        let pairs = match std::mem::replace(&mut self.rung, Rung::Quiet) {
+            Rung::Error { pairs, .. } => Some(pairs),
+            // They are destroyed.
+            _ => None,
+        };
+        let pairs = move || pairs.map(|p| p.wait()).unwrap_or_default();
         ladder::bury(pairs, self.cq.take(), (self.landing.take(), self.pool.take(), self.rail.take()));
     }
 
@@ -449,8 +473,11 @@ impl Path {
     }
 
     /// Before a sleep: completions from now on make the descriptor readable.
-    pub(crate) fn arm(&mut self) -> io::Result<()> {
-        self.cq.as_mut().map_or(Ok(()), Cq::arm)
+    pub(crate) fn arm(&mut self, now: Instant) {
+        // One that is not in use is looked at by the clock, if it cannot be armed.
+        if self.cq.as_mut().is_some_and(|cq| cq.arm().is_err()) {
+            self.fail(Why::Queue, now);
+        }
     }
 
     /// After a sleep.
@@ -463,7 +490,7 @@ impl Path {
 
 impl Drop for Path {
     fn drop(&mut self) {
-        let pairs: Vec<_> = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
+        let mut pairs: Vec<_> = self.ends.iter_mut().filter_map(|e| e.qp.take()).collect();
         let idle = self.in_flight() == 0;
         let (cq, landing, rail) = (self.cq.take(), self.landing.take(), (self.pool.take(), self.rail.take()));
         let kept = (self.memory.clone(), self.slots.clone());
@@ -476,7 +503,12 @@ impl Drop for Path {
             std::mem::forget((kept, landing, rail, cq));
             return;
         }
+        let erring = match &self.rung {
+            Rung::Error { pairs, .. } => Some(pairs.clone()),
+            _ => None,
+        };
         super::wake::undertake("kvferry-bury", move || {
+            pairs.extend(erring.iter().flat_map(Erring::wait));
             let good = pairs.into_iter().filter_map(|qp| qp.destroy().err()).count() == 0;
             drop(cq);
             if !good && !idle {

@@ -4,11 +4,13 @@
 //! background, and shared by all lanes. A rail that failed is left out for a while and tried again later.
 
 use std::{
+    collections::HashMap,
+    net::IpAddr,
     path::Path,
     ptr::NonNull,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -50,6 +52,32 @@ pub(crate) struct Pool {
     pub words: Option<Region<Arc<FenceWords>>>,
 }
 
+/// What came of a rail so far: by itself, and towards each host.
+#[derive(Debug, Default)]
+struct Past {
+    failed: Option<Instant>,
+    hosts: HashMap<IpAddr, Towards>,
+}
+
+/// How a rail got on with a host.
+#[derive(Debug, Default)]
+struct Towards {
+    failed: Option<Instant>,
+    reached: bool,
+}
+
+/// Hosts that a rail remembers.
+const HOSTS: usize = 1024;
+
+impl Past {
+    fn towards(&mut self, host: IpAddr) -> &mut Towards {
+        if self.hosts.len() >= HOSTS && !self.hosts.contains_key(&host) {
+            self.hosts.clear();
+        }
+        self.hosts.entry(host).or_default()
+    }
+}
+
 /// One rail.
 #[derive(Debug)]
 pub struct Rail {
@@ -61,9 +89,11 @@ pub struct Rail {
     pd: Arc<Pd>,
     state: Arc<State>,
     limits: Limits,
-    failed: Mutex<Option<Instant>>,
+    past: Mutex<Past>,
+    /// Its pool is being registered, or was, or could not be: once is enough.
+    asked: AtomicBool,
     /// Who keeps it open between lanes.
-    keeper: OnceLock<Weak<Rails>>,
+    keeper: Arc<OnceLock<Weak<Rails>>>,
 }
 
 impl Rail {
@@ -76,17 +106,23 @@ impl Rail {
     /// A rail on a device that is open.
     pub(crate) fn on(device: Arc<Device>, port: u8, watch: bool) -> Result<Arc<Self>, VerbsError> {
         let limits = device.limits()?;
-        let state = Arc::<State>::default();
+        if port > limits.ports {
+            return Err(VerbsError::NoSuchPort { device: device.name().into(), port, ports: limits.ports });
+        }
+        let (state, keeper) = (Arc::<State>::default(), Arc::<OnceLock<Weak<Rails>>>::default());
         let watch = match watch {
             true => {
-                Some(Watch::start(device.clone(), state.clone()).map_err(|e| device.os("cannot watch the device", e))?)
+                let keeper = keeper.clone();
+                let died = move || let_go(&keeper);
+                let watch = Watch::start(device.clone(), state.clone(), died);
+                Some(watch.map_err(|e| device.os("cannot watch the device", e))?)
             }
             false => None,
         };
         let name = format!("{}:{port}", device.name());
         let pd = Pd::new(device)?;
-        let (pool, failed, keeper) = (Mutex::default(), Mutex::default(), OnceLock::new());
-        let rail = Self { name, port, pool, _watch: watch, pd, state, limits, failed, keeper };
+        let (pool, past, asked) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        let rail = Self { name, port, pool, _watch: watch, pd, state, limits, past, asked, keeper };
         rail.up()?;
         Ok(Arc::new(rail))
     }
@@ -113,10 +149,7 @@ impl Rail {
     /// Tells everybody who holds its device to let go of it: lanes when they look next, whoever keeps it between lanes soon.
     pub(crate) fn condemn(&self) {
         self.state.condemn();
-        if let Some(keeper) = self.keeper.get().and_then(Weak::upgrade) {
-            // On a thread of its own: the list is locked while a device is opened.
-            super::wake::undertake("kvferry-condemn", move || keeper.let_go());
-        }
+        let_go(&self.keeper);
     }
 
     /// The registered pool.
@@ -177,13 +210,32 @@ impl Rail {
         Ok((gid, At { port: self.port, gid_index: entry.filter(|_| global).map(|e| e.index) }))
     }
 
-    /// Something failed on it: it is left out for a while.
-    pub(crate) fn failed(&self) {
-        *lock(&self.failed) = Some(Instant::now());
+    /// Something failed on it: it is left out for a while, towards this host, or towards all if no host has to do with it.
+    pub(crate) fn failed(&self, host: Option<IpAddr>) {
+        let mut past = lock(&self.past);
+        let now = Some(Instant::now());
+        match host {
+            Some(host) => past.towards(host).failed = now,
+            None => past.failed = now,
+        }
     }
 
-    fn left_out(&self) -> bool {
-        lock(&self.failed).is_some_and(|at| at.elapsed() < LEFT_OUT)
+    fn left_out(&self, host: Option<IpAddr>) -> bool {
+        let past = lock(&self.past);
+        let towards = host.and_then(|h| past.hosts.get(&h)?.failed);
+        [past.failed, towards].into_iter().flatten().any(|at| at.elapsed() < LEFT_OUT)
+    }
+
+    /// A lane to this host was connected over it.
+    pub(crate) fn reaches(&self, host: Option<IpAddr>) {
+        if let Some(host) = host {
+            lock(&self.past).towards(host).reached = true;
+        }
+    }
+
+    /// Whether one was, at some time.
+    pub(crate) fn has_reached(&self, host: Option<IpAddr>) -> bool {
+        host.is_some_and(|h| lock(&self.past).hosts.get(&h).is_some_and(|t| t.reached))
     }
 
     fn register(&self, memory: &Memory, role: &Role, relaxed: bool, done: &AtomicU64) -> Result<(), VerbsError> {
@@ -192,6 +244,12 @@ impl Rail {
             Role::Served(_) => Access::Exported { relaxed },
         };
         let mut segments = Vec::with_capacity(memory.segments().len());
+        if let Some(&bytes) =
+            memory.segments().iter().find(|&&len| len > self.limits.max_region && self.limits.max_region > 0)
+        {
+            let (device, most) = (self.pd.device().name().into(), self.limits.max_region);
+            return Err(VerbsError::TooLarge { device, bytes, most });
+        }
         for (i, &len) in memory.segments().iter().enumerate() {
             let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
             // SAFETY: the segment is valid as long as a clone of the memory lives, and devices may touch it: see
@@ -215,6 +273,14 @@ impl Rail {
         };
         *lock(&self.pool) = Some(Arc::new(Pool { segments, words }));
         Ok(())
+    }
+}
+
+/// Has whoever keeps rails open let go of those that are dead.
+fn let_go(keeper: &OnceLock<Weak<Rails>>) {
+    if let Some(keeper) = keeper.get().and_then(Weak::upgrade) {
+        // On a thread of its own: the list is locked while a device is opened.
+        super::wake::undertake("kvferry-condemn", move || keeper.let_go());
     }
 }
 
@@ -282,6 +348,8 @@ impl Rails {
         if names.is_empty() {
             return Err(VerbsError::NoDevice);
         }
+        // What is no name at all is a slip of the pen; a device that is not there may be one that died.
+        names.iter().try_for_each(|name| split(name).map(drop))?;
         let (mut last, mut down) = (None, false);
         let mut list = Vec::with_capacity(names.len());
         for name in names {
@@ -304,6 +372,11 @@ impl Rails {
                 Some(e) if list.len() == 1 => e,
                 _ => VerbsError::NoRail { why: reasons(&list) },
             });
+        }
+        if !none && !config.rails.is_empty() {
+            for (s, why) in list.iter().filter_map(|s| Some((s, s.why_not.as_ref()?))) {
+                tracing::warn!(rail = s.name, why, "a rail cannot be used: it is tried again later");
+            }
         }
         let it = Self::with(lib, config, memory, role, list);
         it.register();
@@ -360,7 +433,8 @@ impl Rails {
 
     /// Registers what is not registered, on a thread of its own: pinning 100 GB takes seconds.
     fn register(self: &Arc<Self>) {
-        let rails: Vec<_> = self.open_rails().into_iter().filter(|r| r.pool().is_none()).collect();
+        // One that is at it already stays at it: another registration would take its keys from under living lanes.
+        let rails: Vec<_> = self.open_rails().into_iter().filter(|r| !r.asked.swap(true, Ordering::AcqRel)).collect();
         let bytes: u64 = self.memory.segments().iter().sum();
         self.all.fetch_add(bytes * rails.len() as u64, Ordering::Relaxed);
         let weak: Weak<Self> = Arc::downgrade(self);
@@ -411,8 +485,12 @@ impl Rails {
         (self.done.load(Ordering::Relaxed), self.all.load(Ordering::Relaxed))
     }
 
-    /// The rails that can be used now, each with its port. Those that failed a moment ago only where no other is left.
-    pub(crate) fn usable(self: &Arc<Self>) -> Result<Vec<(Arc<Rail>, Port, LinkLayer)>, VerbsError> {
+    /// The rails that can be used now, each with its port. Those that failed a moment ago, by themselves or towards this
+    /// host, only where no other is left.
+    pub(crate) fn usable(
+        self: &Arc<Self>,
+        host: Option<IpAddr>,
+    ) -> Result<Vec<(Arc<Rail>, Port, LinkLayer)>, VerbsError> {
         self.reopen();
         let (mut good, mut left_out, mut why, mut waiting) = (Vec::new(), Vec::new(), Vec::new(), false);
         for rail in self.open_rails() {
@@ -421,7 +499,7 @@ impl Rails {
                 continue;
             }
             match rail.up() {
-                Ok((port, layer)) if rail.left_out() => left_out.push((rail, port, layer)),
+                Ok((port, layer)) if rail.left_out(host) => left_out.push((rail, port, layer)),
                 Ok((port, layer)) => good.push((rail, port, layer)),
                 Err(e) => why.push(e.to_string()),
             }
@@ -489,6 +567,16 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_fails_towards_a_host_is_no_other_hosts_matter() {
+        let mut past = Past::default();
+        let host = |n| IpAddr::from([10, 0, (n >> 8) as u8, n as u8]);
+        past.towards(host(1)).failed = Some(Instant::now());
+        assert!(past.towards(host(2)).failed.is_none() && past.failed.is_none());
+        (0..5000).for_each(|n| past.towards(host(n)).reached = true);
+        assert!(past.hosts.len() <= HOSTS, "what peers say takes no memory without end");
+    }
 
     #[test]
     fn a_rail_is_a_device_and_a_port() {

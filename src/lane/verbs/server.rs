@@ -77,7 +77,7 @@ impl Server {
         if full(&self.lanes()) {
             return Err(VerbsError::Full { limit: self.max });
         }
-        let usable = self.rails.usable()?;
+        let usable = self.rails.usable(None)?;
         let (mut served, mut answers, mut why) = (Vec::new(), Vec::new(), Vec::new());
         for (of, here) in self.pair(request, &usable) {
             let (rail, port, layer) = &usable[here];
@@ -199,7 +199,8 @@ fn assign(options: &[(u32, usize, usize)], there: usize, here: usize) -> Vec<(us
 
 fn bury(served: Vec<Served>) {
     for s in served {
-        ladder::bury(s.pairs, Some(s.cq), s.rail);
+        let pairs = s.pairs;
+        ladder::bury(|| pairs, Some(s.cq), s.rail);
     }
 }
 

@@ -47,11 +47,16 @@ impl Lane for VerbsLane {
 
     fn post(&mut self, a: Attempt, reads: &[Read], _last: bool) -> usize {
         let Some(i) = self.open(a) else { return reads.len() };
+        // What was not waited for cannot be late.
+        let idle = self.again.is_empty() && self.paths.iter().all(|p| p.in_flight() == 0);
         // Asked at every turn while the window is full: it costs little then.
         if self.paths.iter().all(|p| p.best().is_none()) {
             return 0;
         }
         let now = Instant::now();
+        if idle {
+            self.paths.iter_mut().for_each(|p| p.rested(now));
+        }
         self.post_again(now);
         if !self.again.is_empty() {
             return 0;
@@ -140,6 +145,7 @@ impl Lane for VerbsLane {
         self.climb(now);
         self.post_again(now);
         self.conclude_fences(now);
+        self.nudge(now);
         out.append(&mut self.pending);
     }
 
@@ -153,11 +159,11 @@ impl Lane for VerbsLane {
         if self.nearly_there() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        let now = Instant::now();
         for path in &mut self.paths {
-            path.arm()?;
+            path.arm(now);
         }
         // What came before the queues were armed wakes nobody.
-        let now = Instant::now();
         let mut seen = std::mem::take(&mut self.pending);
         let any = self.reap(now, &mut seen);
         self.pending = seen;

@@ -302,6 +302,24 @@ fn what_a_full_queue_took_without_a_report_is_reported_by_the_next_request_on_it
 }
 
 #[test]
+fn an_attempt_that_is_stopped_when_a_full_queue_took_a_part_of_it_drains() {
+    for at in 1..8 {
+        let config = VerbsConfig { queue_pairs: 2, depth: 16, signal_every: 8, ..VerbsConfig::default() };
+        let mut r = Rig::new(1, config);
+        r.device().refuse = Some((at, libc::ENOMEM));
+        assert_eq!(r.post(A, 0..16), 16);
+        r.lane.stop(A);
+        for _ in 0..10 {
+            r.carry_out(|_| ());
+            r.poll();
+        }
+        assert_eq!(r.quiet(), 1, "refused at {at}");
+        assert!(!r.events.iter().any(|e| matches!(e, LaneEvent::Down { .. })), "and the lane goes on");
+        assert_eq!(r.post(A, 0..0), 0);
+    }
+}
+
+#[test]
 fn a_device_that_refuses_for_good_takes_the_lane_down_and_leaves_nothing_in_flight() {
     for mute in [false, true] {
         for at in 0..8 {

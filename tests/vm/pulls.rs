@@ -1,9 +1,16 @@
 //! Pulls that go well.
 
-use kvferry::lane::LaneKind;
 use std::time::Duration;
 
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::Pull,
+    lane::LaneKind,
+    plan::LocalBlocks,
+};
+
 use crate::{
+    counting::allocations,
     rig::{Producer, assert_loaded_is_exact, consumer, ended, pull_all},
     wires::{Loss, config, ends, objects, settled, spec, status, wires},
 };
@@ -54,6 +61,38 @@ fn blocks_that_lie_in_several_regions_arrive_exact() {
 }
 
 #[test]
+fn reads_are_posted_and_carried_out_without_an_allocation_each() {
+    if !wires(1) {
+        return;
+    }
+    let spec = spec(1, 4096, 1, 4 << 10);
+    let (mut producer, consumer) = ends(1, &spec, None);
+    // The producer is a process of its own, and posts nothing.
+    let mut allocations_of = |blocks: u32| {
+        let offer = producer.offer_all();
+        let wanted = LocalBlocks {
+            group: GroupId(0),
+            first_position: 0,
+            blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
+        };
+        let pull = Pull::new(offer, vec![wanted]).lanes(vec![LaneKind::Verbs]).deadline(LONG);
+        let before = allocations();
+        consumer.pull(pull).unwrap();
+        let end = ended(&consumer);
+        let counted = allocations() - before;
+        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+        counted
+    };
+    // Buffers grow to their size, and connections are made.
+    for _ in 0..3 {
+        allocations_of(4096);
+    }
+    let (few, many) = (allocations_of(1024), allocations_of(4096));
+    println!("{few} allocations for 1024 reads, {many} for 4096");
+    assert!(many.saturating_sub(few) < (4096 - 1024) / 20, "{few} for 1024 reads, {many} for 4096");
+}
+
+#[test]
 fn one_lost_packet_in_a_hundred_costs_time_and_no_block() {
     if !wires(2) {
         return;
@@ -61,6 +100,8 @@ fn one_lost_packet_in_a_hundred_costs_time_and_no_block() {
     let _lossy = ["a1", "b1", "a2", "b2"].map(|end| Loss::on(end, 1));
     for rails in [1, 2] {
         exact(rails, 4096, 1, 64 << 10);
+        exact(rails, 65536, 1, 4 << 10);
+        exact(rails, 256, 1, 1 << 20);
     }
 }
 

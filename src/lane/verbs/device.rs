@@ -135,7 +135,7 @@ impl Device {
                 _ => VerbsError::Os { what: "ibv_get_device_list", device: name.into(), source },
             });
         }
-        let mut context = None;
+        let (mut context, mut iwarp) = (None, false);
         for i in 0..usize::try_from(n).unwrap_or(0) {
             // SAFETY: the list has `n` entries, each a device until the list is freed; its name is a C string inside it.
             let (device, found) = unsafe {
@@ -143,6 +143,11 @@ impl Device {
                 (device, CStr::from_ptr((lib.get_device_name)(device)).to_string_lossy().into_owned())
             };
             if found == name {
+                // SAFETY: as above. Its ports say Ethernet, as those of RoCE do.
+                iwarp = unsafe { (*device).transport_type } == ibverbs_sys::IBV_TRANSPORT_IWARP;
+                if iwarp {
+                    break;
+                }
                 // SAFETY: `device` is of the list, which is not freed yet; an open context keeps its device.
                 let opened = NonNull::new(unsafe { (lib.open_device)(device) });
                 context = Some(opened.ok_or_else(io::Error::last_os_error));
@@ -152,6 +157,9 @@ impl Device {
         }
         // SAFETY: `list` came from `get_device_list` and is freed once.
         unsafe { (lib.free_device_list)(list) };
+        if iwarp {
+            return Err(VerbsError::Iwarp { device: name.into() });
+        }
         match context {
             Some(Ok(context)) => Ok(Arc::new(Self::new(lib, context, name))),
             Some(Err(e)) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOENT)) => {

@@ -92,6 +92,12 @@ pub enum VerbsError {
         /// The port.
         port: u8,
     },
+    /// Another protocol over Ethernet.
+    #[error("{device} speaks iWARP, and kvferry InfiniBand and RoCE: use another rail")]
+    Iwarp {
+        /// The device.
+        device: String,
+    },
     /// No address that a peer can reach.
     #[error(
         "port {port} of {device} has no RoCE v2 GID that a peer could reach: give its network interface an IP address \

@@ -24,6 +24,7 @@ use super::{
     library::Library,
     memory::{Access, Pd, Region, Source},
     qp::At,
+    server::Lanes,
 };
 use crate::{
     config::VerbsConfig,
@@ -305,6 +306,8 @@ pub struct Rails {
     memory: Memory,
     role: Role,
     list: Mutex<Vec<Slot>>,
+    /// What is served through them.
+    served: OnceLock<Weak<Lanes>>,
     done: AtomicU64,
     all: AtomicU64,
 }
@@ -394,6 +397,7 @@ impl Rails {
                 memory,
                 role,
                 list: Mutex::new(list),
+                served: OnceLock::new(),
                 done: AtomicU64::new(0),
                 all: AtomicU64::new(0),
             }
@@ -526,10 +530,19 @@ impl Rails {
 
     /// Lets go of rails whose device failed, or must be closed. Their lanes hold them until they are quiet.
     fn let_go(&self) {
+        let mut any = false;
         for s in lock(&self.list).iter_mut().filter(|s| s.rail.as_ref().is_some_and(|r| r.state().fatal())) {
-            s.rail = None;
+            (s.rail, any) = (None, true);
             s.why_not = Some("the device failed".into());
         }
+        if any && let Some(lanes) = self.served.get().and_then(Weak::upgrade) {
+            lanes.let_go();
+        }
+    }
+
+    /// These lanes are served through them: they are to let go of what dies, too.
+    pub(crate) fn serves(&self, lanes: &Arc<Lanes>) {
+        self.served.get_or_init(|| Arc::downgrade(lanes));
     }
 
     /// Opens rails again that failed or died, now and then.

@@ -33,6 +33,27 @@ struct Served {
     rail: Arc<Rail>,
 }
 
+/// All lanes that are served, by number.
+#[derive(Debug, Default)]
+pub(crate) struct Lanes(Mutex<HashMap<u64, Vec<Served>>>);
+
+impl Lanes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Vec<Served>>> {
+        // Every entry is whole at any time.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of dead devices: nothing comes through their queue pairs any more, and they cannot be closed while they are
+    /// held. What lanes have on other rails stays.
+    pub(crate) fn let_go(&self) {
+        let mut dead = Vec::new();
+        for served in self.lock().values_mut() {
+            dead.extend(served.extract_if(.., |s| s.rail.state().fatal()));
+        }
+        bury(dead);
+    }
+}
+
 /// A producer rank's verbs. Dropping it destroys all queue pairs.
 #[derive(Debug)]
 pub struct Server {
@@ -40,7 +61,7 @@ pub struct Server {
     incarnation: Incarnation,
     fence_slots: u32,
     max: usize,
-    lanes: Mutex<HashMap<u64, Vec<Served>>>,
+    lanes: Arc<Lanes>,
 }
 
 impl Server {
@@ -57,7 +78,9 @@ impl Server {
 
     /// On rails that are open already.
     pub(crate) fn on(rails: Arc<Rails>, incarnation: Incarnation, fence_slots: u32, limits: &Limits) -> Self {
-        Self { rails, incarnation, fence_slots, max: limits.lanes, lanes: Mutex::default() }
+        let lanes = Arc::<Lanes>::default();
+        rails.serves(&lanes);
+        Self { rails, incarnation, fence_slots, max: limits.lanes, lanes }
     }
 
     /// Its rails.
@@ -66,8 +89,7 @@ impl Server {
     }
 
     fn lanes(&self) -> MutexGuard<'_, HashMap<u64, Vec<Served>>> {
-        // Every entry is whole at any time.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.lanes.lock()
     }
 
     /// Makes a lane of this number. Blocks for a few milliseconds.

@@ -34,6 +34,8 @@ struct Rig {
     lane: VerbsLane,
     /// The reader's devices.
     devices: Vec<Arc<Mutex<Control>>>,
+    /// The producer's.
+    served: Vec<Arc<Mutex<Control>>>,
     here: Memory,
     there: Memory,
     words: Arc<FenceWords>,
@@ -69,14 +71,15 @@ impl Rig {
             (Rail::on(s.device, 1, false).unwrap(), handle)
         };
         let (readers, devices): (Vec<_>, Vec<_>) = (0..rails).map(|i| rail(&format!("reader{i}"))).unzip();
-        let (served, _): (Vec<_>, Vec<_>) = (0..rails).map(|i| rail(&format!("served{i}"))).unzip();
+        let (rails_there, at_served): (Vec<_>, Vec<_>) = (0..rails).map(|i| rail(&format!("served{i}"))).unzip();
         let readers = Rails::of(&LIBRARY, &config, here.clone(), Role::Reader, readers).unwrap();
-        let served = Rails::of(&LIBRARY, &config, there.clone(), Role::Served(words.clone()), served).unwrap();
+        let served = Rails::of(&LIBRARY, &config, there.clone(), Role::Served(words.clone()), rails_there).unwrap();
         let incarnation = Incarnation::random();
         let server = Server::on(served, incarnation, words.len(), &Limits::default());
         let mut lane = connect(&readers, &server, 9, incarnation);
         lane.begin(A, Grant { slot: 3, nonce });
-        Self { lane, devices, here, there, words, nonce, events: Vec::new(), server, rails: readers, incarnation }
+        let (events, rails) = (Vec::new(), readers);
+        Self { lane, devices, served: at_served, here, there, words, nonce, events, server, rails, incarnation }
     }
 
     /// Another lane between the same two, which ends with the statement.
@@ -190,6 +193,22 @@ fn blocks_and_the_fence_word_land_where_they_belong() {
     assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word: 0 });
     r.lane.stop(A);
     assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
+}
+
+#[test]
+fn a_producer_lets_go_of_a_device_that_died_and_of_no_other() {
+    let r = Rig::new(2, VerbsConfig { queue_pairs: 1, ..VerbsConfig::default() });
+    let pairs = |at: usize| r.served[at].lock().unwrap().numbers().len();
+    assert_eq!((pairs(0), pairs(1)), (1, 1));
+    let rails = r.server.rails().usable(None).unwrap();
+    rails.iter().find(|(rail, ..)| rail.name() == "served0:1").unwrap().0.condemn();
+    // Nobody asks for a lane, and no session ends.
+    let limit = Instant::now() + Duration::from_secs(20);
+    while pairs(0) > 0 {
+        assert!(Instant::now() < limit, "its device could not be closed");
+        std::thread::yield_now();
+    }
+    assert_eq!((pairs(1), r.server.lanes_served()), (1, 1));
 }
 
 #[test]

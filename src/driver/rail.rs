@@ -80,6 +80,8 @@ pub struct Rail {
     next_attempt: u64,
     next_claim: u64,
     events: Vec<LaneEvent>,
+    /// Space for a turn's lanes: a turn allocates nothing.
+    numbers: Vec<LaneNo>,
     /// Pulls whose tracker may have something to say.
     touched: BTreeSet<PullId>,
     out: VecDeque<Out>,
@@ -103,6 +105,7 @@ impl Rail {
             next_attempt: 1,
             next_claim: 1,
             events: Vec::new(),
+            numbers: Vec::new(),
             touched: BTreeSet::new(),
             out: VecDeque::new(),
         }
@@ -193,13 +196,15 @@ impl Rail {
             }
         }
         self.settle(now);
-        let numbers: Vec<_> =
-            self.lanes.iter().filter(|(_, l)| l.stirred || !l.attempts.is_empty()).map(|(n, _)| *n).collect();
+        let mut numbers = std::mem::take(&mut self.numbers);
+        let stirred = self.lanes.iter().filter(|(_, l)| l.stirred || !l.attempts.is_empty());
+        numbers.extend(stirred.map(|(n, _)| *n));
         let mut more = false;
-        for n in numbers {
+        for n in numbers.drain(..) {
             self.post(n);
             more |= self.poll_lane(now, n);
         }
+        self.numbers = numbers;
         self.settle(now);
         more
     }

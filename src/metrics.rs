@@ -156,12 +156,12 @@ mod ladder {
 
     impl Collector for Rungs {
         fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-            let help = "Verbs rails that failed and became quiet, by the rung of the ladder that did it";
+            let help = "Verbs reads that were stopped (drain) and rails that failed, by the rung of the ladder that made them quiet";
             let mut ends = encoder.encode_descriptor("verbs_rungs", help, None, MetricType::Counter)?;
             for (rung, n, _) in COUNTERS.rungs() {
                 ConstCounter::new(n).encode(ends.encode_family(&[("rung", rung)])?)?;
             }
-            let help = "Seconds that failed verbs rails stood on each rung of the ladder";
+            let help = "Seconds that was stood on each rung of the ladder";
             let mut times = encoder.encode_descriptor("verbs_rung_seconds", help, None, MetricType::Counter)?;
             for (rung, _, time) in COUNTERS.rungs() {
                 if let Some(time) = time {

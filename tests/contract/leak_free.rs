@@ -8,8 +8,8 @@ use std::{
 use kvferry::{block::OfferId, config::Config, consumer::Pull, error::Cause, lane::LaneKind, offer::Offer};
 
 use crate::rig::{
-    CONSUMER, Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all, throttled,
-    wait_until_loaded,
+    CONSUMER, Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, outlasting, pull_all,
+    throttled, wait_until_loaded,
 };
 
 #[test]
@@ -138,7 +138,7 @@ fn an_offer_handed_to_two_consumers_serves_both_and_comes_back_once() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let (one, two) = (consumer(&spec, Config::default()), consumer(&spec, Config::default()));
-    let three = consumer(&spec, throttled("throttle=32M"));
+    let three = consumer(&spec, outlasting());
     let offer = producer.offer_all();
     // The slow one claims first, and holds the offer while the others come and go.
     let pull = three.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();

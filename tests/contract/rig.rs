@@ -305,6 +305,11 @@ pub fn killable() -> Config {
     throttled(if really(LaneKind::Tcp) == LaneKind::Verbs { "throttle=8M" } else { "throttle=64M" })
 }
 
+/// Settings of a consumer whose pull of 16 MiB outlasts two others of it: over an emulated wire those take half a second each.
+pub fn outlasting() -> Config {
+    throttled(if really(LaneKind::Tcp) == LaneKind::Verbs { "throttle=3M" } else { "throttle=32M" })
+}
+
 /// A consumer with the same pool as the producers of `spec`.
 pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
     if config.verbs.rails.is_empty() {

@@ -77,7 +77,7 @@ impl RailEnd {
 }
 
 /// A part of the peer's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Remote {
     /// Address of its first byte.
     pub address: u64,

@@ -34,9 +34,11 @@ pub(crate) const WEDGED_AFTER: Duration = Duration::from_secs(5);
 /// All of it, once the first rung (to stop posting and let it drain) has had its time.
 pub(crate) const BOUND: Duration = ERR_BOUND.saturating_add(DESTROY_BOUND).saturating_add(CLOSE_BOUND);
 
-/// How often each rung was what made a rail quiet, in this process, and how long rails stood on each.
+/// How often each rung was what made something quiet, in this process, and how long it took.
 #[derive(Debug, Default)]
 pub struct Counters {
+    /// Drain: an attempt that was stopped with reads in flight, which all came back.
+    pub drained: AtomicU64,
     /// ERR and drain.
     pub error: AtomicU64,
     /// Destroy.
@@ -45,6 +47,8 @@ pub struct Counters {
     pub closed: AtomicU64,
     /// Nothing did.
     pub wedged: AtomicU64,
+    /// Nanoseconds that stopped attempts took to drain.
+    pub drain_nanos: AtomicU64,
     /// Nanoseconds in ERR, draining.
     pub error_nanos: AtomicU64,
     /// Nanoseconds being destroyed.
@@ -54,11 +58,12 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Each rung's name, how often it was the last one, and how long rails stood on it.
-    pub fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 4] {
+    /// Each rung's name, how often it was the last one, and how long it was stood on.
+    pub fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 5] {
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
         let time = |n: &AtomicU64| Some(Duration::from_nanos(get(n)));
         [
+            ("drain", get(&self.drained), time(&self.drain_nanos)),
             ("error", get(&self.error), time(&self.error_nanos)),
             ("destroy", get(&self.destroyed), time(&self.destroy_nanos)),
             ("close", get(&self.closed), time(&self.close_nanos)),
@@ -69,6 +74,8 @@ impl Counters {
 
 /// This process's counters.
 pub static COUNTERS: Counters = Counters {
+    drained: AtomicU64::new(0),
+    drain_nanos: AtomicU64::new(0),
     error: AtomicU64::new(0),
     destroyed: AtomicU64::new(0),
     closed: AtomicU64::new(0),
@@ -77,6 +84,12 @@ pub static COUNTERS: Counters = Counters {
     destroy_nanos: AtomicU64::new(0),
     close_nanos: AtomicU64::new(0),
 };
+
+/// Counts an attempt that drained by itself.
+pub(crate) fn drained(took: Duration) {
+    COUNTERS.drained.fetch_add(1, Ordering::Relaxed);
+    COUNTERS.drain_nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
 
 /// A climb: when it began, and how long the rungs before this one took.
 #[derive(Debug, Clone, Copy)]

@@ -13,7 +13,7 @@ use std::{
 
 use super::{
     fences::{self, Carriers, Fence, Fences},
-    ladder::Rung,
+    ladder::{self, Rung},
     landing::{Landing, SLOTS},
     path::{Path, What, Why},
     wake::{Spin, Wake},
@@ -38,7 +38,7 @@ struct Try {
     /// Requests on rails, filled ones included.
     in_flight: u32,
     failed: bool,
-    stopped: bool,
+    stopped: Option<Instant>,
 }
 
 /// A lane to one peer rank over one or several rails.
@@ -123,7 +123,7 @@ impl VerbsLane {
 
     fn open(&self, a: Attempt) -> Option<usize> {
         let i = self.find(a)?;
-        self.tries[i].filter(|t| !t.failed && !t.stopped && self.closing.is_none()).map(|_| i)
+        self.tries[i].filter(|t| !t.failed && t.stopped.is_none() && self.closing.is_none()).map(|_| i)
     }
 
     /// Whether both ends of a read lie in their segments.
@@ -205,7 +205,9 @@ impl VerbsLane {
     fn conclude_fences(&mut self, now: Instant) {
         while let Some(mut f) = self.fences.next_back() {
             let i = f.attempt as usize;
-            let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && !t.stopped) else { continue };
+            let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none()) else {
+                continue;
+            };
             if f.doubt {
                 self.doubt(i, f.chunk);
             } else if f.word == t.nonce || f.second {
@@ -302,7 +304,7 @@ impl VerbsLane {
     }
 
     fn wanted(&self, w: What) -> bool {
-        matches!(self.tries.get(w.attempt as usize), Some(Some(t)) if !t.failed && !t.stopped)
+        matches!(self.tries.get(w.attempt as usize), Some(Some(t)) if !t.failed && t.stopped.is_none())
     }
 
     /// A request is over, or was never posted: its landing slot is free again.
@@ -317,7 +319,7 @@ impl VerbsLane {
             && !t.failed
         {
             t.failed = true;
-            if !t.stopped {
+            if t.stopped.is_none() {
                 self.pending.push(LaneEvent::Failed { attempt: t.attempt, cause });
             }
         }
@@ -339,7 +341,7 @@ impl VerbsLane {
     /// Says `Quiet` of an attempt that was stopped and has nothing in flight.
     fn settle(&mut self, i: usize) {
         if let Some(t) = self.tries.get(i).copied().flatten()
-            && t.stopped
+            && t.stopped.is_some()
             && t.in_flight == 0
         {
             self.tries[i] = None;
@@ -360,9 +362,10 @@ impl VerbsLane {
                 let Some(t) = place else { return };
                 t.in_flight = t.in_flight.saturating_sub(1);
                 let (a, k) = (t.attempt, w.chunk);
-                if t.stopped {
+                if let Some(since) = t.stopped {
                     if t.in_flight == 0 {
                         *place = None;
+                        ladder::drained(now.saturating_duration_since(since));
                         out.push(LaneEvent::Quiet { attempt: a });
                     }
                 } else if t.failed {

@@ -162,8 +162,9 @@ pub(crate) struct Parts {
 impl Path {
     pub(crate) fn new(p: Parts) -> Self {
         let pool = p.rail.pool();
-        let local =
-            pool.iter().flat_map(|p| &p.segments).map(|r| Remote { address: r.address(), rkey: r.lkey() }).collect();
+        // Nothing is read into an empty segment.
+        let place = |r: &Region<Memory>| Remote { address: r.address(), rkey: r.lkey() };
+        let local = pool.iter().flat_map(|p| &p.segments).map(|r| r.as_ref().map(place).unwrap_or_default()).collect();
         let all: usize = p.ends.iter().map(|e| e.chain.room()).sum();
         Self {
             name: p.rail.name().into(),

@@ -49,7 +49,8 @@ pub enum Role {
 /// The pool's registrations on one rail.
 #[derive(Debug)]
 pub(crate) struct Pool {
-    pub segments: Vec<Region<Memory>>,
+    /// `None`: an empty segment, of which there is nothing to register.
+    pub segments: Vec<Option<Region<Memory>>>,
     pub words: Option<Region<Arc<FenceWords>>>,
 }
 
@@ -252,11 +253,15 @@ impl Rail {
             return Err(VerbsError::TooLarge { device, bytes, most });
         }
         for (i, &len) in memory.segments().iter().enumerate() {
+            if len == 0 {
+                segments.push(None);
+                continue;
+            }
             let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
             // SAFETY: the segment is valid as long as a clone of the memory lives, and devices may touch it: see
             // `Memory::from_raw`.
             let region = unsafe { Region::register(&self.pd, Source::Address { base, len }, access, memory.clone()) };
-            segments.push(region?);
+            segments.push(Some(region?));
             done.fetch_add(len, Ordering::Relaxed);
         }
         let words = match role {

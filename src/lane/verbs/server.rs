@@ -16,13 +16,14 @@ use super::{
     error::VerbsError,
     exchange::{LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket},
     ladder,
+    memory::Region,
     qp::{Agreed, Qp, Side},
     rail::{Rail, Rails, Role},
 };
 use crate::{
     block::Incarnation,
     config::{Limits, VerbsConfig},
-    memory::Export,
+    memory::{Export, Memory},
 };
 
 /// One lane's queue pairs on one rail. Fields drop in this order.
@@ -197,7 +198,9 @@ impl Server {
             rd_atomic,
             queue_pairs: ends,
         };
-        let segments = pool.segments.iter().map(|r| Remote { address: r.address(), rkey: r.rkey() }).collect();
+        let place = |r: &Region<Memory>| Remote { address: r.address(), rkey: r.rkey() };
+        // Nothing is read from an empty segment.
+        let segments = pool.segments.iter().map(|r| r.as_ref().map(place).unwrap_or_default()).collect();
         let words = pool.words.as_ref().map(|r| Remote { address: r.address(), rkey: r.rkey() });
         let words = words.ok_or(VerbsError::Protocol { what: "no fence table is served here" })?;
         Ok((Served { pairs, cq, rail: rail.clone() }, ServedRail { of: 0, end, segments, words }))

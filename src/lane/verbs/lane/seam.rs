@@ -35,7 +35,7 @@ impl Lane for VerbsLane {
             // It never has anything in flight.
             self.pending.push(LaneEvent::Quiet { attempt: a });
         } else if self.find(a).is_none() {
-            let t = Try { attempt: a, nonce: grant.nonce.get(), in_flight: 0, failed: false, stopped: false };
+            let t = Try { attempt: a, nonce: grant.nonce.get(), in_flight: 0, failed: false, stopped: None };
             let i = self.tries.iter().position(Option::is_none).unwrap_or(self.tries.len());
             if i == self.tries.len() {
                 self.tries.push(None);
@@ -118,7 +118,7 @@ impl Lane for VerbsLane {
     fn stop(&mut self, a: Attempt) {
         let Some(i) = self.find(a) else { return };
         if let Some(t) = &mut self.tries[i] {
-            t.stopped = true;
+            t.stopped.get_or_insert_with(Instant::now);
         }
         self.purge();
         self.settle(i);

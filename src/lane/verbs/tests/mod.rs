@@ -49,16 +49,18 @@ struct Rig {
 fn connect(rails: &Arc<Rails>, server: &Server, number: u64, incarnation: Incarnation) -> VerbsLane {
     let opening = Opening::new(rails, None).unwrap();
     let ticket = server.admit(number, opening.request()).unwrap();
-    let layout = Arc::new(PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16));
-    opening.finish(&ticket, layout, incarnation).unwrap()
+    let mut layout = PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16);
+    layout.segments.push(0);
+    opening.finish(&ticket, Arc::new(layout), incarnation).unwrap()
 }
 
 const A: Attempt = Attempt(1);
 
 impl Rig {
     fn new(rails: usize, config: VerbsConfig) -> Self {
-        let segment = [BLOCK * BLOCKS];
-        let (here, there) = (Memory::alloc(&segment).unwrap(), Memory::alloc(&segment).unwrap());
+        // The second one is empty: it takes nothing from the first.
+        let segments = [BLOCK * BLOCKS, 0];
+        let (here, there) = (Memory::alloc(&segments).unwrap(), Memory::alloc(&segments).unwrap());
         for b in 0..BLOCKS {
             there.write_from(0, b * BLOCK, &pattern(b)).unwrap();
         }
@@ -437,6 +439,21 @@ fn completions_that_come_after_the_end_change_nothing() {
 }
 
 #[test]
+fn what_drains_by_itself_is_counted_as_such() {
+    let mut r = Rig::simple();
+    assert_eq!(r.post(A, 0..8), 8);
+    let count = || COUNTERS.rungs()[0];
+    let before = count();
+    r.lane.stop(A);
+    r.poll();
+    assert_eq!(r.quiet(), 0);
+    r.carry_out(|_| ());
+    r.until(|e| matches!(e, LaneEvent::Quiet { .. }));
+    let after = count();
+    assert!(after.0 == "drain" && after.1 > before.1 && after.2 > before.2);
+}
+
+#[test]
 fn pairs_that_do_not_flush_are_destroyed() {
     let mut r = Rig::simple();
     assert_eq!(r.post(A, 0..8), 8);
@@ -448,8 +465,8 @@ fn pairs_that_do_not_flush_are_destroyed() {
     r.until(|e| matches!(e, LaneEvent::Quiet { .. }));
     assert_eq!(r.device().destroyed, 1);
     let after = count();
-    assert!(after[1].0 > before[1].0, "it was destroying that did it");
-    let drained = after[0].1.unwrap() - before[0].1.unwrap();
+    assert!(after[2].0 > before[2].0, "it was destroying that did it");
+    let drained = after[1].1.unwrap() - before[1].1.unwrap();
     assert!(drained >= ERR_BOUND, "and all of the time for draining went by before: {drained:?}");
 }
 

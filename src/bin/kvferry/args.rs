@@ -62,6 +62,9 @@ pub struct VerbsArgs {
     /// Longest READ; longer ones are cut.
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub max_read: Option<u64>,
+    /// Transport timeout of queue pairs: an answer is waited for 4.096 us * 2^CODE.
+    #[arg(long, value_name = "CODE", value_parser = clap::value_parser!(u8).range(1..=20))]
+    pub qp_timeout: Option<u8>,
 }
 
 impl VerbsArgs {
@@ -74,6 +77,7 @@ impl VerbsArgs {
             queue_pairs: self.queue_pairs.map_or(d.queue_pairs, usize::from),
             window: self.window.unwrap_or(d.window),
             max_read: self.max_read.map_or(d.max_read, |n| u32::try_from(n).unwrap_or(u32::MAX)),
+            timeout: self.qp_timeout.unwrap_or(d.timeout),
             ..d
         }
     }

@@ -12,7 +12,8 @@ use crate::report::Failure;
 /// How long a measurement may take, the slowest of emulated devices included.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// perftest between two devices of this machine. Its settings are the lane's: queue pairs, depth, READs on the wire, GID.
+/// perftest between two devices of this machine. Its settings are the lane's: queue pairs, depth, READs on the
+/// wire, GID, timeout, service level.
 pub struct Perftest {
     reader: String,
     served: String,
@@ -83,7 +84,8 @@ impl Perftest {
         let (device, port) = rail.split_once(':').unwrap_or((rail, "1"));
         let mut c = Command::new(program);
         c.args(["-F", "-d", device, "-i", port, "-p", &self.port.to_string()]);
-        c.args(["-s", &size.to_string(), "-n", &n.to_string(), "-o", &self.settings.rd_atomic.to_string()]).args(more);
+        c.args(["-s", &size.to_string(), "-n", &n.to_string(), "-o", &self.settings.rd_atomic.to_string()]);
+        c.args(["-u", &self.settings.timeout.to_string(), "-S", &self.settings.service_level.to_string()]).args(more);
         if let Some(index) = self.settings.gid_index {
             c.args(["-x", &index.to_string()]);
         }

@@ -182,7 +182,7 @@ impl Default for TcpConfig {
 }
 
 /// Settings of the verbs lane.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerbsConfig {
     /// Rails to use, each `DEVICE` or `DEVICE:PORT`; empty: every port that is up.
     pub rails: Vec<String>,

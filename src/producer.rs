@@ -169,7 +169,14 @@ impl Builder {
                     return Err(os("cannot serve verbs")(std::io::Error::other(e)));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "verbs are not served");
+                    use crate::lane::verbs::VerbsError;
+                    // A host that has none, and nobody asked for them.
+                    match &error {
+                        VerbsError::NoDevice | VerbsError::NoLibrary { .. } if self.config.verbs.rails.is_empty() => {
+                            tracing::info!(%error, "verbs are not served");
+                        }
+                        error => tracing::warn!(%error, "verbs are not served"),
+                    }
                     None
                 }
             },

@@ -80,8 +80,9 @@ impl Skipped {
 /// How long a lane that is not ready yet is waited for where there is another kind: a small pool is registered by then, and
 /// for a large one the other kind does until a better lane is looked for.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// Between two looks whether it is.
+/// Before the first look whether it is; then twice as long, up to `LOOK_MAX`: each makes queue pairs at both ends.
 const LOOK: Duration = Duration::from_millis(20);
+const LOOK_MAX: Duration = Duration::from_millis(320);
 
 /// Why a lane was not connected.
 struct Failure {
@@ -108,15 +109,12 @@ impl LaneCall {
         let LaneWish { kinds, need, .. } = wish;
         let incarnation = self.welcome.peer.incarnation;
         let mut cause = Cause::LaneFailed;
-        let mut tried = 0;
+        let mut reasons = Vec::new();
         let last = kinds.iter().rev().find(|k| self.possible(**k).is_ok()).copied();
         for kind in kinds {
             let failed = match self.possible(kind) {
                 Err(why) => Err((why.to_owned(), Cause::LaneFailed)),
-                Ok(()) => {
-                    tried += 1;
-                    self.connect_patiently(kind, last == Some(kind)).await
-                }
+                Ok(()) => self.connect_patiently(kind, last == Some(kind)).await,
             };
             match failed {
                 Ok(lane) => return rail::In::Lane { peer: self.peer, incarnation, need, lane: Ok(lane) },
@@ -126,12 +124,14 @@ impl LaneCall {
                     }
                     if self.skipped.first(incarnation, kind) {
                         tracing::info!(peer = %self.peer, %incarnation, lane = %kind, why, "lane skipped");
+                        reasons.push(format!("{kind}: {why}"));
                     }
                 }
             }
         }
-        if tried == 0 && need == Need::Now {
-            tracing::warn!(peer = %self.peer, %incarnation, "no lane that both sides have; see which ones were skipped");
+        // What was said before is not said again: a pull tries until its deadline.
+        if need == Need::Now && !reasons.is_empty() {
+            tracing::warn!(peer = %self.peer, %incarnation, why = reasons.join("; "), "no lane to this peer");
         }
         rail::In::Lane { peer: self.peer, incarnation, need, lane: Err(cause) }
     }
@@ -139,10 +139,14 @@ impl LaneCall {
     /// What is not ready yet is waited for: for a while if there is another kind, as long as it may take if there is none.
     async fn connect_patiently(&self, kind: LaneKind, last: bool) -> Result<Box<dyn Lane>, (String, Cause)> {
         let until = Instant::now() + if last { self.timeout } else { PATIENCE.min(self.timeout) };
+        let mut look = LOOK;
         loop {
             match tokio::time::timeout(self.timeout, self.connect(kind)).await {
                 Ok(Ok(lane)) => return Ok(lane),
-                Ok(Err(Failure { not_yet: true, .. })) if Instant::now() < until => tokio::time::sleep(LOOK).await,
+                Ok(Err(Failure { not_yet: true, .. })) if Instant::now() < until => {
+                    tokio::time::sleep(look).await;
+                    look = (look * 2).min(LOOK_MAX);
+                }
                 Ok(Err(f)) => return Err((f.why, f.cause)),
                 Err(_) => return Err((format!("not connected within {:?}", self.timeout), Cause::Unreachable)),
             }

@@ -37,6 +37,12 @@ pub enum LaneError {
         /// What shows it, and what to set.
         what: String,
     },
+    /// No path of the data's network leads from one side to the other.
+    #[error("{what}")]
+    NoPath {
+        /// What was tried, and what to do.
+        what: String,
+    },
     /// The peer's process ended while the lane was set up.
     #[error("the peer's process ended while the lane was set up")]
     Died,
@@ -72,9 +78,11 @@ impl LaneError {
     /// The cause that a pull's blocks get when no other lane is left.
     pub fn cause(&self) -> Cause {
         match self {
-            Self::Connect { .. } | Self::Elsewhere { .. } | Self::Silent { .. } | Self::NotYet { .. } => {
-                Cause::Unreachable
-            }
+            Self::Connect { .. }
+            | Self::Elsewhere { .. }
+            | Self::NoPath { .. }
+            | Self::Silent { .. }
+            | Self::NotYet { .. } => Cause::Unreachable,
             Self::Refused { .. } => Cause::Refused,
             Self::Restarted => Cause::PeerRestarted,
             Self::Died => Cause::PeerDown,

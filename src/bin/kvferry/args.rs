@@ -32,12 +32,19 @@ impl LaneChoice {
 
     /// Refuses what this build does not have.
     pub fn check(self) -> Result<(), Failure> {
-        if self == Self::Verbs && !LaneKind::built().contains(&LaneKind::Verbs) {
-            let why =
-                "this build has no verbs: build with `--features verbs` (see tests/vm/packages for what that takes)";
-            return Err(Failure::failed(why));
+        match self {
+            Self::Verbs => built(),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+}
+
+fn built() -> Result<(), Failure> {
+    match LaneKind::built().contains(&LaneKind::Verbs) {
+        true => Ok(()),
+        false => Err(Failure::failed(
+            "this build has no verbs: build with `--features verbs` (see tests/vm/packages for what that takes)",
+        )),
     }
 }
 
@@ -68,6 +75,29 @@ pub struct VerbsArgs {
 }
 
 impl VerbsArgs {
+    /// Where verbs are asked for, by the lane or by any of these flags: refuses what this build or this machine does not
+    /// have. A link that is down is not refused to who serves: it may come up.
+    pub fn check(&self, lane: LaneChoice, serves: bool) -> Result<(), Failure> {
+        lane.check()?;
+        if lane != LaneChoice::Verbs && self.config() == VerbsConfig::default() {
+            return Ok(());
+        }
+        built()?;
+        #[cfg(feature = "verbs")]
+        {
+            use kvferry::lane::verbs::{Rails, VerbsError};
+            match Rails::check(&self.config()) {
+                Err(VerbsError::PortDown { .. }) if serves => Ok(()),
+                checked => checked.map_err(|e| Failure::failed(e.to_string())),
+            }
+        }
+        #[cfg(not(feature = "verbs"))]
+        {
+            let _ = serves;
+            Ok(())
+        }
+    }
+
     /// The settings that they stand for.
     pub fn config(&self) -> VerbsConfig {
         let d = VerbsConfig::default();

@@ -125,7 +125,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Measures.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    args.lane.check()?;
+    args.verbs.check(args.lane, false)?;
     let sizes = sizes(&args)?;
     let total = args.total_bytes / args.max_block_size * args.max_block_size;
     args::check_memory(total * if args.vs_raw { 3 } else { 2 })?;
@@ -162,7 +162,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     for lane in lanes {
         // A consumer of its own for each lane: what one lane has warmed up is not the other's.
-        let config = Config { verbs: args.verbs.config(), ..Config::default() };
+        let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
+        config.pull.lanes = vec![lane];
         let consumer = Consumer::builder("bench".parse()?, args.model.model(), layout.clone())
             .memory(memory.clone())
             .config(config)

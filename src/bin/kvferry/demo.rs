@@ -150,7 +150,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             Failure::usage("--total-bytes: at least 100M, so that there is something to kill in the middle of")
         })?;
     args::check_memory(2 * args.total_bytes)?;
-    args.lane.check()?;
+    args.verbs.check(args.lane, false)?;
     let far = match args.lane {
         LaneChoice::Tcp => LaneKind::Tcp,
         LaneChoice::Verbs => LaneKind::Verbs,

@@ -72,8 +72,10 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
+    // The demo breaks things on purpose, and says itself what came of it.
+    let usual = if matches!(cli.command, Command::Demo(_)) { "error" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("KVFERRY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let done = match cli.command {
         Command::Serve(args) => serve::run(args),

@@ -101,7 +101,7 @@ pub fn verify(
 
 /// Pulls once.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    args.lane.check()?;
+    args.verbs.check(args.lane, false)?;
     let file = args.offer.as_ref().map(read_offer).transpose()?;
     if let Some(offer) = &file {
         offer.check(1 << 20)?;
@@ -131,6 +131,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     args::check_memory(layout.segments[0])?;
     let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
     config.pull.faults = args.fault;
+    config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).config(config).build()?;
     let wanted =
         LocalBlocks { group: group.group, first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };

@@ -121,7 +121,7 @@ fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
 
 /// Serves until it is told to stop.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    args.lane.check()?;
+    args.verbs.check(args.lane, true)?;
     if args.exit_with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     }

@@ -16,7 +16,7 @@ use super::{
     path::{self, End, Path},
     qp::{Agreed, At, Qp, Side},
     rail::{Rail, Rails},
-    wake::Wake,
+    wake::{Wake, undertake},
 };
 use crate::{block::Incarnation, config::VerbsConfig, group::PoolLayout, lane::LaneError, memory::Memory};
 
@@ -36,10 +36,24 @@ struct Half {
     depth: u32,
 }
 
-/// A lane that waits for the peer's answer. Dropping it gives everything back.
+/// Half-open parts. What is not used of them is given back on another thread: whoever drops them, a task that was told to
+/// give up for one, must not wait for a device.
+#[derive(Debug)]
+struct Halves(Vec<Half>);
+
+impl Drop for Halves {
+    fn drop(&mut self) {
+        let halves = std::mem::take(&mut self.0);
+        if !halves.is_empty() {
+            undertake("kvferry-bury", move || drop(halves));
+        }
+    }
+}
+
+/// A lane that waits for the peer's answer. Dropping it gives everything back, without waiting for it.
 #[derive(Debug)]
 pub struct Opening {
-    halves: Vec<Half>,
+    halves: Halves,
     request: VerbsRequest,
     host: Option<IpAddr>,
     /// A rail of this side that has worked is not among them.
@@ -81,8 +95,8 @@ impl Opening {
         if halves.is_empty() {
             return Err(VerbsError::NoRail { why: why.join("; ") });
         }
-        let (request, poorer) = (VerbsRequest { rails: ends }, rails.have_worked() > halves.len());
-        Ok(Self { halves, request, host, poorer, config, memory: rails.memory().clone() })
+        let (request, poorer) = (VerbsRequest { rails: ends }, rails.to_be_had() > halves.len());
+        Ok(Self { halves: Halves(halves), request, host, poorer, config, memory: rails.memory().clone() })
     }
 
     /// What to send.
@@ -92,7 +106,7 @@ impl Opening {
 
     /// Connects to what the peer answered. `remote` is the pool of its Hello. Blocks for a few milliseconds.
     pub fn finish(
-        self,
+        mut self,
         ticket: &VerbsTicket,
         remote: Arc<PoolLayout>,
         incarnation: Incarnation,
@@ -112,7 +126,7 @@ impl Opening {
         let wake = Wake::new().map_err(LaneError::io("cannot make the lane's descriptors"))?;
         let slots = Arc::new(Landing::new().map_err(LaneError::io("cannot map the fence slots"))?);
         let config = &self.config;
-        let mut halves: Vec<Option<Half>> = self.halves.into_iter().map(Some).collect();
+        let mut halves: Vec<Option<Half>> = std::mem::take(&mut self.halves.0).into_iter().map(Some).collect();
         let (mut paths, mut max_read, mut depth, mut failed) = (Vec::new(), config.max_read, 0, None);
         let mut poorer = self.poorer || ticket.poorer;
         for served in &ticket.rails {
@@ -204,7 +218,7 @@ fn path(
         words: served.words,
         host: half.host,
         window: config.window,
-        stall: config.gives_up_after() * 2 + Duration::from_millis(500),
+        stall: stall(config),
     }))
 }
 
@@ -235,6 +249,12 @@ fn half(
         queue_pairs: pairs.iter().map(|q| QpEnd { number: q.number(), psn: random_psn() }).collect(),
     };
     Ok((Half { pairs, cq, rail, port, layer, at, host, depth }, end))
+}
+
+/// How long nothing may complete. The specification lets a device wait up to four times as long for an answer as it is told
+/// to, and a long READ that shares a slow wire (4 MB/s are left for it) is no lost one.
+fn stall(config: &VerbsConfig) -> Duration {
+    config.gives_up_after() * 4 + Duration::from_micros(u64::from(config.max_read) / 4) + Duration::from_millis(300)
 }
 
 /// The largest power of two that is not more than what is asked for, and not more than a device takes.

@@ -199,10 +199,9 @@ impl VerbsError {
 impl From<VerbsError> for LaneError {
     fn from(e: VerbsError) -> Self {
         match e {
-            VerbsError::NoPath { .. } => Self::Elsewhere { what: e.to_string() },
+            VerbsError::NoPath { .. } => Self::NoPath { what: e.to_string() },
             VerbsError::NotYet { .. } => Self::NotYet { what: e.to_string() },
             VerbsError::Protocol { what } => Self::Protocol { what: what.into() },
-            VerbsError::NotPermitted { .. } | VerbsError::Memlock { .. } => Self::Forbidden { why: e.to_string() },
             e => Self::Io { what: "verbs", source: io::Error::other(e) },
         }
     }

@@ -303,6 +303,11 @@ impl VerbsLane {
         }
     }
 
+    /// Whether what waits first waits for this rail: data for any of them, a fence for its own.
+    fn waits_for(&self, path: usize) -> bool {
+        self.again.front().is_some_and(|w| !w.fence || usize::from(w.path) == path)
+    }
+
     fn wanted(&self, w: What) -> bool {
         matches!(self.tries.get(w.attempt as usize), Some(Some(t)) if !t.failed && t.stopped.is_none())
     }
@@ -388,8 +393,8 @@ impl VerbsLane {
 
     /// Moves failed rails up the ladder, and what they lost to other rails.
     fn climb(&mut self, now: Instant) {
-        let waiting = !self.again.is_empty();
         for p in 0..self.paths.len() {
+            let waiting = self.waits_for(p);
             let path = &mut self.paths[p];
             path.watch(now, waiting);
             if path.rung.is_live() {

@@ -76,6 +76,7 @@ functions! {
     wanted {
         reg_mr_iova2 "ibv_reg_mr_iova2": fn(*mut ibv_pd, *mut c_void, usize, u64, c_uint) -> *mut ibv_mr;
         reg_dmabuf_mr "ibv_reg_dmabuf_mr": fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
+        fork_init "ibv_fork_init": fn() -> c_int;
         query_gid_table "_ibv_query_gid_table": fn(*mut ibv_context, *mut ibv_gid_entry, usize, u32, usize) -> isize;
     }
 }
@@ -98,12 +99,31 @@ impl Library {
             let lib = lib.map_err(|e| Missing::All(e.to_string()))?;
             let table = Self::load(&lib).map_err(Missing::Function);
             std::mem::forget(lib);
+            if let Ok(table) = &table {
+                table.survive_forks();
+            }
             table
         });
         loaded.as_ref().map_err(|missing| match missing {
             Missing::All(why) => VerbsError::NoLibrary { why: why.clone() },
             Missing::Function(symbol) => VerbsError::OldLibrary { symbol },
         })
+    }
+}
+
+impl Library {
+    /// Before anything is registered. Where the kernel does not copy pinned pages for the child of a fork (Linux before 5.12),
+    /// the parent's next write to one moves it away from what the device writes, and blocks that arrive are never seen: there
+    /// libibverbs keeps registered pages out of children. On newer kernels this does nothing.
+    fn survive_forks(&self) {
+        let Some(init) = self.fork_init else { return };
+        // SAFETY: it takes nothing, and may be called at any time before a registration, more than once.
+        let rc = unsafe { init() };
+        if rc != 0 {
+            // Some other user of the library was first.
+            let error = std::io::Error::from_raw_os_error(rc);
+            tracing::warn!(%error, "ibv_fork_init failed: on Linux before 5.12 this process must not fork while verbs are used");
+        }
     }
 }
 

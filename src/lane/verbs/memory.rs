@@ -162,8 +162,10 @@ impl<K> Region<K> {
                 let Some(reg) = lib.reg_dmabuf_mr else {
                     return Err(VerbsError::OldLibrary { symbol: "ibv_reg_dmabuf_mr" });
                 };
+                // A driver that does not know the optional flag leaves it out, as with `ibv_reg_mr_iova2`.
+                let relaxed = if access.relaxed() { RELAXED_ORDERING } else { 0 };
                 // SAFETY: as above; the descriptor is borrowed for the call.
-                let mr = unsafe { reg(pd.raw(), offset, bytes, address, fd.as_raw_fd(), access.flags()) };
+                let mr = unsafe { reg(pd.raw(), offset, bytes, address, fd.as_raw_fd(), access.flags() | relaxed) };
                 (mr, address, len, "a dmabuf (its driver may be too old: use nvidia-peermem, or staging)")
             }
         };

@@ -28,6 +28,12 @@ use crate::{error::Cause, memory::Memory};
 /// Completion batches of one poll: enough to keep up, few enough that other lanes get their turn.
 const BATCHES: usize = 8;
 
+/// Places of a queue pair that only fences take, and requests of one whose report is missing. A fence goes over all queue
+/// pairs that carried its chunk at once; would reads take every place that becomes free, it might wait for them all.
+fn kept_for_fences(depth: usize) -> usize {
+    (depth / 8).clamp(usize::from(depth > 1), 8)
+}
+
 /// What a request is for.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct What {
@@ -98,6 +104,8 @@ pub(crate) struct End {
     chain: Chain<What>,
     /// Bytes posted or filled, and not retired.
     bytes: u64,
+    /// Places for fences only.
+    kept: usize,
     /// Something is filled.
     dirty: bool,
     /// When something of it last completed, or was posted where nothing was in flight.
@@ -108,7 +116,8 @@ impl End {
     pub(crate) fn new(qp: Qp, depth: u32, signal_every: u32, index: u8) -> Self {
         let number = qp.number();
         let chain = Chain::new(depth, signal_every, index);
-        Self { qp: Some(qp), number, chain, bytes: 0, dirty: false, progress: Instant::now() }
+        let kept = kept_for_fences(chain.room());
+        Self { qp: Some(qp), number, chain, bytes: 0, kept, dirty: false, progress: Instant::now() }
     }
 }
 
@@ -208,17 +217,22 @@ impl Path {
         self.ends.iter().all(|e| e.chain.will_complete())
     }
 
-    /// The queue pair with the least to do, and how much that is; `None`: nothing more is taken now.
+    /// A queue pair that takes a fence which no data binds to another.
+    pub(crate) fn any(&self) -> Option<usize> {
+        self.ends.iter().position(|e| self.rung.is_live() && e.chain.room() > 0)
+    }
+
+    /// The queue pair with the least to do, and how much that is; `None`: no more reads are taken now.
     #[inline]
     pub(crate) fn best(&self) -> Option<(usize, u64)> {
         if !self.rung.is_live() || (self.bytes >= self.window && self.bytes > 0) {
             return None;
         }
-        let free = self.ends.iter().enumerate().filter(|(_, e)| e.chain.room() > 0);
         // What a full queue took only a part of may end in a request that reports nothing: the next one on it does.
-        if let Some((i, _)) = free.clone().find(|(_, e)| !e.chain.will_complete()) {
+        if let Some(i) = self.ends.iter().position(|e| e.chain.room() > 0 && !e.chain.will_complete()) {
             return Some((i, 0));
         }
+        let free = self.ends.iter().enumerate().filter(|(_, e)| e.chain.room() > e.kept);
         free.map(|(i, e)| (i, e.bytes)).min_by_key(|(_, bytes)| *bytes)
     }
 
@@ -444,12 +458,14 @@ impl Path {
     fn close(&mut self, climb: Climb, now: Instant) {
         let Some(rail) = self.rail.take() else { return };
         let closing = rail.pd().device().closing();
+        self.woken();
         rail.condemn();
         ladder::bury(Vec::new, self.cq.take(), (self.landing.take(), self.pool.take(), rail));
         self.rung = Rung::Closing { since: now, climb, closing };
     }
 
     fn become_quiet(&mut self, rung: Last, climb: Climb, now: Instant, peer: &str) {
+        self.woken();
         climb.end(&self.name, peer, rung, now);
         for e in &mut self.ends {
             let lost = &mut self.lost;
@@ -481,7 +497,8 @@ impl Path {
         }
     }
 
-    /// After a sleep.
+    /// After a sleep, and before the queue is buried: a descriptor that stays readable until it is closed would keep its
+    /// owner awake.
     pub(crate) fn woken(&mut self) {
         if let Some(cq) = &mut self.cq {
             cq.take_events();

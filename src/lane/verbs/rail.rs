@@ -159,6 +159,17 @@ impl Rail {
         lock(&self.pool).clone()
     }
 
+    /// As if it were not registered yet.
+    #[cfg(test)]
+    pub(crate) fn take_pool(&self) -> Option<Arc<Pool>> {
+        lock(&self.pool).take()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn put_pool(&self, pool: Option<Arc<Pool>>) {
+        *lock(&self.pool) = pool;
+    }
+
     /// Its port, which must be up.
     pub fn up(&self) -> Result<(Port, LinkLayer), VerbsError> {
         let device = self.pd.device();
@@ -252,6 +263,8 @@ impl Rail {
             let (device, most) = (self.pd.device().name().into(), self.limits.max_region);
             return Err(VerbsError::TooLarge { device, bytes, most });
         }
+        // What one that fails has counted is taken back.
+        let mut counted = Counted { done, bytes: 0 };
         for (i, &len) in memory.segments().iter().enumerate() {
             if len == 0 {
                 segments.push(None);
@@ -262,7 +275,7 @@ impl Rail {
             // `Memory::from_raw`.
             let region = unsafe { Region::register(&self.pd, Source::Address { base, len }, access, memory.clone()) };
             segments.push(Some(region?));
-            done.fetch_add(len, Ordering::Relaxed);
+            counted.add(len);
         }
         let words = match role {
             Role::Reader => None,
@@ -277,8 +290,28 @@ impl Rail {
                 Some(region?)
             }
         };
+        counted.bytes = 0;
         *lock(&self.pool) = Some(Arc::new(Pool { segments, words }));
         Ok(())
+    }
+}
+
+/// Bytes that one registration has added to the progress of all; taken back when it is dropped before it succeeded.
+struct Counted<'a> {
+    done: &'a AtomicU64,
+    bytes: u64,
+}
+
+impl Counted<'_> {
+    fn add(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.done.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -287,6 +320,26 @@ fn let_go(keeper: &OnceLock<Weak<Rails>>) {
     if let Some(keeper) = keeper.get().and_then(Weak::upgrade) {
         // On a thread of its own: the list is locked while a device is opened.
         super::wake::undertake("kvferry-condemn", move || keeper.let_go());
+    }
+}
+
+/// The rails that are named, or all of this host.
+fn names(config: &VerbsConfig) -> Result<Vec<String>, VerbsError> {
+    // What is no name at all is a slip of the pen; a device that is not there may be one that died.
+    config.rails.iter().try_for_each(|name| split(name).map(drop))?;
+    if !config.rails.is_empty() {
+        return Ok(config.rails.clone());
+    }
+    let mut names = Vec::new();
+    for d in device::names(Path::new(SYS)) {
+        let ports = std::fs::read_dir(Path::new(SYS).join(&d).join("ports")).into_iter().flatten().flatten();
+        let mut ports: Vec<u8> = ports.filter_map(|p| p.file_name().to_str()?.parse().ok()).collect();
+        ports.sort_unstable();
+        names.extend(ports.into_iter().map(|p| format!("{d}:{p}")));
+    }
+    match names.is_empty() {
+        true => Err(VerbsError::NoDevice),
+        false => Ok(names),
     }
 }
 
@@ -326,7 +379,7 @@ struct Slot {
     tried: Instant,
     /// How long after that it is tried again.
     wait: Duration,
-    /// It could be used at some time.
+    /// Its pool was registered at some time: its port was up, and it could be used.
     worked: bool,
 }
 
@@ -341,23 +394,7 @@ impl Rails {
     /// background. At least one must be there; one whose link is down is used once it is up.
     pub fn open(config: &VerbsConfig, memory: Memory, role: Role) -> Result<Arc<Self>, VerbsError> {
         let lib = Library::get()?;
-        let names = if config.rails.is_empty() {
-            let mut names = Vec::new();
-            for d in device::names(Path::new(SYS)) {
-                let ports = std::fs::read_dir(Path::new(SYS).join(&d).join("ports")).into_iter().flatten().flatten();
-                let mut ports: Vec<u8> = ports.filter_map(|p| p.file_name().to_str()?.parse().ok()).collect();
-                ports.sort_unstable();
-                names.extend(ports.into_iter().map(|p| format!("{d}:{p}")));
-            }
-            names
-        } else {
-            config.rails.clone()
-        };
-        if names.is_empty() {
-            return Err(VerbsError::NoDevice);
-        }
-        // What is no name at all is a slip of the pen; a device that is not there may be one that died.
-        names.iter().try_for_each(|name| split(name).map(drop))?;
+        let names = names(config)?;
         let (mut last, mut down) = (None, false);
         let mut list = Vec::with_capacity(names.len());
         for name in names {
@@ -391,6 +428,27 @@ impl Rails {
         Ok(it)
     }
 
+    /// Whether the rails that `config` names can be used at this moment, or any if it names none; registers nothing. For
+    /// commands whose user asked for verbs, and wants to hear of a slip before anything else is done.
+    pub fn check(config: &VerbsConfig) -> Result<(), VerbsError> {
+        let lib = Library::get()?;
+        let one = |name: &String| {
+            let (device, port) = split(name)?;
+            let rail = Rail::on(Device::open(lib, device)?, port, false)?;
+            let (port, layer) = rail.up()?;
+            rail.address(&port, layer, None, config).map(drop)
+        };
+        let tried: Vec<_> = names(config)?.iter().map(one).collect();
+        if !config.rails.is_empty() || tried.len() == 1 {
+            return tried.into_iter().collect();
+        }
+        if tried.iter().any(Result::is_ok) {
+            return Ok(());
+        }
+        let why: Vec<_> = tried.into_iter().filter_map(|t| Some(t.err()?.to_string())).collect();
+        Err(VerbsError::NoRail { why: why.join("; ") })
+    }
+
     fn with(lib: &'static Library, config: &VerbsConfig, memory: Memory, role: Role, list: Vec<Slot>) -> Arc<Self> {
         Arc::new_cyclic(|this: &Weak<Self>| {
             for rail in list.iter().filter_map(|s| s.rail.as_ref()) {
@@ -422,6 +480,7 @@ impl Rails {
         let it = Self::with(lib, config, memory, role, rails.into_iter().map(slot).collect());
         for rail in it.open_rails() {
             rail.register(&it.memory, &it.role, config.relaxed_ordering, &it.done)?;
+            it.slot_of(&rail, |s| s.worked = true);
         }
         Ok(it)
     }
@@ -454,10 +513,11 @@ impl Rails {
                 match rail.register(&this.memory, &this.role, this.config.relaxed_ordering, &this.done) {
                     Ok(()) => {
                         tracing::info!(rail = rail.name(), bytes, took = ?began.elapsed(), "pool registered");
-                        this.slot_of(&rail, |s| s.wait = LEFT_OUT);
+                        this.slot_of(&rail, |s| (s.wait, s.worked) = (LEFT_OUT, true));
                     }
                     Err(error) => {
                         tracing::warn!(rail = rail.name(), %error, "the pool cannot be registered: this rail is not used");
+                        this.all.fetch_sub(bytes, Ordering::Relaxed);
                         this.slot_of(&rail, |s| {
                             s.rail = None;
                             s.why_not = Some(error.to_string());
@@ -513,7 +573,6 @@ impl Rails {
                 Err(e) => why.push(e.to_string()),
             }
         }
-        good.iter().for_each(|(rail, ..)| self.slot_of(rail, |s| s.worked = true));
         if good.is_empty() {
             good = left_out;
         }
@@ -528,9 +587,11 @@ impl Rails {
         Err(VerbsError::NoRail { why: why.join("; ") })
     }
 
-    /// How many rails a lane may have, of those that could be used at some time: a port that never had a link is not missed.
-    pub(crate) fn have_worked(&self) -> usize {
-        lock(&self.list).iter().filter(|s| s.worked).count().min(MAX_RAILS)
+    /// How many rails a lane may have, soon or again: those that could be used at some time, and those whose pool is being
+    /// registered. A port that never had a link is not missed.
+    pub(crate) fn to_be_had(&self) -> usize {
+        let registering = |s: &Slot| s.rail.as_ref().is_some_and(|r| r.pool().is_none());
+        lock(&self.list).iter().filter(|s| s.worked || registering(s)).count().min(MAX_RAILS)
     }
 
     /// Lets go of rails whose device failed, or must be closed. Their lanes hold them until they are quiet.

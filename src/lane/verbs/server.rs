@@ -102,7 +102,7 @@ impl Server {
         }
         let usable = self.rails.usable(None)?;
         let (mut served, mut answers, mut why) = (Vec::new(), Vec::new(), Vec::new());
-        for (of, here) in self.pair(request, &usable) {
+        for (of, here) in self.pair(request, &usable, &mut why) {
             let (rail, port, layer) = &usable[here];
             match self.serve(rail, port, *layer, &request.rails[of]) {
                 Ok((s, mut answer)) => {
@@ -128,8 +128,13 @@ impl Server {
             return Err(VerbsError::Full { limit: self.max });
         }
         lanes.insert(lane, served);
+        drop(lanes);
+        // One that died since it was looked at was let go of before this lane was there to be seen.
+        if usable.iter().any(|(rail, ..)| rail.state().fatal()) {
+            self.lanes.let_go();
+        }
         let (incarnation, fence_slots) = (self.incarnation.get(), self.fence_slots);
-        let poorer = self.rails.have_worked() > usable.len();
+        let poorer = self.rails.to_be_had() > usable.len();
         Ok(VerbsTicket { lane, incarnation, fence_slots, rails: answers, poorer })
     }
 
@@ -146,17 +151,31 @@ impl Server {
     }
 
     /// Which rail of the reader goes to which one here: nearest addresses first, each used once as far as they go round.
-    fn pair(&self, request: &VerbsRequest, usable: &[(Arc<Rail>, Port, LinkLayer)]) -> Vec<(usize, usize)> {
+    /// A rail here that has no address goes to none, and says why.
+    fn pair(
+        &self,
+        request: &VerbsRequest,
+        usable: &[(Arc<Rail>, Port, LinkLayer)],
+        why: &mut Vec<String>,
+    ) -> Vec<(usize, usize)> {
         let mut options = Vec::new();
         for (of, theirs) in request.rails.iter().enumerate() {
             for (here, (rail, port, layer)) in usable.iter().enumerate() {
                 if *layer != theirs.link_layer {
                     continue;
                 }
-                if let Ok((gid, _)) = rail.address(port, *layer, Some(&theirs.gid), self.rails.config()) {
-                    let family = *layer == LinkLayer::InfiniBand || gid.ip().is_ipv4() == theirs.gid.ip().is_ipv4();
-                    if family {
-                        options.push((gid.shared_prefix(&theirs.gid), of, here));
+                match rail.address(port, *layer, Some(&theirs.gid), self.rails.config()) {
+                    Ok((gid, _)) => {
+                        let family = *layer == LinkLayer::InfiniBand || gid.ip().is_ipv4() == theirs.gid.ip().is_ipv4();
+                        if family {
+                            options.push((gid.shared_prefix(&theirs.gid), of, here));
+                        }
+                    }
+                    Err(e) => {
+                        let e = e.to_string();
+                        if !why.contains(&e) {
+                            why.push(e);
+                        }
                     }
                 }
             }

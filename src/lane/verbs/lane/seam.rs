@@ -99,7 +99,7 @@ impl Lane for VerbsLane {
         }
         let carriers = match carriers {
             // Nothing was read of it on this lane: any will do.
-            0 => match self.paths.iter().enumerate().find_map(|(p, path)| Some((p, path.best()?.0))) {
+            0 => match self.paths.iter().enumerate().find_map(|(p, path)| Some((p, path.any()?))) {
                 Some((p, e)) => fences::bit(p, e),
                 None => return false,
             },
@@ -170,8 +170,7 @@ impl Lane for VerbsLane {
         if any || self.fences.any_back() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let waiting = !self.again.is_empty();
-        let until = self.paths.iter().filter_map(|p| p.until(waiting)).min();
+        let until = self.paths.iter().enumerate().filter_map(|(p, path)| path.until(self.waits_for(p))).min();
         if until.is_some_and(|t| t <= now) {
             return Err(io::ErrorKind::WouldBlock.into());
         }

@@ -1,5 +1,6 @@
 //! The lane against a device that is none.
 
+mod settings;
 mod sleep;
 mod standin;
 
@@ -182,7 +183,7 @@ const FENCE: FenceSlot = FenceSlot { chunk: 0, slot: 3 };
 
 #[test]
 fn blocks_and_the_fence_word_land_where_they_belong() {
-    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 16, ..VerbsConfig::default() });
+    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 32, ..VerbsConfig::default() });
     assert_eq!(r.post(A, 0..90), 90);
     assert_eq!(r.devices.iter().map(|d| d.lock().unwrap().in_flight()).sum::<usize>(), 90, "spread over all pairs");
     r.carry_out(|_| ());
@@ -216,7 +217,7 @@ fn a_producer_lets_go_of_a_device_that_died_and_of_no_other() {
 #[test]
 fn a_fence_goes_over_every_pair_that_carried_its_chunk_and_no_other() {
     for (blocks, pairs) in [(1, 1), (2, 2), (5, 5), (90, 6)] {
-        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 16, ..VerbsConfig::default() });
+        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 32, ..VerbsConfig::default() });
         assert_eq!(r.post(A, 0..blocks), blocks as usize);
         r.carry_out(|_| ());
         r.poll();
@@ -229,7 +230,7 @@ fn a_fence_goes_over_every_pair_that_carried_its_chunk_and_no_other() {
 fn a_read_that_is_reported_as_done_and_was_not_is_read_again() {
     // Signaled or not, the last of its queue or not; the slip seen before the fence is posted, or not.
     for (depth_of_slip, seen) in [(0, true), (3, true), (7, true), (7, false), (3, false)] {
-        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 16, signal_every: 4, ..VerbsConfig::default() });
+        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 4, ..VerbsConfig::default() });
         assert_eq!(r.post(A, 0..16), 16);
         let (n, other) = (r.devices[0].clone(), r.devices[1].clone());
         let number = n.lock().unwrap().numbers()[0];
@@ -262,7 +263,7 @@ fn a_read_that_is_reported_as_done_and_was_not_is_read_again() {
 
 #[test]
 fn a_word_that_did_not_land_is_not_taken_for_a_revoke() {
-    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 16, signal_every: 4, ..VerbsConfig::default() });
+    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 4, ..VerbsConfig::default() });
     assert_eq!(r.post(A, 0..16), 16);
     r.carry_out(|_| ());
     r.poll();
@@ -286,18 +287,18 @@ fn a_word_that_did_not_land_is_not_taken_for_a_revoke() {
 
 #[test]
 fn a_full_queue_refuses_anywhere_and_every_read_is_done_once() {
-    for at in 0..16 {
+    for at in 0..14 {
         for error in [libc::ENOMEM] {
             let mut r = Rig::simple();
             r.device().refuse = Some((at, error));
-            assert_eq!(r.post(A, 0..16), 16, "accepted, whatever the device does with it now");
+            assert_eq!(r.post(A, 0..14), 14, "accepted, whatever the device does with it now");
             assert_eq!(r.device().in_flight(), at);
             for _ in 0..40 {
                 r.carry_out(|_| ());
                 r.poll();
             }
-            assert_eq!(r.done(), 16, "refused at {at}");
-            r.check(0..16);
+            assert_eq!(r.done(), 14, "refused at {at}");
+            r.check(0..14);
             r.lane.stop(A);
             r.poll();
             assert_eq!(r.quiet(), 1);
@@ -359,10 +360,10 @@ fn a_device_that_refuses_for_good_takes_the_lane_down_and_leaves_nothing_in_flig
 #[test]
 fn a_flush_storm_full_of_rubbish_fails_what_failed_and_nothing_else() {
     for rubbish in [0, u32::MAX, 0xdead_beef] {
-        for good in 0..16 {
+        for good in 0..14 {
             let mut r = Rig::simple();
             r.device().rubbish = rubbish;
-            assert_eq!(r.post(A, 0..16), 16);
+            assert_eq!(r.post(A, 0..14), 14);
             let n = r.device().numbers()[0];
             // Completions that belong to nothing: other ids, other pairs, failures among them.
             for (id, number) in [(u64::MAX, n), (1 << 56, n), (16, n), (3, n + 1), (u64::from(rubbish), n + 7)] {
@@ -552,6 +553,20 @@ fn a_lane_with_a_rail_less_than_there_were_says_so() {
 }
 
 #[test]
+fn a_rail_whose_pool_is_still_being_registered_is_one_less() {
+    let r = Rig::new(2, VerbsConfig { queue_pairs: 1, ..VerbsConfig::default() });
+    assert_eq!((r.another().poorer(), r.rails.progress().0), (false, 2 * BLOCK * BLOCKS));
+    for rails in [&r.rails, r.server.rails()] {
+        let usable = rails.usable(None).unwrap();
+        let slow = &usable[1].0;
+        let pool = slow.take_pool();
+        assert!(r.another().poorer(), "a better lane is to be had soon");
+        slow.put_pool(pool);
+        assert!(!r.another().poorer());
+    }
+}
+
+#[test]
 fn what_one_rail_loses_goes_over_the_other_and_not_before_the_first_is_quiet() {
     let config = VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 8, ..VerbsConfig::default() };
     let mut r = Rig::new(2, config);
@@ -598,6 +613,31 @@ fn what_one_rail_loses_goes_over_the_other_and_not_before_the_first_is_quiet() {
     let word = r.nonce.get();
     assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
     assert!(!r.events.iter().any(|e| matches!(e, LaneEvent::Failed { .. } | LaneEvent::Down { .. })));
+}
+
+#[test]
+fn a_fence_goes_out_while_reads_take_all_the_room_that_they_get() {
+    let mut r = Rig::new(1, VerbsConfig { queue_pairs: 2, depth: 16, signal_every: 1, ..VerbsConfig::default() });
+    // The first chunk is carried by both pairs.
+    assert_eq!(r.post(A, 0..4), 4);
+    r.carry_out(|_| ());
+    r.poll();
+    let of_the_second = |b| Read { chunk: 1, ..read(b) };
+    let reads: Vec<Read> = (4..BLOCKS).map(of_the_second).collect();
+    let mut next = r.lane.post(A, &reads, true);
+    assert!(next < reads.len(), "the queues are full");
+    assert!(r.lane.post_fence(A, FENCE), "a fence has places of its own");
+    // A pair has room again only when the other is full again.
+    let (limit, word) = (Instant::now() + Duration::from_secs(20), r.nonce.get());
+    for turn in 0.. {
+        let number = { r.device().numbers()[turn % 2] };
+        r.device().complete(number, 1);
+        if r.poll().contains(&LaneEvent::Fence { attempt: A, chunk: 0, word }) {
+            break;
+        }
+        next += r.lane.post(A, &reads[next..], true);
+        assert!(next < reads.len() && Instant::now() < limit, "the fence waited for all reads");
+    }
 }
 
 #[test]

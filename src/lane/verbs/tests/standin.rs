@@ -63,6 +63,21 @@ pub struct Control {
     pub destroyed: u32,
     pub closed: u32,
     pub posts: u32,
+    /// What was registered so far: first byte, length, access flags.
+    pub registered: Vec<(u64, u64, u32)>,
+    /// What queue pairs were made of, and all that was set of them: number, attributes, mask.
+    pub made: Vec<(u32, ibv_qp_cap)>,
+    pub set: Vec<(u32, Set, i32)>,
+}
+
+/// Attributes of a queue pair. The C type is not Debug.
+#[derive(Clone, Copy)]
+pub struct Set(pub ibv_qp_attr);
+
+impl std::fmt::Debug for Set {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Set").field(&self.0.qp_state).finish()
+    }
 }
 
 impl Control {
@@ -211,8 +226,9 @@ pub static LIBRARY: Library = Library {
     destroy_qp,
     get_async_event,
     ack_async_event,
-    reg_mr_iova2: None,
+    reg_mr_iova2: Some(reg_mr_iova2),
     reg_dmabuf_mr: None,
+    fork_init: None,
     query_gid_table: None,
 };
 
@@ -253,12 +269,26 @@ unsafe extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
     drop(unsafe { Box::from_raw(pd) });
     0
 }
-unsafe extern "C" fn reg_mr(pd: *mut ibv_pd, at: *mut c_void, len: usize, _: c_int) -> *mut ibv_mr {
+unsafe extern "C" fn reg_mr_iova2(
+    pd: *mut ibv_pd,
+    at: *mut c_void,
+    len: usize,
+    iova: u64,
+    access: c_uint,
+) -> *mut ibv_mr {
+    assert_eq!(iova, at as u64);
+    // SAFETY: the caller's contract is that of this one.
+    unsafe { reg_mr(pd, at, len, access as c_int) }
+}
+unsafe extern "C" fn reg_mr(pd: *mut ibv_pd, at: *mut c_void, len: usize, access: c_int) -> *mut ibv_mr {
     let key = NEXT.fetch_add(1, Ordering::Relaxed);
     REGIONS.lock().unwrap().push((key, at as u64, len as u64));
     // SAFETY: the domain is alive.
     let context = unsafe { (*pd).context };
-    control(context).regions.insert(key, (at as u64, len as u64));
+    let mut c = control(context);
+    c.regions.insert(key, (at as u64, len as u64));
+    c.registered.push((at as u64, len as u64, access as u32));
+    drop(c);
     Box::into_raw(Box::new(ibv_mr { context, pd, lkey: key, rkey: key, ..Default::default() }))
 }
 unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
@@ -313,12 +343,17 @@ unsafe extern "C" fn create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> 
     // SAFETY: both are alive.
     let (context, cq) = unsafe { ((*pd).context, (*init).send_cq) };
     let qp_num = NEXT.fetch_add(1, Ordering::Relaxed);
-    control(context).pairs.insert(qp_num, Pair { cq: cq as usize, ..Pair::default() });
+    let mut c = control(context);
+    c.pairs.insert(qp_num, Pair { cq: cq as usize, ..Pair::default() });
+    // SAFETY: as above.
+    c.made.push((qp_num, unsafe { (*init).cap }));
+    drop(c);
     Box::into_raw(Box::new(ibv_qp { context, pd, send_cq: cq, qp_num, ..Default::default() }))
 }
-unsafe extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, _: c_int) -> c_int {
+unsafe extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, fields: c_int) -> c_int {
     // SAFETY: both are alive.
     let (qp, attr) = unsafe { (&*qp, &*attr) };
+    control(qp.context).set.push((qp.qp_num, Set(*attr), fields));
     if attr.qp_state == ibv_qp_state::IBV_QPS_ERR {
         let mut c = control(qp.context);
         if c.no_flush {

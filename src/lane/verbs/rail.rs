@@ -159,12 +159,6 @@ impl Rail {
         lock(&self.pool).clone()
     }
 
-    /// As if it were not registered yet.
-    #[cfg(test)]
-    pub(crate) fn take_pool(&self) -> Option<Arc<Pool>> {
-        lock(&self.pool).take()
-    }
-
     #[cfg(test)]
     pub(crate) fn put_pool(&self, pool: Option<Arc<Pool>>) {
         *lock(&self.pool) = pool;
@@ -483,6 +477,13 @@ impl Rails {
             it.slot_of(&rail, |s| s.worked = true);
         }
         Ok(it)
+    }
+
+    /// As if a rail's pool were not registered yet; what it is registered as.
+    #[cfg(test)]
+    pub(crate) fn not_yet(&self, rail: &Arc<Rail>) -> Option<Arc<Pool>> {
+        self.slot_of(rail, |s| s.worked = false);
+        lock(&rail.pool).take()
     }
 
     /// The settings.

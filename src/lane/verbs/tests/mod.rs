@@ -559,7 +559,7 @@ fn a_rail_whose_pool_is_still_being_registered_is_one_less() {
     for rails in [&r.rails, r.server.rails()] {
         let usable = rails.usable(None).unwrap();
         let slow = &usable[1].0;
-        let pool = slow.take_pool();
+        let pool = rails.not_yet(slow);
         assert!(r.another().poorer(), "a better lane is to be had soon");
         slow.put_pool(pool);
         assert!(!r.another().poorer());

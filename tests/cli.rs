@@ -100,6 +100,19 @@ fn what_cannot_be_done_is_said_in_one_line_with_exit_code_1() {
 }
 
 #[test]
+fn verbs_that_are_asked_for_and_cannot_be_had_are_an_error_before_anything_is_done() {
+    for command in [&["serve"][..], &["pull", "--from", "127.0.0.1:1"], &["bench"], &["demo"]] {
+        for flags in [&["--device", "nosuch0"][..], &["--rails", "nosuch0:1,nosuch1:1"]] {
+            let out = kvferry(&[command, flags].concat());
+            assert_one_line(&out, 1, &[]);
+            let text = String::from_utf8_lossy(&out.stderr);
+            let why = ["--features verbs", "libibverbs.so.1", "has no RDMA device", "no RDMA device \"nosuch0\""];
+            assert!(why.iter().any(|w| text.contains(w)), "{command:?} {flags:?}: {text}");
+        }
+    }
+}
+
+#[test]
 fn a_pulls_json_has_the_documented_fields() {
     let serve = Serve::start(&["--blocks", "64", "--regions", "3", "--block-size", "8K"]);
     for lane in ["tcp", "local", "auto"] {

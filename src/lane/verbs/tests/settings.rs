@@ -19,7 +19,7 @@ fn peers_may_read_the_pool_and_the_words_and_write_nothing() {
     for relaxed in [true, false] {
         let r = Rig::new(1, VerbsConfig { relaxed_ordering: relaxed, ..VerbsConfig::default() });
         let also = if relaxed { RELAXED } else { 0 };
-        let (pool, words) = (r.there.at(0, 0, 1).unwrap().as_ptr() as u64, r.words.address() as u64);
+        let (pool, words) = (r.there.at(0, 0, 1).unwrap().as_ptr() as u64, r.words.address());
         let of = |control: &Arc<Mutex<Control>>, at: u64| {
             let c = control.lock().unwrap();
             c.registered.iter().find(|(a, ..)| *a == at).unwrap_or_else(|| panic!("{at:x} of {:x?}", c.registered)).2
@@ -33,7 +33,7 @@ fn peers_may_read_the_pool_and_the_words_and_write_nothing() {
         assert_eq!(landing, [LOCAL_WRITE], "a word never lands after its completion");
         for (control, access) in [(&r.served[0], REMOTE_READ), (&r.devices[0], 0)] {
             for (s, fields) in set(control, ibv_qp_state::IBV_QPS_INIT) {
-                assert!(fields as u32 & mask::IBV_QP_ACCESS_FLAGS.0 as u32 != 0);
+                assert!(fields as u32 & mask::IBV_QP_ACCESS_FLAGS.0 != 0);
                 assert_eq!(s.0.qp_access_flags, access);
             }
         }
@@ -70,7 +70,7 @@ fn queue_pairs_have_what_was_asked_for_as_far_as_the_devices_take_it() {
             assert_eq!((s.0.ah_attr.sl, s.0.ah_attr.port_num, s.0.ah_attr.dlid), (3, 1, 7));
         }
         for (s, fields) in rts {
-            assert!(fields as u32 & mask::IBV_QP_MAX_QP_RD_ATOMIC.0 as u32 != 0);
+            assert!(fields as u32 & mask::IBV_QP_MAX_QP_RD_ATOMIC.0 != 0);
             assert_eq!((s.0.max_rd_atomic, s.0.timeout, s.0.retry_cnt), (own, 17, 5));
         }
     }

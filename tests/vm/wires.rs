@@ -50,6 +50,30 @@ impl Drop for Loss {
     }
 }
 
+/// Packets overtake each other on all wires until this is dropped, as they do on a veth pair that is left as it is.
+pub struct Unordered(Vec<(String, String)>);
+
+impl Unordered {
+    pub fn on(wires: usize) -> Self {
+        let ends = (1..=wires).flat_map(|n| [format!("a{n}"), format!("b{n}")]);
+        let masks = ends.map(|end| {
+            let path = format!("/sys/class/net/{end}/queues/rx-0/rps_cpus");
+            let was = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, "0").unwrap();
+            (path, was)
+        });
+        Self(masks.collect())
+    }
+}
+
+impl Drop for Unordered {
+    fn drop(&mut self) {
+        for (path, was) in &self.0 {
+            let _ = std::fs::write(path, was.trim());
+        }
+    }
+}
+
 /// Waits until the ports of all wires are up.
 pub fn all_up() {
     let until = Instant::now() + SOON;

@@ -22,6 +22,9 @@ use kvferry::{
 };
 use serde::{Deserialize, Serialize};
 
+#[path = "../vm/taken.rs"]
+mod taken;
+
 use crate::pattern::{self, Check};
 
 /// Longest that a test waits for something that should happen soon. A loaded machine is slow, not broken.
@@ -121,6 +124,19 @@ pub enum Say {
     Drain,
     /// Say how many offers, claims and sessions there are.
     Count,
+    /// Take something away from the producer behind its back; answered by `Taken`.
+    Take(Belongings),
+}
+
+/// What can be taken away from a producer's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Belongings {
+    /// The mapping of the pool, whose pages devices have pinned.
+    Pool,
+    /// Its queue pairs.
+    QueuePairs,
+    /// The registrations of the pool and the fence table.
+    Regions,
 }
 
 /// What a producer process says, one line each.
@@ -134,6 +150,8 @@ pub enum Heard {
     Freed { offer: OfferId, why: String, at_us: u64 },
     /// What was asked for with `Count`.
     Counted { offers: usize, claims: usize, sessions: usize },
+    /// So many of what was to be taken were taken.
+    Taken(usize),
 }
 
 /// A producer in a process of its own. Killed when dropped.
@@ -364,19 +382,20 @@ pub fn wait_until_loaded(consumer: &Consumer, pull: kvferry::consumer::PullId, s
     }
 }
 
-/// Every loaded position must hold what the producer's block holds; returns how many were compared.
+/// Every loaded position must hold what the producer's block holds; returns how many were compared. `never:` tells
+/// tests/vm/run that no busy host excuses it.
 pub fn assert_loaded_is_exact(ended: &Ended, consumer: &Consumer, spec: &Spec, seed: u64) -> u64 {
     let layout = spec.layout();
     let mut check = Check::new();
     let mut compared = 0;
     for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
-        assert!(g.loaded.iter().all(|p| !g.invalid.contains(p)), "loaded and invalid share a position");
+        assert!(g.loaded.iter().all(|p| !g.invalid.contains(p)), "never: loaded and invalid share a position");
         for position in g.loaded.iter() {
             let src = offered.blocks[position as usize].expect("a loaded position was offered");
             let (_, bad) = check
                 .block(seed, (&layout, src.0), (consumer.memory(), &layout, position), g.group)
                 .expect("the blocks are in the pool");
-            assert_eq!(bad, 0, "position {position} does not hold block {}", src.0);
+            assert_eq!(bad, 0, "never: position {position} does not hold block {}", src.0);
             compared += 1;
         }
     }
@@ -463,6 +482,7 @@ pub fn run_producer(spec: &str) {
                 let (offers, claims) = producer.live();
                 tell(&Heard::Counted { offers, claims, sessions: producer.sessions() });
             }
+            Ok(Say::Take(what)) => tell(&Heard::Taken(taken::take(what, producer.memory()))),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }

@@ -6,10 +6,14 @@
 #[path = "../../benches/support/counting.rs"]
 mod counting;
 mod failures;
+mod mishap;
 #[path = "../../src/bin/kvferry/pattern.rs"]
 mod pattern;
+mod peers;
 mod pulls;
+mod rails;
 mod raw;
+mod reasons;
 #[path = "../contract/rig.rs"]
 #[allow(dead_code)]
 mod rig;

@@ -12,7 +12,7 @@ use kvferry::{
 use crate::{
     counting::allocations,
     rig::{Producer, assert_loaded_is_exact, consumer, ended, pull_all},
-    wires::{Loss, config, ends, objects, settled, spec, status, wires},
+    wires::{Loss, Unordered, config, ends, objects, settled, spec, status, wires},
 };
 
 /// Emulated CPUs are slow; no test here is about speed.
@@ -102,6 +102,18 @@ fn one_lost_packet_in_a_hundred_costs_time_and_no_block() {
         exact(rails, 4096, 1, 64 << 10);
         exact(rails, 65536, 1, 4 << 10);
         exact(rails, 256, 1, 1 << 20);
+    }
+}
+
+#[test]
+fn packets_that_overtake_each_other_cost_time_and_no_block() {
+    if !wires(2) {
+        return;
+    }
+    let _unordered = Unordered::on(2);
+    for _ in 0..5 {
+        exact(2, 256, 1, 64 << 10);
+        exact(2, 8192, 1, 4 << 10);
     }
 }
 

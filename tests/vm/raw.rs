@@ -19,8 +19,9 @@ use kvferry::{
 };
 
 use crate::{
+    reasons::reasons,
     rig::SOON,
-    wires::{objects, settled, wires},
+    wires::{Loss, objects, settled, wires},
 };
 
 const BLOCK: u64 = 64 << 10;
@@ -37,6 +38,11 @@ struct Both {
 }
 
 fn both(twist: impl FnOnce(&mut VerbsTicket)) -> Both {
+    both_with(&VerbsConfig::default(), twist)
+}
+
+/// With these settings of the reader's.
+fn both_with(reader: &VerbsConfig, twist: impl FnOnce(&mut VerbsTicket)) -> Both {
     let layout = Arc::new(PoolLayout::uniform(BLOCKS, 1, BLOCK, 16));
     let (here, there) = (Memory::alloc(&layout.segments).unwrap(), Memory::alloc(&layout.segments).unwrap());
     for b in 0..u64::from(BLOCKS) {
@@ -46,10 +52,11 @@ fn both(twist: impl FnOnce(&mut VerbsTicket)) -> Both {
     let nonce = Nonce::random();
     words.set(5, nonce);
     let export = Export::new(layout.clone(), there, words.clone());
-    let on = |rail: &str| VerbsConfig { rails: vec![rail.into()], ..VerbsConfig::default() };
+    let on = |rail: &str, of: &VerbsConfig| VerbsConfig { rails: vec![rail.into()], ..of.clone() };
     let incarnation = Incarnation::random();
-    let server = Server::start(&export, incarnation, &on("rxb1"), &Limits::default()).unwrap();
-    let rails = Rails::open(&on("rxa1"), here.clone(), Role::Reader).unwrap();
+    let served = on("rxb1", &VerbsConfig::default());
+    let server = Server::start(&export, incarnation, &served, &Limits::default()).unwrap();
+    let rails = Rails::open(&on("rxa1", reader), here.clone(), Role::Reader).unwrap();
     let until = Instant::now() + SOON;
     let (opening, mut ticket) = loop {
         let made = Opening::new(&rails, None).and_then(|o| Ok((server.admit(1, o.request())?, o)));
@@ -207,6 +214,38 @@ fn a_peer_that_deregisters_its_memory_is_noticed() {
     settled(before);
 }
 
+/// A lane does not count on its transport: these settings are refused where they are configured, but a transport that says
+/// nothing is normal.
+#[test]
+fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
+    if !wires(1) {
+        return;
+    }
+    let before = objects();
+    for (timeout, retry) in [(0, 3), (14, 7)] {
+        let reader = VerbsConfig { timeout, retry, ..VerbsConfig::default() };
+        let mut b = both_with(&reader, |_| ());
+        let mut events = Vec::new();
+        assert_eq!(b.lane.post(A, &reads(0..8), true), 8);
+        until(&mut b.lane, &mut events, |e| done(e) == 8);
+        let lost = Loss::on("a1", 100);
+        reasons();
+        let started = Instant::now();
+        assert_eq!(b.lane.post(A, &reads(8..40), true), 32);
+        until(&mut b.lane, &mut events, down);
+        let (took, why) = (started.elapsed(), reasons());
+        println!("timeout {timeout}, retry {retry}: down after {took:?}: {why:?}");
+        assert!(why.len() == 1 && why[0].contains("no completion came"), "{why:?}");
+        assert!(took >= reader.gives_up_after() * 2, "the transport has its time: {took:?}");
+        assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::Unreachable }), "{events:?}");
+        assert_eq!(events.iter().filter(|e| matches!(e, LaneEvent::Quiet { .. })).count(), 1);
+        assert_eq!(done(&events), 8);
+        drop(lost);
+        drop(b);
+        settled(before);
+    }
+}
+
 #[test]
 fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_after() {
     if !wires(1) {
@@ -229,7 +268,7 @@ fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_afte
         let mut got = vec![0; BLOCK as usize];
         for block in 0..u64::from(BLOCKS) {
             b.memory.read_into(0, block * BLOCK, &mut got).unwrap();
-            assert!(got.iter().all(|&x| x == 0xAB), "block {block} was written after it was said to be quiet");
+            assert!(got.iter().all(|&x| x == 0xAB), "never: block {block} was written after it was said to be quiet");
         }
     }
 }

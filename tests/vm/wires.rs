@@ -50,6 +50,76 @@ impl Drop for Loss {
     }
 }
 
+/// What the far ends of the first wires send arrives late, until this is dropped: for as long as a pull goes on, the answers
+/// of a full window of READs wait on the wire.
+pub struct Slow(Vec<i64>);
+
+impl Slow {
+    /// Half of what the transport waits for an answer. With 1 MiB in flight it is a third of what the wire carries. (A rate
+    /// would send a packet at each tick of an emulated clock.)
+    pub const DELAY: &str = "delay 30ms limit 10000";
+
+    pub fn on(wires: usize) -> Self {
+        let it = Self((1..=wires).map(ahead).collect());
+        for n in 1..=wires {
+            tc(&format!("qdisc add dev b{n} root netem {}", Self::DELAY));
+        }
+        it
+    }
+
+    /// Waits until answers wait on every wire, and says how many packets do. Those are of up to 4 KiB. That is read and not
+    /// asked of `tc`: a process takes most of a second to start on a loaded host, and the pull would be over.
+    pub fn in_flight(&self) -> Vec<i64> {
+        let until = Instant::now() + SOON;
+        loop {
+            let waiting: Vec<i64> = (1..).zip(&self.0).map(|(n, before)| ahead(n) - before).collect();
+            if waiting.iter().all(|packets| *packets >= 8) {
+                return waiting;
+            }
+            assert!(Instant::now() < until, "too little is in flight: {waiting:?} packets wait on the wires");
+        }
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        for n in 1..=self.0.len() {
+            let _ = Command::new("tc").args(["qdisc", "del", "dev", &format!("b{n}"), "root"]).status();
+        }
+    }
+}
+
+/// Packets that the device on a wire's far end has sent, less those that have left its interface.
+fn ahead(wire: usize) -> i64 {
+    let count = |path: String| -> i64 { std::fs::read_to_string(path).unwrap().trim().parse().unwrap() };
+    count(format!("/sys/class/infiniband/rxb{wire}/ports/1/hw_counters/sent_pkts"))
+        - count(format!("/sys/class/net/b{wire}/statistics/tx_packets"))
+}
+
+/// Packets overtake each other on all wires until this is dropped, as they do on a veth pair that is left as it is.
+pub struct Unordered(Vec<(String, String)>);
+
+impl Unordered {
+    pub fn on(wires: usize) -> Self {
+        let ends = (1..=wires).flat_map(|n| [format!("a{n}"), format!("b{n}")]);
+        let masks = ends.map(|end| {
+            let path = format!("/sys/class/net/{end}/queues/rx-0/rps_cpus");
+            let was = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, "0").unwrap();
+            (path, was)
+        });
+        Self(masks.collect())
+    }
+}
+
+impl Drop for Unordered {
+    fn drop(&mut self) {
+        for (path, was) in &self.0 {
+            let _ = std::fs::write(path, was.trim());
+        }
+    }
+}
+
 /// Waits until the ports of all wires are up.
 pub fn all_up() {
     let until = Instant::now() + SOON;
@@ -112,7 +182,7 @@ pub fn settled(want: Objects) {
         if have == want {
             return;
         }
-        assert!(Instant::now() < until, "verbs objects leak: {have:?}, where {want:?} were before");
+        assert!(Instant::now() < until, "never: verbs objects leak: {have:?}, where {want:?} were before");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

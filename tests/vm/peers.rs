@@ -1,0 +1,152 @@
+//! Peers that fail, and what that costs the pulls from others.
+
+use kvferry::{
+    block::{BlockId, GroupId},
+    consumer::Pull,
+    error::Cause,
+    lane::LaneKind,
+    offer::Offer,
+    plan::LocalBlocks,
+};
+use rustix::process::Signal;
+
+use crate::{
+    mishap::Mishap,
+    rig::{
+        Belongings, Heard, Producer, SOON, Say, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded,
+    },
+    wires::{Slow, config, ends, spec, wires},
+};
+
+#[test]
+fn a_killed_peer() {
+    if wires(1) {
+        let mut all = Vec::new();
+        for _ in 0..3 {
+            let (end, _, why) = Mishap::over(1).run(|p| p.kill(), |_| ());
+            assert!(end.outcome.invalid() > 0);
+            all.extend(why);
+        }
+        println!("why lanes to killed peers went down: {all:?}");
+    }
+}
+
+#[test]
+fn a_stopped_peer_is_read_on_and_its_data_stays_valid_while_the_fence_holds() {
+    if wires(1) {
+        let (end, ..) = Mishap::over(1).run(|p| p.signal(Signal::STOP), |p| p.signal(Signal::CONT));
+        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+    }
+}
+
+/// Takes something away from a producer behind its back, and says how many there were.
+fn take(p: &mut Producer, what: Belongings) -> usize {
+    p.say(&Say::Take(what));
+    p.wait_for("that something was taken", |h| if let Heard::Taken(n) = h { Some(*n) } else { None })
+}
+
+/// A device has pages of its own: what was pinned is read as it was, and is valid while the fence holds.
+#[test]
+fn a_peer_that_unmaps_its_pool_is_read_on() {
+    if wires(1) {
+        let (end, ..) = Mishap::over(1).run(|p| assert_eq!(take(p, Belongings::Pool), 1), |_| ());
+        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+        assert_eq!(end.outcome.retries, 0, "it is not even noticed");
+    }
+}
+
+#[test]
+fn a_peer_whose_queue_pairs_are_destroyed_is_read_over_new_ones() {
+    if wires(1) {
+        let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::QueuePairs), 2, "what the consumer reads over");
+        let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+        assert!(end.outcome.complete() && end.outcome.retries > 0, "{:?}", end.outcome.cause());
+        assert!(why[0].contains("status 12"), "retries exceeded: {why:?}");
+    }
+}
+
+#[test]
+fn a_peer_whose_memory_is_deregistered_fails_the_pull_by_its_deadline() {
+    if wires(1) {
+        let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
+        let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+        // New queue pairs are of no use: the peer does not know, and names the same keys.
+        assert!(end.outcome.invalid() > 0 && end.outcome.retries > 0);
+        assert!(!why.is_empty() && why.iter().all(|w| w.contains("status 10")), "remote access error: {why:?}");
+    }
+}
+
+#[test]
+fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
+    if !wires(1) {
+        return;
+    }
+    // Answers of a full window wait on the wire when its blocks are overwritten.
+    let slow = Slow::on(1);
+    let spec = spec(1, 512, 1, 64 << 10);
+    let (mut producer, consumer) = ends(1, &spec, None);
+    for _ in 0..3 {
+        let offer = producer.offer_all();
+        let pull = consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
+        wait_until_loaded(&consumer, pull, 0.2);
+        slow.in_flight();
+        // Its blocks are overwritten at once.
+        producer.say(&Say::Revoke(offer.id));
+        let end = ended(&consumer);
+        assert!(matches!(end.outcome.cause(), Some(Cause::Stale | Cause::Revoked)), "{:?}", end.outcome.cause());
+        // The pattern of what was loaded is the one from before.
+        assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), end.outcome.loaded());
+        drop(producer);
+        producer = Producer::start(&spec);
+    }
+}
+
+#[test]
+fn a_peer_that_fails_leaves_other_peers_pulls_alone() {
+    if !wires(1) {
+        return;
+    }
+    let spec = spec(1, 128, 1, 64 << 10);
+    let (mut one, mut two) = (Producer::start(&spec), Producer::start(&spec));
+    let consumers = [consumer(&spec, config(1, Some("4M"))), consumer(&spec, config(1, Some("4M")))];
+    let offers = [one.offer_all(), two.offer_all()];
+    let mut pulls = Vec::new();
+    for (c, o) in consumers.iter().zip(&offers) {
+        pulls.push(c.pull(pull_all(o, LaneKind::Verbs, SOON)).unwrap());
+    }
+    wait_until_loaded(&consumers[0], pulls[0], 0.2);
+    one.kill();
+    let bad = ended(&consumers[0]);
+    let good = ended(&consumers[1]);
+    assert!(!bad.outcome.complete());
+    assert!(good.outcome.complete(), "{:?}", good.outcome.cause());
+    assert_loaded_is_exact(&good, &consumers[1], &spec, two.seed);
+}
+
+#[test]
+fn a_peer_that_fails_leaves_the_same_consumers_pull_from_another_one_alone() {
+    if !wires(1) {
+        return;
+    }
+    let spec = spec(1, 128, 1, 64 << 10);
+    let (mut one, mut two) = (Producer::start(&spec), Producer::start(&spec));
+    let consumer = consumer(&spec, config(1, Some("4M")));
+    let offers = [one.offer_all(), two.offer_all()];
+    // Each into its own half.
+    let half = |o: &Offer, half: std::ops::Range<u32>| {
+        let first_position = half.start;
+        let blocks = half.map(|b| Some(BlockId(b))).collect();
+        let wanted = LocalBlocks { group: GroupId(0), first_position, blocks };
+        Pull::new(o.clone(), vec![wanted]).lanes(vec![LaneKind::Verbs]).deadline(SOON)
+    };
+    let bad = consumer.pull(half(&offers[0], 0..64)).unwrap();
+    let good = consumer.pull(half(&offers[1], 64..128)).unwrap();
+    wait_until_loaded(&consumer, bad, 0.2);
+    one.kill();
+    let ends = [ended(&consumer), ended(&consumer)];
+    let of = |pull| ends.iter().find(|e| e.pull == pull).expect("each ends once");
+    assert!(!of(bad).outcome.complete());
+    let outcome = &of(good).outcome;
+    assert!(outcome.complete() && outcome.retries == 0, "{:?}, {} retries", outcome.cause(), outcome.retries);
+    assert_loaded_is_exact(of(good), &consumer, &spec, two.seed);
+}

@@ -29,16 +29,9 @@ impl LaneChoice {
             Self::Verbs => vec![LaneKind::Verbs],
         }
     }
-
-    /// Refuses what this build does not have.
-    pub fn check(self) -> Result<(), Failure> {
-        match self {
-            Self::Verbs => built(),
-            _ => Ok(()),
-        }
-    }
 }
 
+/// Refuses verbs where this build has none.
 fn built() -> Result<(), Failure> {
     match LaneKind::built().contains(&LaneKind::Verbs) {
         true => Ok(()),
@@ -78,7 +71,6 @@ impl VerbsArgs {
     /// Where verbs are asked for, by the lane or by any of these flags: refuses what this build or this machine does not
     /// have. A link that is down is not refused to who serves: it may come up.
     pub fn check(&self, lane: LaneChoice, serves: bool) -> Result<(), Failure> {
-        lane.check()?;
         if lane != LaneChoice::Verbs && self.config() == VerbsConfig::default() {
             return Ok(());
         }

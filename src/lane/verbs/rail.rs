@@ -422,7 +422,7 @@ impl Rails {
         Ok(it)
     }
 
-    /// Whether the rails that `config` names can be used at this moment, or any if it names none; registers nothing. For
+    /// Whether a rail can be used at this moment, and those that `config` names are no slip; registers nothing. For
     /// commands whose user asked for verbs, and wants to hear of a slip before anything else is done.
     pub fn check(config: &VerbsConfig) -> Result<(), VerbsError> {
         let lib = Library::get()?;
@@ -432,12 +432,17 @@ impl Rails {
             let (port, layer) = rail.up()?;
             rail.address(&port, layer, None, config).map(drop)
         };
-        let tried: Vec<_> = names(config)?.iter().map(one).collect();
-        if !config.rails.is_empty() || tried.len() == 1 {
-            return tried.into_iter().collect();
+        let mut tried: Vec<_> = names(config)?.iter().map(one).collect();
+        // A slip is one whatever the other rails do; a link that is down is what the others are for.
+        let slip = |t: &Result<(), VerbsError>| matches!(t, Err(e) if !matches!(e, VerbsError::PortDown { .. }));
+        if let Some(i) = tried.iter().position(slip).filter(|_| !config.rails.is_empty()) {
+            return tried.swap_remove(i);
         }
         if tried.iter().any(Result::is_ok) {
             return Ok(());
+        }
+        if tried.len() == 1 || tried.iter().all(|t| matches!(t, Err(VerbsError::PortDown { .. }))) {
+            return tried.swap_remove(0);
         }
         let why: Vec<_> = tried.into_iter().filter_map(|t| Some(t.err()?.to_string())).collect();
         Err(VerbsError::NoRail { why: why.join("; ") })

@@ -132,6 +132,7 @@ fn a_pulls_json_has_the_documented_fields() {
             "bytes",
             "hello_us",
             "claim_us",
+            "first_us",
             "data_us",
             "decided_us",
             "ended_us",
@@ -150,8 +151,10 @@ fn a_pulls_json_has_the_documented_fields() {
         assert_eq!(v["deadline_us"], 5_000_000);
         assert_eq!(v["peer"]["engine"], "serve");
         assert_eq!(v["peer"]["incarnation"], serve.ready["incarnation"]);
-        let order: Vec<u64> =
-            ["claim_us", "data_us", "decided_us", "ended_us"].iter().map(|f| v[f].as_u64().unwrap()).collect();
+        let order: Vec<u64> = ["claim_us", "first_us", "data_us", "decided_us", "ended_us"]
+            .iter()
+            .map(|f| v[f].as_u64().unwrap())
+            .collect();
         assert!(order.is_sorted(), "{v}");
     }
 }

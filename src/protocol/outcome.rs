@@ -39,6 +39,8 @@ pub struct Times {
     pub hello: Option<Duration>,
     /// The last claim was granted.
     pub claim: Option<Duration>,
+    /// The first chunk was fenced, from any of its sources.
+    pub first: Option<Duration>,
     /// The last chunk was fenced.
     pub data: Option<Duration>,
     /// The two sets were frozen.

@@ -242,7 +242,10 @@ impl PullTracker {
                 Err(TooManyDone) => self.failed(now, source, Cause::LaneFailed),
             },
             LaneEvent::Fence { chunk, word, .. } => match self.sources[source].fenced(chunk, word) {
-                Fenced::Good => self.check_complete(now),
+                Fenced::Good => {
+                    self.times.first.get_or_insert(now.saturating_duration_since(self.started));
+                    self.check_complete(now);
+                }
                 Fenced::Stale => self.conclude(now, Cause::Stale),
                 Fenced::Unasked => {}
             },

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvferry::{
     block::BlockId,
     config::Config,
-    consumer::{Consumer, Pull},
+    consumer::{Consumer, Pull, Times},
     control::client,
     group::PoolLayout,
     lane::LaneKind,
@@ -107,11 +107,11 @@ pub struct Row {
     pub raw_gb_per_s: Option<f64>,
     /// From the call to the end.
     pub lat_us: Latency,
-    /// READ and fence of one block, one block at a time, in microseconds: the median of pulls; `null` but for verbs with
-    /// `--vs-raw`.
+    /// READ and fence of one block, one block at a time, median in microseconds; `null` but for verbs with `--vs-raw`, and
+    /// where a pull has one block only.
     pub one_block_us: Option<f64>,
-    /// A pull of one block, from the granted claim to its fence, median in microseconds: the same, by threads that slept
-    /// until then.
+    /// From the granted claim to the first block's fence, median in microseconds: the same, by threads that slept until
+    /// then.
     pub first_block_us: Option<f64>,
     /// One bare READ of a block, one at a time, median in microseconds.
     pub raw_one_block_us: Option<f64>,
@@ -252,29 +252,10 @@ impl Bench<'_> {
             .map_err(|e| Failure::failed(format!("{e}; start the other side with `kvferry serve --views {size}`")))
     }
 
-    /// The median of `n` pulls of so many blocks over verbs, from the granted claim to the last fence, for a block.
-    fn per_block(&self, consumer: &Consumer, size: u64, blocks: u32, n: u32) -> Result<Duration, Failure> {
-        let mut all = Vec::new();
-        for _ in 0..n {
-            let offer = self.offer(blocks, size)?;
-            let wanted = LocalBlocks {
-                group: offer.groups[0].group,
-                first_position: 0,
-                blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
-            };
-            consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Verbs]))?;
-            let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
-            match (ended.outcome.complete(), ended.outcome.times.claim, ended.outcome.times.data) {
-                (true, Some(claim), Some(data)) => all.push(data.saturating_sub(claim) / blocks),
-                _ => return Err(Failure::failed("a pull of one block lost it")),
-            }
-        }
-        all.sort();
-        Ok(percentile(&all, 50))
-    }
-
-    /// One block at a time, as perftest measures latency: a window that one READ fills, and a fence for each block.
-    fn one_at_a_time(&self, warm: &Consumer, size: u64) -> Result<Duration, Failure> {
+    /// READ and fence of one block, one block at a time, as perftest measures latency: a window that one READ fills, and a
+    /// fence for each block. Medians of pulls: a block after the first one, and the first from the granted claim on; and of
+    /// the bare READs that were measured in turn with them, for a machine has fast and slow minutes.
+    fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<[Duration; 3], Failure> {
         let mut config = Config { verbs: self.args.verbs.config(), ..Config::default() };
         config.verbs.window = 1;
         config.pull.chunk = ChunkSize { per_pull: u32::MAX, min_bytes: size, max_bytes: size };
@@ -283,8 +264,32 @@ impl Bench<'_> {
             .config(config)
             .build()?;
         let blocks = (self.total / size).min(64) as u32;
-        self.per_block(&consumer, size, blocks, 1)?;
-        self.per_block(&consumer, size, blocks, self.args.iterations)
+        let mut all = [const { Vec::new() }; 3];
+        for _ in 0..3 {
+            for i in 0..=self.args.iterations {
+                let offer = self.offer(blocks, size)?;
+                let wanted = LocalBlocks {
+                    group: offer.groups[0].group,
+                    first_position: 0,
+                    blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
+                };
+                consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Verbs]))?;
+                let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
+                let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
+                    return Err(Failure::failed("a pull lost a block"));
+                };
+                // The very first one connects the lane, and each round's finds the caches cold.
+                if i > 0 {
+                    all[0].push(data.saturating_sub(first) / (blocks - 1));
+                    all[1].push(first.saturating_sub(claim));
+                }
+            }
+            all[2].push(raw.one_read(size, u64::from(self.args.iterations) * 10)?);
+        }
+        Ok(all.map(|mut v| {
+            v.sort();
+            percentile(&v, 50)
+        }))
     }
 
     /// One row; `None` when the lane cannot be had.
@@ -345,11 +350,7 @@ impl Bench<'_> {
             v.sort();
         }
         let one = match raw {
-            Some(raw) if lane == LaneKind::Verbs => {
-                let n = self.args.iterations * 10;
-                let first = self.per_block(consumer, size, 1, n)?;
-                Some((self.one_at_a_time(consumer, size)?, first, raw.one_read(size, n.into())?))
-            }
+            Some(raw) if lane == LaneKind::Verbs && blocks > 1 => Some(self.one_at_a_time(consumer, size, raw)?),
             _ => None,
         };
         let us_of = |t: Duration| t.as_secs_f64() * 1e6;
@@ -366,9 +367,9 @@ impl Bench<'_> {
                 p50: us(percentile(&lat, 50)),
                 p99: us(percentile(&lat, 99)),
             },
-            one_block_us: one.map(|o| us_of(o.0)),
-            first_block_us: one.map(|o| us_of(o.1)),
-            raw_one_block_us: one.map(|o| us_of(o.2)),
+            one_block_us: one.map(|o| us_of(o[0])),
+            first_block_us: one.map(|o| us_of(o[1])),
+            raw_one_block_us: one.map(|o| us_of(o[2])),
             prep_us: us(percentile(&prep, 50)),
             post_us: us(percentile(&post, 50)),
         }))

@@ -70,6 +70,8 @@ pub struct PullRecord {
     pub hello_us: Option<u64>,
     /// The claim was granted.
     pub claim_us: Option<u64>,
+    /// The first chunk was fenced.
+    pub first_us: Option<u64>,
     /// The last chunk was fenced.
     pub data_us: Option<u64>,
     /// The two sets were frozen.
@@ -115,6 +117,7 @@ impl PullRecord {
             bytes: o.bytes,
             hello_us: o.times.hello.map(us),
             claim_us: o.times.claim.map(us),
+            first_us: o.times.first.map(us),
             data_us: o.times.data.map(us),
             decided_us: o.times.decided.map(us),
             ended_us: o.times.ended.map(us),

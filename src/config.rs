@@ -199,8 +199,9 @@ pub struct VerbsConfig {
     pub window: u64,
     /// Longest READ, in bytes. Longer ones are cut, so that several are in flight and a lost packet costs little.
     pub max_read: u32,
-    /// How long the end of little data (64 KiB at most) is looked for before the thread sleeps: to be woken takes longer
-    /// than a short READ. Zero sleeps at once.
+    /// How long the end of little data (64 KiB at most) is looked for before the thread sleeps, from when something of it
+    /// last came or was posted: to be woken takes longer than a short READ. Zero sleeps at once. A NIC answers in some
+    /// microseconds; soft-RoCE in an emulated machine takes up to half a millisecond, and so the default is more than that.
     pub spin: Duration,
     /// READs that a queue pair has in flight on the wire; what the devices take is less at times.
     pub rd_atomic: u8,
@@ -228,7 +229,7 @@ impl Default for VerbsConfig {
             signal_every: 16,
             window: 8 << 20,
             max_read: 1 << 20,
-            spin: Duration::from_micros(200),
+            spin: Duration::from_millis(1),
             rd_atomic: 16,
             timeout: 14,
             retry: 3,

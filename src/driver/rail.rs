@@ -72,7 +72,7 @@ pub struct Rail {
     waits: Waits,
     pulls: BTreeMap<PullId, PullState>,
     by_claim: HashMap<ClaimId, (PullId, usize)>,
-    attempts: HashMap<Attempt, (PullId, usize, LaneNo)>,
+    attempts: BTreeMap<Attempt, (PullId, usize, LaneNo)>,
     lanes: BTreeMap<LaneNo, LaneSlot>,
     peers: HashMap<Addr, Peer>,
     timers: BTreeSet<(Instant, PullId)>,
@@ -97,7 +97,7 @@ impl Rail {
             waits,
             pulls: BTreeMap::new(),
             by_claim: HashMap::new(),
-            attempts: HashMap::new(),
+            attempts: BTreeMap::new(),
             lanes: BTreeMap::new(),
             peers: HashMap::new(),
             timers: BTreeSet::new(),
@@ -522,8 +522,11 @@ impl Rail {
             }
         }
         self.events = events;
-        self.settle(now);
+        // What can be posted now is, before anything else is done: the wire waits for it.
         self.post(n);
+        if self.settle(now) {
+            self.post(n);
+        }
         self.bury_lanes();
         any
     }
@@ -568,14 +571,17 @@ impl Rail {
         self.lanes.retain(|_, l| !l.dead || !l.attempts.is_empty());
     }
 
-    /// Does what the trackers want, until they want no more.
-    fn settle(&mut self, now: Instant) {
+    /// Does what the trackers want, until they want no more. `false` when they wanted nothing.
+    fn settle(&mut self, now: Instant) -> bool {
+        let mut any = false;
         while let Some(id) = self.touched.pop_first() {
             while let Some(out) = self.pulls.get_mut(&id).and_then(|p| p.tracker.poll()) {
                 self.carry_out(now, id, out);
+                any = true;
             }
             self.set_timer(id);
         }
+        any
     }
 
     fn carry_out(&mut self, now: Instant, id: PullId, out: pull::Out) {

@@ -188,7 +188,22 @@ impl Sleeper {
     fn arm(&mut self, rail: &mut Rail) -> bool {
         self.lanes.clear();
         self.lanes.extend(rail.busy_lanes());
+        if !self.arm_each(rail) {
+            return false;
+        }
+        self.lanes.clear();
         self.lanes.extend(rail.idle_lanes().filter(|n| !self.known.contains(n)));
+        let sleep = self.arm_each(rail);
+        if self.known.len() > 64 + 2 * rail.lanes().count() {
+            let alive: HashSet<_> = rail.busy_lanes().chain(rail.idle_lanes()).collect();
+            self.known.retain(|n| alive.contains(n));
+            self.failures.retain(|n, _| alive.contains(n));
+        }
+        sleep
+    }
+
+    /// Arms the lanes in `self.lanes`; `false` when one can go on at once, and then not all are armed.
+    fn arm_each(&mut self, rail: &mut Rail) -> bool {
         let mut sleep = true;
         for &n in &self.lanes {
             let Some(lane) = rail.lane_mut(n) else { continue };
@@ -208,9 +223,10 @@ impl Sleeper {
                     }
                 }
                 Ok(None) => {}
+                // To arm the others would be for nothing.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     rail.stir(n);
-                    sleep = false;
+                    return false;
                 }
                 Err(error) => {
                     let seen = self.failures.entry(n).or_default();
@@ -223,11 +239,6 @@ impl Sleeper {
                     }
                 }
             }
-        }
-        if self.known.len() > 64 + 2 * rail.lanes().count() {
-            let alive: HashSet<_> = rail.busy_lanes().chain(rail.idle_lanes()).collect();
-            self.known.retain(|n| alive.contains(n));
-            self.failures.retain(|n, _| alive.contains(n));
         }
         sleep
     }

@@ -24,10 +24,13 @@ pub(crate) fn bit(path: usize, end: usize) -> Carriers {
 }
 
 /// The rail and queue pair of each bit.
-pub(crate) fn each(carriers: Carriers) -> impl Iterator<Item = (usize, usize)> {
-    (0..Carriers::BITS as usize)
-        .filter(move |n| carriers >> n & 1 == 1)
-        .map(|n| (n / MAX_QUEUE_PAIRS, n % MAX_QUEUE_PAIRS))
+pub(crate) fn each(mut carriers: Carriers) -> impl Iterator<Item = (usize, usize)> {
+    std::iter::from_fn(move || {
+        let n = carriers.trailing_zeros() as usize;
+        // Without the lowest one.
+        carriers &= carriers.checked_sub(1)?;
+        Some((n / MAX_QUEUE_PAIRS, n % MAX_QUEUE_PAIRS))
+    })
 }
 
 /// A chunk's fence.

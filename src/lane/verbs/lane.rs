@@ -202,7 +202,7 @@ impl VerbsLane {
     }
 
     /// Says what came of fences whose words are all back.
-    fn conclude_fences(&mut self, now: Instant) {
+    fn conclude_fences(&mut self) {
         while let Some(mut f) = self.fences.next_back() {
             let i = f.attempt as usize;
             let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none()) else {
@@ -221,16 +221,16 @@ impl VerbsLane {
                     // No room: it is back still, and looked at after the next completion.
                     false => return self.fences.back(f),
                 }
-                self.flush(now);
+                self.flush();
             }
         }
     }
 
     /// Posts what is filled. What is not taken waits in `again`, in front.
-    fn flush(&mut self, now: Instant) {
+    fn flush(&mut self) {
         for path in &mut self.paths {
             let (again, tries) = (&mut self.again, &mut self.tries);
-            path.flush(now, |w| {
+            path.flush(|w| {
                 if let Some(Some(t)) = tries.get_mut(w.attempt as usize) {
                     t.in_flight -= 1;
                 }
@@ -240,7 +240,7 @@ impl VerbsLane {
     }
 
     /// Posts what waits, as far as there is room.
-    fn post_again(&mut self, now: Instant) {
+    fn post_again(&mut self) {
         if self.again.is_empty() || self.closing.is_some() {
             return;
         }
@@ -272,12 +272,12 @@ impl VerbsLane {
             any = true;
         }
         if any {
-            self.flush(now);
+            self.flush();
         }
     }
 
     /// Has queue pairs report what a full queue took of them without a report, where nothing else is to be posted on them.
-    fn nudge(&mut self, now: Instant) {
+    fn nudge(&mut self) {
         if !self.again.is_empty() || self.closing.is_some() {
             return;
         }
@@ -299,7 +299,7 @@ impl VerbsLane {
             any = true;
         }
         if any {
-            self.flush(now);
+            self.flush();
         }
     }
 

@@ -274,7 +274,7 @@ impl Path {
     }
 
     /// Posts what is filled. What the device did not take comes back, in order.
-    pub(crate) fn flush(&mut self, now: Instant, mut back: impl FnMut(What)) {
+    pub(crate) fn flush(&mut self, mut back: impl FnMut(What)) {
         let mut why = None;
         for e in &mut self.ends {
             if !std::mem::take(&mut e.dirty) {
@@ -287,8 +287,10 @@ impl Path {
                 Some(qp) => unsafe { e.chain.post(qp) },
                 None => Posted::Part { os: libc::ENOTCONN },
             };
+            // The clock is read behind the post: the wire does not wait for it.
             if idle && e.chain.in_flight() > 0 {
-                (e.progress, self.progress) = (now, now);
+                e.progress = Instant::now();
+                self.progress = e.progress;
             }
             match posted {
                 Posted::All => continue,
@@ -304,7 +306,7 @@ impl Path {
             });
         }
         if let Some(why) = why {
-            self.fail(why, now);
+            self.fail(why, Instant::now());
         }
     }
 

@@ -120,6 +120,11 @@ impl Spin {
         self.moved = true;
     }
 
+    /// How often to look again at once where nothing has come.
+    pub(crate) fn looks(&self) -> u32 {
+        if self.until.is_some() { 32 } else { 0 }
+    }
+
     /// Whether to look on, with this many bytes in flight; `None`: nothing is in flight.
     pub(crate) fn goes_on(&mut self, bytes: Option<u64>, clock: impl FnOnce() -> Instant) -> bool {
         if self.span.is_zero() || bytes.is_none_or(|b| b > Self::LITTLE) {

@@ -47,17 +47,12 @@ impl Lane for VerbsLane {
 
     fn post(&mut self, a: Attempt, reads: &[Read], _last: bool) -> usize {
         let Some(i) = self.open(a) else { return reads.len() };
-        // What was not waited for cannot be late.
         let idle = self.again.is_empty() && self.paths.iter().all(|p| p.in_flight() == 0);
         // Asked at every turn while the window is full: it costs little then.
         if self.paths.iter().all(|p| p.best().is_none()) {
             return 0;
         }
-        let now = Instant::now();
-        if idle {
-            self.paths.iter_mut().for_each(|p| p.rested(now));
-        }
-        self.post_again(now);
+        self.post_again();
         if !self.again.is_empty() {
             return 0;
         }
@@ -82,7 +77,12 @@ impl Lane for VerbsLane {
                 break;
             }
         }
-        self.flush(now);
+        self.flush();
+        if idle && !self.again.is_empty() {
+            // What was not waited for cannot be late.
+            let now = Instant::now();
+            self.paths.iter_mut().for_each(|p| p.rested(now));
+        }
         taken
     }
 
@@ -111,7 +111,7 @@ impl Lane for VerbsLane {
             return false;
         }
         self.fences.posted(fence, nonce);
-        self.flush(Instant::now());
+        self.flush();
         true
     }
 
@@ -141,11 +141,14 @@ impl Lane for VerbsLane {
         if self.down.is_some() {
             return;
         }
-        self.reap(now, out);
+        let mut looks = self.spin.looks();
+        while !self.reap(now, out) && looks > 0 {
+            looks -= 1;
+        }
         self.climb(now);
-        self.post_again(now);
-        self.conclude_fences(now);
-        self.nudge(now);
+        self.post_again();
+        self.conclude_fences();
+        self.nudge();
         out.append(&mut self.pending);
     }
 

@@ -2,6 +2,7 @@
 
 mod settings;
 mod sleep;
+mod speed;
 mod standin;
 
 use std::{

@@ -1,0 +1,132 @@
+//! Figures, printed: `cargo test --release --lib --features verbs speed -- --ignored --nocapture`.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::*;
+use crate::{
+    block::{BlockId, GroupId, OfferId, Rank},
+    driver::{
+        better::Waits,
+        rail::{In, Need, Out, Progress, PullId, Rail as Driver, Start},
+    },
+    lane::LaneKind,
+    model::Model,
+    offer::{Offer, OfferGroup, OfferRank},
+    plan::{ChunkSize, LocalBlocks},
+    protocol::{
+        frame::{PeerId, Reader},
+        hello::Welcome,
+        pull::Retry,
+    },
+    shard::Shard,
+};
+
+const ADDR: &str = "10.0.0.1:7400";
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A rank whose lane is that of a rig.
+fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl Sized) {
+    let Rig { lane, devices, served, here, there, words, nonce, server, rails, incarnation, .. } = r;
+    let layout = Arc::new(PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16));
+    let shard = Shard::whole(2, 1);
+    let welcome = Welcome {
+        version: 1,
+        features: 1,
+        peer: PeerId { engine: "them".parse().unwrap(), rank: Rank(0), incarnation },
+        engine_incarnation: incarnation,
+        model: Model {
+            name: "m".into(),
+            dtype: "uint8".into(),
+            scales: String::new(),
+            attention: "HND".into(),
+            block_tokens: 16,
+        },
+        shard,
+        pool: layout.clone(),
+        fence_slots: 8,
+        lanes: vec![LaneKind::Verbs],
+        host: String::new(),
+        silence: 60 * SECOND,
+    };
+    let mut it = Driver::new(layout, shard, BLOCKS as usize, Waits { first: SECOND, longest: SECOND });
+    it.handle(Instant::now(), In::Peer(ADDR.into(), Arc::new(welcome)));
+    let lane: Box<dyn Lane> = Box::new(lane);
+    it.handle(Instant::now(), In::Lane { peer: ADDR.into(), incarnation, need: Need::Now, lane: Ok(lane) });
+    (it, devices, Grant { slot: 3, nonce }, incarnation, (served, here, there, words, server, rails))
+}
+
+/// Starts a pull of all blocks, a block a chunk.
+fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
+    let blocks: Vec<_> = (0..BLOCKS as u32).map(|b| Some(BlockId(b))).collect();
+    let offer = Offer {
+        id: OfferId { high: 1, low: n },
+        engine: "them".parse().unwrap(),
+        incarnation,
+        ranks: vec![OfferRank { rank: Rank(0), incarnation, addr: ADDR.into() }],
+        groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
+        tokens: BLOCKS * 16,
+        request: String::new(),
+    };
+    let now = Instant::now();
+    let pull = Start {
+        id: PullId(n),
+        offer: Arc::new(offer),
+        sources: vec![0],
+        wanted: vec![LocalBlocks { group: GroupId(0), first_position: 0, blocks }],
+        reader: Reader::ONLY,
+        started: now,
+        deadline: now + 30 * SECOND,
+        retry: Retry { attempts: 3, wait: SECOND },
+        chunk: ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK },
+        lanes: vec![LaneKind::Verbs],
+        local_ready: true,
+        progress: Arc::<Progress>::default(),
+    };
+    it.handle(now, In::Start(Box::new(pull)));
+    let Some(Out::Claim(_, want)) = it.poll() else { panic!("it claims first") };
+    it.handle(now, In::Granted(want.claim, grant));
+}
+
+/// From a completion that is there to the next request that is posted, the stand-in's own time for both included; and a
+/// turn in which nothing has come.
+#[test]
+#[ignore = "prints figures"]
+fn speed_of_a_turn() {
+    let config = VerbsConfig { window: 1, spin: Duration::ZERO, ..VerbsConfig::default() };
+    let (mut it, devices, grant, incarnation, _kept) = driver(Rig::new(1, config));
+    let (mut idle, mut turns) = (Vec::new(), Vec::new());
+    for n in 1..=40 {
+        start(&mut it, n, grant, incarnation);
+        it.turn(Instant::now());
+        while it.pulls() > 0 {
+            let before = Instant::now();
+            it.turn(before);
+            idle.push(before.elapsed());
+            let mut device = devices[0].lock().unwrap();
+            for number in device.numbers() {
+                device.complete(number, 1);
+            }
+            let posts = device.posts;
+            drop(device);
+            let before = Instant::now();
+            it.turn(before);
+            let took = before.elapsed();
+            if devices[0].lock().unwrap().posts > posts {
+                turns.push(took);
+            }
+        }
+        while it.poll().is_some() {}
+    }
+    for (what, mut all) in [("a turn without anything", idle), ("from a completion to the next request", turns)] {
+        all.sort();
+        println!(
+            "{what}: {:?} (median of {}; a tenth is below {:?})",
+            all[all.len() / 2],
+            all.len(),
+            all[all.len() / 10]
+        );
+    }
+}

@@ -3,6 +3,7 @@
 //! Outside of it every test says so and passes, since there is nothing to be tried. Producers are processes of their own,
 //! on the far ends of the wires (rxb1, rxb2); the control plane goes over loopback, so that a cut wire cuts the data only.
 
+mod cli;
 #[path = "../../benches/support/counting.rs"]
 mod counting;
 mod failures;

@@ -15,7 +15,8 @@ use super::{
     memory::{Access, Region, Source},
     path::{self, End, Path},
     qp::{Agreed, At, Qp, Side},
-    rail::{Rail, Rails},
+    rail::Rail,
+    rails::Rails,
     wake::{Wake, undertake},
 };
 use crate::{block::Incarnation, config::VerbsConfig, group::PoolLayout, lane::LaneError, memory::Memory};

@@ -52,6 +52,8 @@ mod qp;
 #[cfg(feature = "verbs")]
 mod rail;
 #[cfg(feature = "verbs")]
+mod rails;
+#[cfg(feature = "verbs")]
 mod server;
 #[cfg(feature = "verbs")]
 mod survey;
@@ -73,7 +75,8 @@ pub use {
     ladder::{COUNTERS, Counters},
     lane::VerbsLane,
     memory::{Access, Pd, Region, Source},
-    rail::{Rail, Rails, Role},
+    rail::{Rail, Role},
+    rails::Rails,
     server::Server,
     survey::{DeviceReport, Dmabuf, PortReport, survey},
 };

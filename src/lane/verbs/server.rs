@@ -18,7 +18,8 @@ use super::{
     ladder,
     memory::Region,
     qp::{Agreed, Qp, Side},
-    rail::{Rail, Rails, Role},
+    rail::{Rail, Role},
+    rails::Rails,
 };
 use crate::{
     block::Incarnation,

@@ -16,7 +16,8 @@ use super::{
     connect::Opening,
     ladder::{COUNTERS, ERR_BOUND},
     lane::VerbsLane,
-    rail::{Rail, Rails, Role},
+    rail::{Rail, Role},
+    rails::Rails,
     server::Server,
 };
 use crate::{

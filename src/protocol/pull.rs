@@ -271,6 +271,9 @@ impl PullTracker {
     /// An attempt goes no further: stop it, and try again when it is quiet.
     fn failed(&mut self, now: Instant, source: usize, cause: Cause) {
         let s = &mut self.sources[source];
+        if let Some(live) = &mut s.live {
+            live.why.get_or_insert(cause);
+        }
         if let Some(attempt) = s.stop(now) {
             self.out.push_back(Out::Stop(attempt));
             if planted(Bug::RetryBeforeQuiet) {
@@ -292,7 +295,7 @@ impl PullTracker {
         s.avoid(live.caps.kind);
         if self.phase == Phase::Running {
             s.reread();
-            self.try_again(now, source, Cause::LaneFailed);
+            self.try_again(now, source, live.why.unwrap_or(Cause::LaneFailed));
         }
         self.check_end(now);
     }
@@ -456,7 +459,7 @@ impl Machine for PullTracker {
                 let running = self.phase == Phase::Running;
                 if let Some(s) = self.sources.get_mut(source) {
                     s.asked = false;
-                    s.live = Some(Live { attempt, caps, stopped: None, killed: false });
+                    s.live = Some(Live { attempt, caps, stopped: None, killed: false, why: None });
                     s.attempts += u32::from(running);
                     if running {
                         self.lanes.push(caps.kind);

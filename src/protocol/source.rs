@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    error::Cause,
     lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneKind},
     plan::{Plan, Read},
     protocol::{
@@ -38,6 +39,8 @@ pub(super) struct Live {
     /// Since when it is being stopped.
     pub stopped: Option<Instant>,
     pub killed: bool,
+    /// What it failed of first.
+    pub why: Option<Cause>,
 }
 
 /// More completions came than reads were posted: the lane's count cannot be trusted any more.

@@ -335,6 +335,23 @@ fn a_failed_attempt_is_tried_again_only_after_quiet_and_keeps_what_is_good() {
 }
 
 #[test]
+fn what_its_last_lane_failed_of_is_a_pulls_cause() {
+    for cause in [Cause::Unreachable, Cause::LaneFailed] {
+        let mut p = Pull::granted(1);
+        for _ in 0..3 {
+            p.at(p.now - p.start + SECOND / 10);
+            assert!(matches!(p.outs()[..], [Out::NeedLane { .. }]));
+            let a = p.lane(ONLY, FenceKind::Trailer);
+            p.fails(a, cause);
+            p.fails(a, Cause::LaneFailed); // the lane as a whole, after its attempt
+            p.outs();
+            p.quiet(a);
+        }
+        assert_eq!(sets(&p.decided_and_ended()), (vec![], vec![(cause, vec![[0, 7]])]));
+    }
+}
+
+#[test]
 fn a_pull_gives_up_when_its_tries_are_used_up() {
     let mut p = Pull::granted(1);
     for _ in 0..2 {

@@ -6,6 +6,10 @@ use std::{
 };
 
 use kvferry::config::VerbsConfig;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 
 use crate::report::Failure;
 
@@ -68,7 +72,14 @@ impl Perftest {
     fn ask(&self, program: &str, size: u64, n: u64, more: &[&str], server: &mut Child) -> Result<String, Failure> {
         let until = Instant::now() + LIMIT;
         loop {
-            let done = self.command(program, &self.reader, size, n, more).arg("127.0.0.1").output()?;
+            let mut client = self.command(program, &self.reader, size, n, more).arg("127.0.0.1").spawn()?;
+            if !ends(&client, until)? {
+                // Its queue pair tries for ever where one of ours gives up.
+                client.kill()?;
+                client.wait()?;
+                return Err(Failure::failed(format!("{program} did not end within {LIMIT:?}: is the link up?")));
+            }
+            let done = client.wait_with_output()?;
             if done.status.success() {
                 return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
             }
@@ -92,4 +103,14 @@ impl Perftest {
         c.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         c
     }
+}
+
+/// Waits until a process has ended, or this moment has come; without looking again and again, for what it measures would
+/// feel that.
+fn ends(child: &Child, until: Instant) -> Result<bool, Failure> {
+    let os = |e: rustix::io::Errno| Failure::failed(format!("cannot wait for a process: {e}"));
+    let fd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(os)?;
+    let left = until.saturating_duration_since(Instant::now());
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    Ok(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)).map_err(os)? > 0)
 }

@@ -469,8 +469,13 @@ impl VerbsLane {
 
     /// Whether to look for the end of what is in flight instead of sleeping.
     fn nearly_there(&mut self) -> bool {
+        self.spin.goes_on(self.bytes(), Instant::now)
+    }
+
+    /// Bytes in flight; `None`: nothing is.
+    fn bytes(&self) -> Option<u64> {
         let (bytes, any) = self.paths.iter().fold((0, false), |(b, any), p| (b + p.bytes(), any | (p.in_flight() > 0)));
-        self.spin.goes_on(any.then_some(bytes), Instant::now)
+        any.then_some(bytes)
     }
 
     /// Whether something waits for a completion that may never come by itself.

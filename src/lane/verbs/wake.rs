@@ -109,6 +109,9 @@ pub(crate) struct Spin {
 impl Spin {
     /// What counts as little, in bytes.
     const LITTLE: u64 = 64 << 10;
+    /// Looks of one poll. One takes some 10 ns for each rail and a turn 180 (`speed_of_a_turn`), so that with one rail other
+    /// lanes wait half a microsecond at most.
+    const LOOKS: u32 = 32;
 
     pub(crate) fn new(span: Duration) -> Self {
         Self { span, moved: false, until: None }
@@ -120,9 +123,10 @@ impl Spin {
         self.moved = true;
     }
 
-    /// How often to look again at once where nothing has come.
-    pub(crate) fn looks(&self) -> u32 {
-        if self.until.is_some() { 32 } else { 0 }
+    /// How often to look again at once where nothing has come of so many bytes in flight: what is looked for is then found
+    /// sooner than once a turn.
+    pub(crate) fn looks(&self, bytes: Option<u64>) -> u32 {
+        if self.until.is_some() && bytes.is_some_and(|b| b <= Self::LITTLE) { Self::LOOKS } else { 0 }
     }
 
     /// Whether to look on, with this many bytes in flight; `None`: nothing is in flight.
@@ -135,7 +139,8 @@ impl Spin {
         if std::mem::take(&mut self.moved) {
             self.until = now.checked_add(self.span);
         }
-        self.until.is_some_and(|t| now < t)
+        self.until = self.until.filter(|t| now < *t);
+        self.until.is_some()
     }
 }
 

@@ -78,7 +78,7 @@ impl Lane for VerbsLane {
             }
         }
         self.flush();
-        if idle && !self.again.is_empty() {
+        if idle {
             // What was not waited for cannot be late.
             let now = Instant::now();
             self.paths.iter_mut().for_each(|p| p.rested(now));
@@ -141,7 +141,7 @@ impl Lane for VerbsLane {
         if self.down.is_some() {
             return;
         }
-        let mut looks = self.spin.looks();
+        let mut looks = self.spin.looks(self.bytes());
         while !self.reap(now, out) && looks > 0 {
             looks -= 1;
         }
@@ -185,6 +185,12 @@ impl Lane for VerbsLane {
 
 #[cfg(test)]
 impl VerbsLane {
+    /// As if nothing had been wanted of it, and nobody had looked, for so long.
+    pub(crate) fn slept_for(&mut self, time: std::time::Duration) {
+        let then = Instant::now().checked_sub(time).expect("the clock can say that");
+        self.paths.iter_mut().for_each(|p| p.rested(then));
+    }
+
     /// What its owner sleeps on.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.wake.fd()

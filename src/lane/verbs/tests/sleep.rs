@@ -80,3 +80,15 @@ fn the_end_of_little_data_is_looked_for_before_sleeping_and_not_for_ever() {
         assert!(Instant::now() < limit);
     }
 }
+
+#[test]
+fn rails_of_a_lane_that_nobody_used_for_long_are_not_taken_for_stalled() {
+    let mut r = Rig::new(3, VerbsConfig { queue_pairs: 1, depth: 16, ..VerbsConfig::default() });
+    r.lane.slept_for(Duration::from_secs(3600));
+    // One read goes out; the next is refused by its rail, which fails, and waits for a third one.
+    assert_eq!(r.post(A, 0..1), 1);
+    r.devices[1].lock().unwrap().refuse = Some((0, libc::EIO));
+    assert_eq!(r.post(A, 1..2), 1);
+    let events = r.poll();
+    assert_eq!(r.lane.rails().count(), 2, "{events:?}");
+}

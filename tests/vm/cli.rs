@@ -3,10 +3,12 @@
 use std::{
     io::{BufRead as _, BufReader},
     process::{Child, Command, Output, Stdio},
+    time::Instant,
 };
 
 use serde_json::Value;
 
+use crate::rig::SOON;
 use crate::wires::{all_up, ip, objects, settled, wires};
 
 const KVFERRY: &str = env!("CARGO_BIN_EXE_kvferry");
@@ -39,27 +41,28 @@ struct Serve {
 
 impl Serve {
     fn start(args: &str) -> Self {
-        let mut child = Command::new(KVFERRY)
-            .args("serve --listen 127.0.0.1:0 --json --blocks 64 --regions 2 --block-size 16K".split_whitespace())
-            .args(args.split_whitespace())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("it runs");
+        let args = format!("serve --listen 127.0.0.1:0 --json --blocks 64 --regions 2 --block-size 16K {args}");
+        let child = command(KVFERRY, &args).stdout(Stdio::piped()).spawn().expect("it runs");
+        let mut it = Self { child, addr: String::new() };
         let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
+        BufReader::new(it.child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
         let ready: Value = serde_json::from_str(&line).expect("JSON when it is ready");
-        Self { child, addr: ready["listen"].as_str().expect("an address").to_owned() }
+        it.addr = ready["listen"].as_str().expect("an address").to_owned();
+        it
     }
 
-    /// The record of a pull of everything over verbs, verified.
-    fn pull(&self, args: &str) -> Value {
-        let out = kvferry(&format!("pull --from {} --blocks 64 --lane verbs --deadline 60s --json {args}", self.addr));
+    fn try_pull(&self, args: &str) -> Output {
+        kvferry(&format!("pull --from {} --blocks 64 --lane verbs --deadline 60s --json {args}", self.addr))
+    }
+
+    /// A pull of everything over verbs, verified.
+    fn pull(&self, args: &str) {
+        let out = self.try_pull(args);
         let text = String::from_utf8_lossy(&out.stdout);
         assert!(out.status.success(), "{args}: {text}{}", String::from_utf8_lossy(&out.stderr));
         let record: Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!((&record["lane"], &record["mismatched_bytes"]), (&"verbs".into(), &0.into()), "{record}");
         assert_eq!(record["verified_bytes"], 64 * 2 * (16 << 10), "{record}");
-        record
     }
 }
 
@@ -82,8 +85,10 @@ impl Down {
 
 impl Drop for Down {
     fn drop(&mut self) {
-        ip(&format!("link set {} up", self.0));
-        all_up();
+        let _ = Command::new("ip").args(["link", "set", self.0, "up"]).status();
+        if !std::thread::panicking() {
+            all_up();
+        }
     }
 }
 
@@ -111,7 +116,7 @@ fn a_slip_in_the_name_of_a_rail_is_refused_in_one_line_before_anything_else() {
         ("--rails rxa1,rxnone", "rxnone"),
         ("--device rxa1:7", "port 7"),
         ("--device rxa1 --gid-index 77", "77"),
-        ("--device :1", ":1"),
+        ("--device :1", "\":1\" is not a rail"),
     ];
     for (args, word) in slips {
         let text = pull(args);
@@ -141,7 +146,11 @@ fn a_link_that_is_down_is_refused_where_no_other_is_up_and_not_to_who_serves() {
     drop(serve);
     let serve = Serve::start("--rails rxb1");
     drop(down);
-    // It is looked at again from time to time.
+    // It is looked at again from time to time, and a pull does not wait for that.
+    let until = Instant::now() + SOON;
+    while !serve.try_pull("--device rxa1").status.success() {
+        assert!(Instant::now() < until, "a link that has come up is not used");
+    }
     serve.pull("--device rxa1");
     drop(serve);
     settled(before);
@@ -156,14 +165,15 @@ fn a_gid_that_is_named_is_the_one_that_is_used() {
     let (here, there) = (ipv4_gid("rxa1"), ipv4_gid("rxb1"));
     let serve = Serve::start(&format!("--rails rxb1 --gid-index {there}"));
     serve.pull(&format!("--device rxa1 --gid-index {here}"));
-    // The link-local one of this end, towards an IPv4 address: no packet goes that way, and it is said why nothing came.
+    // The link-local one of this end: no packet goes from there to an IPv4 address, and that is said.
     let other = (0..16).find(|i| *i != here).expect("another one");
-    let out = kvferry(&format!(
-        "pull --from {} --blocks 1 --lane verbs --deadline 5s --json --device rxa1 --gid-index {other}",
-        serve.addr
-    ));
-    let text = String::from_utf8_lossy(&out.stdout);
-    assert_ne!(out.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    let pull = format!("pull --from {} --blocks 1 --lane verbs --deadline 60s --json", serve.addr);
+    let out = kvferry(&format!("{pull} --device rxa1 --gid-index {other}"));
+    let (record, text) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert_eq!(out.status.code(), Some(3), "{record}{text}");
+    let record: Value = serde_json::from_str(&record).expect("JSON");
+    assert_eq!(record["causes"]["unreachable"], record["invalid"], "{record}");
+    assert!(text.contains("no rail of one end reaches one of the other") && text.contains("fe80::"), "{text}");
 }
 
 #[test]
@@ -194,7 +204,7 @@ fn doctor_names_devices_ports_addresses_and_what_it_tried() {
     };
     let (status, up) = port("rxa1:1");
     assert_eq!(status, "OK", "{up}");
-    for word in ["RoCE", "MTU 4096", "10.98.1.1", "a1", "*"] {
+    for word in ["RoCE", "MTU 4096", "10.98.1.1", ", a1)", "*"] {
         assert!(up.contains(word), "{word:?} is missing in {up}");
     }
     let (status, down) = port("rxa2:1");

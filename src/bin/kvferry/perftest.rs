@@ -13,8 +13,9 @@ use rustix::{
 
 use crate::report::Failure;
 
-/// How long a measurement may take, the slowest of emulated devices included.
+/// How long a measurement may take, the slowest of emulated devices included, and how much longer for each READ.
 const LIMIT: Duration = Duration::from_secs(120);
+const EACH: Duration = Duration::from_millis(10);
 
 /// perftest between two devices of this machine. Its settings are the lane's: queue pairs, depth, READs on the
 /// wire, GID, timeout, service level.
@@ -70,14 +71,16 @@ impl Perftest {
 
     /// The client's output. The server may not listen yet, so that it is asked again.
     fn ask(&self, program: &str, size: u64, n: u64, more: &[&str], server: &mut Child) -> Result<String, Failure> {
-        let until = Instant::now() + LIMIT;
+        let until = Instant::now() + LIMIT + EACH * u32::try_from(n).unwrap_or(u32::MAX);
         loop {
             let mut client = self.command(program, &self.reader, size, n, more).arg("127.0.0.1").spawn()?;
-            if !ends(&client, until)? {
+            let ended = ends(&client, until);
+            if !matches!(ended, Ok(true)) {
                 // Its queue pair tries for ever where one of ours gives up.
                 client.kill()?;
                 client.wait()?;
-                return Err(Failure::failed(format!("{program} did not end within {LIMIT:?}: is the link up?")));
+                ended?;
+                return Err(Failure::failed(format!("{program} did not end in time: is the link up?")));
             }
             let done = client.wait_with_output()?;
             if done.status.success() {

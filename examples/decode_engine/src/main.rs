@@ -1,6 +1,6 @@
 //! `decode-engine`: see the library's first page.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser;
 use decode_engine::{demo, router, serve, soak, ttft};
@@ -25,7 +25,9 @@ enum Args {
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Colours are for people: a file or a pipe gets plain text.
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let done = match Args::parse() {
         Args::Serve(a) => serve::run(a).await.map(|()| true),
         Args::Router(a) => router::run(a).await.map(|()| true),

@@ -8,8 +8,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::rig::SOON;
-use crate::wires::{all_up, ip, objects, settled, wires};
+use crate::{
+    rig::SOON,
+    wires::{all_up, ip, objects, settled, wires},
+};
 
 const KVFERRY: &str = env!("CARGO_BIN_EXE_kvferry");
 
@@ -208,7 +210,7 @@ fn doctor_names_devices_ports_addresses_and_what_it_tried() {
         assert!(up.contains(word), "{word:?} is missing in {up}");
     }
     let (status, down) = port("rxa2:1");
-    assert!(status == "WARN" && !down.contains("active"), "{down}");
+    assert!(status == "WARN" && down.contains("DOWN"), "{down}");
     assert!(of("verbs lane").iter().any(|(s, f)| s == "OK" && f.contains("verified")), "{findings}");
     assert_eq!(of("locked memory").len(), 1, "{findings}");
 }

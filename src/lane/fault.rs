@@ -298,9 +298,6 @@ mod tests {
         fn post(&mut self, _: Attempt, reads: &[Read], _: bool) -> usize {
             reads.len()
         }
-        fn post_fence(&mut self, _: Attempt, _: FenceSlot) -> bool {
-            true
-        }
         fn stop(&mut self, _: Attempt) {}
         fn kill(&mut self) {}
         fn poll(&mut self, _: &mut Vec<LaneEvent>) {}

@@ -61,6 +61,9 @@ impl fmt::Display for LaneKind {
 pub enum FenceKind {
     /// The tracker posts it with [`Lane::post_fence`] once all the chunk's reads are done.
     Posted,
+    /// The lane reads the word once it has seen all the chunk's reads complete, without being asked: the wire does not wait
+    /// for the tracker. It comes as [`LaneEvent::Fence`] by itself.
+    Own,
     /// The producer checks after copying the chunk, and its word comes as [`LaneEvent::Fence`] by itself.
     Trailer,
 }
@@ -126,7 +129,8 @@ pub enum LaneEvent {
         word: u64,
     },
     /// What was read of this chunk cannot be trusted, and no fence of it will come: read it again, on this attempt. None of
-    /// its reads is in flight. Only lanes whose fences are posted say this, and only after its fence was posted.
+    /// its reads is in flight. Instead of `Fence`, where the tracker would hear that; never from lanes whose fences are
+    /// trailers.
     Again {
         /// The attempt.
         attempt: Attempt,
@@ -170,8 +174,12 @@ pub trait Lane: Send {
     /// `last` says that the slice holds the chunk's last read.
     fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize;
 
-    /// Posts the chunk's fence; `false` when there is no room now. Never called on lanes whose fences are trailers.
-    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool;
+    /// Posts the chunk's fence; `false` when there is no room now. Called only where fences are [`FenceKind::Posted`].
+    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
+        let _ = (a, f);
+        debug_assert!(false, "this lane's fences come by themselves");
+        true
+    }
 
     /// Posts nothing more of this attempt and lets what is in flight drain; then [`LaneEvent::Quiet`].
     fn stop(&mut self, a: Attempt);

@@ -193,32 +193,35 @@ const ONLY: usize = 0;
 
 #[test]
 fn a_chunk_that_its_lane_takes_back_is_read_and_fenced_again_on_the_same_attempt() {
-    let mut p = Pull::granted(1);
-    let a = p.lane(ONLY, FenceKind::Posted);
-    p.outs();
-    p.post_all(ONLY);
-    for c in 0..BLOCKS {
-        p.done(a, c, 1);
-        assert_eq!(p.tracker.next_fence(ONLY).map(|f| f.1.chunk), Some(c));
-        p.tracker.fence_posted(ONLY);
+    for kind in [FenceKind::Posted, FenceKind::Own] {
+        let mut p = Pull::granted(1);
+        let a = p.lane(ONLY, kind);
+        p.outs();
+        p.post_all(ONLY);
+        for c in 0..BLOCKS {
+            p.done(a, c, 1);
+            let asked = (kind == FenceKind::Posted).then_some(c);
+            assert_eq!(p.tracker.next_fence(ONLY).map(|f| f.1.chunk), asked);
+            p.tracker.fence_posted(ONLY);
+        }
+        (0..BLOCKS).filter(|c| ![1, 3].contains(c)).for_each(|c| p.fence(a, c, nonce().get()));
+        p.again(a, 3);
+        p.again(a, 1);
+        assert_eq!(p.outs(), [], "two chunks are missing");
+        assert_eq!(p.post_all(ONLY), [1, 3], "in prefix order");
+        // A word of the fence that was given up, and a second taking back, mean nothing now.
+        p.fence(a, 1, nonce().get());
+        p.again(a, 1);
+        assert_eq!(p.post_all(ONLY), [] as [u32; 0]);
+        for c in [1, 3] {
+            p.done(a, c, 1);
+            p.tracker.fence_posted(ONLY);
+            p.fence(a, c, nonce().get());
+        }
+        assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+        p.quiet(a);
+        assert!(p.ended().complete());
     }
-    (0..BLOCKS).filter(|c| ![1, 3].contains(c)).for_each(|c| p.fence(a, c, nonce().get()));
-    p.again(a, 3);
-    p.again(a, 1);
-    assert_eq!(p.outs(), [], "two chunks are missing");
-    assert_eq!(p.post_all(ONLY), [1, 3], "in prefix order");
-    // A word of the fence that was given up, and a second taking back, mean nothing now.
-    p.fence(a, 1, nonce().get());
-    p.again(a, 1);
-    assert_eq!(p.post_all(ONLY), [] as [u32; 0]);
-    for c in [1, 3] {
-        p.done(a, c, 1);
-        p.tracker.fence_posted(ONLY);
-        p.fence(a, c, nonce().get());
-    }
-    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
-    p.quiet(a);
-    assert!(p.ended().complete());
 }
 
 #[test]

@@ -18,7 +18,7 @@ use kvferry::{
     },
     error::Cause,
     group::PoolLayout,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
+    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
     model::Model,
     offer::{Offer, OfferGroup, OfferRank},
     plan::{ChunkSize, LocalBlocks, Read},
@@ -73,9 +73,6 @@ impl Lane for Prompt {
     }
     fn post(&mut self, _: Attempt, reads: &[Read], _: bool) -> usize {
         reads.len()
-    }
-    fn post_fence(&mut self, _: Attempt, _: FenceSlot) -> bool {
-        true
     }
     fn stop(&mut self, a: Attempt) {
         self.stopped.push(a);

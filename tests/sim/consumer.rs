@@ -579,7 +579,11 @@ impl World {
                     kind,
                     max_read: 8 * self.rng.between(8, 100),
                     quiet_bound: Duration::from_micros(self.rng.between(low, high)),
-                    fence: if kind == LaneKind::Tcp { FenceKind::Trailer } else { FenceKind::Posted },
+                    fence: match kind {
+                        LaneKind::Tcp => FenceKind::Trailer,
+                        LaneKind::Verbs => FenceKind::Own,
+                        _ => FenceKind::Posted,
+                    },
                 };
                 let new = SimLane::connect(&self.fabric, local, q, caps, self.rng.chance(300));
                 say!(self, "consumer {c}: lane {} is {kind} to process {q}", new.number());

@@ -108,6 +108,8 @@ pub struct LaneCore {
     last_load: Micros,
     last_store: Micros,
     last_done: Micros,
+    /// Chunks whose fences the lane posts: reads that are not done, and whether all were accepted.
+    unfenced: BTreeMap<(Attempt, u32), (usize, bool)>,
     /// Chunks with a read that slipped.
     doubts: BTreeSet<(Attempt, u32)>,
     /// A stream that does not go on.
@@ -231,6 +233,7 @@ impl Fabric {
             last_load: 0,
             last_store: 0,
             last_done: 0,
+            unfenced: BTreeMap::new(),
             doubts: BTreeSet::new(),
             hung: false,
         });
@@ -290,10 +293,18 @@ impl Fabric {
         for read in &reads[..room] {
             self.post_read(l, a, *read);
         }
-        if room == reads.len() && last && self.lanes[l].caps.fence == FenceKind::Trailer {
-            let chunk = reads[0].chunk;
-            let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
-            self.launch(l, a, pull, What::Fence(FenceSlot { chunk, slot: 0 }));
+        let all = room == reads.len() && last;
+        match self.lanes[l].caps.fence {
+            FenceKind::Trailer if all => {
+                let chunk = reads[0].chunk;
+                let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
+                self.launch(l, a, pull, What::Fence(FenceSlot { chunk, slot: 0 }));
+            }
+            FenceKind::Own => {
+                let chunk = self.lanes[l].unfenced.entry((a, reads[0].chunk)).or_default();
+                *chunk = (chunk.0 + room, chunk.1 | all);
+            }
+            _ => {}
         }
         room
     }
@@ -304,8 +315,8 @@ impl Fabric {
         if !usable || lane.state != LaneState::Up || (lane.flying > 0 && self.rng.chance(50)) {
             return false;
         }
-        if lane.caps.fence == FenceKind::Trailer {
-            self.broken(Promise::Sound, format!("a fence was posted on lane {l}, whose fences are trailers"));
+        if lane.caps.fence != FenceKind::Posted {
+            self.broken(Promise::Sound, format!("a fence was posted on lane {l}, whose fences come by themselves"));
         }
         let lane = &self.lanes[l];
         let pull = lane.ops.iter().rev().find(|o| o.attempt == a).map_or(0, |o| o.pull);
@@ -675,7 +686,26 @@ impl Fabric {
             self.emit(l, event);
         }
         self.finish(l, o);
+        if let What::Read(r) = what {
+            self.own_fence(l, attempt, r.chunk);
+        }
         self.check_quiet(l, attempt);
+    }
+
+    /// A read of the chunk is done: after the last one a lane that posts fences by itself does.
+    fn own_fence(&mut self, l: usize, attempt: Attempt, chunk: u32) {
+        let lane = &mut self.lanes[l];
+        let Some((open, all)) = lane.unfenced.get_mut(&(attempt, chunk)) else { return };
+        *open -= 1;
+        if *open > 0 || !*all {
+            return;
+        }
+        lane.unfenced.remove(&(attempt, chunk));
+        if let Some(s) = lane.attempts.get(&attempt).filter(|s| !s.stopped && !s.failed) {
+            let f = FenceSlot { chunk, slot: s.grant.slot };
+            let pull = lane.ops.iter().rev().find(|o| o.attempt == attempt).map_or(0, |o| o.pull);
+            self.launch(l, attempt, pull, What::Fence(f));
+        }
     }
 
     fn op_failed(&mut self, l: usize, o: usize, cause: Cause) {

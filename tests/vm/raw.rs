@@ -11,7 +11,7 @@ use kvferry::{
     error::Cause,
     group::PoolLayout,
     lane::{
-        Attempt, FenceSlot, Grant, Lane, LaneEvent,
+        Attempt, Grant, Lane, LaneEvent,
         verbs::{Opening, Rails, Role, Server, VerbsLane, VerbsTicket},
     },
     memory::{Export, FenceWords, Memory},
@@ -126,12 +126,10 @@ fn reads_land_and_the_fence_tells_a_revoked_offer() {
         b.memory.read_into(0, (u64::from(BLOCKS) - 1 - block) * BLOCK, &mut got).unwrap();
         assert!(got.iter().all(|&x| x == block as u8 + 1), "block {block}");
     }
-    let fence = FenceSlot { chunk: 0, slot: 5 };
-    assert!(b.lane.post_fence(A, fence));
     let word = b.nonce.get();
     until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Fence { attempt: A, chunk: 0, word }));
     b.words.clear(5);
-    assert!(b.lane.post_fence(A, fence));
+    assert_eq!(b.lane.post(A, &reads(0..1), true), 1);
     until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Fence { attempt: A, chunk: 0, word: 0 }));
     b.lane.stop(A);
     until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Quiet { attempt: A }));

@@ -25,7 +25,7 @@ use crate::{
     block::Incarnation,
     config::TcpConfig,
     error::Cause,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneError, LaneEvent, LaneKind},
+    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneError, LaneEvent, LaneKind},
     memory::Memory,
     plan::Read,
 };
@@ -193,10 +193,6 @@ impl Lane for TcpLane {
         }
         t.open = (!complete).then_some((chunk, at));
         taken
-    }
-
-    fn post_fence(&mut self, _: Attempt, _: FenceSlot) -> bool {
-        false
     }
 
     fn stop(&mut self, a: Attempt) {

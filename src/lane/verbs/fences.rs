@@ -1,4 +1,4 @@
-//! Fences of chunks in flight, and which queue pairs carried their data.
+//! Fences of chunks in flight, when they are due, and which queue pairs carried their data.
 //!
 //! A chunk is fenced on every queue pair that carried any of it, never on another. Two things hang on that:
 //! - A queue pair that has failed completes nothing well any more. So a fence that came back well on it says that it was
@@ -9,6 +9,8 @@
 //! - A word that is not the nonce may be such a slip too. It is looked at a second time before the offer is called stale.
 //!
 //! Where a carrier has failed, the chunk is in doubt, and is read again as a whole (promise *exact*).
+
+use std::collections::VecDeque;
 
 use super::exchange::{MAX_QUEUE_PAIRS, MAX_RAILS};
 
@@ -59,44 +61,78 @@ impl Fence {
     }
 }
 
+/// What a lane has of a chunk.
+#[derive(Debug, Clone, Copy, Default)]
+struct Chunk {
+    /// Who carried its data.
+    carriers: Carriers,
+    /// Reads that were accepted and are not done.
+    open: u32,
+    /// All of its reads were accepted.
+    all: bool,
+}
+
 /// All fences of a lane.
 #[derive(Debug, Default)]
 pub(crate) struct Fences {
     asked: Vec<Fence>,
-    /// For each attempt's slot and each of its chunks: who carried its data.
-    carried: Vec<Vec<Carriers>>,
+    /// For each attempt's slot: its chunks.
+    chunks: Vec<Vec<Chunk>>,
+    /// Attempt's slot and chunk: all reads are done, and the fence is to be posted.
+    due: VecDeque<(u32, u32)>,
 }
 
 impl Fences {
     /// An attempt begins in a slot.
     pub(crate) fn begin(&mut self, attempt: usize) {
-        if self.carried.len() <= attempt {
-            self.carried.resize_with(attempt + 1, Vec::new);
+        if self.chunks.len() <= attempt {
+            self.chunks.resize_with(attempt + 1, Vec::new);
         }
-        self.carried[attempt].clear();
+        self.chunks[attempt].clear();
         self.asked.retain(|f| f.attempt as usize != attempt);
+        self.due.retain(|(a, _)| *a as usize != attempt);
     }
 
-    /// A read of the chunk has completed on this queue pair.
-    #[inline]
-    pub(crate) fn carried(&mut self, attempt: u32, chunk: u32, by: Carriers) {
-        let Some(chunks) = self.carried.get_mut(attempt as usize) else { return };
+    /// So many reads of the chunk were accepted; `last`: its last one among them.
+    pub(crate) fn accepted(&mut self, attempt: usize, chunk: u32, reads: u32, last: bool) {
+        let Some(chunks) = self.chunks.get_mut(attempt) else { return };
         let at = chunk as usize;
         if at >= chunks.len() {
-            chunks.resize(at + 1, 0);
+            chunks.resize(at + 1, Chunk::default());
         }
-        chunks[at] |= by;
+        chunks[at].open += reads;
+        chunks[at].all |= last;
     }
 
-    /// Who carried the chunk's data.
-    pub(crate) fn carriers(&self, attempt: usize, chunk: u32) -> Carriers {
-        self.carried.get(attempt).and_then(|c| c.get(chunk as usize)).copied().unwrap_or(0)
+    /// A read of the chunk has completed on this queue pair. After the last one the fence is due.
+    #[inline]
+    pub(crate) fn carried(&mut self, attempt: u32, chunk: u32, by: Carriers) {
+        let chunks = self.chunks.get_mut(attempt as usize);
+        let Some(c) = chunks.and_then(|c| c.get_mut(chunk as usize)) else { return };
+        c.carriers |= by;
+        c.open = c.open.saturating_sub(1);
+        if c.open == 0 && c.all {
+            self.due.push_back((attempt, chunk));
+        }
+    }
+
+    /// The next fence to post: the attempt's slot, the chunk, and who carried its data.
+    #[inline]
+    pub(crate) fn due(&self) -> Option<(usize, u32, Carriers)> {
+        let &(attempt, chunk) = self.due.front()?;
+        let c = self.chunks.get(attempt as usize)?.get(chunk as usize)?;
+        Some((attempt as usize, chunk, c.carriers))
+    }
+
+    /// The one that [`Fences::due`] gave is posted, or will not be.
+    pub(crate) fn dealt_with(&mut self) {
+        self.due.pop_front();
     }
 
     /// The chunk is read anew.
     pub(crate) fn forget(&mut self, attempt: usize, chunk: u32) {
-        if let Some(c) = self.carried.get_mut(attempt).and_then(|c| c.get_mut(chunk as usize)) {
-            *c = 0;
+        if let Some(c) = self.chunks.get_mut(attempt).and_then(|c| c.get_mut(chunk as usize)) {
+            *c = Chunk::default();
         }
     }
 

@@ -35,6 +35,8 @@ struct Try {
     attempt: Attempt,
     /// What its fence words hold.
     nonce: u64,
+    /// Word in the peer's fence table.
+    slot: u32,
     /// Requests on rails, filled ones included.
     in_flight: u32,
     failed: bool,
@@ -198,6 +200,31 @@ impl VerbsLane {
         self.fences.forget(i, chunk);
         if let Some(Some(t)) = self.tries.get(i) {
             self.pending.push(LaneEvent::Again { attempt: t.attempt, chunk });
+        }
+    }
+
+    /// Posts the fences of chunks whose reads are all done, as far as there is room.
+    #[inline]
+    fn post_fences(&mut self) {
+        let mut any = false;
+        while let Some((i, chunk, carriers)) = self.fences.due() {
+            let wanted = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none());
+            if let Some(t) = wanted {
+                if !self.alive(carriers) {
+                    self.doubt(i, chunk);
+                } else {
+                    let fence = Fence::new(i as u32, chunk, t.slot, carriers);
+                    if !self.post_words(&fence) {
+                        break;
+                    }
+                    self.fences.posted(fence, t.nonce);
+                    any = true;
+                }
+            }
+            self.fences.dealt_with();
+        }
+        if any {
+            self.flush();
         }
     }
 

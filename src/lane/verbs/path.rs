@@ -217,11 +217,6 @@ impl Path {
         self.ends.iter().all(|e| e.chain.will_complete())
     }
 
-    /// A queue pair that takes a fence which no data binds to another.
-    pub(crate) fn any(&self) -> Option<usize> {
-        self.ends.iter().position(|e| self.rung.is_live() && e.chain.room() > 0)
-    }
-
     /// The queue pair with the least to do, and how much that is; `None`: no more reads are taken now.
     #[inline]
     pub(crate) fn best(&self) -> Option<(usize, u64)> {

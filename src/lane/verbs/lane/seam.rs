@@ -6,11 +6,8 @@ use super::{Try, VerbsLane};
 use crate::{
     error::Cause,
     lane::{
-        Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind,
-        verbs::{
-            fences::{self, Fence},
-            path::{Path, What},
-        },
+        Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind,
+        verbs::path::{Path, What},
     },
     plan::Read,
 };
@@ -21,7 +18,7 @@ impl Lane for VerbsLane {
             kind: LaneKind::Verbs,
             max_read: u64::from(self.max_read),
             quiet_bound: self.quiet_bound,
-            fence: FenceKind::Posted,
+            fence: FenceKind::Own,
         }
     }
 
@@ -35,17 +32,27 @@ impl Lane for VerbsLane {
             // It never has anything in flight.
             self.pending.push(LaneEvent::Quiet { attempt: a });
         } else if self.find(a).is_none() {
-            let t = Try { attempt: a, nonce: grant.nonce.get(), in_flight: 0, failed: false, stopped: None };
+            let t = Try {
+                attempt: a,
+                nonce: grant.nonce.get(),
+                slot: grant.slot,
+                in_flight: 0,
+                failed: false,
+                stopped: None,
+            };
             let i = self.tries.iter().position(Option::is_none).unwrap_or(self.tries.len());
             if i == self.tries.len() {
                 self.tries.push(None);
             }
             self.tries[i] = Some(t);
             self.fences.begin(i);
+            if grant.slot >= self.fence_slots {
+                self.fail(i, Cause::BadOffer);
+            }
         }
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], _last: bool) -> usize {
+    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
         let Some(i) = self.open(a) else { return reads.len() };
         let idle = self.again.is_empty() && self.paths.iter().all(|p| p.in_flight() == 0);
         // Asked at every turn while the window is full: it costs little then.
@@ -77,6 +84,9 @@ impl Lane for VerbsLane {
                 break;
             }
         }
+        if let Some(r) = reads.first() {
+            self.fences.accepted(i, r.chunk, taken as u32, last && taken == reads.len());
+        }
         self.flush();
         if idle {
             // What was not waited for cannot be late.
@@ -84,35 +94,6 @@ impl Lane for VerbsLane {
             self.paths.iter_mut().for_each(|p| p.rested(now));
         }
         taken
-    }
-
-    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
-        let Some(i) = self.open(a) else { return true };
-        if f.slot >= self.fence_slots {
-            self.fail(i, Cause::BadOffer);
-            return true;
-        }
-        let carriers = self.fences.carriers(i, f.chunk);
-        if !self.alive(carriers) {
-            self.doubt(i, f.chunk);
-            return true;
-        }
-        let carriers = match carriers {
-            // Nothing was read of it on this lane: any will do.
-            0 => match self.paths.iter().enumerate().find_map(|(p, path)| Some((p, path.any()?))) {
-                Some((p, e)) => fences::bit(p, e),
-                None => return false,
-            },
-            n => n,
-        };
-        let Some(nonce) = self.tries[i].map(|t| t.nonce) else { return true };
-        let fence = Fence::new(i as u32, f.chunk, f.slot, carriers);
-        if !self.post_words(&fence) {
-            return false;
-        }
-        self.fences.posted(fence, nonce);
-        self.flush();
-        true
     }
 
     fn stop(&mut self, a: Attempt) {
@@ -145,6 +126,8 @@ impl Lane for VerbsLane {
         while !self.reap(now, out) && looks > 0 {
             looks -= 1;
         }
+        // Before anything else: the wire waits for it.
+        self.post_fences();
         self.climb(now);
         self.post_again();
         self.conclude_fences();

@@ -25,7 +25,7 @@ use crate::{
     config::{Limits, VerbsConfig},
     error::Cause,
     group::PoolLayout,
-    lane::{Attempt, FenceSlot, Grant, Lane, LaneEvent},
+    lane::{Attempt, Grant, Lane, LaneEvent},
     memory::{FenceWords, Memory},
     plan::Read,
 };
@@ -44,6 +44,8 @@ struct Rig {
     words: Arc<FenceWords>,
     nonce: Nonce,
     events: Vec<LaneEvent>,
+    /// Events that had come when something of A was posted last.
+    posted: usize,
     server: Server,
     rails: Arc<Rails>,
     incarnation: Incarnation,
@@ -83,8 +85,8 @@ impl Rig {
         let server = Server::on(served, incarnation, words.len(), &Limits::default());
         let mut lane = connect(&readers, &server, 9, incarnation);
         lane.begin(A, Grant { slot: 3, nonce });
-        let (events, rails) = (Vec::new(), readers);
-        Self { lane, devices, served: at_served, here, there, words, nonce, events, server, rails, incarnation }
+        let (events, posted, rails) = (Vec::new(), 0, readers);
+        Self { lane, devices, served: at_served, here, there, words, nonce, events, posted, server, rails, incarnation }
     }
 
     /// Another lane between the same two, which ends with the statement.
@@ -104,6 +106,9 @@ impl Rig {
 
     fn post(&mut self, a: Attempt, blocks: std::ops::Range<u64>) -> usize {
         let reads: Vec<Read> = blocks.map(read).collect();
+        if a == A {
+            self.posted = self.events.len();
+        }
         self.lane.post(a, &reads, true)
     }
 
@@ -143,19 +148,18 @@ impl Rig {
         }
     }
 
-    /// Posts the chunk's fence, carries it out until it has been answered, and returns the answer.
+    /// Carries out what is in flight until the chunk that was posted last is fenced, or in doubt, and says which.
     fn fence(&mut self) -> LaneEvent {
-        let from = self.events.len();
-        assert!(self.lane.post_fence(A, FENCE));
         let limit = Instant::now() + Duration::from_secs(20);
         loop {
-            self.carry_out(|_| ());
-            self.poll();
-            let answer = |e: &&LaneEvent| matches!(e, LaneEvent::Fence { .. } | LaneEvent::Again { .. });
-            if let Some(e) = self.events[from..].iter().find(answer) {
+            let answer =
+                |e: &&LaneEvent| matches!(e, LaneEvent::Fence { attempt: A, .. } | LaneEvent::Again { attempt: A, .. });
+            if let Some(e) = self.events[self.posted..].iter().find(answer) {
                 return e.clone();
             }
             assert!(Instant::now() < limit, "{:?}", self.events);
+            self.carry_out(|_| ());
+            self.poll();
         }
     }
 
@@ -181,8 +185,6 @@ fn read(b: u64) -> Read {
     Read { position: b as u32, ..Read::between(0, (0, b * BLOCK), (0, (BLOCKS - 1 - b) * BLOCK), BLOCK) }
 }
 
-const FENCE: FenceSlot = FenceSlot { chunk: 0, slot: 3 };
-
 #[test]
 fn blocks_and_the_fence_word_land_where_they_belong() {
     let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 32, ..VerbsConfig::default() });
@@ -195,6 +197,9 @@ fn blocks_and_the_fence_word_land_where_they_belong() {
     let word = r.nonce.get();
     assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
     r.words.clear(3);
+    assert_eq!(r.post(A, 0..90), 90);
+    r.carry_out(|_| ());
+    r.poll();
     assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word: 0 });
     r.lane.stop(A);
     assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
@@ -222,8 +227,8 @@ fn a_fence_goes_over_every_pair_that_carried_its_chunk_and_no_other() {
         let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 32, ..VerbsConfig::default() });
         assert_eq!(r.post(A, 0..blocks), blocks as usize);
         r.carry_out(|_| ());
+        assert_eq!(r.in_flight(), 0, "nothing is fenced before its data has been seen to complete");
         r.poll();
-        assert!(r.lane.post_fence(A, FENCE));
         assert_eq!(r.in_flight(), pairs, "{blocks} blocks");
     }
 }
@@ -234,24 +239,17 @@ fn a_read_that_is_reported_as_done_and_was_not_is_read_again() {
     for (depth_of_slip, seen) in [(0, true), (3, true), (7, true), (7, false), (3, false)] {
         let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 4, ..VerbsConfig::default() });
         assert_eq!(r.post(A, 0..16), 16);
-        let (n, other) = (r.devices[0].clone(), r.devices[1].clone());
-        let number = n.lock().unwrap().numbers()[0];
-        n.lock().unwrap().complete(number, depth_of_slip);
-        n.lock().unwrap().slip(number);
-        let second = other.lock().unwrap().numbers()[0];
-        other.lock().unwrap().complete(second, 100);
-        let limit = Instant::now() + Duration::from_secs(20);
-        while r.done() < 16 {
-            r.poll();
-            other.lock().unwrap().complete(second, 100);
-            assert!(Instant::now() < limit, "{:?}", r.events);
-        }
+        let slipping = r.devices[0].clone();
+        let number = slipping.lock().unwrap().numbers()[0];
+        slipping.lock().unwrap().complete(number, depth_of_slip);
+        slipping.lock().unwrap().slip(number);
         if seen {
-            // A request of somebody else shows that the pair is in ERR.
+            // A request of somebody else shows that the pair is in ERR, while the other pair still has some of the chunk.
             let b = Attempt(2);
             r.lane.begin(b, Grant { slot: 3, nonce: r.nonce });
             r.post(b, 20..24);
             r.poll();
+            assert_eq!(r.lane.rails().count(), 1);
         }
         assert_eq!(r.fence(), LaneEvent::Again { attempt: A, chunk: 0 }, "{depth_of_slip} {seen}");
         assert_eq!(r.post(A, 0..16), 16);
@@ -269,7 +267,7 @@ fn a_word_that_did_not_land_is_not_taken_for_a_revoke() {
     assert_eq!(r.post(A, 0..16), 16);
     r.carry_out(|_| ());
     r.poll();
-    assert!(r.lane.post_fence(A, FENCE));
+    assert_eq!(r.in_flight(), 2, "its fence, on both pairs");
     let slipping = r.devices[0].clone();
     let number = slipping.lock().unwrap().numbers()[0];
     slipping.lock().unwrap().slip(number);
@@ -620,15 +618,19 @@ fn what_one_rail_loses_goes_over_the_other_and_not_before_the_first_is_quiet() {
 #[test]
 fn a_fence_goes_out_while_reads_take_all_the_room_that_they_get() {
     let mut r = Rig::new(1, VerbsConfig { queue_pairs: 2, depth: 16, signal_every: 1, ..VerbsConfig::default() });
-    // The first chunk is carried by both pairs.
+    // The first chunk is carried by both pairs, the second one takes what room is left.
     assert_eq!(r.post(A, 0..4), 4);
-    r.carry_out(|_| ());
-    r.poll();
     let of_the_second = |b| Read { chunk: 1, ..read(b) };
     let reads: Vec<Read> = (4..BLOCKS).map(of_the_second).collect();
     let mut next = r.lane.post(A, &reads, true);
+    // And what the first one leaves, on one pair before the first chunk is done, on the other after that.
+    for pair in 0..2 {
+        let number = { r.device().numbers()[pair] };
+        r.device().complete(number, 2);
+        r.poll();
+        next += r.lane.post(A, &reads[next..], true);
+    }
     assert!(next < reads.len(), "the queues are full");
-    assert!(r.lane.post_fence(A, FENCE), "a fence has places of its own");
     // A pair has room again only when the other is full again.
     let (limit, word) = (Instant::now() + Duration::from_secs(20), r.nonce.get());
     for turn in 0.. {
@@ -659,13 +661,18 @@ fn a_read_that_leaves_its_memory_fails_its_attempt_and_is_never_posted() {
         assert_eq!(r.lane.post(A, &[read], true), 1);
         assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::BadOffer }]);
         assert_eq!(r.device().in_flight(), 0);
-        assert!(r.lane.post_fence(A, FENCE) && r.device().in_flight() == 0);
         r.lane.stop(A);
         assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
     }
+    // A fence word beyond the table.
     let mut r = Rig::simple();
-    assert!(r.lane.post_fence(A, FenceSlot { chunk: 0, slot: 8 }));
-    assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::BadOffer }]);
+    let b = Attempt(2);
+    r.lane.begin(b, Grant { slot: 8, nonce: r.nonce });
+    assert_eq!(r.post(b, 0..4), 4);
+    assert_eq!(r.poll(), [LaneEvent::Failed { attempt: b, cause: Cause::BadOffer }]);
+    assert_eq!(r.device().in_flight(), 0);
+    r.lane.stop(b);
+    assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: b }]);
 }
 
 #[test]

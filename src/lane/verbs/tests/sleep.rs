@@ -31,12 +31,12 @@ fn an_idle_lane_sleeps_and_a_completion_wakes_it() {
     assert!(!woken(&mut r, &|| (), 10));
     assert!(woken(&mut r, &carry_out, 1000));
     assert_eq!(r.poll(), [LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }]);
-    assert!(!woken(&mut r, &|| (), 10), "woken once");
+    assert!(!woken(&mut r, &|| (), 10), "woken once, and the fence is on its way");
     // One that came before the queue was armed.
     assert_eq!(r.post(A, 4..8), 4);
     r.carry_out(|_| ());
     assert_eq!(r.lane.arm().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
-    assert_eq!(r.poll(), [LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }]);
+    assert!(r.poll().contains(&LaneEvent::Done { attempt: A, chunk: 0, reads: 4 }));
 }
 
 #[test]
@@ -53,6 +53,7 @@ fn a_lane_that_nobody_uses_any_more_does_not_keep_its_owner_awake() {
     r.carry_out(|_| ());
     r.poll();
     r.lane.stop(A);
+    r.carry_out(|_| ());
     assert_eq!(r.poll(), [LaneEvent::Quiet { attempt: A }]);
     // The timer goes off while the lane is idle, and nobody arms it again.
     assert!(readable(&r, None));

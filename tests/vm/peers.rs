@@ -28,6 +28,22 @@ fn a_killed_peer() {
             all.extend(why);
         }
         println!("why lanes to killed peers went down: {all:?}");
+        // Which of its objects a dying process loses first is up to its kernel; soft-RoCE takes the newest, a queue pair.
+        let known = |w: &String| w.contains("status 12") || w.contains("status 10");
+        assert!(!all.is_empty() && all.iter().all(known), "retries exceeded, or a remote access error: {all:?}");
+    }
+}
+
+#[test]
+fn a_killed_peer_whose_memory_goes_before_its_queue_pairs() {
+    if wires(1) {
+        let hurt = |p: &mut Producer| {
+            assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
+            p.kill();
+        };
+        let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+        assert!(end.outcome.invalid() > 0);
+        assert!(why.iter().any(|w| w.contains("status 10")), "remote access error: {why:?}");
     }
 }
 

@@ -458,7 +458,7 @@ impl Rail {
         }
     }
 
-    /// Posts reads and fences on a lane, a chunk of each attempt in turn, until it takes no more.
+    /// Posts reads, and fences that the lane does not post itself, on a lane, a chunk of each attempt in turn, until it takes no more.
     fn post(&mut self, n: LaneNo) {
         let Some(l) = self.lanes.get_mut(&n) else { return };
         if l.full {

@@ -6,7 +6,8 @@
 pub enum Bug {
     /// Data counts as loaded without a fence.
     FenceSkipped,
-    /// The fence is posted behind the data's posts instead of after their completions.
+    /// The fence is posted behind the data's posts instead of after their completions: by the tracker, or by the simulation's
+    /// lanes that post it themselves.
     FenceBeforeData,
     /// A failed attempt's blocks are read again before the old lane is quiet.
     RetryBeforeQuiet,

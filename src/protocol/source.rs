@@ -1,6 +1,6 @@
 //! One source rank of a pull: which of its parts of the chunks are read, fenced and good, and the attempt that is at it.
 //!
-//! Owns the order in which reads and fences are posted and the count of what is in flight. Never decides what becomes of
+//! Owns the order in which reads are posted, and fences where the lane does not post them itself, and the count of what is in flight. Never decides what becomes of
 //! the pull: that is [`super::pull`]'s.
 
 use std::{
@@ -189,7 +189,7 @@ impl Source {
         }
     }
 
-    /// What the lane has of a chunk is in doubt: it is read again. It was fenced, so none of its reads is in flight.
+    /// What the lane has of a chunk is in doubt: it is read again. All its reads are done, so none is in flight.
     pub fn again(&mut self, chunk: u32) {
         if let Some(part) = self.parts.get_mut(chunk as usize)
             && *part == Part::Fencing

@@ -13,6 +13,7 @@ use kvferry::{
     error::Cause,
     lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneEvent},
     plan::Read,
+    protocol::sabotage::{Bug, planted},
 };
 
 use crate::{
@@ -299,6 +300,14 @@ impl Fabric {
                 let chunk = reads[0].chunk;
                 let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
                 self.launch(l, a, pull, What::Fence(FenceSlot { chunk, slot: 0 }));
+            }
+            FenceKind::Own if planted(Bug::FenceBeforeData) => {
+                if all {
+                    let s = &self.lanes[l].attempts[&a];
+                    let f = FenceSlot { chunk: reads[0].chunk, slot: s.grant.slot };
+                    let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
+                    self.launch(l, a, pull, What::Fence(f));
+                }
             }
             FenceKind::Own => {
                 let chunk = self.lanes[l].unfenced.entry((a, reads[0].chunk)).or_default();

@@ -75,7 +75,8 @@ struct Chunk {
 /// All fences of a lane.
 #[derive(Debug, Default)]
 pub(crate) struct Fences {
-    asked: Vec<Fence>,
+    /// On their way.
+    posted: Vec<Fence>,
     /// For each attempt's slot: its chunks.
     chunks: Vec<Vec<Chunk>>,
     /// Attempt's slot and chunk: all reads are done, and the fence is to be posted.
@@ -89,7 +90,7 @@ impl Fences {
             self.chunks.resize_with(attempt + 1, Vec::new);
         }
         self.chunks[attempt].clear();
-        self.asked.retain(|f| f.attempt as usize != attempt);
+        self.posted.retain(|f| f.attempt as usize != attempt);
         self.due.retain(|(a, _)| *a as usize != attempt);
     }
 
@@ -116,17 +117,22 @@ impl Fences {
         }
     }
 
-    /// The next fence to post: the attempt's slot, the chunk, and who carried its data.
+    /// How many fences are to be posted.
     #[inline]
-    pub(crate) fn due(&self) -> Option<(usize, u32, Carriers)> {
-        let &(attempt, chunk) = self.due.front()?;
-        let c = self.chunks.get(attempt as usize)?.get(chunk as usize)?;
-        Some((attempt as usize, chunk, c.carriers))
+    pub(crate) fn due(&self) -> usize {
+        self.due.len()
     }
 
-    /// The one that [`Fences::due`] gave is posted, or will not be.
-    pub(crate) fn dealt_with(&mut self) {
-        self.due.pop_front();
+    /// Takes the next fence to post: the attempt's slot, the chunk, and who carried its data.
+    pub(crate) fn next_due(&mut self) -> Option<(usize, u32, Carriers)> {
+        let (attempt, chunk) = self.due.pop_front()?;
+        let at = self.chunks.get(attempt as usize).and_then(|c| c.get(chunk as usize));
+        Some((attempt as usize, chunk, at.map_or(0, |c| c.carriers)))
+    }
+
+    /// There is no room for one that was taken.
+    pub(crate) fn later(&mut self, attempt: usize, chunk: u32) {
+        self.due.push_back((attempt as u32, chunk));
     }
 
     /// The chunk is read anew.
@@ -138,12 +144,13 @@ impl Fences {
 
     /// A fence was posted on all of its carriers.
     pub(crate) fn posted(&mut self, mut f: Fence, nonce: u64) {
+        self.forget(f.attempt as usize, f.chunk);
         (f.left, f.word) = (f.carriers.count_ones() as u8, nonce);
-        self.asked.push(f);
+        self.posted.push(f);
     }
 
     fn find(&mut self, attempt: u32, chunk: u32) -> Option<&mut Fence> {
-        self.asked.iter_mut().find(|f| f.attempt == attempt && f.chunk == chunk)
+        self.posted.iter_mut().find(|f| f.attempt == attempt && f.chunk == chunk)
     }
 
     /// A word has come.
@@ -166,17 +173,17 @@ impl Fences {
 
     /// Takes the next fence all of whose words have come or are lost.
     pub(crate) fn next_back(&mut self) -> Option<Fence> {
-        let i = self.asked.iter().position(|f| f.left == 0)?;
-        Some(self.asked.swap_remove(i))
+        let i = self.posted.iter().position(|f| f.left == 0)?;
+        Some(self.posted.swap_remove(i))
     }
 
     /// Keeps one that was taken for later.
     pub(crate) fn back(&mut self, f: Fence) {
-        self.asked.push(f);
+        self.posted.push(f);
     }
 
     /// Whether any fence is back already.
     pub(crate) fn any_back(&self) -> bool {
-        self.asked.iter().any(|f| f.left == 0)
+        self.posted.iter().any(|f| f.left == 0)
     }
 }

@@ -165,9 +165,9 @@ impl VerbsLane {
         }
     }
 
-    /// Whether all of these queue pairs could still complete something.
+    /// Whether all of these queue pairs could still complete something. Of nobody nothing is known.
     fn alive(&self, carriers: Carriers) -> bool {
-        fences::each(carriers).all(|(p, e)| self.paths.get(p).is_some_and(|p| p.alive(e)))
+        carriers != 0 && fences::each(carriers).all(|(p, e)| self.paths.get(p).is_some_and(|p| p.alive(e)))
     }
 
     /// Posts READs of a fence's word, one on each carrier; `false` when there is no room for all of them now.
@@ -203,25 +203,25 @@ impl VerbsLane {
         }
     }
 
-    /// Posts the fences of chunks whose reads are all done, as far as there is room.
+    /// Posts the fences of chunks whose reads are all done. One that its rails have no room for holds up no other.
     #[inline]
     fn post_fences(&mut self) {
         let mut any = false;
-        while let Some((i, chunk, carriers)) = self.fences.due() {
-            let wanted = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none());
-            if let Some(t) = wanted {
-                if !self.alive(carriers) {
-                    self.doubt(i, chunk);
-                } else {
-                    let fence = Fence::new(i as u32, chunk, t.slot, carriers);
-                    if !self.post_words(&fence) {
-                        break;
-                    }
-                    self.fences.posted(fence, t.nonce);
-                    any = true;
-                }
+        for _ in 0..self.fences.due() {
+            let Some((i, chunk, carriers)) = self.fences.next_due() else { break };
+            let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none()) else {
+                continue;
+            };
+            if !self.alive(carriers) {
+                self.doubt(i, chunk);
+                continue;
             }
-            self.fences.dealt_with();
+            let fence = Fence::new(i as u32, chunk, t.slot, carriers);
+            match self.post_words(&fence) {
+                true => self.fences.posted(fence, t.nonce),
+                false => self.fences.later(i, chunk),
+            }
+            any = true;
         }
         if any {
             self.flush();

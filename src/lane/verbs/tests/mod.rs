@@ -1,5 +1,6 @@
 //! The lane against a device that is none.
 
+mod fences;
 mod settings;
 mod sleep;
 mod speed;
@@ -219,70 +220,6 @@ fn a_producer_lets_go_of_a_device_that_died_and_of_no_other() {
         std::thread::yield_now();
     }
     assert_eq!((pairs(1), r.server.lanes_served()), (1, 1));
-}
-
-#[test]
-fn a_fence_goes_over_every_pair_that_carried_its_chunk_and_no_other() {
-    for (blocks, pairs) in [(1, 1), (2, 2), (5, 5), (90, 6)] {
-        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 3, depth: 32, ..VerbsConfig::default() });
-        assert_eq!(r.post(A, 0..blocks), blocks as usize);
-        r.carry_out(|_| ());
-        assert_eq!(r.in_flight(), 0, "nothing is fenced before its data has been seen to complete");
-        r.poll();
-        assert_eq!(r.in_flight(), pairs, "{blocks} blocks");
-    }
-}
-
-#[test]
-fn a_read_that_is_reported_as_done_and_was_not_is_read_again() {
-    // Signaled or not, the last of its queue or not; the slip seen before the fence is posted, or not.
-    for (depth_of_slip, seen) in [(0, true), (3, true), (7, true), (7, false), (3, false)] {
-        let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 4, ..VerbsConfig::default() });
-        assert_eq!(r.post(A, 0..16), 16);
-        let slipping = r.devices[0].clone();
-        let number = slipping.lock().unwrap().numbers()[0];
-        slipping.lock().unwrap().complete(number, depth_of_slip);
-        slipping.lock().unwrap().slip(number);
-        if seen {
-            // A request of somebody else shows that the pair is in ERR, while the other pair still has some of the chunk.
-            let b = Attempt(2);
-            r.lane.begin(b, Grant { slot: 3, nonce: r.nonce });
-            r.post(b, 20..24);
-            r.poll();
-            assert_eq!(r.lane.rails().count(), 1);
-        }
-        assert_eq!(r.fence(), LaneEvent::Again { attempt: A, chunk: 0 }, "{depth_of_slip} {seen}");
-        assert_eq!(r.post(A, 0..16), 16);
-        r.carry_out(|_| ());
-        r.poll();
-        let word = r.nonce.get();
-        assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
-        r.check(0..16);
-    }
-}
-
-#[test]
-fn a_word_that_did_not_land_is_not_taken_for_a_revoke() {
-    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 4, ..VerbsConfig::default() });
-    assert_eq!(r.post(A, 0..16), 16);
-    r.carry_out(|_| ());
-    r.poll();
-    assert_eq!(r.in_flight(), 2, "its fence, on both pairs");
-    let slipping = r.devices[0].clone();
-    let number = slipping.lock().unwrap().numbers()[0];
-    slipping.lock().unwrap().slip(number);
-    let limit = Instant::now() + Duration::from_secs(20);
-    while !r.events.contains(&LaneEvent::Again { attempt: A, chunk: 0 }) {
-        r.carry_out(|_| ());
-        r.poll();
-        assert!(Instant::now() < limit, "{:?}", r.events);
-    }
-    assert!(!r.events.iter().any(|e| matches!(e, LaneEvent::Fence { .. })));
-    assert_eq!(r.post(A, 0..16), 16);
-    r.carry_out(|_| ());
-    r.poll();
-    let word = r.nonce.get();
-    assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
 }
 
 #[test]
@@ -613,35 +550,6 @@ fn what_one_rail_loses_goes_over_the_other_and_not_before_the_first_is_quiet() {
     let word = r.nonce.get();
     assert_eq!(r.fence(), LaneEvent::Fence { attempt: A, chunk: 0, word });
     assert!(!r.events.iter().any(|e| matches!(e, LaneEvent::Failed { .. } | LaneEvent::Down { .. })));
-}
-
-#[test]
-fn a_fence_goes_out_while_reads_take_all_the_room_that_they_get() {
-    let mut r = Rig::new(1, VerbsConfig { queue_pairs: 2, depth: 16, signal_every: 1, ..VerbsConfig::default() });
-    // The first chunk is carried by both pairs, the second one takes what room is left.
-    assert_eq!(r.post(A, 0..4), 4);
-    let of_the_second = |b| Read { chunk: 1, ..read(b) };
-    let reads: Vec<Read> = (4..BLOCKS).map(of_the_second).collect();
-    let mut next = r.lane.post(A, &reads, true);
-    // And what the first one leaves, on one pair before the first chunk is done, on the other after that.
-    for pair in 0..2 {
-        let number = { r.device().numbers()[pair] };
-        r.device().complete(number, 2);
-        r.poll();
-        next += r.lane.post(A, &reads[next..], true);
-    }
-    assert!(next < reads.len(), "the queues are full");
-    // A pair has room again only when the other is full again.
-    let (limit, word) = (Instant::now() + Duration::from_secs(20), r.nonce.get());
-    for turn in 0.. {
-        let number = { r.device().numbers()[turn % 2] };
-        r.device().complete(number, 1);
-        if r.poll().contains(&LaneEvent::Fence { attempt: A, chunk: 0, word }) {
-            break;
-        }
-        next += r.lane.post(A, &reads[next..], true);
-        assert!(next < reads.len() && Instant::now() < limit, "the fence waited for all reads");
-    }
 }
 
 #[test]

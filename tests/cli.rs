@@ -216,11 +216,23 @@ fn a_benchmark_row_has_the_documented_fields() {
     let rows: Vec<Value> = serde_json::from_slice(&out.stdout).expect("a list of rows");
     assert_eq!(rows.iter().map(|r| r["block_size"].as_u64().unwrap()).collect::<Vec<_>>(), [65536, 262144]);
     for r in &rows {
-        for field in ["lane", "op", "block_size", "blocks", "gb_per_s", "raw_gb_per_s", "lat_us", "prep_us", "post_us"]
-        {
+        for field in [
+            "lane",
+            "op",
+            "block_size",
+            "blocks",
+            "gb_per_s",
+            "raw_gb_per_s",
+            "raw_ratio",
+            "lat_us",
+            "prep_us",
+            "post_us",
+        ] {
             assert!(r.get(field).is_some(), "{field} is missing in {r}");
         }
-        assert!(r["gb_per_s"].as_f64().unwrap() > 0.0 && r["raw_gb_per_s"].as_f64().unwrap() > 0.0);
+        for rate in ["gb_per_s", "raw_gb_per_s", "raw_ratio"] {
+            assert!(r[rate].as_f64().unwrap() > 0.0, "{rate}");
+        }
         for p in ["avg", "p50", "p99"] {
             assert!(r["lat_us"][p].as_f64().unwrap() > 0.0);
         }

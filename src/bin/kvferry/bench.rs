@@ -105,6 +105,9 @@ pub struct Row {
     pub gb_per_s: f64,
     /// The same for the bare copy; `null` without `--vs-raw`.
     pub raw_gb_per_s: Option<f64>,
+    /// Rate of a pull over that of the bare copy right after it, median: a machine that has fast and slow minutes has them
+    /// for both. `null` without `--vs-raw`.
+    pub raw_ratio: Option<f64>,
     /// From the call to the end.
     pub lat_us: Latency,
     /// READ and fence of one block, one block at a time, median in microseconds; `null` but for verbs with `--vs-raw`, and
@@ -288,7 +291,7 @@ impl Bench<'_> {
         }
         Ok(all.map(|mut v| {
             v.sort();
-            percentile(&v, 50)
+            percentile(&v, 50).unwrap_or_default()
         }))
     }
 
@@ -346,6 +349,9 @@ impl Bench<'_> {
                 post.push(end.saturating_sub(t.data.unwrap_or(end)));
             }
         }
+        let mut ratios: Vec<_> =
+            lat.iter().zip(&bare).map(|(l, b)| b.as_secs_f64() / l.as_secs_f64().max(1e-9)).collect();
+        ratios.sort_by(f64::total_cmp);
         for v in [&mut lat, &mut prep, &mut post, &mut bare] {
             v.sort();
         }
@@ -360,26 +366,27 @@ impl Bench<'_> {
             op: "pull",
             block_size: size,
             blocks,
-            gb_per_s: rate(percentile(&lat, 50)),
-            raw_gb_per_s: (!bare.is_empty()).then(|| rate(percentile(&bare, 50))),
+            gb_per_s: rate(percentile(&lat, 50).unwrap_or_default()),
+            raw_gb_per_s: percentile(&bare, 50).map(rate),
+            raw_ratio: percentile(&ratios, 50),
             lat_us: Latency {
                 avg: lat.iter().map(Duration::as_secs_f64).sum::<f64>() * 1e6 / lat.len().max(1) as f64,
-                p50: us(percentile(&lat, 50)),
-                p99: us(percentile(&lat, 99)),
+                p50: us(percentile(&lat, 50).unwrap_or_default()),
+                p99: us(percentile(&lat, 99).unwrap_or_default()),
             },
             one_block_us: one.map(|o| us_of(o[0])),
             first_block_us: one.map(|o| us_of(o[1])),
             raw_one_block_us: one.map(|o| us_of(o[2])),
-            prep_us: us(percentile(&prep, 50)),
-            post_us: us(percentile(&post, 50)),
+            prep_us: us(percentile(&prep, 50).unwrap_or_default()),
+            post_us: us(percentile(&post, 50).unwrap_or_default()),
         }))
     }
 }
 
 /// The nearest-rank percentile of sorted values.
-fn percentile(sorted: &[Duration], p: usize) -> Duration {
+fn percentile<T: Copy>(sorted: &[T], p: usize) -> Option<T> {
     let rank = (sorted.len() * p).div_ceil(100).max(1);
-    sorted.get(rank - 1).copied().unwrap_or_default()
+    sorted.get(rank - 1).copied()
 }
 
 fn header(raw: bool) {
@@ -398,7 +405,8 @@ fn header(raw: bool) {
 }
 
 fn print(r: &Row) {
-    let more = r.raw_gb_per_s.map_or(String::new(), |raw| format!(" {raw:>13.2} {:>6.2}", r.gb_per_s / raw));
+    let raw = r.raw_gb_per_s.zip(r.raw_ratio);
+    let more = raw.map_or(String::new(), |(raw, ratio)| format!(" {raw:>13.2} {ratio:>6.2}"));
     println!(
         "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
         r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
@@ -419,9 +427,9 @@ mod tests {
     #[test]
     fn a_percentile_is_a_value_that_was_measured() {
         let v: Vec<_> = (1..=10).map(Duration::from_secs).collect();
-        assert_eq!(percentile(&v, 50), Duration::from_secs(5));
-        assert_eq!(percentile(&v, 99), Duration::from_secs(10));
-        assert_eq!(percentile(&v[..1], 50), Duration::from_secs(1));
-        assert_eq!(percentile(&[], 50), Duration::ZERO);
+        assert_eq!(percentile(&v, 50), Some(Duration::from_secs(5)));
+        assert_eq!(percentile(&v, 99), Some(Duration::from_secs(10)));
+        assert_eq!(percentile(&v[..1], 50), Some(Duration::from_secs(1)));
+        assert_eq!(percentile::<Duration>(&[], 50), None);
     }
 }

@@ -295,25 +295,15 @@ impl Fabric {
             self.post_read(l, a, *read);
         }
         let all = room == reads.len() && last;
-        match self.lanes[l].caps.fence {
-            FenceKind::Trailer if all => {
-                let chunk = reads[0].chunk;
-                let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
-                self.launch(l, a, pull, What::Fence(FenceSlot { chunk, slot: 0 }));
-            }
-            FenceKind::Own if planted(Bug::FenceBeforeData) => {
-                if all {
-                    let s = &self.lanes[l].attempts[&a];
-                    let f = FenceSlot { chunk: reads[0].chunk, slot: s.grant.slot };
-                    let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
-                    self.launch(l, a, pull, What::Fence(f));
-                }
-            }
-            FenceKind::Own => {
-                let chunk = self.lanes[l].unfenced.entry((a, reads[0].chunk)).or_default();
-                *chunk = (chunk.0 + room, chunk.1 | all);
-            }
-            _ => {}
+        let (fence, chunk) = (self.lanes[l].caps.fence, reads[0].chunk);
+        let at_once = fence == FenceKind::Trailer || (fence == FenceKind::Own && planted(Bug::FenceBeforeData));
+        if at_once && all {
+            let slot = self.lanes[l].attempts[&a].grant.slot;
+            let pull = self.lanes[l].ops.last().map_or(0, |o| o.pull);
+            self.launch(l, a, pull, What::Fence(FenceSlot { chunk, slot }));
+        } else if fence == FenceKind::Own && !at_once {
+            let chunk = self.lanes[l].unfenced.entry((a, chunk)).or_default();
+            *chunk = (chunk.0 + room, chunk.1 | all);
         }
         room
     }

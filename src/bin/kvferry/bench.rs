@@ -110,19 +110,37 @@ pub struct Row {
     pub raw_ratio: Option<f64>,
     /// From the call to the end.
     pub lat_us: Latency,
-    /// READ and fence of one block, one block at a time, median in microseconds; `null` but for verbs with `--vs-raw`, and
-    /// where a pull has one block only.
-    pub one_block_us: Option<f64>,
-    /// From the granted claim to the first block's fence, median in microseconds: the same, by threads that slept until
-    /// then.
-    pub first_block_us: Option<f64>,
-    /// One bare READ of a block, one at a time, median in microseconds.
-    pub raw_one_block_us: Option<f64>,
+    /// One block at a time; `null` but for verbs with `--vs-raw`, and where a pull has one block only.
+    pub one_at_a_time: Option<OneAtATime>,
     /// Median from the call to the granted claim.
     pub prep_us: u64,
     /// Median from the last fence to the end.
     pub post_us: u64,
 }
+
+/// READ and fence of one block, one block at a time, next to bare READs of a block, one at a time. Medians of rounds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct OneAtATime {
+    /// A block after the first, in microseconds: the mean of a pull's, the median of a round's.
+    pub block_us: f64,
+    /// From the granted claim to the first block's fence, in microseconds: by threads that slept until then.
+    pub first_block_us: f64,
+    /// A bare READ, in microseconds: the median of a round's.
+    pub raw_us: f64,
+    /// A block's time over the same round's bare READ.
+    pub ratio: f64,
+    /// A first block's.
+    pub first_ratio: f64,
+}
+
+impl OneAtATime {
+    fn of(block_us: f64, first_block_us: f64, raw_us: f64) -> Self {
+        Self { block_us, first_block_us, raw_us, ratio: block_us / raw_us, first_ratio: first_block_us / raw_us }
+    }
+}
+
+/// Rounds of pulls and bare READs in turn.
+const ROUNDS: usize = 7;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -256,9 +274,8 @@ impl Bench<'_> {
     }
 
     /// READ and fence of one block, one block at a time, as perftest measures latency: a window that one READ fills, and a
-    /// fence for each block. Medians of pulls: a block after the first one, and the first from the granted claim on; and of
-    /// the bare READs that were measured in turn with them, for a machine has fast and slow minutes.
-    fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<[Duration; 3], Failure> {
+    /// fence for each block. In rounds, each next to bare READs, for a machine has fast and slow minutes.
+    fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<OneAtATime, Failure> {
         let mut config = Config { verbs: self.args.verbs.config(), ..Config::default() };
         config.verbs.window = 1;
         config.pull.chunk = ChunkSize { per_pull: u32::MAX, min_bytes: size, max_bytes: size };
@@ -267,9 +284,10 @@ impl Bench<'_> {
             .config(config)
             .build()?;
         let blocks = (self.total / size).min(64) as u32;
-        let mut all = [const { Vec::new() }; 3];
-        for _ in 0..3 {
-            for i in 0..=self.args.iterations {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            let (mut block, mut first_block) = (Vec::new(), Vec::new());
+            for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
                 let wanted = LocalBlocks {
                     group: offer.groups[0].group,
@@ -283,16 +301,21 @@ impl Bench<'_> {
                 };
                 // The very first one connects the lane, and each round's finds the caches cold.
                 if i > 0 {
-                    all[0].push(data.saturating_sub(first) / (blocks - 1));
-                    all[1].push(first.saturating_sub(claim));
+                    block.push(us_of(data.saturating_sub(first) / (blocks - 1)));
+                    first_block.push(us_of(first.saturating_sub(claim)));
                 }
             }
-            all[2].push(raw.one_read(size, u64::from(self.args.iterations) * 10)?);
+            let bare = us_of(raw.one_read(size, u64::from(self.args.iterations) * 10)?);
+            rounds.push(OneAtATime::of(median(block), median(first_block), bare));
         }
-        Ok(all.map(|mut v| {
-            v.sort();
-            percentile(&v, 50).unwrap_or_default()
-        }))
+        let of = |f: fn(&OneAtATime) -> f64| median(rounds.iter().map(f).collect());
+        Ok(OneAtATime {
+            block_us: of(|r| r.block_us),
+            first_block_us: of(|r| r.first_block_us),
+            raw_us: of(|r| r.raw_us),
+            ratio: of(|r| r.ratio),
+            first_ratio: of(|r| r.first_ratio),
+        })
     }
 
     /// One row; `None` when the lane cannot be had.
@@ -349,9 +372,8 @@ impl Bench<'_> {
                 post.push(end.saturating_sub(t.data.unwrap_or(end)));
             }
         }
-        let mut ratios: Vec<_> =
-            lat.iter().zip(&bare).map(|(l, b)| b.as_secs_f64() / l.as_secs_f64().max(1e-9)).collect();
-        ratios.sort_by(f64::total_cmp);
+        let ratios = lat.iter().zip(&bare).map(|(l, b)| b.as_secs_f64() / l.as_secs_f64().max(1e-9));
+        let raw_ratio = (!bare.is_empty()).then(|| median(ratios.collect()));
         for v in [&mut lat, &mut prep, &mut post, &mut bare] {
             v.sort();
         }
@@ -359,7 +381,6 @@ impl Bench<'_> {
             Some(raw) if lane == LaneKind::Verbs && blocks > 1 => Some(self.one_at_a_time(consumer, size, raw)?),
             _ => None,
         };
-        let us_of = |t: Duration| t.as_secs_f64() * 1e6;
         let rate = |t: Duration| self.total as f64 / t.as_secs_f64().max(1e-9) / 1e9;
         Ok(Some(Row {
             lane: lane.as_str(),
@@ -368,19 +389,26 @@ impl Bench<'_> {
             blocks,
             gb_per_s: rate(percentile(&lat, 50).unwrap_or_default()),
             raw_gb_per_s: percentile(&bare, 50).map(rate),
-            raw_ratio: percentile(&ratios, 50),
+            raw_ratio,
             lat_us: Latency {
                 avg: lat.iter().map(Duration::as_secs_f64).sum::<f64>() * 1e6 / lat.len().max(1) as f64,
                 p50: us(percentile(&lat, 50).unwrap_or_default()),
                 p99: us(percentile(&lat, 99).unwrap_or_default()),
             },
-            one_block_us: one.map(|o| us_of(o[0])),
-            first_block_us: one.map(|o| us_of(o[1])),
-            raw_one_block_us: one.map(|o| us_of(o[2])),
+            one_at_a_time: one,
             prep_us: us(percentile(&prep, 50).unwrap_or_default()),
             post_us: us(percentile(&post, 50).unwrap_or_default()),
         }))
     }
+}
+
+fn us_of(t: Duration) -> f64 {
+    t.as_secs_f64() * 1e6
+}
+
+fn median(mut v: Vec<f64>) -> f64 {
+    v.sort_by(f64::total_cmp);
+    percentile(&v, 50).unwrap_or_default()
 }
 
 /// The nearest-rank percentile of sorted values.
@@ -411,11 +439,10 @@ fn print(r: &Row) {
         "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
         r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
     );
-    if let (Some(ours), Some(first), Some(bare)) = (r.one_block_us, r.first_block_us, r.raw_one_block_us) {
+    if let Some(o) = r.one_at_a_time {
         println!(
-            "       one block at a time, READ and fence: {ours:.0} us; ib_read_lat: {bare:.0} us; ratio {:.2}; first of a pull: {first:.0} us, {:.2}",
-            ours / bare,
-            first / bare
+            "       one block at a time, READ and fence: {:.0} us; ib_read_lat: {:.0} us; ratio {:.2}; first of a pull: {:.0} us, {:.2}",
+            o.block_us, o.raw_us, o.ratio, o.first_block_us, o.first_ratio
         );
     }
 }

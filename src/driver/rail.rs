@@ -458,7 +458,8 @@ impl Rail {
         }
     }
 
-    /// Posts reads, and fences that the lane does not post itself, on a lane, a chunk of each attempt in turn, until it takes no more.
+    /// Posts reads on a lane, and fences where the lane does not post them itself, a chunk of each attempt in turn, until it
+    /// takes no more.
     fn post(&mut self, n: LaneNo) {
         let Some(l) = self.lanes.get_mut(&n) else { return };
         if l.full {

@@ -217,11 +217,12 @@ impl VerbsLane {
                 continue;
             }
             let fence = Fence::new(i as u32, chunk, t.slot, carriers);
-            match self.post_words(&fence) {
-                true => self.fences.posted(fence, t.nonce),
-                false => self.fences.later(i, chunk),
+            if self.post_words(&fence) {
+                self.fences.posted(fence, t.nonce);
+                any = true;
+            } else {
+                self.fences.later(i, chunk);
             }
-            any = true;
         }
         if any {
             self.flush();

@@ -29,9 +29,9 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
-# vLLM's ranks wait for work by yielding in a loop. Where a kernel takes that as time used in advance (Linux 6.18 does), two of
-# them on two processors keep everything else on the host from running, for 15 s and more. Ranks are started afresh from this
-# file, so this holds for them too.
+# vLLM's ranks wait for work by yielding in a loop. Where a thread that yields is moved ahead in virtual time (Linux 6.18, and
+# 6.12.63: commit 79104becf42b; mended by 1319ea57529e), two of them on two processors keep everything else on the host from
+# running, for 15 s and more. Ranks are started afresh from this file, so this holds for them too.
 os.sched_yield = lambda: time.sleep(0.0005)
 
 answers: Any = None

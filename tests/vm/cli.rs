@@ -240,3 +240,25 @@ fn too_little_lockable_memory_is_named_with_the_remedy_and_other_lanes_go_on() {
     let record: Value = serde_json::from_slice(&out.stdout).expect("JSON");
     assert!(out.status.success() && record["lane"] != "verbs", "{record}");
 }
+
+#[test]
+fn a_benchmark_beside_perftest_has_both_rates_and_both_latencies_in_one_row() {
+    if !wires(1) {
+        return;
+    }
+    let before = objects();
+    let out = kvferry(
+        "bench --lane verbs --device rxa1 --serve-rails rxb1 --vs-raw --json --start-block-size 64K --max-block-size 64K \
+         --total-bytes 1M --iterations 2 --warmup 0 --qp-timeout 18",
+    );
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    let rows: Value = serde_json::from_str(&text).expect("JSON");
+    let row = &rows[0];
+    let more = |v: &Value| v.as_f64().is_some_and(|v| v > 0.0);
+    assert!(["gb_per_s", "raw_gb_per_s", "raw_ratio"].iter().all(|f| more(&row[f])), "{row}");
+    let one = &row["one_at_a_time"];
+    let fields = ["block_us", "first_block_us", "raw_us", "ratio", "first_ratio"];
+    assert!(fields.iter().all(|f| more(&one[f])), "{row}");
+    settled(before);
+}

@@ -5,9 +5,9 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let protos = ["proto/kvferry/v1/ferry.proto", "proto/kvferry/v1/bench.proto"];
-    println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(protos, ["proto"])?;
+    let file = "proto/kvferry/v1/ferry.proto";
+    println!("cargo:rerun-if-changed={file}");
+    let descriptors = protox::compile([file], ["proto"])?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     fs::write(out.join("kvferry.v1.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;

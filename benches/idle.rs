@@ -3,19 +3,10 @@
 //! One producer listens on every loopback address; the consumer pulls a block from it under as many addresses as it has
 //! peers, and then does nothing. Each address is a peer of its own to the consumer, with a connection, a session and a lane.
 
-#[path = "support/serve.rs"]
-mod serve;
-
 use std::time::{Duration, Instant};
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::{Consumer, Pull},
-    control::client,
-    lane::LaneKind,
-    plan::LocalBlocks,
-};
-use serve::{Serve, layout, model};
+use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Pull};
+use kvferry_testkit::rig::{self, Producer, Spec};
 
 const WATCH: Duration = Duration::from_secs(10);
 
@@ -36,15 +27,16 @@ fn usage(pid: u32) -> Usage {
 }
 
 fn measure(sessions: u32, lane: LaneKind) {
-    let serve = Serve::start("0.0.0.0:0");
-    let port = serve.addr.rsplit(':').next().expect("a port").to_owned();
-    let consumer = Consumer::builder("idle".parse().expect("an id"), model(), layout()).build().expect("a consumer");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let spec = Spec { listen: "0.0.0.0:0".into(), blocks: 8, regions: 1, block_size: 4096, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
+    let pid = producer.pid();
+    let port = producer.addr.rsplit(':').next().expect("a port").to_owned();
+    let consumer =
+        Consumer::builder("idle".parse().expect("an id"), spec.kv_model(), spec.layout()).build().expect("a consumer");
     let limit = Duration::from_secs(10);
-    let pull = |i: u32| {
+    let mut pull = |i: u32| {
         let addr = format!("127.1.{}.{}:{port}", i / 250, i % 250 + 1);
-        let offer = runtime.block_on(client::make_offer(&addr, 1, false, 0, limit));
-        let mut offer = offer.expect("an offer");
+        let mut offer = producer.offer(&[0]);
         offer.ranks[0].addr = addr;
         let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
         consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");
@@ -54,9 +46,9 @@ fn measure(sessions: u32, lane: LaneKind) {
     };
     // The first ones warm up what all share.
     pull(2000);
-    let (here, there) = (std::process::id(), serve.pid());
+    let (here, there) = (std::process::id(), pid);
     let before = (usage(here), usage(there));
-    let mut first: Vec<Duration> = (0..sessions).map(pull).collect();
+    let mut first: Vec<Duration> = (0..sessions).map(&mut pull).collect();
     first.sort();
     let after = (usage(here), usage(there));
     let start = Instant::now();
@@ -77,6 +69,7 @@ fn measure(sessions: u32, lane: LaneKind) {
 }
 
 fn main() {
+    rig::play();
     println!(
         "{:<6} {:>8} {:>14} {:>14} {:>16} {:>16} {:>18}",
         "lane",

@@ -1,34 +1,27 @@
 //! What a pull costs beside its bytes: claim, fence, decide, release, one small block at a time. `cargo bench --bench pull`.
 
-#[path = "support/serve.rs"]
-mod serve;
-
 use std::time::{Duration, Instant};
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::{Consumer, Pull},
-    control::client,
-    lane::LaneKind,
-    plan::LocalBlocks,
-};
-use serve::{Serve, layout, model};
+use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Pull};
+use kvferry_testkit::rig::{self, Producer, Spec};
 
 fn main() {
-    let serve = Serve::start("127.0.0.1:0");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    rig::play();
+    let spec = Spec { blocks: 8, regions: 1, block_size: 4096, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
     let limit = Duration::from_secs(10);
     println!(
         "{:<6} {:>6} {:>14} {:>12} {:>12} {:>12} {:>14}",
         "lane", "pulls", "first pull ms", "p50 us", "p90 us", "p99 us", "claim p50 us"
     );
     for lane in [LaneKind::Local, LaneKind::Tcp] {
-        let consumer =
-            Consumer::builder("bench".parse().expect("an id"), model(), layout()).build().expect("a consumer");
+        let consumer = Consumer::builder("bench".parse().expect("an id"), spec.kv_model(), spec.layout())
+            .build()
+            .expect("a consumer");
         let (mut all, mut claims) = (Vec::new(), Vec::new());
         let mut first = Duration::ZERO;
         for i in 0..2001 {
-            let offer = runtime.block_on(client::make_offer(&serve.addr, 1, false, 0, limit)).expect("an offer");
+            let offer = producer.offer(&[0]);
             let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
             let start = Instant::now();
             consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");

@@ -2,14 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::{Consumer, Pull},
-    group::PoolLayout,
-    model::Model,
-    offer::Offer,
-    plan::LocalBlocks,
-};
+use kvferry::{BlockId, Consumer, GroupId, LocalBlocks, Model, Offer, PoolLayout, Pull};
 
 /// What both sides must agree on; an engine takes it from its model's configuration.
 fn model() -> Model {

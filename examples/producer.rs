@@ -5,13 +5,7 @@
 
 use std::time::Duration;
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    group::PoolLayout,
-    model::Model,
-    offer::OfferGroup,
-    producer::{OfferSpec, Producer, Ready},
-};
+use kvferry::{BlockId, GroupId, Model, OfferGroup, OfferSpec, PoolLayout, Producer, Ready};
 
 /// What both sides must agree on; an engine takes it from its model's configuration.
 fn model() -> Model {

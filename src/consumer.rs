@@ -4,6 +4,7 @@
 //! loaded or invalid, and nothing writes local memory any more. A synchronous engine loop calls [`Consumer::poll`] once a
 //! step; async code awaits [`Consumer::pull_async`].
 
+mod connector;
 mod directory;
 
 use std::{
@@ -16,40 +17,38 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::oneshot;
-
-use self::directory::Directory;
-use crate::{
+use kvferry_proto::{
     block::{EngineId, Incarnation, Marks, Rank},
-    config::{Config, OnWedge},
-    control::host,
-    driver::{
-        better::Waits,
-        mailbox::Mailbox,
-        rail::{self, Progress, Rail, Start},
-        runtime::Runtime,
-        thread::{self, Mail, Reports},
-    },
-    error::{Cause, PullError, StartError},
+    error::{Cause, PullError},
+    frame::{PeerId, Reader, Release},
     group::PoolLayout,
-    lane::{LaneKind, connect::Connector},
-    memory::Memory,
-    metrics::ConsumerMetrics,
+    hello::{self, Hello},
+    lane::LaneKind,
     model::Model,
     offer::Offer,
     plan::LocalBlocks,
-    protocol::{
-        frame::{PeerId, Reader, Release},
-        hello::{self, Hello},
-        pull::Retry,
-        quarantine::Quarantine,
-    },
+    pull::Retry,
+    puller::{Ended, In, Progress, PullId, Puller, Start, better::Waits},
+    quarantine::Quarantine,
     shard::Shard,
 };
+use tokio::sync::oneshot;
 
-pub use crate::{
-    driver::rail::{Ended, PullId},
-    protocol::outcome::{BlockReport, GroupOutcome, Outcome, Times},
+use self::{
+    connector::Connector,
+    directory::{Directory, ToPuller},
+};
+use crate::{
+    config::{Config, OnWedge},
+    control::{health, host},
+    driver::{
+        mailbox::Mailbox,
+        runtime::Runtime,
+        thread::{self, Mail, Reports},
+    },
+    error::StartError,
+    memory::Memory,
+    metrics::ConsumerMetrics,
 };
 
 /// A pull to start. Only the offer and the blocks are needed; the rest has defaults.
@@ -159,19 +158,18 @@ impl Builder {
             true => connector.with_verbs(&self.config.verbs),
             false => connector,
         };
-        let to_rail = mailbox.clone();
         let directory = Directory {
             handle: runtime.handle().clone(),
             hello: Arc::new(hello),
             config: Arc::new(self.config.clone()),
-            sink: Arc::new(move |event| to_rail.send(Mail::Rail(event))),
+            events: Arc::new(ToPuller(mailbox.clone())),
             connector: Arc::new(connector),
             peers: HashMap::new(),
             shared: shared.clone(),
         };
         let waits = Waits { first: self.config.pull.look_min, longest: self.config.pull.look_max };
-        let rail = Rail::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer, waits);
-        let rail = thread::spawn("kvferry-rail", rail, mailbox.clone(), Box::new(directory), shared.clone())
+        let puller = Puller::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer, waits);
+        let rail = thread::spawn("kvferry-data", puller, mailbox.clone(), Box::new(directory), shared.clone())
             .map_err(os("cannot start the data thread"))?;
         Ok(Consumer {
             me,
@@ -285,7 +283,7 @@ impl Consumer {
         }
         self.shared.metrics.running.inc();
         let deadline = pull.deadline.unwrap_or(self.config.pull.deadline).min(MAX_DEADLINE);
-        self.mailbox.send(Mail::Rail(rail::In::Start(Box::new(Start {
+        self.mailbox.send(Mail::Puller(In::Start(Box::new(Start {
             id,
             offer: pull.offer,
             sources,
@@ -319,12 +317,12 @@ impl Consumer {
 
     /// Earlier work on the pull's local blocks is done: it may write them.
     pub fn local_ready(&self, pull: PullId) {
-        self.tell(Mail::Rail(rail::In::LocalReady(pull)));
+        self.tell(Mail::Puller(In::LocalReady(pull)));
     }
 
     /// Gives a pull up. What is loaded by now stays loaded; its end is reported as always, once memory is quiet.
     pub fn cancel(&self, pull: PullId) {
-        self.tell(Mail::Rail(rail::In::Cancel(pull, Cause::Cancelled)));
+        self.tell(Mail::Puller(In::Cancel(pull, Cause::Cancelled)));
     }
 
     /// Lets go of an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
@@ -428,7 +426,7 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What can be said of the wanted blocks before a peer is asked.
 fn check_wanted(layout: &PoolLayout, wanted: &[LocalBlocks], limit: usize) -> Result<(), PullError> {
-    use crate::plan::PlanError;
+    use kvferry_proto::plan::PlanError;
     let blocks = wanted.iter().map(|l| l.blocks.len()).sum();
     if blocks > limit {
         return Err(PlanError::TooManyBlocks { blocks, limit }.into());
@@ -503,6 +501,7 @@ impl Reports for Shared {
     fn wedged(&self, pull: PullId) {
         self.wedged.fetch_add(1, Ordering::AcqRel);
         self.metrics.wedged.inc();
+        health::turn_bad();
         tracing::error!(
             pull = pull.0,
             "a pull's blocks are withheld: its lane wedged; restart this process to get them back"
@@ -517,6 +516,7 @@ impl Reports for Shared {
             let on = done.progress.len();
             self.wedged.store(on, Ordering::Release);
             self.metrics.wedged.set(on as i64);
+            health::turn_bad();
             // Their receivers learn of it, as they would of a consumer that is gone; and find it counted.
             done.waiters.clear();
             on

@@ -1,6 +1,6 @@
 //! kvferry moves KV-cache blocks from a prefill engine to a decode engine, and says, block by block, what arrived.
 //!
-//! One side **offers** blocks, the other **pulls** them: inside one host or over TCP (verbs to come). A gRPC control plane
+//! One side **offers** blocks, the other **pulls** them: inside one host, over TCP, or over RDMA. A gRPC control plane
 //! does the handshake and notices when a peer dies. It is built around the bad day: a prefill process restarts, a lease
 //! runs out, a link stalls.
 //!
@@ -18,7 +18,7 @@
 //!
 //! # In one page
 //! ```
-//! use kvferry::{block::*, consumer::*, group::PoolLayout, model::Model, offer::*, plan::LocalBlocks, producer::*};
+//! use kvferry::{BlockId, Consumer, GroupId, LocalBlocks, Model, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready};
 //! use std::time::Duration;
 //!
 //! let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), attention: "HND".into(), block_tokens: 16 };
@@ -47,29 +47,61 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # The map
-//! - [`block`], [`group`], [`model`], [`shard`], [`offer`]: the words.
-//! - [`plan`]: offer + shards + local blocks → chunks of reads. A pure function.
-//! - [`protocol`]: offers and leases, pulls, sessions. Machines without I/O or clock; the simulation runs them.
-//! - [`driver`]: the thread that owns lanes and pulls, and its mail.
-//! - [`lane`]: how bytes move. [`memory`]: where they lie.
-//! - [`control`] talks gRPC.
-//! - [`producer`], [`consumer`]: what an engine holds.
+//! # Where to read on
+//! - [`Producer`] and [`Consumer`]: what an engine holds. [`Config`]: every setting.
+//! - [`scheduler`]: what a decode scheduler does with invalid blocks, and where prompt tokens came from.
+//! - [`metrics`]: what both sides count.
 
-pub mod block;
-pub mod config;
-pub mod consumer;
-pub mod control;
-pub mod driver;
-pub mod error;
-pub mod group;
-pub mod lane;
-pub mod memory;
+// Every build reads the messages of the verbs lane; much of what they carry is used with the feature only.
+#![cfg_attr(not(feature = "verbs"), allow(dead_code, unreachable_pub))]
+
+mod config;
+mod consumer;
+mod control;
+mod driver;
+mod error;
+mod lane;
+mod memory;
 pub mod metrics;
-pub mod model;
-pub mod offer;
-pub mod plan;
-pub mod producer;
-pub mod protocol;
+mod producer;
 pub mod scheduler;
-pub mod shard;
+
+pub use config::{Config, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig};
+pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
+pub use control::call::{CallError, Caller, probe, release};
+pub use error::StartError;
+pub use kvferry_proto::{
+    block::{BadEngineId, Block, BlockId, EngineId, GroupId, Incarnation, OfferId, PositionSet, Rank},
+    config::{LeaseConfig, Limits, SessionConfig},
+    error::{Cause, HelloError, OfferError, PullError},
+    frame::{Gone, PeerId},
+    group::{BadLayout, Group, GroupKind, PoolLayout, Region},
+    hello::{Hello, Welcome},
+    lane::LaneKind,
+    model::{Mismatch, Model},
+    offer::{BadOffer, Offer, OfferGroup, OfferRank},
+    outcome::{BlockReport, GroupOutcome, Outcome, Times},
+    plan::{ChunkSize, LocalBlocks, PlanError},
+    puller::{Ended, PullId},
+    shard::Shard,
+    table::Freed,
+};
+pub use lane::{
+    built as built_lanes,
+    faults::{BadFault, Faults},
+};
+pub use memory::{Memory, Span};
+pub use producer::{Builder as ProducerBuilder, OfferSpec, Producer, Ready};
+
+/// What RDMA devices this host has, and what they can do.
+#[cfg(feature = "verbs")]
+pub mod verbs {
+    pub use crate::lane::verbs::{
+        DeviceLimits, DeviceReport, Dmabuf, Gid, GidEntry, GidType, LinkLayer, Port, PortReport, VerbsError, survey,
+    };
+
+    /// Checks that rails can be opened as `config` names them. Slow: it opens every device that it names.
+    pub fn check(config: &crate::VerbsConfig) -> Result<(), VerbsError> {
+        crate::lane::verbs::Rails::check(config)
+    }
+}

@@ -3,18 +3,17 @@
 //! Register a consumer's or a producer's metrics in your own registry and serve it as you serve yours; kvferry opens no
 //! port for it.
 
+use kvferry_proto::{frame::Gone, outcome::Outcome};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
-use crate::protocol::{frame::Gone, outcome::Outcome};
-
 /// One label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Cause {
-    /// Why a block is invalid: see [`crate::error::Cause`].
+    /// Why a block is invalid: see [`kvferry_proto::error::Cause`].
     cause: &'static str,
 }
 
@@ -176,11 +175,11 @@ mod ladder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use kvferry_proto::{
         block::{GroupId, PositionSet},
         error,
         lane::LaneKind,
-        protocol::outcome::{GroupOutcome, Times},
+        outcome::{GroupOutcome, Times},
     };
 
     #[test]

@@ -4,7 +4,7 @@
 //! keeps the blocks as they are until [`Producer::poll_freed`] hands the offer back, which it does whatever the consumers
 //! do: released, or revoked at the end of its lease.
 
-mod desk;
+mod core;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,30 +13,32 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::Notify;
-
-use self::desk::{Core, State, keep_time, lock};
-use crate::{
+use kvferry_proto::{
+    Machine,
     block::{EngineId, Incarnation, OfferId, Rank},
-    config::Config,
-    control::server::{BenchDesk, Server},
-    driver::runtime::Runtime,
-    error::{OfferError, StartError},
+    error::OfferError,
+    frame::PeerId,
     group::PoolLayout,
-    lane::{LaneKind, local, tcp},
-    memory::{Export, FenceWords, Memory},
-    metrics::ProducerMetrics,
+    lane::LaneKind,
     model::Model,
     offer::{Offer, OfferGroup},
-    protocol::{
-        Machine,
-        frame::PeerId,
-        offer::{self as books, OfferTable},
-    },
     shard::Shard,
+    table::{self as books, OfferTable},
+};
+use tokio::sync::Notify;
+
+use self::core::{Core, State, keep_time, lock};
+use crate::{
+    config::Config,
+    control::server::{Extra, Server},
+    driver::runtime::Runtime,
+    error::StartError,
+    lane::{self, local, tcp},
+    memory::{Export, FenceWords, Memory},
+    metrics::ProducerMetrics,
 };
 
-pub use crate::protocol::offer::Freed;
+pub(crate) use kvferry_proto::table::Freed;
 
 /// Blocks to offer.
 #[derive(Debug, Clone, Default)]
@@ -71,7 +73,7 @@ pub struct Builder {
     listen: String,
     advertise: Option<String>,
     lanes: Vec<LaneKind>,
-    bench: bool,
+    services: Option<Extra>,
     config: Config,
 }
 
@@ -106,10 +108,10 @@ impl Builder {
         self
     }
 
-    /// Hands out offers of its own blocks to whoever asks: for `kvferry serve`, whose memory holds a pattern. Never for an
-    /// engine, whose blocks are not free for the taking.
-    pub fn bench(mut self) -> Self {
-        self.bench = true;
+    /// Serves these gRPC services too, on the control plane's port. `described` are their names, such as `package.Service`,
+    /// each with its encoded file descriptors, for the reflection service.
+    pub fn services(mut self, routes: tonic::service::Routes, described: Vec<(String, Vec<u8>)>) -> Self {
+        self.services = Some(Extra { routes, described });
         self
     }
 
@@ -163,7 +165,7 @@ impl Builder {
         };
         #[cfg(feature = "verbs")]
         let verbs = match self.lanes.contains(&LaneKind::Verbs) {
-            true => match crate::lane::verbs::Server::start(&export, me.incarnation, &self.config.verbs, limits) {
+            true => match lane::verbs::Server::start(&export, me.incarnation, &self.config.verbs, limits) {
                 Ok(server) => Some(server),
                 Err(e) if self.lanes.len() == 1 => {
                     return Err(os("cannot serve verbs")(std::io::Error::other(e)));
@@ -213,8 +215,7 @@ impl Builder {
             metrics: ProducerMetrics::default(),
         });
         runtime.handle().spawn(keep_time(Arc::downgrade(&core), core.rearm.clone()));
-        let bench = self.bench.then(|| core.clone() as Arc<dyn BenchDesk>);
-        let server = Server::start(runtime.handle(), listener, core.clone(), &core.config, bench)?;
+        let server = Server::start(runtime.handle(), listener, core.clone(), &core.config, self.services)?;
         Ok(Producer { core, server: Some(server), _runtime: runtime })
     }
 }
@@ -255,8 +256,8 @@ impl Producer {
             memory: None,
             listen: "127.0.0.1:0".into(),
             advertise: None,
-            lanes: LaneKind::built().to_vec(),
-            bench: false,
+            lanes: lane::built().to_vec(),
+            services: None,
             config: Config::default(),
         }
     }

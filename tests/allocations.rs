@@ -1,24 +1,17 @@
 //! No allocation per read in steady state: a pull of four times the blocks allocates hardly more often.
 
-#[path = "../benches/support/counting.rs"]
-mod counting;
-
 use std::time::Duration;
 
-use counting::allocations;
 use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::{Consumer, Pull},
-    group::PoolLayout,
-    lane::LaneKind,
-    model::Model,
-    offer::OfferGroup,
-    plan::LocalBlocks,
-    producer::{OfferSpec, Producer, Ready},
+    BlockId, Consumer, GroupId, LaneKind, LocalBlocks, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready,
+};
+use kvferry_testkit::{
+    counting::{Counting, allocations},
+    rig::model,
 };
 
 #[global_allocator]
-static COUNTING: counting::Counting = counting::Counting;
+static COUNTING: Counting = Counting;
 
 const BLOCKS: u32 = 16384;
 
@@ -42,13 +35,7 @@ fn allocations_of_a_pull(producer: &Producer, consumer: &Consumer, lane: LaneKin
 
 #[test]
 fn reads_are_planned_posted_and_carried_out_without_an_allocation_each() {
-    let model = Model {
-        name: "m".into(),
-        dtype: "uint8".into(),
-        scales: String::new(),
-        attention: "HND".into(),
-        block_tokens: 16,
-    };
+    let model = model("m", "uint8");
     let layout = PoolLayout::uniform(BLOCKS, 2, 512, 16);
     let producer =
         Producer::builder("prefill".parse().unwrap(), model.clone(), layout.clone()).build().expect("a producer");

@@ -2,18 +2,27 @@
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
-use super::{Shared, lock};
-use crate::{
+use kvferry_proto::{
     block::Incarnation,
-    config::Config,
-    control::client::{self, PeerHandle, PeerTask},
-    driver::{
-        rail::{self, Addr, LaneWish},
-        thread::Peers,
-    },
     error::Cause,
-    lane::connect::Connector,
-    protocol::{frame::Release, hello::Hello, session::Want},
+    frame::{ClaimId, Release},
+    hello::{Hello, Welcome},
+    lane::Grant,
+    puller::{Addr, In, LaneWish},
+    session::Want,
+};
+
+use super::{Shared, connector::Connector, lock};
+use crate::{
+    config::Config,
+    control::{
+        client::{PeerHandle, PeerTask},
+        events::{Connected, Events},
+    },
+    driver::{
+        mailbox::Mailbox,
+        thread::{Mail, Peers},
+    },
 };
 
 /// The sessions with peers, by address.
@@ -21,7 +30,7 @@ pub(super) struct Directory {
     pub(super) handle: tokio::runtime::Handle,
     pub(super) hello: Arc<Hello>,
     pub(super) config: Arc<Config>,
-    pub(super) sink: client::Sink,
+    pub(super) events: Arc<dyn Events>,
     pub(super) connector: Arc<Connector>,
     pub(super) peers: HashMap<Addr, Known>,
     pub(super) shared: Arc<Shared>,
@@ -46,7 +55,7 @@ impl Directory {
                 addr.clone(),
                 self.hello.clone(),
                 self.config.clone(),
-                self.sink.clone(),
+                self.events.clone(),
                 self.connector.clone(),
             );
             let mut up = lock(&self.shared.up);
@@ -64,7 +73,7 @@ impl Peers for Directory {
         if self.is_full(peer) {
             let limit = self.config.limits.peers;
             tracing::warn!(%peer, limit, "as many peers as the limits allow are known: raise limits.peers");
-            return (self.sink)(rail::In::Lost(want.claim, Cause::Limit));
+            return self.events.lost(want.claim, Cause::Limit);
         }
         self.peer(peer).claim(want);
     }
@@ -87,5 +96,31 @@ impl Peers for Directory {
             self.peers.remove(peer);
         }
         idle
+    }
+}
+
+/// Passes what peers' tasks tell on to the data thread.
+pub(super) struct ToPuller(pub(super) Mailbox<Mail>);
+
+impl Events for ToPuller {
+    fn welcomed(&self, peer: &Addr, welcome: Arc<Welcome>) {
+        self.0.send(Mail::Puller(In::Peer(peer.clone(), welcome)));
+    }
+
+    fn granted(&self, claim: ClaimId, grant: Grant) {
+        self.0.send(Mail::Puller(In::Granted(claim, grant)));
+    }
+
+    fn lost(&self, claim: ClaimId, cause: Cause) {
+        self.0.send(Mail::Puller(In::Lost(claim, cause)));
+    }
+
+    fn connected(&self, peer: &Addr, connected: Connected) {
+        let Connected { incarnation, need, lane } = connected;
+        self.0.send(Mail::Puller(In::Lane { peer: peer.clone(), incarnation, need, lane }));
+    }
+
+    fn dropped(&self, peer: &Addr) {
+        self.0.send(Mail::Puller(In::Dropped(peer.clone())));
     }
 }

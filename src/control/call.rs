@@ -1,25 +1,23 @@
-//! Calls that need no session: a Hello to see who is there, a release by a scheduler or router, an offer of the bench
-//! service. Each makes a connection of its own, and nothing is kept.
+//! Calls that need no session: a Hello to see who is there, and a release by a scheduler or router. Each makes a connection
+//! of its own, and nothing is kept.
 
 use std::time::Duration;
+
+use kvferry_proto::{
+    block::{EngineId, Incarnation, OfferId, Rank},
+    error::HelloError,
+    frame::PeerId,
+    hello::{Hello, VERSIONS, Welcome, features},
+    model::Model,
+    shard::Shard,
+};
 
 use super::{
     dial::{Dialer, said},
     host, proto,
-    wire::{self, ReleaseWanted},
+    wire::ReleaseWanted,
 };
-use crate::{
-    block::{EngineId, Incarnation, OfferId, Rank},
-    config::Config,
-    error::HelloError,
-    model::Model,
-    offer::Offer,
-    protocol::{
-        frame::PeerId,
-        hello::{Hello, VERSIONS, Welcome, features},
-    },
-    shard::Shard,
-};
+use crate::config::Config;
 
 /// A call that failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -96,31 +94,6 @@ impl Caller {
         Ok(reply.into_inner().freed)
     }
 
-    /// Has the bench service at `addr` offer `blocks` blocks (0: all) of `block_bytes` (0: as configured there).
-    pub async fn make_offer(
-        &self,
-        addr: &str,
-        blocks: u32,
-        scattered: bool,
-        block_bytes: u32,
-    ) -> Result<(Offer, u64), CallError> {
-        let request = proto::MakeOfferRequest { blocks, scattered, block_bytes };
-        let reply = self
-            .call(addr, async {
-                let line = Dialer::new(addr.into(), &self.config).connect().await?;
-                let mut bench = proto::bench_client::BenchClient::new(line.channel)
-                    .max_decoding_message_size(self.config.limits.frame_bytes);
-                bench.make_offer(request).await.map_err(|s| refused(addr, &s))
-            })
-            .await?
-            .into_inner();
-        let rubbish = |what: String| CallError::Protocol { addr: addr.into(), what };
-        let offer = reply.offer.ok_or_else(|| rubbish("offer: is missing".into()))?;
-        let offer =
-            wire::offer(offer, self.config.limits.blocks_per_offer).map_err(|e| rubbish(format!("offer.{e}")))?;
-        Ok((offer, reply.pattern))
-    }
-
     async fn call<T>(&self, addr: &str, what: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
         let after = self.config.session.hello_timeout;
         let silent = || Err(CallError::Silent { addr: addr.into(), after });
@@ -149,17 +122,6 @@ pub async fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration
         host: host::identity().to_owned(),
     };
     within(limit).hello(addr, &me).await
-}
-
-/// Has the bench service at `addr` make an offer, in plain text.
-pub async fn make_offer(
-    addr: &str,
-    blocks: u32,
-    scattered: bool,
-    block_bytes: u32,
-    limit: Duration,
-) -> Result<Offer, CallError> {
-    Ok(within(limit).make_offer(addr, blocks, scattered, block_bytes).await?.0)
 }
 
 /// Lets go of an offer without a session, in plain text: for a scheduler that refuses a request at admission, or a router.

@@ -9,28 +9,29 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{
+    block::Incarnation,
+    error::Cause,
+    hello::{Hello, Welcome},
+    lane::LaneKind,
+    puller::{Addr, LaneWish, Need},
+};
 use tonic::Code;
 
 use super::{
     dial::{Line, said},
+    events::Connected,
     guard::lock,
     proto,
-    ticket::LaneTicket,
 };
-use crate::{
-    block::Incarnation,
-    driver::rail::{self, Addr, LaneWish, Need},
-    error::Cause,
-    lane::{Lane, LaneError, LaneKind, verbs::VerbsRequest},
-    protocol::hello::{Hello, Welcome},
-};
+use crate::lane::{LaneError, WakingLane, ticket::LaneTicket, verbs::VerbsRequest};
 
 /// A lane that is being connected.
-pub type Connecting<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Lane>, LaneError>> + Send + 'a>>;
+pub(crate) type Connecting<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn WakingLane>, LaneError>> + Send + 'a>>;
 
 /// What was made for a lane before its ticket was asked for.
 #[derive(Default)]
-pub struct Prepared {
+pub(crate) struct Prepared {
     /// For a verbs lane: the ends to send along.
     pub verbs: Option<VerbsRequest>,
     /// The connector's own.
@@ -38,10 +39,10 @@ pub struct Prepared {
 }
 
 /// A lane's ends that are being made.
-pub type Preparing<'a> = Pin<Box<dyn Future<Output = Result<Prepared, LaneError>> + Send + 'a>>;
+pub(crate) type Preparing<'a> = Pin<Box<dyn Future<Output = Result<Prepared, LaneError>> + Send + 'a>>;
 
 /// Connects the lane that a ticket is for.
-pub trait LaneConnector: Send + Sync + 'static {
+pub(crate) trait LaneConnector: Send + Sync + 'static {
     /// Makes what must be there before a ticket is asked for. Most kinds need nothing.
     fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
         let _ = (kind, peer);
@@ -105,7 +106,7 @@ pub(crate) struct LaneCall {
 }
 
 impl LaneCall {
-    pub(crate) async fn run(self, wish: LaneWish) -> rail::In {
+    pub(crate) async fn run(self, wish: LaneWish) -> Connected {
         let LaneWish { kinds, need, .. } = wish;
         let incarnation = self.welcome.peer.incarnation;
         let mut cause = Cause::LaneFailed;
@@ -117,7 +118,7 @@ impl LaneCall {
                 Ok(()) => self.connect_patiently(kind, last == Some(kind)).await,
             };
             match failed {
-                Ok(lane) => return rail::In::Lane { peer: self.peer, incarnation, need, lane: Ok(lane) },
+                Ok(lane) => return Connected { incarnation, need, lane: Ok(lane) },
                 Err((why, c)) => {
                     if c == Cause::Unreachable {
                         cause = c;
@@ -133,11 +134,11 @@ impl LaneCall {
         if need == Need::Now && !reasons.is_empty() {
             tracing::warn!(peer = %self.peer, %incarnation, why = reasons.join("; "), "no lane to this peer");
         }
-        rail::In::Lane { peer: self.peer, incarnation, need, lane: Err(cause) }
+        Connected { incarnation, need, lane: Err(cause) }
     }
 
     /// What is not ready yet is waited for: for a while if there is another kind, as long as it may take if there is none.
-    async fn connect_patiently(&self, kind: LaneKind, last: bool) -> Result<Box<dyn Lane>, (String, Cause)> {
+    async fn connect_patiently(&self, kind: LaneKind, last: bool) -> Result<Box<dyn WakingLane>, (String, Cause)> {
         let until = Instant::now() + if last { self.timeout } else { PATIENCE.min(self.timeout) };
         let mut look = LOOK;
         loop {
@@ -158,13 +159,13 @@ impl LaneCall {
             return Err("the peer does not serve it");
         }
         let same_host = !self.me.host.is_empty() && self.me.host == self.welcome.host;
-        if matches!(kind, LaneKind::Local | LaneKind::CudaIpc) && !same_host {
+        if kind == LaneKind::Local && !same_host {
             return Err("the peer is on another host, or in other namespaces");
         }
         Ok(())
     }
 
-    async fn connect(&self, kind: LaneKind) -> Result<Box<dyn Lane>, Failure> {
+    async fn connect(&self, kind: LaneKind) -> Result<Box<dyn WakingLane>, Failure> {
         let failed = |e: LaneError| {
             let cause = match e.cause() {
                 Cause::Unreachable | Cause::PeerDown | Cause::PeerRestarted => Cause::Unreachable,

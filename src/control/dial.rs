@@ -11,6 +11,11 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
+use kvferry_proto::{
+    error::HelloError,
+    hello::{Hello, Welcome},
+    model::Mismatch,
+};
 use tokio::net::TcpStream;
 use tonic::{
     Code, Status,
@@ -22,12 +27,7 @@ use super::{
     proto::{self, ferry_client::FerryClient},
     tls,
 };
-use crate::{
-    config::Config,
-    error::HelloError,
-    model::Mismatch,
-    protocol::hello::{Hello, Welcome},
-};
+use crate::config::Config;
 
 /// HTTP/2 windows. The largest message that comes this way is a Welcome, some kilobytes for each hundred regions.
 const STREAM_WINDOW: u32 = 256 << 10;

@@ -49,6 +49,7 @@ impl Guard {
         Arc::new(Self { limit: limit.max(1), held: Mutex::default() })
     }
 
+    #[cfg(test)]
     pub(crate) fn count(&self) -> usize {
         lock(&self.held).conns.len()
     }

@@ -8,9 +8,9 @@ use std::{fs, sync::OnceLock};
 /// namespace only. Two hosts, and two boots of one, differ in the boot id.
 ///
 /// Where /proc does not tell, the string is one that no other process has, so that `local` is not tried in vain.
-pub fn identity() -> &'static str {
+pub(crate) fn identity() -> &'static str {
     static IDENTITY: OnceLock<String> = OnceLock::new();
-    IDENTITY.get_or_init(|| read().unwrap_or_else(|| format!("unknown-{}", crate::block::OfferId::random())))
+    IDENTITY.get_or_init(|| read().unwrap_or_else(|| format!("unknown-{}", kvferry_proto::block::OfferId::random())))
 }
 
 fn read() -> Option<String> {

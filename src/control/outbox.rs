@@ -11,21 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::frame::ServerFrame;
 use tonic::Status;
 
-use super::{
-    guard::{ConnState, lock},
-    server::Refusal,
-};
-use crate::protocol::frame::ServerFrame;
+use super::guard::{ConnState, lock};
 
 /// Most frames that wait for a session. Answers wait for their question's sender by themselves; only what nobody asked
 /// for (claims that run out, offers that are revoked) can pile up, and 16,384 of it is under a megabyte.
-pub const MAX_WAITING: usize = 1 << 14;
+pub(crate) const MAX_WAITING: usize = 1 << 14;
 
 /// Sends frames to one session, in order. Cheap to clone; does not keep the session open.
 #[derive(Clone)]
-pub struct Outbox(Arc<Mailbox>);
+pub(crate) struct Outbox(Arc<Mailbox>);
 
 impl Outbox {
     pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
@@ -33,17 +30,19 @@ impl Outbox {
     }
 
     /// Queues a frame; never blocks. `false`: the session is over, or has just been ended because too much waits.
-    pub fn send(&self, frame: ServerFrame) -> bool {
+    pub(crate) fn send(&self, frame: ServerFrame) -> bool {
         self.0.send(frame)
     }
 
     /// Ends the session, once what waits is sent.
-    pub fn end(&self, why: &Refusal) {
+    #[cfg(test)]
+    pub(crate) fn end(&self, why: &super::refusal::Refusal) {
         self.0.end(why.status());
     }
 
     /// Whether the session is over.
-    pub fn is_over(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_over(&self) -> bool {
         let q = lock(&self.0.queue);
         q.closed || q.end.is_some() || q.ended.is_some()
     }
@@ -199,7 +198,7 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::frame::ServerBody;
+    use kvferry_proto::frame::ServerBody;
 
     fn pong(n: u64) -> ServerFrame {
         ServerFrame { ack: 0, body: Some(ServerBody::Pong(n)) }
@@ -221,8 +220,8 @@ mod tests {
     fn what_waits_is_sent_before_the_end() {
         let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
         outbox.send(pong(7));
-        outbox.end(&Refusal::Stopping);
-        outbox.end(&Refusal::Unsupported { what: "a second end".into() });
+        outbox.end(&crate::control::refusal::Refusal::Stopping);
+        outbox.end(&crate::control::refusal::Refusal::Unsupported { what: "a second end".into() });
         assert!(!outbox.send(pong(8)));
         assert!(matches!(outbox.0.next(), Next::Frame(f) if f == pong(7)));
         assert!(matches!(outbox.0.next(), Next::End(s) if s.code() == tonic::Code::Unavailable));

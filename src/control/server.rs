@@ -1,4 +1,4 @@
-//! What a producer serves: Ferry, the standard health and reflection services, and, for `kvferry serve`, Bench.
+//! What a producer serves: Ferry, the standard health and reflection services, and services that its owner adds.
 //!
 //! Owns the listening socket, its connections and the sessions' streams. It decides nothing about offers: the producer is
 //! asked through [`Desk`]. A peer that breaks a bound, sends rubbish, falls silent or does not read loses its own session,
@@ -7,117 +7,35 @@
 use std::{
     fmt,
     net::{SocketAddr, TcpListener},
-    sync::{Arc, Condvar, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio::{runtime::Handle, sync::watch};
-use tonic::{Code, Request, Status, service::InterceptorLayer};
+use tonic::{
+    Request, Status,
+    service::{InterceptorLayer, Routes},
+};
 use tonic_health::ServingStatus;
 
 use super::{
     DESCRIPTORS,
-    guard::{ConnInfo, Guard, Incoming, lock},
-    outbox::Outbox,
-    proto::{bench_server::BenchServer, ferry_server::FerryServer},
-    service::{BenchService, FerryService, Hub},
-    ticket::LaneTicket,
+    desk::Desk,
+    guard::{ConnInfo, Guard, Incoming},
+    health,
+    proto::ferry_server::FerryServer,
+    service::{FerryService, Hub},
     tls,
 };
-use crate::{
-    block::{Incarnation, OfferId},
-    config::Config,
-    error::StartError,
-    lane::{LaneKind, verbs::VerbsRequest},
-    model::Mismatch,
-    offer::Offer,
-    protocol::{
-        frame::{ClientFrame, PeerId},
-        hello::{Hello, Welcome},
-    },
-};
+use crate::{config::Config, error::StartError};
 
-/// A session, as the desk numbers them: never used twice in a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SessionId(pub u64);
-
-/// Why a producer turns something down; the text goes to the peer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Refusal {
-    /// It was meant for another process life of this rank. FAILED_PRECONDITION.
-    #[error("this rank is incarnation {here}, not {expected}: it has restarted; say Hello again")]
-    OtherIncarnation {
-        /// This rank's.
-        here: Incarnation,
-        /// The one that was asked for.
-        expected: Incarnation,
-    },
-    /// Something that must come before is missing, such as a session. FAILED_PRECONDITION.
-    #[error("{0}")]
-    Precondition(String),
-    /// Not now, but soon: ask again. ABORTED.
-    #[error("{0}")]
-    NotYet(String),
-    /// A limit is reached. RESOURCE_EXHAUSTED.
-    #[error("too many {what}: the limit here is {limit}")]
-    Limit {
-        /// What there is too much of.
-        what: &'static str,
-        /// The limit.
-        limit: usize,
-    },
-    /// Not served here. UNIMPLEMENTED.
-    #[error("{what} is not served here")]
-    Unsupported {
-        /// What was asked for.
-        what: String,
-    },
-    /// The producer is shutting down. UNAVAILABLE.
-    #[error("this producer is shutting down")]
-    Stopping,
-}
-
-impl Refusal {
-    /// The status that the peer gets.
-    pub(crate) fn status(&self) -> Status {
-        let code = match self {
-            Self::OtherIncarnation { .. } | Self::Precondition(_) => Code::FailedPrecondition,
-            Self::NotYet(_) => Code::Aborted,
-            Self::Limit { .. } => Code::ResourceExhausted,
-            Self::Unsupported { .. } => Code::Unimplemented,
-            Self::Stopping => Code::Unavailable,
-        };
-        Status::new(code, self.to_string())
-    }
-}
-
-/// What the control server asks of a producer. Called on tokio threads: never blocks for long.
-pub trait Desk: Send + Sync + 'static {
-    /// Somebody says Hello.
-    fn hello(&self, hello: &Hello) -> Result<Welcome, Mismatch>;
-    /// A session opens; frames for it go into `outbox`. `Opened` is sent by the server, before anything in the outbox.
-    fn open(&self, from: &PeerId, expect: Incarnation, outbox: Outbox) -> Result<SessionId, Refusal>;
-    /// A frame of an open session; never `Open`.
-    fn frame(&self, session: SessionId, from: &PeerId, frame: ClientFrame);
-    /// The session is over. Comes once for each that was opened; nothing of it comes after.
-    fn closed(&self, session: SessionId, from: &PeerId);
-    /// A lane is wanted.
-    fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal>;
-    /// A verbs lane is wanted, between these ends of the consumer and what reaches them here. May block for milliseconds.
-    fn connect_verbs(&self, from: &PeerId, expect: Incarnation, ends: &VerbsRequest) -> Result<LaneTicket, Refusal> {
-        let _ = (from, expect, ends);
-        Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) })
-    }
-    /// An offer is let go without a session; `from` `None`: by whoever it may concern. `true`: it was freed by this.
-    fn release(&self, from: Option<PeerId>, offer: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal>;
-}
-
-/// What the bench service asks: fresh offers of a pattern pool.
-pub trait BenchDesk: Send + Sync + 'static {
-    /// Offers `blocks` blocks (0: all), scattered over the pool or in its order, of `block_bytes` (0: as configured).
-    /// Returns the offer and the pattern's seed.
-    fn make_offer(&self, blocks: u32, scattered: bool, block_bytes: u32) -> Result<(Offer, u64), String>;
+/// gRPC services beside the control plane's own, on the same port.
+#[derive(Default)]
+pub(crate) struct Extra {
+    /// The services.
+    pub(crate) routes: Routes,
+    /// Their names, such as `package.Service`, and their encoded descriptors, for the reflection service.
+    pub(crate) described: Vec<(String, Vec<u8>)>,
 }
 
 /// How long sessions have to end by themselves in a shutdown, before their connections are cut.
@@ -129,30 +47,15 @@ const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
 
 /// A running control server. Dropping it shuts it down.
-pub struct Server {
+pub(crate) struct Server {
+    #[cfg(test)]
     hub: Arc<Hub>,
     stop: watch::Sender<bool>,
-    serving: watch::Sender<bool>,
     addr: SocketAddr,
-    stopped: Arc<Stopped>,
+    /// Closed once everything of the server is gone, also when its runtime is dropped under it.
+    #[cfg(test)]
+    running: watch::Receiver<()>,
 }
-
-/// Whether everything of the server is gone; told also when its runtime is dropped under it.
-struct Stopped {
-    seen: watch::Sender<bool>,
-    flag: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Drop for Done {
-    fn drop(&mut self) {
-        *lock(&self.0.flag) = true;
-        self.0.changed.notify_all();
-        self.0.seen.send_replace(true);
-    }
-}
-
-struct Done(Arc<Stopped>);
 
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -162,12 +65,12 @@ impl fmt::Debug for Server {
 
 impl Server {
     /// Serves on `listener`, on the runtime of `handle`. The certificates, limits and times are those of `config`.
-    pub fn start(
+    pub(crate) fn start(
         handle: &Handle,
         listener: TcpListener,
         desk: Arc<dyn Desk>,
         config: &Config,
-        bench: Option<Arc<dyn BenchDesk>>,
+        extra: Option<Extra>,
     ) -> Result<Self, StartError> {
         let os = |what| move |source| StartError::Os { what, source };
         let addr = listener.local_addr().map_err(os("cannot learn the listening address"))?;
@@ -191,21 +94,21 @@ impl Server {
             let with_tls = tls::server(t, config.session.hello_timeout)?;
             builder = builder.tls_config(with_tls).map_err(|e| StartError::Tls(tls::why(&e)))?;
         }
-        let (reporter, health) = tonic_health::server::health_reporter();
+        let (reporter, health_service) = tonic_health::server::health_reporter();
         let frame = config.limits.frame_bytes;
         let ferry = FerryServer::new(FerryService(hub.clone()))
             .max_decoding_message_size(frame)
             .max_encoding_message_size(frame);
-        let bench = bench.map(|b| {
-            BenchServer::new(BenchService(b)).max_decoding_message_size(frame).max_encoding_message_size(frame)
-        });
+        let Extra { routes, described } = extra.unwrap_or_default();
         let reflection = || {
-            let r = tonic_reflection::server::Builder::configure()
+            let ours = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name(FERRY)
                 .with_service_name(HEALTH);
-            if bench.is_some() { r.with_service_name(BENCH) } else { r }
+            described
+                .iter()
+                .fold(ours, |b, (name, d)| b.register_encoded_file_descriptor_set(d).with_service_name(name.as_str()))
         };
         let broken =
             |e: tonic_reflection::server::Error| StartError::Config { field: "reflection", why: e.to_string() };
@@ -213,23 +116,18 @@ impl Server {
         let v1alpha = reflection().build_v1alpha().map_err(broken)?;
         let router = builder
             .layer(InterceptorLayer::new(note_call as fn(Request<()>) -> Result<Request<()>, Status>))
-            .add_service(ferry)
-            .add_service(health)
-            .add_service(v1)
-            .add_service(v1alpha)
-            .add_optional_service(bench);
+            .add_routes(routes.add_service(ferry).add_service(health_service).add_service(v1).add_service(v1alpha));
 
-        let stopped =
-            Arc::new(Stopped { seen: watch::Sender::new(false), flag: Mutex::new(false), changed: Condvar::new() });
         let (stop, mut stopping) = watch::channel(false);
-        let (serving, mut health) = watch::channel(true);
-        let done = Done(stopped.clone());
+        let mut good = health::watch();
+        let (done, _running) = watch::channel(());
         let inner = hub.clone();
         let incoming = Incoming { listener, guard: guard.clone(), pause: None };
         let mut signal = stop.subscribe();
         handle.spawn(async move {
             let _done = done;
-            report(&reporter, true).await;
+            let now = *good.borrow_and_update();
+            report(&reporter, now).await;
             let serve = router.serve_with_incoming_shutdown(incoming, async move {
                 // An error means that the server was dropped, which is a stop too.
                 let _ = signal.wait_for(|s| *s).await;
@@ -247,9 +145,9 @@ impl Server {
                         break;
                     }
                     _ = sweep.tick() => inner.sweep(Instant::now()),
-                    Ok(()) = health.changed() => {
-                        let good = *health.borrow_and_update();
-                        report(&reporter, good).await;
+                    Ok(()) = good.changed() => {
+                        let now = *good.borrow_and_update();
+                        report(&reporter, now).await;
                     }
                     r = stopping.changed(), if cut.is_none() => {
                         if r.is_err() || *stopping.borrow() {
@@ -267,44 +165,45 @@ impl Server {
             }
         });
         tracing::info!(%addr, tls = config.tls.is_some(), "control plane listens");
-        Ok(Self { hub, stop, serving, addr, stopped })
+        Ok(Self {
+            #[cfg(test)]
+            hub,
+            stop,
+            addr,
+            #[cfg(test)]
+            running: _running,
+        })
     }
 
     /// The address that it listens on.
-    pub fn addr(&self) -> SocketAddr {
+    #[cfg(test)]
+    pub(crate) fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Turns the health service green or red, for `""` and for `kvferry.v1.Ferry`.
-    pub fn set_serving(&self, good: bool) {
-        self.serving.send_replace(good);
-    }
-
     /// Session streams that are on, those included that did not say Open yet.
-    pub fn sessions(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn sessions(&self) -> usize {
         self.hub.sessions()
     }
 
     /// Connections that are on.
-    pub fn connections(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn connections(&self) -> usize {
         self.hub.guard().count()
     }
 
     /// Begins to shut down, and returns at once: the port closes, sessions end with UNAVAILABLE, and what is left after
     /// half a second is cut off.
-    pub fn shutdown(&self) {
+    pub(crate) fn shutdown(&self) {
         self.stop.send_replace(true);
     }
 
     /// Waits until a shutdown is complete.
-    pub async fn stopped(&self) {
-        let _ = self.stopped.seen.subscribe().wait_for(|s| *s).await;
-    }
-
-    /// Blocks until a shutdown is complete, at most for `limit`; `false`: it is not. Not for tokio threads.
-    pub fn wait_stopped(&self, limit: Duration) -> bool {
-        let flag = lock(&self.stopped.flag);
-        self.stopped.changed.wait_timeout_while(flag, limit, |f| !*f).map_or_else(|e| *e.into_inner().0, |(f, _)| *f)
+    #[cfg(test)]
+    pub(crate) async fn stopped(&self) {
+        // Nothing is ever sent: it ends when the sender is dropped.
+        let _ = self.running.clone().changed().await;
     }
 }
 
@@ -315,7 +214,6 @@ impl Drop for Server {
 }
 
 const FERRY: &str = "kvferry.v1.Ferry";
-const BENCH: &str = "kvferry.v1.Bench";
 const HEALTH: &str = "grpc.health.v1.Health";
 
 async fn report(reporter: &tonic_health::server::HealthReporter, good: bool) {

@@ -14,23 +14,22 @@ use std::{
 };
 
 use futures_core::Stream;
+use kvferry_proto::{
+    frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
+    hello::Hello,
+    lane::LaneKind,
+};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{
+    desk::{Desk, SessionId},
     guard::{ConnInfo, ConnState, Guard, lock},
     outbox::{Mailbox, Next, Outbox},
-    proto::{self, bench_server::Bench, ferry_server::Ferry},
-    server::{BenchDesk, Desk, Refusal, SessionId},
+    proto::{self, ferry_server::Ferry},
+    refusal::Refusal,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
-use crate::{
-    config::Config,
-    lane::LaneKind,
-    protocol::{
-        frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
-        hello::Hello,
-    },
-};
+use crate::config::Config;
 
 /// Frames of one session that are dealt with before others have their turn.
 const BUDGET: usize = 64;
@@ -71,10 +70,12 @@ impl Hub {
         })
     }
 
+    #[cfg(test)]
     pub(crate) fn guard(&self) -> &Guard {
         &self.guard
     }
 
+    #[cfg(test)]
     pub(crate) fn sessions(&self) -> usize {
         lock(&self.sessions).on.len()
     }
@@ -175,21 +176,6 @@ impl Ferry for FerryService {
         let r = ReleaseWanted::try_from(request.into_inner()).map_err(invalid)?;
         let freed = self.0.desk.release(r.from, r.offer, r.expect).map_err(|r| r.status())?;
         Ok(Response::new(proto::ReleaseReply { freed }))
-    }
-}
-
-pub(crate) struct BenchService(pub(crate) Arc<dyn BenchDesk>);
-
-#[tonic::async_trait]
-impl Bench for BenchService {
-    async fn make_offer(
-        &self,
-        request: Request<proto::MakeOfferRequest>,
-    ) -> Result<Response<proto::MakeOfferReply>, Status> {
-        let r = request.into_inner();
-        let (offer, pattern) =
-            self.0.make_offer(r.blocks, r.scattered, r.block_bytes).map_err(Status::failed_precondition)?;
-        Ok(Response::new(proto::MakeOfferReply { offer: Some((&offer).into()), pattern }))
     }
 }
 

@@ -3,33 +3,30 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{proto, ticket::LaneTicket};
-use crate::{
+use kvferry_proto::{
     block::{EngineId, GroupId, Incarnation, OfferId, Rank},
+    frame::{ClaimId, PeerId, Reader},
     group::{Group, GroupKind, PoolLayout, Region},
-    lane::{LaneKind, verbs::VerbsRequest},
+    hello::{Hello, Welcome},
+    lane::LaneKind,
     model::{Mismatch, Model},
-    protocol::{
-        frame::{ClaimId, PeerId, Reader},
-        hello::{Hello, Welcome},
-    },
     shard::Shard,
 };
 
+use super::proto;
+use crate::lane::{ticket::LaneTicket, verbs::VerbsRequest};
+
 mod frame;
-mod offer;
 mod verbs;
 
-pub use offer::offer;
-
 /// Most claims in one `Renew`; a session with more sends several.
-pub const MAX_RENEW: usize = 4096;
+pub(crate) const MAX_RENEW: usize = 4096;
 /// Most readers of an offer in one engine.
-pub const MAX_READERS: u32 = 1 << 16;
+pub(crate) const MAX_READERS: u32 = 1 << 16;
 /// Longest host identity, in bytes.
-pub const MAX_HOST: usize = 256;
+pub(crate) const MAX_HOST: usize = 256;
 /// Most lane kinds in a `Welcome`.
-pub const MAX_LANES: usize = 32;
+pub(crate) const MAX_LANES: usize = 32;
 /// Longest text of a mismatch that is kept, in bytes; longer ones are cut.
 const MAX_SAID: usize = 1024;
 /// Longest time that is believed; longer ones are cut. Keeps sums of times far from overflow.
@@ -250,19 +247,19 @@ impl From<LaneKind> for proto::LaneKind {
             LaneKind::Tcp => Self::Tcp,
             LaneKind::Local => Self::Local,
             LaneKind::Verbs => Self::Verbs,
-            LaneKind::CudaIpc => Self::CudaIpc,
+            // A kind that this version of the wire has no number for: no peer can ask for it.
+            _ => Self::Unspecified,
         }
     }
 }
 
 /// A lane kind from the wire; `None`: none that this build knows.
-pub fn lane_kind(raw: i32) -> Option<LaneKind> {
+pub(crate) fn lane_kind(raw: i32) -> Option<LaneKind> {
     match proto::LaneKind::try_from(raw).ok()? {
         proto::LaneKind::Unspecified => None,
         proto::LaneKind::Tcp => Some(LaneKind::Tcp),
         proto::LaneKind::Local => Some(LaneKind::Local),
         proto::LaneKind::Verbs => Some(LaneKind::Verbs),
-        proto::LaneKind::CudaIpc => Some(LaneKind::CudaIpc),
     }
 }
 
@@ -399,7 +396,7 @@ impl TryFrom<proto::LaneReply> for LaneTicket {
 
 /// A lane that a consumer rank asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LaneWanted {
+pub(crate) struct LaneWanted {
     /// Who asks.
     pub from: PeerId,
     /// The producer's incarnation that it knows.
@@ -427,7 +424,7 @@ impl TryFrom<proto::LaneRequest> for LaneWanted {
 
 /// A release without a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReleaseWanted {
+pub(crate) struct ReleaseWanted {
     /// On whose behalf; `None`: a router's.
     pub from: Option<PeerId>,
     /// The offer.

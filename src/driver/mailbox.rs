@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 /// A queue into one thread. Clones send to the same one.
 #[derive(Debug)]
-pub struct Mailbox<T>(Arc<Inner<T>>);
+pub(crate) struct Mailbox<T>(Arc<Inner<T>>);
 
 #[derive(Debug)]
 struct Inner<T> {
@@ -31,13 +31,13 @@ impl<T> Clone for Mailbox<T> {
 
 impl<T> Mailbox<T> {
     /// An empty one.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self(Arc::new(Inner { queue: Mutex::new(VecDeque::new()), asleep: AtomicBool::new(false), wake })))
     }
 
     /// Sends one, and wakes the reader if it sleeps.
-    pub fn send(&self, mail: T) {
+    pub(crate) fn send(&self, mail: T) {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(mail);
         if self.0.asleep.swap(false, Ordering::SeqCst) {
             // The counter cannot overflow: it is written once for each sleep.
@@ -46,12 +46,12 @@ impl<T> Mailbox<T> {
     }
 
     /// Moves all mail to `into`.
-    pub fn take(&self, into: &mut VecDeque<T>) {
+    pub(crate) fn take(&self, into: &mut VecDeque<T>) {
         into.append(&mut self.0.queue.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Says that the reader is about to sleep on [`Mailbox::fd`]; `false` when there is mail and it must not.
-    pub fn about_to_sleep(&self) -> bool {
+    pub(crate) fn about_to_sleep(&self) -> bool {
         self.0.asleep.store(true, Ordering::SeqCst);
         if self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
             return true;
@@ -61,7 +61,7 @@ impl<T> Mailbox<T> {
     }
 
     /// Says that the reader is awake again.
-    pub fn awake(&self) {
+    pub(crate) fn awake(&self) {
         self.0.asleep.store(false, Ordering::SeqCst);
         let mut count = [0; 8];
         // Nothing there: it was woken by something else.
@@ -69,7 +69,7 @@ impl<T> Mailbox<T> {
     }
 
     /// Readable when there is mail for a sleeper.
-    pub fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.0.wake.as_fd()
     }
 }

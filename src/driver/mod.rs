@@ -3,9 +3,6 @@
 //! [`rail`] is the part without a thread: it is told what happened and what time it is, like the protocol's machines, and
 //! the simulation runs it as it is. [`thread`] gives it a clock, a place to sleep, and its mail.
 
-pub mod better;
-pub mod event;
-pub mod mailbox;
-pub mod rail;
-pub mod runtime;
-pub mod thread;
+pub(crate) mod mailbox;
+pub(crate) mod runtime;
+pub(crate) mod thread;

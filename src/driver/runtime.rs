@@ -11,7 +11,7 @@ use tokio::{runtime::Handle, sync::oneshot};
 
 /// A running runtime; dropped, it ends with all its tasks.
 #[derive(Debug)]
-pub struct Runtime {
+pub(crate) struct Runtime {
     handle: Handle,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -19,7 +19,7 @@ pub struct Runtime {
 
 impl Runtime {
     /// Starts one under this thread name.
-    pub fn start(name: &str) -> io::Result<Self> {
+    pub(crate) fn start(name: &str) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -32,7 +32,7 @@ impl Runtime {
     }
 
     /// Waits until its tasks have ended by themselves, for `limit` at most; whether they have.
-    pub fn wait_idle(&self, limit: Duration) -> bool {
+    pub(crate) fn wait_idle(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
         // A millisecond at a time, only ever in a shutdown: tasks have no common place to say that they have ended.
         while self.handle.metrics().num_alive_tasks() > 0 {
@@ -45,7 +45,7 @@ impl Runtime {
     }
 
     /// To spawn tasks on it.
-    pub fn handle(&self) -> &Handle {
+    pub(crate) fn handle(&self) -> &Handle {
         &self.handle
     }
 }

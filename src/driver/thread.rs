@@ -1,4 +1,4 @@
-//! The rail's thread: mail in, turns, actions out, and sleep when there is nothing to do.
+//! The puller's thread: mail in, turns, actions out, and sleep when there is nothing to do.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -10,29 +10,31 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{
+    block::Incarnation,
+    frame::Release,
+    puller::{Addr, Ended, In, LaneWish, Out, PullId, Puller},
+    session::Want,
+};
 use rustix::event::{Timespec, epoll};
 
-use crate::{
-    block::Incarnation,
-    driver::{
-        mailbox::Mailbox,
-        rail::{Addr, Ended, In, LaneWish, Out, PullId, Rail},
-    },
-    protocol::{frame::Release, session::Want},
-};
+use crate::{driver::mailbox::Mailbox, lane::WakingLane};
 
-/// What is sent to the rail's thread.
-pub enum Mail {
-    /// For the rail.
-    Rail(In),
+/// The puller with the lanes of this crate.
+pub(crate) type LanePuller = Puller<Box<dyn WakingLane>>;
+
+/// What is sent to the puller's thread.
+pub(crate) enum Mail {
+    /// For the puller.
+    Puller(In<Box<dyn WakingLane>>),
     /// Let go of an offer without a pull.
     Release(Addr, Incarnation, Release),
     /// Cancel everything, and end when all pulls have ended or this moment has come.
     Stop(Instant),
 }
 
-/// Sessions with peers, as the rail's thread needs them. No call blocks.
-pub trait Peers: Send {
+/// Sessions with peers, as the puller's thread needs them. No call blocks.
+pub(crate) trait Peers: Send {
     /// Make a claim.
     fn claim(&mut self, peer: &Addr, want: Want);
     /// Let go.
@@ -43,8 +45,8 @@ pub trait Peers: Send {
     fn dropped(&mut self, peer: &Addr) -> bool;
 }
 
-/// Who hears of decided and ended pulls. Called on the rail's thread; no call blocks.
-pub trait Reports: Send + Sync {
+/// Who hears of decided and ended pulls. Called on the puller's thread; no call blocks.
+pub(crate) trait Reports: Send + Sync {
     /// The pull's sets are frozen.
     fn decided(&self, pull: PullId);
     /// The pull has ended.
@@ -56,15 +58,15 @@ pub trait Reports: Send + Sync {
 }
 
 /// Starts the thread.
-pub fn spawn(
+pub(crate) fn spawn(
     name: &str,
-    rail: Rail,
+    puller: LanePuller,
     mailbox: Mailbox<Mail>,
     peers: Box<dyn Peers>,
     reports: Arc<dyn Reports>,
 ) -> io::Result<JoinHandle<()>> {
     let sleeper = Sleeper::new(&mailbox)?;
-    let mut this = Driver { rail, mailbox, peers, reports, sleeper, stop: None, mail: VecDeque::new() };
+    let mut this = Driver { puller, mailbox, peers, reports, sleeper, stop: None, mail: VecDeque::new() };
     std::thread::Builder::new().name(name.into()).spawn(move || {
         // Everything in it is dropped after a panic, and nothing of it used: lanes that are not quiet keep their memory.
         if std::panic::catch_unwind(AssertUnwindSafe(|| this.run())).is_err() {
@@ -74,7 +76,7 @@ pub fn spawn(
 }
 
 struct Driver {
-    rail: Rail,
+    puller: LanePuller,
     mailbox: Mailbox<Mail>,
     peers: Box<dyn Peers>,
     reports: Arc<dyn Reports>,
@@ -88,16 +90,16 @@ impl Driver {
         loop {
             self.read_mail();
             let now = Instant::now();
-            let more = self.rail.turn(now);
+            let more = self.puller.turn(now);
             let acted = self.act();
-            if self.stop.is_some_and(|t| self.rail.pulls() == 0 || t <= now) {
+            if self.stop.is_some_and(|t| self.puller.pulls() == 0 || t <= now) {
                 return;
             }
             if more || acted {
                 continue;
             }
-            let timeout = [self.rail.next_timeout(), self.stop].into_iter().flatten().min();
-            if let Err(error) = self.sleeper.sleep(&mut self.rail, &self.mailbox, timeout) {
+            let timeout = [self.puller.next_timeout(), self.stop].into_iter().flatten().min();
+            if let Err(error) = self.sleeper.sleep(&mut self.puller, &self.mailbox, timeout) {
                 // Nothing to be done about it but to go on slowly: deadlines still hold.
                 tracing::error!(%error, "epoll failed");
                 std::thread::sleep(Duration::from_millis(1));
@@ -110,16 +112,16 @@ impl Driver {
         while let Some(mail) = self.mail.pop_front() {
             let now = Instant::now();
             match mail {
-                Mail::Rail(In::Dropped(peer)) => {
+                Mail::Puller(In::Dropped(peer)) => {
                     if self.peers.dropped(&peer) {
-                        self.rail.handle(now, In::Dropped(peer));
+                        self.puller.handle(now, In::Dropped(peer));
                     }
                 }
-                Mail::Rail(event) => self.rail.handle(now, event),
+                Mail::Puller(event) => self.puller.handle(now, event),
                 Mail::Release(peer, expect, release) => self.peers.release(&peer, expect, release),
                 Mail::Stop(until) => {
                     self.stop = Some(until);
-                    self.rail.handle(now, In::Shutdown);
+                    self.puller.handle(now, In::Shutdown);
                 }
             }
             self.act();
@@ -128,7 +130,7 @@ impl Driver {
 
     fn act(&mut self) -> bool {
         let mut acted = false;
-        while let Some(out) = self.rail.poll() {
+        while let Some(out) = self.puller.poll() {
             acted = true;
             match out {
                 Out::Claim(peer, want) => self.peers.claim(&peer, want),
@@ -161,8 +163,8 @@ impl Sleeper {
         Ok(Self { epoll, known: HashSet::new(), lanes: Vec::new(), failures: HashMap::new() })
     }
 
-    fn sleep(&mut self, rail: &mut Rail, mailbox: &Mailbox<Mail>, until: Option<Instant>) -> io::Result<()> {
-        if !self.arm(rail) || !mailbox.about_to_sleep() {
+    fn sleep(&mut self, puller: &mut LanePuller, mailbox: &Mailbox<Mail>, until: Option<Instant>) -> io::Result<()> {
+        if !self.arm(puller) || !mailbox.about_to_sleep() {
             return Ok(());
         }
         let timeout = until.map(|t| {
@@ -175,7 +177,7 @@ impl Sleeper {
         match woken {
             Ok((events, _)) => {
                 for lane in events.iter().map(|e| e.data.u64()).filter(|n| *n != MAIL) {
-                    rail.stir(lane);
+                    puller.stir(lane);
                 }
             }
             Err(rustix::io::Errno::INTR) => {}
@@ -185,17 +187,17 @@ impl Sleeper {
     }
 
     /// Arms every lane that has work, and those that are new. `false` when one can go on at once.
-    fn arm(&mut self, rail: &mut Rail) -> bool {
+    fn arm(&mut self, puller: &mut LanePuller) -> bool {
         self.lanes.clear();
-        self.lanes.extend(rail.busy_lanes());
-        if !self.arm_each(rail) {
+        self.lanes.extend(puller.busy_lanes());
+        if !self.arm_each(puller) {
             return false;
         }
         self.lanes.clear();
-        self.lanes.extend(rail.idle_lanes().filter(|n| !self.known.contains(n)));
-        let sleep = self.arm_each(rail);
-        if self.known.len() > 64 + 2 * rail.lanes().count() {
-            let alive: HashSet<_> = rail.busy_lanes().chain(rail.idle_lanes()).collect();
+        self.lanes.extend(puller.idle_lanes().filter(|n| !self.known.contains(n)));
+        let sleep = self.arm_each(puller);
+        if self.known.len() > 64 + 2 * puller.lanes().count() {
+            let alive: HashSet<_> = puller.busy_lanes().chain(puller.idle_lanes()).collect();
             self.known.retain(|n| alive.contains(n));
             self.failures.retain(|n, _| alive.contains(n));
         }
@@ -203,10 +205,10 @@ impl Sleeper {
     }
 
     /// Arms the lanes in `self.lanes`; `false` when one can go on at once, and then not all are armed.
-    fn arm_each(&mut self, rail: &mut Rail) -> bool {
+    fn arm_each(&mut self, puller: &mut LanePuller) -> bool {
         let mut sleep = true;
         for &n in &self.lanes {
-            let Some(lane) = rail.lane_mut(n) else { continue };
+            let Some(lane) = puller.lane_mut(n) else { continue };
             match lane.arm() {
                 Ok(Some(fd)) => {
                     if !self.known.contains(&n) {
@@ -225,7 +227,7 @@ impl Sleeper {
                 Ok(None) => {}
                 // To arm the others would be for nothing.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    rail.stir(n);
+                    puller.stir(n);
                     return false;
                 }
                 Err(error) => {
@@ -234,7 +236,7 @@ impl Sleeper {
                     if *seen == 1 {
                         tracing::error!(lane = n, %error, "lane cannot be armed: closing it");
                         lane.kill();
-                        rail.stir(n);
+                        puller.stir(n);
                         sleep = false;
                     }
                 }

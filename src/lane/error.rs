@@ -2,12 +2,12 @@
 
 use std::{io, time::Duration};
 
-use crate::error::Cause;
+use kvferry_proto::error::Cause;
 
 /// A lane that could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum LaneError {
+pub(crate) enum LaneError {
     /// The data address cannot be reached.
     #[error("cannot connect the lane to {to}: {source}; check that the producer runs and that its data port is open")]
     Connect {
@@ -76,7 +76,7 @@ pub enum LaneError {
 
 impl LaneError {
     /// The cause that a pull's blocks get when no other lane is left.
-    pub fn cause(&self) -> Cause {
+    pub(crate) fn cause(&self) -> Cause {
         match self {
             Self::Connect { .. }
             | Self::Elsewhere { .. }

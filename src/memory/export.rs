@@ -10,12 +10,13 @@ use std::{
     },
 };
 
+use kvferry_proto::{block::Nonce, group::PoolLayout, offer::OfferGroup};
+
 use super::{FenceWords, Memory};
-use crate::{block::Nonce, group::PoolLayout, offer::OfferGroup};
 
 /// A producer rank's pool and live offers.
 #[derive(Debug)]
-pub struct Export {
+pub(crate) struct Export {
     /// The pool; checked against the memory.
     pub layout: Arc<PoolLayout>,
     /// Its memory.
@@ -33,32 +34,32 @@ struct Live {
 
 impl Export {
     /// An export without live offers.
-    pub fn new(layout: Arc<PoolLayout>, memory: Memory, words: Arc<FenceWords>) -> Self {
+    pub(crate) fn new(layout: Arc<PoolLayout>, memory: Memory, words: Arc<FenceWords>) -> Self {
         Self { layout, memory, words, live: RwLock::default() }
     }
 
     /// The offer in `slot` may be read from now on. Its word is set last, once everything that it vouches for is in place.
-    pub fn publish(&self, slot: u32, nonce: Nonce, groups: Arc<[OfferGroup]>) {
+    pub(crate) fn publish(&self, slot: u32, nonce: Nonce, groups: Arc<[OfferGroup]>) {
         // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
         self.live.write().unwrap_or_else(PoisonError::into_inner).insert(slot, Live { nonce, groups });
         self.words.set(slot, nonce);
     }
 
     /// The offer in `slot` may be read no more. The word is cleared first, and when this returns the blocks may be written.
-    pub fn withdraw(&self, slot: u32) {
+    pub(crate) fn withdraw(&self, slot: u32) {
         self.words.clear(slot);
         self.live.write().unwrap_or_else(PoisonError::into_inner).remove(&slot);
     }
 
     /// The blocks of the offer in `slot`, if it is live and its nonce is this one.
-    pub fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<[OfferGroup]>> {
+    pub(crate) fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<[OfferGroup]>> {
         let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
         live.get(&slot).filter(|l| l.nonce.get() == nonce).map(|l| l.groups.clone())
     }
 
     /// The check after the copy: the nonce if the offer in `slot` is still live under it, else 0. What was read from the
     /// pool before this call was read while the offer was live. Another offer's nonce is never told.
-    pub fn still(&self, slot: u32, nonce: u64) -> u64 {
+    pub(crate) fn still(&self, slot: u32, nonce: u64) -> u64 {
         // The copy's loads may not pass the word's: they would read bytes newer than the word vouches for.
         fence(Ordering::SeqCst);
         let word = self.words.load(slot);
@@ -69,7 +70,7 @@ impl Export {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::{BlockId, GroupId};
+    use kvferry_proto::block::{BlockId, GroupId};
 
     #[test]
     fn only_the_live_offer_with_its_own_nonce_resolves() {

@@ -11,16 +11,15 @@ use std::{
     sync::Arc,
 };
 
+use kvferry_proto::group::{BadLayout, PoolLayout};
+
 use super::{Mapping, mapping};
-use crate::{
-    error::StartError,
-    group::{BadLayout, PoolLayout},
-};
+use crate::error::StartError;
 
 /// A rank's memory, as segments that its pool's regions lie in. A clone is another handle to the same memory.
 ///
 /// ```
-/// # use kvferry::{group::PoolLayout, memory::Memory};
+/// # use kvferry::{Memory, PoolLayout};
 /// let layout = PoolLayout::uniform(64, 2, 4096, 16);
 /// let memory = Memory::alloc(&layout.segments)?;
 /// memory.check(&layout)?;

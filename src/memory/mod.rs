@@ -11,9 +11,9 @@ mod mapping;
 mod spans;
 mod words;
 
-pub use export::Export;
+pub(crate) use export::Export;
 pub use host::Memory;
 pub(crate) use low_water::set_low_water;
 pub(crate) use mapping::Mapping;
 pub use spans::Span;
-pub use words::FenceWords;
+pub(crate) use words::FenceWords;

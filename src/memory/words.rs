@@ -1,7 +1,7 @@
 //! The fence words of a rank: one 64-bit word for each live offer, in memory that lanes can read.
 //!
 //! Owns the words' memory. A word holds its offer's nonce while the offer is live and zero otherwise (promise *fresh*; see
-//! [`crate::protocol::fence`]).
+//! [`kvferry_proto::fence`]).
 
 use std::{
     io,
@@ -9,12 +9,13 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
+use kvferry_proto::block::Nonce;
+
 use super::{Mapping, mapping};
-use crate::block::Nonce;
 
 /// A table of fence words, in a sealed memfd.
 #[derive(Debug)]
-pub struct FenceWords {
+pub(crate) struct FenceWords {
     fd: OwnedFd,
     mapping: Mapping,
     slots: u32,
@@ -22,7 +23,7 @@ pub struct FenceWords {
 
 impl FenceWords {
     /// A table of `slots` words, all zero: no offer is live.
-    pub fn new(slots: u32) -> io::Result<Self> {
+    pub(crate) fn new(slots: u32) -> io::Result<Self> {
         let (fd, mapping) = mapping::sealed("kvferry-words", u64::from(slots) * 8)?;
         Ok(Self { fd, mapping, slots })
     }
@@ -39,7 +40,7 @@ impl FenceWords {
     }
 
     /// The offer in this slot is live from now on. A slot past the table's end is never live.
-    pub fn set(&self, slot: u32, nonce: Nonce) {
+    pub(crate) fn set(&self, slot: u32, nonce: Nonce) {
         if let Some(w) = self.words().get(slot as usize) {
             // Release: what was written to the blocks before is seen by whoever sees the nonce.
             w.store(nonce.get(), Ordering::Release);
@@ -47,7 +48,7 @@ impl FenceWords {
     }
 
     /// The offer in this slot is live no more. When this returns, the blocks may be written again.
-    pub fn clear(&self, slot: u32) {
+    pub(crate) fn clear(&self, slot: u32) {
         if let Some(w) = self.words().get(slot as usize) {
             w.store(0, Ordering::SeqCst);
         }
@@ -57,28 +58,23 @@ impl FenceWords {
     }
 
     /// The word in this slot; 0 past the end.
-    pub fn load(&self, slot: u32) -> u64 {
+    pub(crate) fn load(&self, slot: u32) -> u64 {
         self.words().get(slot as usize).map_or(0, |w| w.load(Ordering::Acquire))
     }
 
     /// Address of word 0 in this process.
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.mapping.base().addr().get() as u64
     }
 
     /// The file that holds the words.
-    pub fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
     /// Number of words.
-    pub fn len(&self) -> u32 {
+    pub(crate) fn len(&self) -> u32 {
         self.slots
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.slots == 0
     }
 }
 

@@ -10,12 +10,13 @@ use std::{
     hash::Hash,
 };
 
+use kvferry_proto::{block::Block, error::Cause};
+
 use super::{
     sabotage::{self, Bug},
     table::{GroupSpec, Held, Layout, Request},
     turn::{Owners, Reach, Shared},
 };
-use crate::{block::Block, error::Cause};
 
 /// What happens to requests that lose blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -311,10 +312,8 @@ fn dependent_kept(bad: &HashMap<Block, Cause>, b: &Block) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        block::{BlockId, GroupId},
-        scheduler::table::Keeps,
-    };
+    use crate::scheduler::table::Keeps;
+    use kvferry_proto::block::{BlockId, GroupId};
     use proptest::prelude::*;
 
     type Tables = Vec<Vec<Option<BlockId>>>;

@@ -34,8 +34,7 @@
 //! Two requests share the first two blocks of their prompts. `a` loads them in this step, and `b`, scheduled right
 //! behind it, finds them in the prefix cache and loads one more block for itself. Then the prefill engine dies.
 //! ```
-//! use kvferry::block::{Block, BlockId, GroupId};
-//! use kvferry::error::Cause;
+//! use kvferry::{Block, BlockId, Cause, GroupId};
 //! use kvferry::scheduler::invalid::{Policy, Report, resolve};
 //! use kvferry::scheduler::ledger::Ledger;
 //! use kvferry::scheduler::table::{GroupSpec, Held, Request};

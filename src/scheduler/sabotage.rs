@@ -3,7 +3,7 @@
 
 use std::hash::Hash;
 
-use crate::block::Block;
+use kvferry_proto::block::Block;
 
 /// A bug that was made, or nearly made, by some scheduler in the field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -5,7 +5,7 @@
 
 use std::num::NonZeroU32;
 
-use crate::block::{Block, BlockId, GroupId};
+use kvferry_proto::block::{Block, BlockId, GroupId};
 
 /// How much of the past the layers of a group need, and so where a request may go on after a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,19 +130,19 @@ pub(super) struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    pub fn new(groups: &'a [GroupSpec]) -> Self {
+    pub(super) fn new(groups: &'a [GroupSpec]) -> Self {
         // Block sizes without a common multiple below 2^64 can be cut at 0 alone.
         let unit = groups.iter().try_fold(1, |unit, g| lcm(unit, g.tokens())).unwrap_or(u64::MAX);
         Self { groups, unit }
     }
 
     /// Whether a load is brought by all groups or not at all.
-    pub fn whole_loads(&self) -> bool {
+    pub(super) fn whole_loads(&self) -> bool {
         self.groups.len() > 1 || self.groups.iter().any(|g| g.keeps == Keeps::State)
     }
 
     /// Every block of a request with its group's index and its first token, from the one that holds token `from` on.
-    pub fn blocks<'b, R>(
+    pub(super) fn blocks<'b, R>(
         self,
         r: &Request<'b, R>,
         from: u64,
@@ -158,7 +158,12 @@ impl<'a> Layout<'a> {
 
     /// The longest length up to `bound` at which a request can go on: whole blocks in every group, and what each group
     /// needs of the past there. `good` says whether a block (of this group, with this first token) may be counted on.
-    pub fn resume(&self, tables: &[Vec<Option<BlockId>>], bound: u64, good: impl Fn(usize, u64, Block) -> bool) -> u64 {
+    pub(super) fn resume(
+        &self,
+        tables: &[Vec<Option<BlockId>>],
+        bound: u64,
+        good: impl Fn(usize, u64, Block) -> bool,
+    ) -> u64 {
         let at = |g: usize, p: u64| {
             let spec = &self.groups[g];
             let id = usize::try_from(p).ok().and_then(|p| tables.get(g)?.get(p).copied().flatten());

@@ -8,11 +8,12 @@
 
 use std::{collections::HashMap, hash::Hash};
 
+use kvferry_proto::block::Block;
+
 use super::{
     sabotage::{self, Bug},
     table::{GroupSpec, Keeps, Layout, Request},
 };
-use crate::block::Block;
 
 /// What a request may do in the next step.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +106,7 @@ pub(super) struct Owners<'a, 'b, R> {
 
 impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
     /// `reach` says how far each request is; `None` for one that is about to be failed, and holds nothing any more.
-    pub fn new(layout: Layout<'a>, requests: &'a [Request<'b, R>], reach: Vec<Option<Reach>>) -> Self {
+    pub(super) fn new(layout: Layout<'a>, requests: &'a [Request<'b, R>], reach: Vec<Option<Reach>>) -> Self {
         let mut it = Self { layout, requests, reach, blocks: HashMap::new() };
         let shortest = it.reach.iter().flatten().map(|s| s.real).min().unwrap_or(0);
         for (request, (r, reach)) in requests.iter().zip(&it.reach).enumerate() {
@@ -164,7 +165,7 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
     }
 
     /// The turn of a request by its index; `None` for one that is out.
-    pub fn turn(&self, i: usize) -> Option<Turn<R>> {
+    pub(super) fn turn(&self, i: usize) -> Option<Turn<R>> {
         let (r, computed) = (self.requests.get(i)?, (*self.reach.get(i)?)?.real);
         let id = r.id.clone();
         if r.loading {
@@ -207,7 +208,7 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
     }
 
     /// Blocks that more than one request needs and nobody has, in a stable order.
-    pub fn shared(&self) -> Vec<Shared<R>> {
+    pub(super) fn shared(&self) -> Vec<Shared<R>> {
         let mut out: Vec<(u64, Shared<R>)> = Vec::new();
         for (&block, fate) in self.blocks.iter().filter(|(_, f)| !f.there) {
             let Some(owner) = fate.owner else { continue };
@@ -226,10 +227,8 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        block::{BlockId, GroupId},
-        scheduler::table::Held,
-    };
+    use crate::scheduler::table::Held;
+    use kvferry_proto::block::{BlockId, GroupId};
 
     type Tables = Vec<Vec<Option<BlockId>>>;
 

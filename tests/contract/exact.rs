@@ -2,17 +2,8 @@
 
 use std::time::Duration;
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    config::Config,
-    consumer::Pull,
-    error::{Cause, PullError},
-    lane::LaneKind,
-    offer::Offer,
-    plan::LocalBlocks,
-};
-
-use crate::rig::{Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all, really};
+use kvferry::{BlockId, Cause, Config, GroupId, LaneKind, LocalBlocks, Offer, Pull, PullError};
+use kvferry_testkit::rig::{Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, pull_all, really};
 
 #[test]
 fn a_pull_over_each_lane_is_byte_exact() {
@@ -49,13 +40,13 @@ fn positions_decide_what_goes_where_and_what_is_not_offered_is_invalid() {
     assert_eq!(g.causes.len(), 1);
     assert_eq!(g.causes[0].0, Cause::NotOffered);
     let layout = spec.layout();
-    let mut check = crate::pattern::Check::new();
+    let mut check = kvferry_testkit::pattern::Check::new();
     for (local, remote) in [(100, 8), (50, 6)] {
         let (_, bad) =
             check.block(producer.seed, (&layout, remote), (consumer.memory(), &layout, local), GroupId(0)).unwrap();
         assert_eq!(bad, 0);
     }
-    let ids = |b: &[kvferry::block::Block]| b.iter().map(|b| b.id.0).collect::<Vec<_>>();
+    let ids = |b: &[kvferry::Block]| b.iter().map(|b| b.id.0).collect::<Vec<_>>();
     assert_eq!((ids(&end.blocks.loaded), ids(&end.blocks.invalid)), (vec![100, 50], vec![30, 31]));
 }
 
@@ -73,7 +64,7 @@ fn many_pulls_at_once_do_not_mix() {
         consumer.pull(Pull::new(offer.clone(), vec![wanted]).lanes(vec![lane]).deadline(SOON)).unwrap();
     }
     let layout = spec.layout();
-    let mut check = crate::pattern::Check::new();
+    let mut check = kvferry_testkit::pattern::Check::new();
     for _ in 0..32 {
         let end = ended(&consumer);
         assert!(end.outcome.complete(), "{:?}", end.outcome);

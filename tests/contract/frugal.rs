@@ -1,12 +1,11 @@
 //! What did arrive is kept, and a failed lane is replaced within the deadline.
 
-use kvferry::{config::Config, consumer::Pull, lane::LaneKind};
-use rustix::process::Signal;
-
-use crate::rig::{
+use kvferry::{Config, LaneKind, Pull};
+use kvferry_testkit::rig::{
     Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, killable, pull_all, really,
     wait_until_loaded,
 };
+use rustix::process::Signal;
 
 #[test]
 fn a_producer_killed_at_a_share_of_the_bytes_leaves_nearly_that_share_of_the_prompt() {

@@ -1,11 +1,10 @@
 //! A peer that comes back at the same address is served again by both sides without a restart.
 
-use kvferry::{config::Config, lane::LaneKind};
-use rustix::process::Signal;
-
-use crate::rig::{
+use kvferry::{Config, LaneKind};
+use kvferry_testkit::rig::{
     Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
 };
+use rustix::process::Signal;
 
 #[test]
 fn a_producer_that_restarts_at_the_same_address_is_pulled_from_again_by_the_same_consumer() {

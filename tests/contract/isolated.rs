@@ -6,17 +6,9 @@ use std::{
     time::Duration,
 };
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    config::Config,
-    consumer::Pull,
-    error::Cause,
-    lane::LaneKind,
-    plan::LocalBlocks,
-};
+use kvferry::{BlockId, Cause, Config, GroupId, LaneKind, LocalBlocks, Pull};
+use kvferry_testkit::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, really};
 use rustix::process::Signal;
-
-use crate::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, really};
 
 #[test]
 fn one_dead_peer_and_one_stopped_peer_leave_eight_others_pulling() {
@@ -40,7 +32,7 @@ fn one_dead_peer_and_one_stopped_peer_leave_eight_others_pulling() {
             let end = ended(&consumer);
             assert!(end.outcome.complete(), "round {round}: {:?}", end.outcome);
             let seed = end.offer.incarnation.get();
-            let mut check = crate::pattern::Check::new();
+            let mut check = kvferry_testkit::pattern::Check::new();
             for (position, b) in end.blocks.loaded.iter().enumerate() {
                 let src = end.offer.groups[0].blocks[position].unwrap().0;
                 let theirs = small.layout();
@@ -90,9 +82,9 @@ fn random_bytes_and_half_open_connections_on_every_port_harm_nobody() {
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, Config::default());
     // Every port that the process listens on, as the kernel knows them: control, data, and unix sockets.
-    let ports = crate::rig::listening_ports(producer.pid());
+    let ports = kvferry_testkit::rig::listening_ports(producer.pid());
     assert!(ports.len() >= 2, "control and data: {ports:?}");
-    let names = crate::rig::listening_names(producer.pid());
+    let names = kvferry_testkit::rig::listening_names(producer.pid());
     assert!(!names.is_empty(), "the local lane's socket");
     let mut half_open = Vec::new();
     let mut state = 0x1234_5678_9abc_def1u64;

@@ -5,9 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{block::OfferId, config::Config, consumer::Pull, error::Cause, lane::LaneKind, offer::Offer};
-
-use crate::rig::{
+use kvferry::{Cause, Config, LaneKind, Offer, OfferId, Pull};
+use kvferry_testkit::rig::{
     CONSUMER, Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, outlasting, pull_all,
     throttled, wait_until_loaded,
 };
@@ -107,7 +106,7 @@ fn an_offer_pulled_before_the_producer_knows_it_waits_for_it() {
     let consumer = consumer(&spec, Config::default());
     // Block 0 was overwritten when the first name was revoked; the early one names others.
     let (mut offer, id) = early_name(&mut producer, &[0]);
-    offer.groups[0].blocks = vec![Some(kvferry::block::BlockId(5)), Some(kvferry::block::BlockId(6))];
+    offer.groups[0].blocks = vec![Some(kvferry::BlockId(5)), Some(kvferry::BlockId(6))];
     consumer.pull(Pull::new(offer.clone(), all_of(&offer)).deadline(SOON)).unwrap();
     let until = Instant::now() + SOON;
     while producer.count().2 == 0 {
@@ -157,10 +156,7 @@ fn an_offer_handed_to_two_consumers_serves_both_and_comes_back_once() {
 
 #[test]
 fn a_thousand_sessions_are_held_while_used_and_dropped_when_long_unused() {
-    use kvferry::{
-        block::{BlockId, GroupId},
-        plan::LocalBlocks,
-    };
+    use kvferry::{BlockId, GroupId, LocalBlocks};
     // One producer on every loopback address: to the consumer each address is a peer of its own.
     let spec = Spec { listen: "0.0.0.0:0".into(), blocks: 8, regions: 1, ..Spec::default() };
     let mut producer = Producer::start(&spec);

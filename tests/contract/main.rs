@@ -7,19 +7,11 @@ mod healing;
 mod isolated;
 mod leak_free;
 mod network;
-#[path = "../../src/bin/kvferry/pattern.rs"]
-mod pattern;
 mod quiet;
-mod rig;
 mod timely;
 
-/// Not a test: what a producer's or a consumer's process runs. Does nothing unless it was started as one.
+/// Not a test: the work of a producer's or a consumer's process. Does nothing unless it was started as one.
 #[test]
 fn role() {
-    if let Ok(spec) = std::env::var(rig::ROLE) {
-        rig::run_producer(&spec);
-    }
-    if let Ok(what) = std::env::var(rig::CONSUMER) {
-        rig::run_consumer(&what);
-    }
+    kvferry_testkit::rig::play();
 }

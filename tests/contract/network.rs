@@ -8,9 +8,8 @@ use std::{
     time::Duration,
 };
 
-use kvferry::{config::Config, error::Cause, lane::LaneKind};
-
-use crate::rig::{
+use kvferry::{Cause, Config, LaneKind};
+use kvferry_testkit::rig::{
     Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, pull_all, throttled, wait_until_loaded,
 };
 

@@ -2,13 +2,10 @@
 
 use std::time::Duration;
 
-use kvferry::{
-    consumer::Consumer,
-    error::{Cause, PullError},
-    lane::LaneKind,
+use kvferry::{Cause, Consumer, LaneKind, PullError};
+use kvferry_testkit::rig::{
+    Producer, SOON, Spec, consumer, deadline, ended, killable, pull_all, throttled, wait_until_loaded,
 };
-
-use crate::rig::{Producer, SOON, Spec, consumer, deadline, ended, killable, pull_all, throttled, wait_until_loaded};
 
 const MARK: u8 = 0xA5;
 

@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry::{config::Config, error::Cause, lane::LaneKind};
-use rustix::process::Signal;
-
-use crate::rig::{
+use kvferry::{Cause, Config, LaneKind};
+use kvferry_testkit::rig::{
     Producer, SOON, Spec, assert_loaded_is_exact, consumer, deadline, ended, killable, pull_all, really, throttled,
     wait_until_loaded,
 };
+use rustix::process::Signal;
 
 /// A loaded machine may look at the clock late; no promise is about less than this.
 const SLACK: Duration = Duration::from_millis(250);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use kvferry::scheduler::tokens::{Parts, Recomputed};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub(crate) enum Event {
     Hit,
     Promised,
     Loaded,
@@ -59,7 +59,7 @@ fn classify(history: &[Event]) -> Class {
 }
 
 #[derive(Default)]
-pub struct Books {
+pub(crate) struct Books {
     open: BTreeMap<u32, Vec<Vec<Event>>>,
     pub total: Parts,
     /// Prompt tokens that the engine ran through its model.
@@ -67,11 +67,11 @@ pub struct Books {
 }
 
 impl Books {
-    pub fn admit(&mut self, id: u32, prompt: u64) {
+    pub(crate) fn admit(&mut self, id: u32, prompt: u64) {
         self.open.insert(id, vec![Vec::new(); prompt as usize]);
     }
 
-    pub fn note(&mut self, id: u32, from: u64, to: u64, e: Event) {
+    pub(crate) fn note(&mut self, id: u32, from: u64, to: u64, e: Event) {
         if let Some(tokens) = self.open.get_mut(&id) {
             let to = to.min(tokens.len() as u64) as usize;
             let from = (from as usize).min(to);
@@ -79,7 +79,7 @@ impl Books {
         }
     }
 
-    pub fn parts(&self, id: u32) -> Option<Parts> {
+    pub(crate) fn parts(&self, id: u32) -> Option<Parts> {
         let mut p = Parts::default();
         for t in self.open.get(&id)? {
             let one = |r: &mut Recomputed, w| match w {
@@ -99,7 +99,7 @@ impl Books {
     }
 
     /// The tokens are final.
-    pub fn settle(&mut self, id: u32) {
+    pub(crate) fn settle(&mut self, id: u32) {
         if let Some(p) = self.parts(id) {
             self.total = self.total.plus(&p);
             self.open.remove(&id);

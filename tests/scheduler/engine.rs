@@ -6,8 +6,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use kvferry::{
-    block::{Block, BlockId, GroupId},
-    error::Cause,
+    Block, BlockId, Cause, GroupId,
     scheduler::{
         invalid::{Outcome, Policy, Report, resolve},
         ledger::{End, Ledger},
@@ -23,14 +22,14 @@ use crate::{
 };
 
 /// What is wrong, in words.
-pub type Check = Result<(), String>;
+pub(crate) type Check = Result<(), String>;
 
 macro_rules! must {
     ($cond:expr, $($arg:tt)*) => { if !$cond { return Err(format!($($arg)*)); } };
 }
 
 #[derive(Debug, Clone)]
-pub struct Arrival {
+pub(crate) struct Arrival {
     /// Requests of a family have a common prefix of `shared` tokens.
     pub family: u32,
     pub shared: u64,
@@ -51,7 +50,7 @@ pub struct Arrival {
 }
 
 #[derive(Debug, Clone)]
-pub enum Op {
+pub(crate) enum Op {
     Arrive(Arrival),
     /// Runs `budget` tokens. `noise` adds reports of blocks that have nothing to do with it, `late` holds the true ones
     /// back for a step.
@@ -120,7 +119,7 @@ impl Req {
     }
 }
 
-pub struct Engine {
+pub(crate) struct Engine {
     groups: Vec<GroupSpec>,
     unit: u64,
     policy: Policy,
@@ -140,7 +139,7 @@ pub struct Engine {
     pub failed: u64,
 }
 
-pub fn layout(n: u8) -> Vec<GroupSpec> {
+pub(crate) fn layout(n: u8) -> Vec<GroupSpec> {
     let spec = |id, tokens, keeps| GroupSpec::new(GroupId(id), tokens, keeps).unwrap();
     match n {
         0 => vec![spec(0, 4, Keeps::All)],
@@ -151,7 +150,7 @@ pub fn layout(n: u8) -> Vec<GroupSpec> {
 }
 
 impl Engine {
-    pub fn new(groups: Vec<GroupSpec>, policy: Policy) -> Self {
+    pub(crate) fn new(groups: Vec<GroupSpec>, policy: Policy) -> Self {
         let tokens = |g: &GroupSpec| u64::from(g.block_tokens.get());
         Self {
             unit: groups.iter().map(tokens).max().unwrap(),
@@ -173,7 +172,7 @@ impl Engine {
         }
     }
 
-    pub fn run(&mut self, ops: &[Op]) -> Check {
+    pub(crate) fn run(&mut self, ops: &[Op]) -> Check {
         for op in ops {
             match op {
                 Op::Arrive(a) => self.arrive(a.clone()),

@@ -12,8 +12,7 @@ use std::collections::HashMap;
 
 use engine::{Arrival, Engine, Op, layout};
 use kvferry::{
-    block::{Block, BlockId, GroupId},
-    error::Cause,
+    Block, BlockId, Cause, GroupId,
     scheduler::{
         invalid::{Policy, Report, resolve},
         ledger::Ledger,

@@ -2,13 +2,13 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use kvferry::block::BlockId;
+use kvferry::BlockId;
 
 /// Whose text, and the token in it. Two requests with a common prefix have the same stamps in it.
-pub type Stamp = (u32, u64);
+pub(crate) type Stamp = (u32, u64);
 
 #[derive(Debug, Clone, Default)]
-pub struct Slab {
+pub(crate) struct Slab {
     pub refs: u32,
     /// Under what the prefix cache finds it.
     pub key: Option<Stamp>,
@@ -19,27 +19,27 @@ pub struct Slab {
 }
 
 #[derive(Debug)]
-pub struct Pool {
+pub(crate) struct Pool {
     pub blocks: Vec<Slab>,
     free: VecDeque<BlockId>,
     cache: HashMap<Stamp, Vec<BlockId>>,
 }
 
 impl Pool {
-    pub fn new(blocks: u32, tokens: u64) -> Self {
+    pub(crate) fn new(blocks: u32, tokens: u64) -> Self {
         let slab = Slab { slots: vec![None; tokens as usize], ..Slab::default() };
         Self { blocks: vec![slab; blocks as usize], free: (0..blocks).map(BlockId).collect(), cache: HashMap::new() }
     }
 
-    pub fn slab(&mut self, b: BlockId) -> &mut Slab {
+    pub(crate) fn slab(&mut self, b: BlockId) -> &mut Slab {
         &mut self.blocks[b.0 as usize]
     }
 
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.free.len()
     }
 
-    pub fn alloc(&mut self) -> Option<BlockId> {
+    pub(crate) fn alloc(&mut self) -> Option<BlockId> {
         let b = self.free.pop_front()?;
         self.uncache(b);
         let s = self.slab(b);
@@ -49,7 +49,7 @@ impl Pool {
         Some(b)
     }
 
-    pub fn retain(&mut self, b: BlockId) {
+    pub(crate) fn retain(&mut self, b: BlockId) {
         let s = self.slab(b);
         s.refs += 1;
         if s.refs == 1 {
@@ -57,7 +57,7 @@ impl Pool {
         }
     }
 
-    pub fn release(&mut self, b: BlockId) {
+    pub(crate) fn release(&mut self, b: BlockId) {
         let s = self.slab(b);
         s.refs -= 1;
         if s.refs == 0 {
@@ -66,12 +66,12 @@ impl Pool {
     }
 
     /// A cached block with this content; `pick` chooses among several.
-    pub fn find(&self, key: Stamp, pick: usize) -> Option<BlockId> {
+    pub(crate) fn find(&self, key: Stamp, pick: usize) -> Option<BlockId> {
         let all = self.cache.get(&key)?;
         Some(all[pick % all.len()])
     }
 
-    pub fn cache(&mut self, b: BlockId, key: Stamp) {
+    pub(crate) fn cache(&mut self, b: BlockId, key: Stamp) {
         let s = self.slab(b);
         if s.key.is_none() {
             s.key = Some(key);
@@ -79,7 +79,7 @@ impl Pool {
         }
     }
 
-    pub fn uncache(&mut self, b: BlockId) {
+    pub(crate) fn uncache(&mut self, b: BlockId) {
         if let Some(key) = self.slab(b).key.take() {
             let all = self.cache.get_mut(&key).unwrap();
             all.retain(|c| *c != b);

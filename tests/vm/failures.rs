@@ -6,18 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{
-    config::{Config, VerbsConfig},
-    consumer::Consumer,
-    error::Cause,
-    lane::LaneKind,
+use kvferry::{Cause, Config, Consumer, LaneKind, VerbsConfig};
+use kvferry_testkit::{
+    rdma::{all_up, config, ends, ip, objects, run, settled, spec, tc, wires},
+    rig::{SOON, Spec, assert_loaded_is_exact, ended, pull_all, wait_until_loaded},
 };
 
-use crate::{
-    mishap::{DEADLINE, Mishap, SLACK, When},
-    rig::{SOON, Spec, assert_loaded_is_exact, ended, pull_all, wait_until_loaded},
-    wires::{all_up, config, ends, ip, objects, run, settled, spec, tc, wires},
-};
+use crate::mishap::{DEADLINE, Mishap, SLACK, When};
 
 #[test]
 fn the_own_link_down_and_up_again() {
@@ -36,7 +31,7 @@ fn the_peers_link_down_and_up_again() {
 }
 
 /// Without a word: a link that goes down is heard of, a switch that drops everything is not.
-fn lose_all(of: Mishap) -> kvferry::consumer::Ended {
+fn lose_all(of: Mishap) -> kvferry::Ended {
     let (end, ..) = of.run(|_| tc("qdisc add dev a1 root netem loss 100%"), |_| tc("qdisc del dev a1 root"));
     assert!(end.outcome.invalid() > 0);
     end
@@ -128,7 +123,7 @@ fn the_own_device_removed_in_the_middle_of_a_pull_is_let_go_of() {
     }
     run("rdma", "link add rxa1 type rxe netdev a1");
     all_up();
-    let consumer = crate::rig::consumer(&spec, config(1, None));
+    let consumer = kvferry_testkit::rig::consumer(&spec, config(1, None));
     let offer = producer.offer_all();
     consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
     let next = ended(&consumer);

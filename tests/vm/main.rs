@@ -3,32 +3,21 @@
 //! Outside of it every test says so and passes, since there is nothing to be tried. Producers are processes of their own,
 //! on the far ends of the wires (rxb1, rxb2); the control plane goes over loopback, so that a cut wire cuts the data only.
 
-mod cli;
-#[path = "../../benches/support/counting.rs"]
-mod counting;
 mod failures;
 mod mishap;
-#[path = "../../src/bin/kvferry/pattern.rs"]
-mod pattern;
 mod peers;
 mod pulls;
 mod rails;
-mod raw;
-mod reasons;
-#[path = "../contract/rig.rs"]
-#[allow(dead_code)]
-mod rig;
-mod wires;
+
+use kvferry_testkit::{counting::Counting, rig};
 
 #[global_allocator]
-static COUNTING: counting::Counting = counting::Counting;
+static COUNTING: Counting = Counting;
 
-/// Not a test: what a producer's process runs. Does nothing unless it was started as one.
+/// Not a test: the work of a producer's process. Does nothing unless it was started as one.
 #[test]
 fn role() {
-    if let Ok(spec) = std::env::var(rig::ROLE) {
-        rig::run_producer(&spec);
-    }
+    rig::play();
 }
 
 #[test]

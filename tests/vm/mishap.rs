@@ -2,26 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry::{
-    config::Config,
-    consumer::{Consumer, Ended},
-    lane::LaneKind,
-};
-
-use crate::{
+use kvferry::{Config, Consumer, Ended, LaneKind};
+use kvferry_testkit::{
+    rdma::{Slow, all_up, config, objects, settled, spec},
     reasons::reasons,
     rig::{Producer, SOON, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded},
-    wires::{Slow, all_up, config, objects, settled, spec},
 };
 
 /// Emulated CPUs may look at the clock late.
-pub const SLACK: Duration = Duration::from_secs(2);
+pub(crate) const SLACK: Duration = Duration::from_secs(2);
 
 /// The deadline where nothing else is said.
-pub const DEADLINE: Duration = Duration::from_secs(8);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(8);
 
 /// When it happens.
-pub enum When {
+pub(crate) enum When {
     /// When this share of the pull is loaded.
     Loaded(f64),
     /// So long after its start, however far it is.
@@ -29,7 +24,7 @@ pub enum When {
 }
 
 /// A pull of some MiB over slow wires, in blocks of 64 KiB, that is to be broken.
-pub struct Mishap {
+pub(crate) struct Mishap {
     pub rails: usize,
     pub mib: u32,
     pub deadline: Duration,
@@ -39,40 +34,40 @@ pub struct Mishap {
 
 impl Mishap {
     /// A pull that takes two seconds, broken when a third is there.
-    pub fn over(rails: usize) -> Self {
+    pub(crate) fn over(rails: usize) -> Self {
         let mut config = config(rails, None);
         // Twice of it on two slow wires is more than two emulated processors keep up with: queue pairs would give up.
         config.verbs.window = 512 << 10;
         Self { rails, mib: 32 * rails as u32, deadline: DEADLINE, when: When::Loaded(0.3), config }
     }
 
-    pub fn deadline(self, deadline: Duration) -> Self {
+    pub(crate) fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
-    pub fn when(self, when: When) -> Self {
+    pub(crate) fn when(self, when: When) -> Self {
         Self { when, ..self }
     }
 
     /// With so little in flight that the pull takes eight seconds.
-    pub fn slowly(mut self) -> Self {
+    pub(crate) fn slowly(mut self) -> Self {
         (self.config.verbs.window, self.config.verbs.max_read) = (128 << 10, 32 << 10);
         self
     }
 
-    pub fn blocks(&self) -> u32 {
+    pub(crate) fn blocks(&self) -> u32 {
         self.mib * 16
     }
 
     /// How long the lane may take to be quiet: what the transport takes to give up and a quarter, or the ladder's 580 ms,
     /// each twice.
-    pub fn quiet_bound(&self) -> Duration {
+    pub(crate) fn quiet_bound(&self) -> Duration {
         let gives_up = self.config.verbs.gives_up_after();
         (gives_up + gives_up / 4).max(Duration::from_millis(580)) * 2
     }
 
     /// Pulls and breaks. Returns the end, and when `hurt` was done with, from the pull's start on.
-    pub fn run(
+    pub(crate) fn run(
         &self,
         hurt: impl FnOnce(&mut Producer),
         heal: impl FnOnce(&mut Producer),

@@ -1,22 +1,15 @@
 //! Peers that fail, and what that costs the pulls from others.
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::Pull,
-    error::Cause,
-    lane::LaneKind,
-    offer::Offer,
-    plan::LocalBlocks,
-};
-use rustix::process::Signal;
-
-use crate::{
-    mishap::Mishap,
+use kvferry::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Offer, Pull};
+use kvferry_testkit::{
+    rdma::{Slow, config, ends, spec, wires},
     rig::{
         Belongings, Heard, Producer, SOON, Say, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded,
     },
-    wires::{Slow, config, ends, spec, wires},
 };
+use rustix::process::Signal;
+
+use crate::mishap::Mishap;
 
 #[test]
 fn a_killed_peer() {

@@ -2,17 +2,11 @@
 
 use std::time::Duration;
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::Pull,
-    lane::LaneKind,
-    plan::LocalBlocks,
-};
-
-use crate::{
+use kvferry::{BlockId, GroupId, LaneKind, LocalBlocks, Pull};
+use kvferry_testkit::{
     counting::allocations,
+    rdma::{Loss, Unordered, config, ends, objects, settled, spec, status, wires},
     rig::{Producer, assert_loaded_is_exact, consumer, ended, pull_all},
-    wires::{Loss, Unordered, config, ends, objects, settled, spec, status, wires},
 };
 
 /// Emulated CPUs are slow; no test here is about speed.
@@ -129,7 +123,7 @@ fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
     let (mut addr, mut resident) = (None, 0);
     for round in 0..20 {
         let listen = addr.clone().unwrap_or_else(|| spec.listen.clone());
-        let spec = crate::rig::Spec { listen, ..spec.clone() };
+        let spec = kvferry_testkit::rig::Spec { listen, ..spec.clone() };
         let mut producer = Producer::start(&spec);
         addr = Some(producer.addr.clone());
         let offer = producer.offer_all();

@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry::{consumer::Consumer, lane::LaneKind};
-
-use crate::{
-    mishap::{DEADLINE, Mishap, When},
+use kvferry::{Consumer, LaneKind};
+use kvferry_testkit::{
+    rdma::{Slow, all_up, came_in, ends, ip, objects, settled, spec, tc, wires},
     rig::{Producer, SOON, ended, pull_all},
-    wires::{Slow, all_up, came_in, ends, ip, objects, settled, spec, tc, wires},
 };
+
+use crate::mishap::{DEADLINE, Mishap, When};
 
 /// Two seconds are what is promised. An emulated machine on a loaded host gets two more before the test fails.
 fn done_soon(what: &str, took: Duration) {

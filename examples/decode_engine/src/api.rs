@@ -3,7 +3,7 @@
 //! A router asks a prefill engine with `kv_transfer_params: {"do_remote_decode": true}` and `max_tokens: 1`, and passes the
 //! `kv_transfer_params` of the answer on to a decode engine: `{"do_remote_prefill": true, "offer": {…}}`.
 
-use kvferry::{offer::Offer, scheduler::tokens::Parts};
+use kvferry::{Offer, scheduler::tokens::Parts};
 use serde::{Deserialize, Serialize};
 
 /// `POST /v1/completions`.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use kvferry::block::BlockId;
+use kvferry::BlockId;
 use sha2::{Digest as _, Sha256};
 
 /// Names the content of a full block, and all before it. A hash that nobody can make collide: a prompt must never find

@@ -167,7 +167,7 @@ impl Answers {
                 total_tokens: self.prompt_tokens + completion_tokens,
                 prompt_tokens_details: (*parts).into(),
             });
-            let transfer = |o: &kvferry::offer::Offer| Transfer {
+            let transfer = |o: &kvferry::Offer| Transfer {
                 do_remote_prefill: true,
                 offer: Some(o.clone()),
                 prompt: Some(self.prompt_is.clone()),

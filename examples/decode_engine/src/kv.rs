@@ -8,7 +8,7 @@
 use std::io;
 
 use half::{f16, slice::HalfFloatSliceExt as _};
-use kvferry::{block::BlockId, error::StartError, group::PoolLayout, memory::Memory};
+use kvferry::{BlockId, Memory, PoolLayout, StartError};
 
 /// Tokens in a block.
 pub const BLOCK: usize = 16;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, quantized::QTensor};
 use candle_nn::ops::{rms_norm, silu};
-use kvferry::block::BlockId;
+use kvferry::BlockId;
 use rayon::prelude::*;
 
 use crate::{
@@ -129,7 +129,7 @@ pub struct Batch {
 
 impl Llama {
     /// An empty cache for this model.
-    pub fn cache(&self, blocks: u32) -> std::result::Result<Kv, kvferry::error::StartError> {
+    pub fn cache(&self, blocks: u32) -> std::result::Result<Kv, kvferry::StartError> {
         Kv::new(blocks, self.config.layers, self.config.kv_heads, self.config.head)
     }
 

@@ -3,9 +3,7 @@
 use std::time::Instant;
 
 use kvferry::{
-    block::BlockId,
-    consumer::PullId,
-    offer::Offer,
+    BlockId, Offer, PullId,
     scheduler::{
         table::{Held, Request as View},
         tokens::Parts,

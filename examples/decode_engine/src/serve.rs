@@ -4,16 +4,7 @@ use std::{io::Write as _, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
-use kvferry::{
-    config::{Config, OnWedge},
-    consumer::Consumer,
-    lane::LaneKind,
-    lane::fault::Faults,
-    model::Model,
-    plan::ChunkSize,
-    producer::Producer,
-    scheduler::invalid::Policy,
-};
+use kvferry::{ChunkSize, Config, Consumer, Faults, LaneKind, Model, OnWedge, Producer, scheduler::invalid::Policy};
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;

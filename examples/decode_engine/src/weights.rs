@@ -211,7 +211,7 @@ mod tests {
         llama::{Batch, Span, greedy},
         prompts::prompts,
     };
-    use kvferry::block::BlockId;
+    use kvferry::BlockId;
 
     /// Runs a prompt in pieces of these sizes, then generates.
     fn answer(model: &Llama, kv: &Kv, prompt: &[u32], piece: usize, tokens: usize) -> Result<Vec<u32>> {

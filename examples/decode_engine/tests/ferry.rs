@@ -5,7 +5,7 @@ mod common;
 use anyhow::{Context as _, Result};
 use common::{Done, Rig, answer, outcome, prompts};
 use decode_engine::{engine::Settings, request::Refusal, serve::Role};
-use kvferry::{config::Config, lane::LaneKind, offer::Offer, plan::ChunkSize, scheduler::invalid::Policy};
+use kvferry::{ChunkSize, Config, LaneKind, Offer, scheduler::invalid::Policy};
 
 /// A decode engine whose lanes break as told.
 fn decode(fault: &str, settings: Settings) -> Result<Rig> {
@@ -126,7 +126,7 @@ fn an_offer_that_leads_nowhere_costs_time_and_nothing_else() -> Result<()> {
     let mut nobody = good.clone();
     nobody.ranks[0].addr = "127.0.0.1:1".into();
     let mut broken = good.clone();
-    broken.groups[0].blocks[0] = Some(kvferry::block::BlockId(u32::MAX - 1));
+    broken.groups[0].blocks[0] = Some(kvferry::BlockId(u32::MAX - 1));
     let mut empty = good.clone();
     empty.ranks.clear();
     let mut long = good.clone();

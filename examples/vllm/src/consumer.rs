@@ -2,11 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kvferry::{
-    block::{BlockId, GroupId},
-    consumer::{Consumer as Inner, Ended as InnerEnded, Pull, PullId},
-    plan::LocalBlocks,
-};
+use kvferry::{BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, LocalBlocks, Pull, PullId};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{

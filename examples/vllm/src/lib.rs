@@ -10,7 +10,7 @@ mod pool;
 mod producer;
 mod settings;
 
-use kvferry::block::Incarnation;
+use kvferry::Incarnation;
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 /// An engine's incarnation, as 16 hexadecimal digits, from those of all its ranks in rank order.
@@ -26,7 +26,7 @@ fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
 /// A new offer id, as 32 hexadecimal digits.
 #[pyfunction]
 fn new_offer_id() -> String {
-    kvferry::block::OfferId::random().to_string()
+    kvferry::OfferId::random().to_string()
 }
 
 /// Checks the JSON of an offer, with all its bounds. `ValueError` says what is wrong with it.

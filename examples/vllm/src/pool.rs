@@ -3,13 +3,7 @@
 use std::{ptr::NonNull, sync::Arc};
 
 use kvferry::{
-    block::{EngineId, GroupId, OfferId, Rank},
-    config::Limits,
-    group::{Group, GroupKind, PoolLayout, Region},
-    memory::Memory,
-    model::Model,
-    offer::Offer,
-    shard::Shard,
+    EngineId, Group, GroupId, GroupKind, Limits, Memory, Model, Offer, OfferId, PoolLayout, Rank, Region, Shard,
 };
 use pyo3::{exceptions::PyValueError, prelude::*};
 

@@ -1,6 +1,6 @@
 //! A prefill rank's producer.
 
-use kvferry::{producer::Producer as Inner, producer::Ready};
+use kvferry::{Producer as Inner, Ready};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{

@@ -1,9 +1,6 @@
 //! The library's settings that an operator may choose, with its defaults for all others.
 
-use kvferry::{
-    config::{Config, OnWedge, TlsConfig},
-    lane::LaneKind,
-};
+use kvferry::{Config, LaneKind, OnWedge, TlsConfig};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 use crate::{handle::seconds, pool::value_error};
@@ -85,8 +82,8 @@ impl Settings {
 }
 
 fn lane(name: &str) -> PyResult<LaneKind> {
-    [LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp, LaneKind::CudaIpc]
+    [LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp]
         .into_iter()
         .find(|k| k.as_str() == name)
-        .ok_or_else(|| PyValueError::new_err(format!("no lane is called {name:?}: use verbs, local, tcp, cuda-ipc")))
+        .ok_or_else(|| PyValueError::new_err(format!("no lane is called {name:?}: use verbs, local or tcp")))
 }

@@ -1,13 +1,14 @@
 //! The session's frames.
 
+use kvferry_proto::{
+    block::Nonce,
+    frame::{ClaimId, ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
+};
+
 use super::{
     BadMessage, Checked, MAX_RENEW, bad, claim_id, incarnation, millis, offer_id, peer, present, reader, time, within,
 };
-use crate::{
-    block::Nonce,
-    control::proto::{self, client_frame::Frame as C, server_frame::Frame as S},
-    protocol::frame::{ClaimId, ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
-};
+use crate::control::proto::{self, client_frame::Frame as C, server_frame::Frame as S};
 
 impl From<ClientFrame> for proto::ClientFrame {
     fn from(f: ClientFrame) -> Self {

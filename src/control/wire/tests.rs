@@ -1,14 +1,17 @@
-use super::*;
-use crate::{
-    block::{BlockId, Nonce},
-    control::proto::client_frame::Frame as C,
-    lane::verbs::{Gid, LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsTicket},
-    offer::{Offer, OfferGroup, OfferRank},
-    protocol::frame::{ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
+use std::fmt::Debug;
+
+use kvferry_proto::{
+    block::Nonce,
+    frame::{ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
 };
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
-use std::fmt::Debug;
+
+use super::*;
+use crate::{
+    control::proto::client_frame::Frame as C,
+    lane::verbs::{Gid, LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsTicket},
+};
 
 fn text() -> impl Strategy<Value = String> {
     "[a-zA-Z0-9 ./_é-]{0,40}"
@@ -92,7 +95,7 @@ fn hellos() -> impl Strategy<Value = Hello> {
 }
 
 fn lanes() -> impl Strategy<Value = Vec<LaneKind>> {
-    vec(select(vec![LaneKind::Tcp, LaneKind::Local, LaneKind::Verbs, LaneKind::CudaIpc]), 0..5)
+    vec(select(vec![LaneKind::Tcp, LaneKind::Local, LaneKind::Verbs]), 0..5)
 }
 
 fn welcomes() -> impl Strategy<Value = Welcome> {
@@ -193,34 +196,6 @@ fn server_frames() -> impl Strategy<Value = ServerFrame> {
     (any::<u64>(), option::of(body)).prop_map(|(ack, body)| ServerFrame { ack, body })
 }
 
-fn offers() -> impl Strategy<Value = Offer> {
-    let ranks = vec((incarnations(), "[a-z0-9.]{1,20}:[1-9][0-9]{0,3}"), 1..4);
-    let groups = vec((0u32..1000, vec(option::of(0u32..1000), 0..20)), 0..4);
-    (offer_ids(), peers(), ranks, groups, any::<u64>(), text()).prop_map(
-        |(id, peer, ranks, groups, tokens, request)| Offer {
-            id,
-            engine: peer.engine,
-            incarnation: peer.incarnation,
-            ranks: ranks
-                .into_iter()
-                .enumerate()
-                .map(|(i, (incarnation, addr))| OfferRank { rank: Rank(i as u32), incarnation, addr })
-                .collect(),
-            groups: groups
-                .into_iter()
-                .enumerate()
-                .map(|(i, (first_position, blocks))| OfferGroup {
-                    group: GroupId(i as u16),
-                    first_position,
-                    blocks: blocks.into_iter().map(|b| b.map(BlockId)).collect(),
-                })
-                .collect(),
-            tokens,
-            request,
-        },
-    )
-}
-
 /// Through bytes and back.
 fn again<P: Message + Default>(p: P) -> P {
     P::decode(p.encode_to_vec().as_slice()).unwrap()
@@ -234,14 +209,13 @@ proptest! {
     #[test]
     fn what_is_sent_is_what_arrives(
         hello in hellos(), welcome in welcomes(), ticket in tickets(), c in client_frames(), s in server_frames(),
-        offer in offers(), release in (option::of(peers()), offer_ids(), option::of(incarnations())),
+        release in (option::of(peers()), offer_ids(), option::of(incarnations())),
     ) {
         arrives(&hello, again(proto::HelloRequest::from(&hello)).try_into());
         arrives(&welcome, again(proto::Welcome::from(&welcome)).try_into());
         arrives(&ticket, again(proto::LaneReply::from(ticket.clone())).try_into());
         arrives(&c, again(proto::ClientFrame::from(c.clone())).try_into());
         arrives(&s, again(proto::ServerFrame::from(s.clone())).try_into());
-        arrives(&offer, super::offer(again(proto::Offer::from(&offer)), 1000));
         let (from, id, expect) = release;
         let release = ReleaseWanted { from, offer: id, expect };
         arrives(&release, again(proto::ReleaseRequest::from(&release)).try_into());
@@ -250,7 +224,7 @@ proptest! {
     /// Nearly all random bytes are no message at all, so the ones that are come from a message with some bytes changed.
     #[test]
     fn no_bytes_make_it_panic(
-        raw in vec(any::<u8>(), 0..200), welcome in welcomes(), c in client_frames(), s in server_frames(), offer in offers(),
+        raw in vec(any::<u8>(), 0..200), welcome in welcomes(), c in client_frames(), s in server_frames(),
         changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
     ) {
         let spoil = |mut bytes: Vec<u8>| {
@@ -267,7 +241,6 @@ proptest! {
             spoil(proto::Welcome::from(&welcome).encode_to_vec()),
             spoil(proto::ClientFrame::from(c).encode_to_vec()),
             spoil(proto::ServerFrame::from(s).encode_to_vec()),
-            spoil(proto::Offer::from(&offer).encode_to_vec()),
         ] {
             let bytes = bytes.as_slice();
             let _ = proto::HelloRequest::decode(bytes).map(Hello::try_from);
@@ -281,9 +254,6 @@ proptest! {
             let _ = proto::ServerFrame::decode(bytes).map(ServerFrame::try_from);
             let _ = proto::ReleaseRequest::decode(bytes).map(ReleaseWanted::try_from);
             let _ = proto::Mismatch::decode(bytes).map(Mismatch::from);
-            if let Ok(Ok(o)) = proto::Offer::decode(bytes).map(|o| super::offer(o, 1000)) {
-                prop_assert_eq!(o.check(1000), Ok(()));
-            }
         }
     }
 }

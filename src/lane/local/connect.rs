@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use kvferry_proto::{block::Incarnation, group::PoolLayout};
 use rustix::{
     fs::SealFlags,
     io::Errno,
@@ -21,8 +22,6 @@ use super::{
     wire::{self, Refusal, Reply, Request},
 };
 use crate::{
-    block::Incarnation,
-    group::PoolLayout,
     lane::LaneError,
     memory::{Mapping, Memory},
 };
@@ -34,7 +33,7 @@ const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
 /// Sets up a local lane: `name` and `lane` are what the producer's ConnectLane answered, `incarnation` and `remote` what
 /// its Hello said, and `memory` is where blocks will go. Runs on a tokio runtime; the lane itself needs none.
-pub async fn connect(
+pub(crate) async fn connect(
     name: &[u8],
     lane: u64,
     incarnation: Incarnation,

@@ -13,7 +13,6 @@
 //! Whoever may connect can read the whole pool, as with `process_vm_readv` itself: the lane protects against mistakes and
 //! other users, not against one's own processes.
 
-mod bare;
 mod connect;
 mod reader;
 mod server;
@@ -24,7 +23,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub use bare::bare_read;
-pub use connect::connect;
-pub use reader::LocalLane;
-pub use server::Server;
+pub(crate) use connect::connect;
+#[cfg(test)]
+pub(crate) use reader::LocalLane;
+pub(crate) use server::Server;

@@ -8,6 +8,12 @@ use std::{
     time::Duration,
 };
 
+use kvferry_proto::{
+    error::Cause,
+    group::PoolLayout,
+    lane::{Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
+    plan::Read,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, epoll},
     io::Errno,
@@ -15,13 +21,7 @@ use rustix::{
 };
 
 use super::source::Source;
-use crate::{
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
-    memory::Memory,
-    plan::Read,
-};
+use crate::{lane::WakingLane, memory::Memory};
 
 /// Reads that may be queued: the batch of one `process_vm_readv`.
 const WINDOW_READS: usize = 1024;
@@ -56,7 +56,7 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    pub fn new(socket: OwnedFd, pidfd: OwnedFd) -> io::Result<Self> {
+    pub(super) fn new(socket: OwnedFd, pidfd: OwnedFd) -> io::Result<Self> {
         let either = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         for fd in [&socket, &pidfd] {
             epoll::add(&either, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
@@ -65,7 +65,7 @@ impl Owner {
     }
 
     /// Why the lane is at its end, if it is: the process died, or the producer closed it.
-    pub fn ended(&self) -> Option<Cause> {
+    pub(super) fn ended(&self) -> Option<Cause> {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN), PollFd::new(&self.socket, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let seen = loop {
@@ -96,7 +96,7 @@ impl Owner {
 
 /// A lane to a process on this host.
 #[derive(Debug)]
-pub struct LocalLane {
+pub(crate) struct LocalLane {
     owner: Owner,
     source: Source,
     remote: Arc<PoolLayout>,
@@ -140,7 +140,8 @@ impl LocalLane {
     }
 
     /// Whether the peer's pool is mapped here, so that a copy takes no system call.
-    pub fn mapped(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn mapped(&self) -> bool {
         matches!(self.source, Source::Mapped { .. })
     }
 
@@ -342,7 +343,9 @@ impl Lane for LocalLane {
         }
         out.append(&mut self.pending);
     }
+}
 
+impl WakingLane for LocalLane {
     fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
         if !(self.pending.is_empty() && self.queue.is_empty() && self.fences.is_empty()) {
             return Err(io::ErrorKind::WouldBlock.into());

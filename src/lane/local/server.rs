@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use kvferry_proto::{block::Incarnation, config::Limits};
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -22,7 +23,7 @@ use super::{
     socket,
     wire::{self, Refusal, Reply, Request},
 };
-use crate::{block::Incarnation, config::Limits, memory::Export};
+use crate::memory::Export;
 
 /// How long a connection has for its request. It comes in the same breath as the connect.
 const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(5) };
@@ -32,7 +33,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A producer rank's socket for local lanes. Dropping it closes them all.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     name: Vec<u8>,
     lanes: Arc<Lanes>,
     accept: tokio::task::AbortHandle,
@@ -41,7 +42,12 @@ pub struct Server {
 impl Server {
     /// Listens under a random abstract name, which vanishes with the process. At most `limits.lanes` connections are held.
     /// The runtime must have its I/O and time drivers on.
-    pub fn start(export: Arc<Export>, incarnation: Incarnation, runtime: Handle, limits: &Limits) -> io::Result<Self> {
+    pub(crate) fn start(
+        export: Arc<Export>,
+        incarnation: Incarnation,
+        runtime: Handle,
+        limits: &Limits,
+    ) -> io::Result<Self> {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(io::Error::other)?;
         let mut name = b"\0kvferry-".to_vec();
@@ -60,17 +66,17 @@ impl Server {
     }
 
     /// The socket's name: a zero byte, then an abstract name.
-    pub fn name(&self) -> Vec<u8> {
+    pub(crate) fn name(&self) -> Vec<u8> {
         self.name.clone()
     }
 
     /// Lets one connection in under this number.
-    pub fn admit(&self, lane: u64) {
+    pub(crate) fn admit(&self, lane: u64) {
         self.lanes.lock().entry(lane).or_insert(State::Expected);
     }
 
     /// Closes the lane's connection, or lets none in any more.
-    pub fn dismiss(&self, lane: u64) {
+    pub(crate) fn dismiss(&self, lane: u64) {
         // Dropping the state's sender is what its connection waits for.
         self.lanes.lock().remove(&lane);
     }

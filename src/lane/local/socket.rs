@@ -21,7 +21,7 @@ pub(super) struct Credentials {
 
 impl Credentials {
     /// Whether a process of this user may share a lane with that one: the same user, or root on either side.
-    pub fn may_share(self) -> bool {
+    pub(super) fn may_share(self) -> bool {
         let here = rustix::process::geteuid().as_raw();
         here == 0 || self.uid == 0 || self.uid == here
     }

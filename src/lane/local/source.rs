@@ -9,11 +9,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
+use kvferry_proto::group::PoolLayout;
+
 use super::reader::Waiting;
-use crate::{
-    group::PoolLayout,
-    memory::{Mapping, Memory},
-};
+use crate::memory::{Mapping, Memory};
 
 /// Most pieces of one `process_vm_readv`: the kernel's UIO_MAXIOV.
 pub(super) const MAX_PIECES: usize = 1024;
@@ -29,7 +28,7 @@ pub(super) enum Source {
 
 impl Source {
     /// Words of the peer's fence table.
-    pub fn slots(&self) -> u32 {
+    pub(super) fn slots(&self) -> u32 {
         match self {
             Self::Mapped { slots, .. } | Self::Process { slots, .. } => *slots,
         }
@@ -37,7 +36,7 @@ impl Source {
 
     /// Copies from the front of the queue, at most `budget` bytes, and returns how many. They may end in the middle of a
     /// read. Every read was checked against `layout`, the peer's, and against `memory` when it was queued.
-    pub fn copy(&self, queue: &VecDeque<Waiting>, memory: &Memory, budget: usize) -> io::Result<usize> {
+    pub(super) fn copy(&self, queue: &VecDeque<Waiting>, memory: &Memory, budget: usize) -> io::Result<usize> {
         match self {
             Self::Mapped { segments, .. } => {
                 let mut done = 0;
@@ -82,7 +81,7 @@ impl Source {
 
     /// Reads fence words, after the data: the copies before this call are complete when it reads. A slot past the table
     /// reads as 0. `words` is as long as `slots`.
-    pub fn words(&self, slots: impl Iterator<Item = u32>, words: &mut [u64]) -> io::Result<()> {
+    pub(super) fn words(&self, slots: impl Iterator<Item = u32>, words: &mut [u64]) -> io::Result<()> {
         match self {
             Self::Mapped { words: table, slots: len, .. } => {
                 // The data's loads may not pass those of the words.
@@ -120,7 +119,7 @@ impl Source {
     }
 
     /// Whether all of the peer's segments are here, with room for what `layout` says.
-    pub fn fits(&self, layout: &PoolLayout) -> bool {
+    pub(super) fn fits(&self, layout: &PoolLayout) -> bool {
         match self {
             Self::Mapped { segments, .. } => segments.len() == layout.segments.len(),
             Self::Process { segments, .. } => {

@@ -9,6 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{
+    block::{Incarnation, Nonce},
+    config::Limits,
+    error::Cause,
+    group::PoolLayout,
+    lane::{Attempt, FenceSlot, Grant, Lane, LaneEvent},
+    plan::Read,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -18,13 +26,8 @@ use tokio::runtime::{Handle, Runtime};
 
 use super::{LocalLane, Server, connect, socket, wire};
 use crate::{
-    block::{Incarnation, Nonce},
-    config::Limits,
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, FenceSlot, Grant, Lane, LaneError, LaneEvent},
+    lane::{LaneError, WakingLane},
     memory::{Export, FenceWords, Memory},
-    plan::Read,
 };
 
 const SLOT: u32 = 3;

@@ -10,7 +10,7 @@
 //! segments' memfds and, last, the fence table's. A later packet from the server, of any content, says that it is about to
 //! close the lane on purpose; closing without one means that the process died.
 
-use crate::{block::Incarnation, group::PoolLayout};
+use kvferry_proto::{block::Incarnation, group::PoolLayout};
 
 const MAGIC: [u8; 8] = *b"kvferryL";
 const VERSION: u32 = 1;
@@ -35,7 +35,7 @@ pub(super) struct Request {
 }
 
 impl Request {
-    pub fn encode(self) -> [u8; REQUEST] {
+    pub(super) fn encode(self) -> [u8; REQUEST] {
         let mut b = [0; REQUEST];
         b[..8].copy_from_slice(&MAGIC);
         b[8..12].copy_from_slice(&VERSION.to_le_bytes());
@@ -44,7 +44,7 @@ impl Request {
         b
     }
 
-    pub fn decode(b: &[u8]) -> Result<Self, &'static str> {
+    pub(super) fn decode(b: &[u8]) -> Result<Self, &'static str> {
         if b.len() != REQUEST {
             return Err("a request of the wrong length");
         }
@@ -72,7 +72,7 @@ pub(super) enum Reply {
 }
 
 impl Reply {
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut b = Vec::with_capacity(REPLY_HEAD + 64);
         b.extend(MAGIC);
         b.extend(VERSION.to_le_bytes());
@@ -95,7 +95,7 @@ impl Reply {
         b
     }
 
-    pub fn decode(b: &[u8]) -> Result<Self, &'static str> {
+    pub(super) fn decode(b: &[u8]) -> Result<Self, &'static str> {
         let mut r = Fields(b);
         r.head()?;
         let (status, incarnation, words) = (r.u32()?, r.u64()?, r.u64()?);

@@ -13,6 +13,12 @@ use std::{
     time::Duration,
 };
 
+use kvferry_proto::{
+    block::Incarnation,
+    error::Cause,
+    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
+    plan::Read,
+};
 use rustix::event::epoll;
 
 use super::{
@@ -22,12 +28,9 @@ use super::{
     link::{ENTRIES, Link, Lost, Stop},
 };
 use crate::{
-    block::Incarnation,
     config::TcpConfig,
-    error::Cause,
-    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneError, LaneEvent, LaneKind},
+    lane::{LaneError, WakingLane},
     memory::Memory,
-    plan::Read,
 };
 
 /// Longest read. A read is one destination of a `readv` and one event, so nothing is gained by longer ones.
@@ -36,7 +39,7 @@ const MAX_READ: u64 = 8 << 20;
 const POLL_BYTES: u64 = 4 << 20;
 
 /// A TCP lane to one producer rank.
-pub struct TcpLane {
+pub(crate) struct TcpLane {
     peer: SocketAddr,
     memory: Memory,
     window: u64,
@@ -65,7 +68,7 @@ struct Try {
 impl TcpLane {
     /// Connects to a producer rank's data port, and proves that both sides have the lane's key. `lane` and `key` come from
     /// `ConnectLane`; `incarnation` is the one that the rank had at Hello. Takes 5 s at most for each connection.
-    pub async fn connect(
+    pub(crate) async fn connect(
         addr: SocketAddr,
         lane: u64,
         key: &Key,
@@ -251,7 +254,9 @@ impl Lane for TcpLane {
             self.go_down(cause, true, out);
         }
     }
+}
 
+impl WakingLane for TcpLane {
     fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
         if self.more || !self.pending.is_empty() {
             return Err(io::ErrorKind::WouldBlock.into());

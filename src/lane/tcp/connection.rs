@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use kvferry_proto::block::Incarnation;
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,
@@ -17,10 +18,7 @@ use super::{
     gather::gather,
     handshake::{Key, Keyed},
 };
-use crate::{
-    block::Incarnation,
-    memory::{Export, Span},
-};
+use crate::memory::{Export, Span};
 
 /// Buffers that a connection keeps between requests; what a rare large request took beyond that is given back.
 const KEEP: usize = 64 << 10;

@@ -4,13 +4,14 @@
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
 
+use kvferry_proto::block::Incarnation;
 use tokio::net::TcpStream;
 
 use super::{
     frames::{Answer, Challenge, Proof, Verdict},
     handshake::{Key, Keyed},
 };
-use crate::{block::Incarnation, lane::LaneError};
+use crate::lane::LaneError;
 
 /// Longest time for a connection and its handshake.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(5);

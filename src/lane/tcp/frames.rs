@@ -8,18 +8,18 @@ const REQUEST: u32 = u32::from_le_bytes(*b"KVFq");
 /// What a reply begins with.
 const REPLY: u32 = u32::from_le_bytes(*b"KVFr");
 /// Version of these frames.
-pub const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// Most entries of a request. Its frame is then 2 MiB, the most that a producer buffers for one connection.
-pub const MAX_ENTRIES: u32 = 1 << 16;
+pub(super) const MAX_ENTRIES: u32 = 1 << 16;
 /// Most blocks that a request may name, over all entries: each costs the producer a look at its table.
-pub const MAX_BLOCKS: u64 = 1 << 20;
+pub(super) const MAX_BLOCKS: u64 = 1 << 20;
 /// Most contiguous pieces of the producer's memory that a request may come to.
-pub const MAX_PIECES: usize = 1 << 16;
+pub(super) const MAX_PIECES: usize = 1 << 16;
 
 /// Bytes that are no frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum BadFrame {
+pub(super) enum BadFrame {
     /// The frame does not begin as it must: another protocol, or a stream out of step.
     #[error("the frame does not begin as it must")]
     Magic,
@@ -33,14 +33,14 @@ pub enum BadFrame {
 
 /// First frame, from the producer: what the proof must be made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Challenge {
+pub(super) struct Challenge {
     /// Random, new for every connection.
     pub random: [u8; 32],
 }
 
 /// Second frame, from the consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Proof {
+pub(super) struct Proof {
     /// The lane, as `ConnectLane` named it.
     pub lane: u64,
     /// Random, new for every connection: what the producer's own proof must be made of.
@@ -51,7 +51,7 @@ pub struct Proof {
 
 /// Third frame, from the producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Answer {
+pub(super) struct Answer {
     /// Whether requests may come.
     pub verdict: Verdict,
     /// See [`super::handshake::Keyed::producer`]; zeros unless the verdict is `Welcome`.
@@ -60,7 +60,7 @@ pub struct Answer {
 
 /// What a producer says to a proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub(super) enum Verdict {
     /// Requests may come.
     Welcome,
     /// The proof does not hold, or there is no such lane (any more).
@@ -73,7 +73,7 @@ pub enum Verdict {
 
 /// Asks for pieces of blocks: `count` entries follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Request {
+pub(super) struct Request {
     /// Entries that follow; 1 to [`MAX_ENTRIES`].
     pub count: u32,
     /// Comes back in the reply. Only the consumer knows what it means.
@@ -86,7 +86,7 @@ pub struct Request {
 
 /// One run of a request: the same piece of each of some consecutive blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub(super) struct Entry {
     /// The group.
     pub group: u16,
     /// Index into the producer's regions of the group.
@@ -103,7 +103,7 @@ pub struct Entry {
 
 /// How a producer answers a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
+pub(super) enum Status {
     /// `total` bytes follow, then a [`Trailer`].
     Ok,
     /// No live offer has that slot and nonce. Nothing follows.
@@ -114,7 +114,7 @@ pub enum Status {
 
 /// Head of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reply {
+pub(super) struct Reply {
     /// Whether data follows.
     pub status: Status,
     /// Of the request.
@@ -125,7 +125,7 @@ pub struct Reply {
 
 /// End of a reply with data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trailer {
+pub(super) struct Trailer {
     /// Of the request.
     pub tag: u64,
     /// The fence word, as it was after the last byte had been copied.
@@ -134,10 +134,10 @@ pub struct Trailer {
 
 impl Challenge {
     /// Length of the frame, in bytes.
-    pub const LEN: usize = 40;
+    pub(super) const LEN: usize = 40;
 
     /// The frame's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, HELLO.to_le_bytes());
         put(&mut b, 4, VERSION.to_le_bytes());
@@ -146,7 +146,7 @@ impl Challenge {
     }
 
     /// Reads the frame.
-    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != HELLO {
             return Err(BadFrame::Magic);
         }
@@ -159,10 +159,10 @@ impl Challenge {
 
 impl Proof {
     /// Length of the frame, in bytes.
-    pub const LEN: usize = 72;
+    pub(super) const LEN: usize = 72;
 
     /// The frame's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, self.lane.to_le_bytes());
         put(&mut b, 8, self.random);
@@ -171,17 +171,17 @@ impl Proof {
     }
 
     /// Reads the frame. All bytes are possible: whether they mean anything, the proof itself says.
-    pub fn decode(b: &[u8; Self::LEN]) -> Self {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Self {
         Self { lane: u64_at(b, 0), random: get(b, 8), mac: get(b, 40) }
     }
 }
 
 impl Answer {
     /// Length of the frame, in bytes.
-    pub const LEN: usize = 40;
+    pub(super) const LEN: usize = 40;
 
     /// The frame's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let code: u32 = match self.verdict {
             Verdict::Welcome => 0,
             Verdict::Refused => 1,
@@ -196,7 +196,7 @@ impl Answer {
     }
 
     /// Reads the frame.
-    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != HELLO {
             return Err(BadFrame::Magic);
         }
@@ -213,10 +213,10 @@ impl Answer {
 
 impl Request {
     /// Length of the header, in bytes.
-    pub const LEN: usize = 32;
+    pub(super) const LEN: usize = 32;
 
     /// The header's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, REQUEST.to_le_bytes());
         put(&mut b, 4, self.count.to_le_bytes());
@@ -227,7 +227,7 @@ impl Request {
     }
 
     /// Reads the header.
-    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != REQUEST {
             return Err(BadFrame::Magic);
         }
@@ -244,10 +244,10 @@ impl Request {
 
 impl Entry {
     /// Length of an entry, in bytes.
-    pub const LEN: usize = 32;
+    pub(super) const LEN: usize = 32;
 
     /// The entry's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, self.group.to_le_bytes());
         put(&mut b, 2, self.region.to_le_bytes());
@@ -259,7 +259,7 @@ impl Entry {
     }
 
     /// Reads an entry. Whether there is what it names, the producer's tables say.
-    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 12) != 0 {
             return Err(BadFrame::Field("reserved"));
         }
@@ -276,10 +276,10 @@ impl Entry {
 
 impl Reply {
     /// Length of the header, in bytes.
-    pub const LEN: usize = 24;
+    pub(super) const LEN: usize = 24;
 
     /// The header's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let status: u32 = match self.status {
             Status::Ok => 0,
             Status::Stale => 1,
@@ -294,7 +294,7 @@ impl Reply {
     }
 
     /// Reads the header.
-    pub fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != REPLY {
             return Err(BadFrame::Magic);
         }
@@ -310,10 +310,10 @@ impl Reply {
 
 impl Trailer {
     /// Length of the trailer, in bytes.
-    pub const LEN: usize = 16;
+    pub(super) const LEN: usize = 16;
 
     /// The trailer's bytes.
-    pub fn encode(&self) -> [u8; Self::LEN] {
+    pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, self.tag.to_le_bytes());
         put(&mut b, 8, self.word.to_le_bytes());
@@ -321,7 +321,7 @@ impl Trailer {
     }
 
     /// Reads the trailer. All bytes are possible.
-    pub fn decode(b: &[u8; Self::LEN]) -> Self {
+    pub(super) fn decode(b: &[u8; Self::LEN]) -> Self {
         Self { tag: u64_at(b, 0), word: u64_at(b, 8) }
     }
 }

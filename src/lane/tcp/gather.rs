@@ -3,13 +3,14 @@
 //! Every entry is checked against the layout and the offer's own table: what comes out are bytes of offered blocks and
 //! nothing else, whatever the request says (promise 7). No I/O.
 
-use super::frames::{Entry, MAX_BLOCKS, MAX_PIECES};
-use crate::{
+use kvferry_proto::{
     block::GroupId,
     group::{Group, PoolLayout},
-    memory::Span,
     offer::OfferGroup,
 };
+
+use super::frames::{Entry, MAX_BLOCKS, MAX_PIECES};
+use crate::memory::Span;
 
 /// A request that names what the offer or the pool does not have, or too much of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +71,7 @@ pub(super) fn gather(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::BlockId;
+    use kvferry_proto::block::BlockId;
     use proptest::prelude::*;
 
     const BLOCK: u64 = 64;

@@ -4,16 +4,16 @@
 //! cache travel in the clear, inside one trust domain.
 
 use hmac::{Hmac, KeyInit, Mac};
+use kvferry_proto::block::Incarnation;
 use sha2::Sha256;
 
 use super::frames::Challenge;
-use crate::block::Incarnation;
 
 /// Key of one lane.
-pub type Key = [u8; 32];
+pub(super) type Key = [u8; 32];
 
 /// What both proofs of one connection are made of.
-pub struct Keyed<'a> {
+pub(super) struct Keyed<'a> {
     /// The lane's key.
     pub key: &'a Key,
     /// The producer's challenge.
@@ -28,22 +28,22 @@ pub struct Keyed<'a> {
 
 impl Keyed<'_> {
     /// The consumer's proof: HMAC-SHA256 under the key, over a label, both sides' random bytes, lane and incarnation.
-    pub fn consumer(&self) -> [u8; 32] {
+    pub(super) fn consumer(&self) -> [u8; 32] {
         self.mac(CONSUMER).finalize().into_bytes().into()
     }
 
     /// The producer's, under another label: one side's proof is never the other's.
-    pub fn producer(&self) -> [u8; 32] {
+    pub(super) fn producer(&self) -> [u8; 32] {
         self.mac(PRODUCER).finalize().into_bytes().into()
     }
 
     /// Whether this is the consumer's proof. Takes as long for one wrong proof as for another.
-    pub fn is_consumer(&self, mac: &[u8; 32]) -> bool {
+    pub(super) fn is_consumer(&self, mac: &[u8; 32]) -> bool {
         self.mac(CONSUMER).verify_slice(mac).is_ok()
     }
 
     /// Whether this is the producer's proof.
-    pub fn is_producer(&self, mac: &[u8; 32]) -> bool {
+    pub(super) fn is_producer(&self, mac: &[u8; 32]) -> bool {
         self.mac(PRODUCER).verify_slice(mac).is_ok()
     }
 

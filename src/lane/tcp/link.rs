@@ -10,17 +10,17 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
+use kvferry_proto::{
+    lane::{Attempt, Grant, LaneEvent},
+    plan::Read,
+};
 use rustix::{
     io::Errno,
     net::{RecvFlags, SendFlags},
 };
 
 use super::frames::{BadFrame, Entry, Reply, Request, Status, Trailer};
-use crate::{
-    lane::{Attempt, Grant, LaneEvent},
-    memory::{Memory, Span, set_low_water},
-    plan::Read,
-};
+use crate::memory::{Memory, Span, set_low_water};
 
 /// Most entries of a request of ours: its frame, 64 KiB, fits into a socket buffer, and a reply is long by then.
 pub(super) const ENTRIES: usize = 2048;

@@ -44,8 +44,8 @@ use std::{io, os::fd::AsFd, time::Duration};
 
 use rustix::net::sockopt;
 
-pub use client::TcpLane;
-pub use server::Server;
+pub(crate) use client::TcpLane;
+pub(crate) use server::Server;
 
 /// How long a peer may leave sent bytes unacknowledged, and how often a silent connection is tried. The session notices a
 /// dead peer long before; this is for connections that nobody else looks after.

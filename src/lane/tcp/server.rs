@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{block::Incarnation, config::Limits};
 use rustix::{
     event::{EventfdFlags, Timespec, epoll, eventfd},
     io::Errno,
@@ -28,7 +29,7 @@ use super::{
     frames::{Challenge, Verdict},
     handshake::Key,
 };
-use crate::{block::Incarnation, config::Limits, memory::Export};
+use crate::memory::Export;
 
 /// Bytes that a connection may move before it is the next one's turn.
 const TURN: u64 = 2 << 20;
@@ -46,7 +47,7 @@ const LISTENER: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
 
 /// Serves a rank's pool over TCP until it is dropped.
-pub struct Server {
+pub(crate) struct Server {
     addr: SocketAddr,
     common: Arc<Common>,
     thread: Option<JoinHandle<()>>,
@@ -79,7 +80,12 @@ impl Common {
 
 impl Server {
     /// Listens on `bind` and serves `export`. Lanes may connect once they are admitted; `limits.lanes` bounds connections.
-    pub fn start(bind: SocketAddr, export: Arc<Export>, incarnation: Incarnation, limits: &Limits) -> io::Result<Self> {
+    pub(crate) fn start(
+        bind: SocketAddr,
+        export: Arc<Export>,
+        incarnation: Incarnation,
+        limits: &Limits,
+    ) -> io::Result<Self> {
         Self::start_with(bind, export, incarnation, limits, PROOF_TIMEOUT, MOST_PROVING)
     }
 
@@ -123,17 +129,17 @@ impl Server {
     }
 
     /// Where it listens.
-    pub fn addr(&self) -> SocketAddr {
+    pub(crate) fn addr(&self) -> SocketAddr {
         self.addr
     }
 
     /// From now on, who proves to have `key` may read on `lane`.
-    pub fn admit(&self, lane: u64, key: Key) {
+    pub(crate) fn admit(&self, lane: u64, key: Key) {
         self.common.lanes().keys.insert(lane, key);
     }
 
     /// Closes the lane's connections, and lets nobody connect to it any more.
-    pub fn dismiss(&self, lane: u64) {
+    pub(crate) fn dismiss(&self, lane: u64) {
         let mut lanes = self.common.lanes();
         if lanes.keys.remove(&lane).is_some() {
             lanes.dismissed.push(lane);

@@ -2,6 +2,8 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use kvferry_proto::{block::Incarnation, group::PoolLayout};
+
 use super::{
     chain::MAX_DEPTH,
     cq::Cq,
@@ -19,7 +21,7 @@ use super::{
     rails::Rails,
     wake::{Wake, undertake},
 };
-use crate::{block::Incarnation, config::VerbsConfig, group::PoolLayout, lane::LaneError, memory::Memory};
+use crate::{config::VerbsConfig, lane::LaneError, memory::Memory};
 
 /// A rail's half-open part.
 #[derive(Debug)]
@@ -53,7 +55,7 @@ impl Drop for Halves {
 
 /// A lane that waits for the peer's answer. Dropping it gives everything back, without waiting for it.
 #[derive(Debug)]
-pub struct Opening {
+pub(crate) struct Opening {
     halves: Halves,
     request: VerbsRequest,
     host: Option<IpAddr>,
@@ -74,7 +76,7 @@ pub(crate) fn random_psn() -> u32 {
 impl Opening {
     /// Makes the queue pairs. `host` is where the peer's control plane is, as a hint which address reaches it. Blocks for a
     /// few milliseconds.
-    pub fn new(rails: &Arc<Rails>, host: Option<IpAddr>) -> Result<Self, VerbsError> {
+    pub(crate) fn new(rails: &Arc<Rails>, host: Option<IpAddr>) -> Result<Self, VerbsError> {
         let config = rails.config().clone();
         let peer = host.map(|ip| match ip {
             IpAddr::V4(a) => Gid(a.to_ipv6_mapped().octets()),
@@ -101,12 +103,12 @@ impl Opening {
     }
 
     /// What to send.
-    pub fn request(&self) -> &VerbsRequest {
+    pub(crate) fn request(&self) -> &VerbsRequest {
         &self.request
     }
 
     /// Connects to what the peer answered. `remote` is the pool of its Hello. Blocks for a few milliseconds.
-    pub fn finish(
+    pub(crate) fn finish(
         mut self,
         ticket: &VerbsTicket,
         remote: Arc<PoolLayout>,

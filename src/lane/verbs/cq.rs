@@ -26,7 +26,7 @@ pub(crate) const BATCH: usize = 32;
 /// the others.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct Completion {
+pub(crate) struct Completion {
     /// The request's id.
     pub wr_id: u64,
     status: u32,
@@ -64,24 +64,24 @@ impl Completion {
     }
 
     /// `None`: the request succeeded.
-    pub fn failure(&self) -> Option<Status> {
+    pub(crate) fn failure(&self) -> Option<Status> {
         (self.status != 0).then_some(Status(self.status))
     }
 }
 
 /// Why a request failed: an `ibv_wc_status` other than success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Status(pub u32);
+pub(crate) struct Status(pub u32);
 
 impl Status {
     /// The request was behind one that failed.
     #[cfg(test)]
-    pub const FLUSHED: Self = Self(5);
+    pub(crate) const FLUSHED: Self = Self(5);
     /// The peer did not answer.
-    pub const RETRIES_EXCEEDED: Self = Self(12);
+    pub(crate) const RETRIES_EXCEEDED: Self = Self(12);
 
     /// Whether it is this side's own doing: its requests, its queue pair or its memory.
-    pub fn is_local(self) -> bool {
+    pub(crate) fn is_local(self) -> bool {
         matches!(self.0, 1..=4 | 6)
     }
 }
@@ -107,7 +107,7 @@ impl std::fmt::Display for Status {
 
 /// A completion queue.
 #[derive(Debug)]
-pub struct Cq {
+pub(crate) struct Cq {
     cq: NonNull<ibv_cq>,
     channel: NonNull<ibv_comp_channel>,
     device: Arc<Device>,
@@ -120,7 +120,7 @@ unsafe impl Send for Cq {}
 
 impl Cq {
     /// A queue of at least `entries` completions.
-    pub fn new(device: &Arc<Device>, entries: u32) -> Result<Self, VerbsError> {
+    pub(crate) fn new(device: &Arc<Device>, entries: u32) -> Result<Self, VerbsError> {
         let lib = device.lib();
         let last = |what| device.os(what, io::Error::last_os_error());
         // SAFETY: the context is open.
@@ -145,14 +145,14 @@ impl Cq {
     }
 
     /// Readable after a completion came while the queue was armed.
-    pub fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the channel's descriptor is open as long as `self` lives.
         unsafe { BorrowedFd::borrow_raw((*self.channel.as_ptr()).fd) }
     }
 
     /// Takes up to [`BATCH`] completions.
     #[inline]
-    pub fn poll<'a>(&mut self, space: &'a mut [MaybeUninit<Completion>; BATCH]) -> io::Result<&'a [Completion]> {
+    pub(crate) fn poll<'a>(&mut self, space: &'a mut [MaybeUninit<Completion>; BATCH]) -> io::Result<&'a [Completion]> {
         // SAFETY: the queue is alive, so its context is, whose operations were set when it was opened. The space holds
         // BATCH completions in the layout of `ibv_wc`, of which as many as are returned are filled in.
         unsafe {
@@ -168,7 +168,7 @@ impl Cq {
     }
 
     /// Makes the next completion readable on the descriptor. One that is there already does not count: poll afterwards.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         // SAFETY: as in `poll`.
         unsafe {
             let ops = &(*(*self.raw()).context).ops;
@@ -178,7 +178,7 @@ impl Cq {
     }
 
     /// Takes the events that made the descriptor readable.
-    pub fn take_events(&mut self) {
+    pub(crate) fn take_events(&mut self) {
         let (mut cq, mut of) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the channel is alive and does not block; both places are valid.
         while unsafe { (self.device.lib().get_cq_event)(self.channel.as_ptr(), &mut cq, &mut of) } == 0 {

@@ -7,7 +7,7 @@ use std::{
     ffi::CStr,
     fmt, io,
     os::fd::{BorrowedFd, RawFd},
-    path::{Path, PathBuf},
+    path::Path,
     ptr::NonNull,
     sync::{
         Arc,
@@ -25,7 +25,7 @@ use super::{
 };
 
 /// Where the kernel lists RDMA devices.
-pub(crate) const SYS: &str = "/sys/class/infiniband";
+pub(super) const SYS: &str = "/sys/class/infiniband";
 
 /// A port, as it was when it was asked.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +67,7 @@ pub struct Limits {
 
 /// How a closing went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Closed {
+pub(crate) enum Closed {
     /// It is open.
     Not,
     /// It is closed: nothing of it reaches memory.
@@ -78,11 +78,11 @@ pub enum Closed {
 
 /// Tells whether a device has closed, after everything else of it is gone.
 #[derive(Debug, Clone)]
-pub struct Closing(Arc<AtomicU8>);
+pub(crate) struct Closing(Arc<AtomicU8>);
 
 impl Closing {
     /// How it stands.
-    pub fn state(&self) -> Closed {
+    pub(crate) fn state(&self) -> Closed {
         match self.0.load(Ordering::Acquire) {
             0 => Closed::Not,
             1 => Closed::Well,
@@ -92,7 +92,7 @@ impl Closing {
 }
 
 /// An open device.
-pub struct Device {
+pub(crate) struct Device {
     lib: &'static Library,
     context: NonNull<ibv_context>,
     name: String,
@@ -106,7 +106,7 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 /// The kernel's devices, by name, sorted.
-pub fn names(sys: &Path) -> Vec<String> {
+pub(super) fn names(sys: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(sys).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.filter_map(|e| e.file_name().into_string().ok()).collect();
     names.sort();
@@ -192,7 +192,7 @@ impl Device {
     }
 
     /// Its name.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
@@ -202,7 +202,7 @@ impl Device {
     }
 
     /// Tells whether it has closed.
-    pub fn closing(&self) -> Closing {
+    pub(crate) fn closing(&self) -> Closing {
         Closing(self.closed.clone())
     }
 
@@ -216,7 +216,7 @@ impl Device {
     }
 
     /// What it can do.
-    pub fn limits(&self) -> Result<Limits, VerbsError> {
+    pub(crate) fn limits(&self) -> Result<Limits, VerbsError> {
         let mut a = ibv_device_attr::default();
         // SAFETY: the context is open, and `a` is a valid place for the answer.
         let rc = unsafe { (self.lib.query_device)(self.context(), &mut a) };
@@ -235,7 +235,7 @@ impl Device {
     }
 
     /// A port's GIDs that are not empty, as they are now.
-    pub fn gids(&self, port: u8) -> Vec<GidEntry> {
+    pub(crate) fn gids(&self, port: u8) -> Vec<GidEntry> {
         let sys = Path::new(SYS);
         match self.gid_rows(port) {
             Some(rows) => gid::rows(sys, self.name(), port, rows.into_iter()),
@@ -259,7 +259,7 @@ impl Device {
     }
 
     /// A port, as it is now.
-    pub fn port(&self, number: u8) -> Result<Port, VerbsError> {
+    pub(crate) fn port(&self, number: u8) -> Result<Port, VerbsError> {
         let mut a = ibv_port_attr::default();
         // SAFETY: the context is open. The function fills the fields that its oldest form knows; the others stay zero.
         let rc = unsafe { (self.lib.query_port)(self.context(), number, &mut a) };
@@ -291,11 +291,6 @@ impl Device {
         })
     }
 
-    /// The kernel's directory of it.
-    pub fn sys(&self) -> PathBuf {
-        Path::new(SYS).join(&self.name)
-    }
-
     /// Its descriptor of async events, valid while `self` lives.
     pub(crate) fn async_events(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is the context's, which is open as long as `self` lives, and is not -1.
@@ -322,7 +317,7 @@ impl fmt::Debug for Device {
 }
 
 /// What verbs calls return: 0, an errno, or -1 with errno set.
-pub(crate) fn check(rc: i32) -> io::Result<()> {
+pub(super) fn check(rc: i32) -> io::Result<()> {
     match rc {
         0 => Ok(()),
         -1 => Err(io::Error::last_os_error()),
@@ -331,12 +326,12 @@ pub(crate) fn check(rc: i32) -> io::Result<()> {
 }
 
 /// Bytes of an `ibv_mtu`; 0 for one that is none.
-pub(crate) fn mtu_bytes(mtu: u32) -> u32 {
+pub(super) fn mtu_bytes(mtu: u32) -> u32 {
     if (1..=5).contains(&mtu) { 128 << mtu } else { 0 }
 }
 
 /// The largest `ibv_mtu` of at most that many bytes; `None` under 256.
-pub(crate) fn mtu_code(bytes: u32) -> Option<u32> {
+pub(super) fn mtu_code(bytes: u32) -> Option<u32> {
     (1..=5).rev().find(|&m| mtu_bytes(m) <= bytes)
 }
 

@@ -2,7 +2,9 @@
 
 use std::io;
 
-use crate::{error::Cause, lane::LaneError};
+use kvferry_proto::error::Cause;
+
+use crate::lane::LaneError;
 
 /// Why verbs cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -15,15 +15,15 @@ pub enum LinkLayer {
 }
 
 /// Most queue pairs of a lane on one rail.
-pub const MAX_QUEUE_PAIRS: usize = 4;
+pub(super) const MAX_QUEUE_PAIRS: usize = 4;
 /// Most rails of a lane.
-pub const MAX_RAILS: usize = 16;
+pub(crate) const MAX_RAILS: usize = 16;
 /// Longest name of a rail, in bytes: DEVICE:PORT.
-pub const MAX_NAME: usize = 80;
+pub(crate) const MAX_NAME: usize = 80;
 
 /// One queue pair, as its peer must know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct QpEnd {
+pub(crate) struct QpEnd {
     /// Its number; 24 bits.
     pub number: u32,
     /// Its first packet's sequence number; 24 bits.
@@ -32,7 +32,7 @@ pub struct QpEnd {
 
 /// One end of a lane on one rail.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RailEnd {
+pub(crate) struct RailEnd {
     /// DEVICE:PORT, for logs.
     pub name: String,
     /// What the port is connected to.
@@ -51,7 +51,7 @@ pub struct RailEnd {
 
 impl RailEnd {
     /// Checks the bounds; the error names what is out of them.
-    pub fn check(&self) -> Result<(), &'static str> {
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
         let bad = Err;
         if self.name.len() > MAX_NAME || self.name.chars().any(char::is_control) {
             return bad("the name of a rail");
@@ -78,7 +78,7 @@ impl RailEnd {
 
 /// A part of the peer's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Remote {
+pub(crate) struct Remote {
     /// Address of its first byte.
     pub address: u64,
     /// The key that opens it.
@@ -87,14 +87,14 @@ pub struct Remote {
 
 /// What the reader asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VerbsRequest {
+pub(crate) struct VerbsRequest {
     /// Its ends, best first.
     pub rails: Vec<RailEnd>,
 }
 
 impl VerbsRequest {
     /// Checks the bounds; the error names what is out of them.
-    pub fn check(&self) -> Result<(), &'static str> {
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
         if !(1..=MAX_RAILS).contains(&self.rails.len()) {
             return Err("the number of rails");
         }
@@ -104,7 +104,7 @@ impl VerbsRequest {
 
 /// The served end of one of the reader's rails.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServedRail {
+pub(crate) struct ServedRail {
     /// Index of the reader's rail.
     pub of: u8,
     /// The served end: as many queue pairs as the reader's, in their order.
@@ -117,7 +117,7 @@ pub struct ServedRail {
 
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VerbsTicket {
+pub(crate) struct VerbsTicket {
     /// Names the lane.
     pub lane: u64,
     /// The incarnation of the process that answers.
@@ -132,7 +132,7 @@ pub struct VerbsTicket {
 
 impl VerbsTicket {
     /// Checks the bounds, and that it answers `request` and has `segments` segments.
-    pub fn check(&self, request: &VerbsRequest, segments: usize) -> Result<(), &'static str> {
+    pub(crate) fn check(&self, request: &VerbsRequest, segments: usize) -> Result<(), &'static str> {
         let bad = Err;
         if !(1..=MAX_RAILS).contains(&self.rails.len()) {
             return bad("the number of rails");

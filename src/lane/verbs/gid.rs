@@ -85,7 +85,7 @@ impl fmt::Display for GidEntry {
 }
 
 /// The GIDs of a port that are not empty. `sys` is /sys/class/infiniband.
-pub fn table(sys: &Path, device: &str, port: u8) -> Vec<GidEntry> {
+pub(super) fn table(sys: &Path, device: &str, port: u8) -> Vec<GidEntry> {
     let at = at(sys, device, port);
     let there = |i: &u8| at.join("gids").join(i.to_string()).exists();
     rows(sys, device, port, (0..=255).take_while(there))
@@ -93,7 +93,7 @@ pub fn table(sys: &Path, device: &str, port: u8) -> Vec<GidEntry> {
 
 /// Those of these rows that are not empty. Three files are read for each, so it pays to know which are used: tables have
 /// 256 rows and more.
-pub(crate) fn rows(sys: &Path, device: &str, port: u8, indices: impl Iterator<Item = u8>) -> Vec<GidEntry> {
+pub(super) fn rows(sys: &Path, device: &str, port: u8, indices: impl Iterator<Item = u8>) -> Vec<GidEntry> {
     let at = at(sys, device, port);
     // Rows can be empty in between: a GID that was withdrawn leaves a hole.
     let row = |index: u8| {
@@ -120,7 +120,7 @@ fn at(sys: &Path, device: &str, port: u8) -> PathBuf {
 /// before link-local. Link-local GIDs reach peers on the same link only, and containers do not have the address at all.
 // Without the feature only its tests use it: they need no device.
 #[cfg_attr(not(feature = "verbs"), allow(dead_code))]
-pub(crate) fn choose<'a>(table: &'a [GidEntry], peer: Option<&Gid>) -> Option<&'a GidEntry> {
+pub(super) fn choose<'a>(table: &'a [GidEntry], peer: Option<&Gid>) -> Option<&'a GidEntry> {
     let family = |g: &Gid| match g.ip() {
         IpAddr::V4(a) if a.is_link_local() || a == Ipv4Addr::UNSPECIFIED => 1,
         IpAddr::V4(_) => 3,

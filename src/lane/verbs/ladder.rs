@@ -37,7 +37,7 @@ pub(crate) const BOUND: Duration = ERR_BOUND.saturating_add(DESTROY_BOUND).satur
 
 /// How often each rung was what made something quiet, in this process, and how long it took.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub(crate) struct Counters {
     /// Drain: an attempt that was stopped with reads in flight, which all came back.
     pub drained: AtomicU64,
     /// ERR and drain.
@@ -60,7 +60,7 @@ pub struct Counters {
 
 impl Counters {
     /// Each rung's name, how often it was the last one, and how long it was stood on.
-    pub fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 5] {
+    pub(crate) fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 5] {
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
         let time = |n: &AtomicU64| Some(Duration::from_nanos(get(n)));
         [
@@ -74,7 +74,7 @@ impl Counters {
 }
 
 /// This process's counters.
-pub static COUNTERS: Counters = Counters {
+pub(crate) static COUNTERS: Counters = Counters {
     drained: AtomicU64::new(0),
     drain_nanos: AtomicU64::new(0),
     error: AtomicU64::new(0),

@@ -11,6 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{
+    error::Cause,
+    group::PoolLayout,
+    lane::{Attempt, LaneEvent},
+    plan::Read,
+};
+
 use super::{
     fences::{self, Carriers, Fence, Fences},
     ladder::{self, Rung},
@@ -18,13 +25,7 @@ use super::{
     path::{Path, What, Why},
     wake::{Spin, Wake},
 };
-use crate::{
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, LaneEvent},
-    memory::Memory,
-    plan::Read,
-};
+use crate::memory::Memory;
 
 /// The attempt of a request that only makes a queue pair report.
 const NOBODY: u32 = u32::MAX;
@@ -45,7 +46,7 @@ struct Try {
 
 /// A lane to one peer rank over one or several rails.
 #[derive(Debug)]
-pub struct VerbsLane {
+pub(crate) struct VerbsLane {
     paths: Vec<Path>,
     tries: Vec<Option<Try>>,
     /// Accepted, and not posted: what a full queue gave back, and what a failed rail lost.
@@ -115,7 +116,8 @@ impl VerbsLane {
     }
 
     /// The rails that it still uses, for logs and tests.
-    pub fn rails(&self) -> impl Iterator<Item = &str> {
+    #[cfg(test)]
+    pub(crate) fn rails(&self) -> impl Iterator<Item = &str> {
         self.paths.iter().filter(|p| p.rung.is_live()).map(Path::name)
     }
 

@@ -20,7 +20,7 @@ use super::{
 
 /// A protection domain: queue pairs of it reach its regions and no others.
 #[derive(Debug)]
-pub struct Pd {
+pub(crate) struct Pd {
     pd: NonNull<ibv_pd>,
     device: Arc<Device>,
 }
@@ -32,7 +32,7 @@ unsafe impl Sync for Pd {}
 
 impl Pd {
     /// A new one.
-    pub fn new(device: Arc<Device>) -> Result<Arc<Self>, VerbsError> {
+    pub(crate) fn new(device: Arc<Device>) -> Result<Arc<Self>, VerbsError> {
         // SAFETY: the context is open.
         let pd = NonNull::new(unsafe { (device.lib().alloc_pd)(device.context()) });
         match pd {
@@ -42,7 +42,7 @@ impl Pd {
     }
 
     /// Its device.
-    pub fn device(&self) -> &Arc<Device> {
+    pub(crate) fn device(&self) -> &Arc<Device> {
         &self.device
     }
 
@@ -63,7 +63,7 @@ impl Drop for Pd {
 
 /// What a device may do with a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     /// READ responses are written to it.
     Landing {
         /// They may be written in any order: twice as fast on some machines.
@@ -98,7 +98,7 @@ impl Access {
 
 /// Memory to register.
 #[derive(Debug, Clone, Copy)]
-pub enum Source<'a> {
+pub(crate) enum Source<'a> {
     /// Pages of this process, or device memory that a peer-memory module makes look like them.
     Address {
         /// The first byte.
@@ -107,6 +107,7 @@ pub enum Source<'a> {
         len: u64,
     },
     /// Part of a dmabuf.
+    #[expect(dead_code, reason = "GPU memory is registered through it; host pools have none")]
     Dmabuf {
         /// The dmabuf.
         fd: BorrowedFd<'a>,
@@ -120,7 +121,7 @@ pub enum Source<'a> {
 }
 
 /// A registered region.
-pub struct Region<K> {
+pub(crate) struct Region<K> {
     mr: NonNull<ibv_mr>,
     pd: Arc<Pd>,
     address: u64,
@@ -140,7 +141,12 @@ impl<K> Region<K> {
     /// # Safety
     /// `source` must be memory that stays valid, for the access that is asked for, as long as `keep` lives, and that may be
     /// read and written by a device while it does.
-    pub unsafe fn register(pd: &Arc<Pd>, source: Source<'_>, access: Access, keep: K) -> Result<Self, VerbsError> {
+    pub(crate) unsafe fn register(
+        pd: &Arc<Pd>,
+        source: Source<'_>,
+        access: Access,
+        keep: K,
+    ) -> Result<Self, VerbsError> {
         let (device, lib) = (pd.device(), pd.device().lib());
         let (mr, address, len, what) = match source {
             Source::Address { base, len } => {
@@ -176,19 +182,19 @@ impl<K> Region<K> {
     }
 
     /// Names it in local work requests.
-    pub fn lkey(&self) -> u32 {
+    pub(crate) fn lkey(&self) -> u32 {
         // SAFETY: the region is registered as long as `self` lives, and its keys never change.
         unsafe { (*self.mr.as_ptr()).lkey }
     }
 
     /// Names it in a peer's work requests.
-    pub fn rkey(&self) -> u32 {
+    pub(crate) fn rkey(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.mr.as_ptr()).rkey }
     }
 
     /// Address of its first byte, as work requests name it.
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.address
     }
 }

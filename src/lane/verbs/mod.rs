@@ -63,20 +63,16 @@ mod wake;
 #[cfg(all(test, feature = "verbs"))]
 mod tests;
 
-pub use exchange::{
-    LinkLayer, MAX_NAME, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket,
-};
-pub use gid::{Gid, GidEntry, GidType, table as gid_table};
+pub(crate) use exchange::{MAX_NAME, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket};
+#[cfg(feature = "verbs")]
+pub(crate) use {connect::Opening, ladder::COUNTERS, rail::Role, rails::Rails, server::Server};
 #[cfg(feature = "verbs")]
 pub use {
-    connect::Opening,
-    device::{Device, Limits as DeviceLimits, Port},
+    device::{Limits as DeviceLimits, Port},
     error::VerbsError,
-    ladder::{COUNTERS, Counters},
-    lane::VerbsLane,
-    memory::{Access, Pd, Region, Source},
-    rail::{Rail, Role},
-    rails::Rails,
-    server::Server,
+    exchange::LinkLayer,
+    gid::{Gid, GidEntry, GidType},
     survey::{DeviceReport, Dmabuf, PortReport, survey},
 };
+#[cfg(not(feature = "verbs"))]
+pub(crate) use {exchange::LinkLayer, gid::Gid};

@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::error::Cause;
+
 use super::{
     chain::{Chain, Posted, Request},
     cq::{BATCH, Completion, Cq, Status},
@@ -23,7 +25,7 @@ use super::{
     rail::{Pool, Rail},
     wake::Bell,
 };
-use crate::{error::Cause, memory::Memory};
+use crate::memory::Memory;
 
 /// Completion batches of one poll: enough to keep up, few enough that other lanes get their turn.
 const BATCHES: usize = 8;

@@ -24,7 +24,7 @@ use crate::config::VerbsConfig;
 
 /// What a queue pair is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
+pub(crate) enum Side {
     /// It READs. Nobody reaches memory through it.
     Reader,
     /// It is READ through. It posts nothing.
@@ -33,7 +33,7 @@ pub enum Side {
 
 /// Where a queue pair's own end is.
 #[derive(Debug, Clone, Copy)]
-pub struct At {
+pub(crate) struct At {
     /// Port of the device.
     pub port: u8,
     /// Index of the own GID; `None`: packets carry no global header (InfiniBand in one subnet).
@@ -42,7 +42,7 @@ pub struct At {
 
 /// What both ends settled on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Agreed {
+pub(crate) struct Agreed {
     /// Path MTU in bytes: the smaller of both.
     pub mtu: u32,
     /// READs in flight: no more than the reader can have, and the served end takes.
@@ -51,7 +51,7 @@ pub struct Agreed {
 
 /// A queue pair.
 #[derive(Debug)]
-pub struct Qp {
+pub(crate) struct Qp {
     qp: NonNull<ibv_qp>,
     pd: Arc<Pd>,
     side: Side,
@@ -62,7 +62,7 @@ unsafe impl Send for Qp {}
 
 impl Qp {
     /// A queue pair in INIT, of `depth` requests. `cq` must be dropped after it.
-    pub fn new(pd: &Arc<Pd>, cq: &Cq, depth: u32, side: Side, port: u8) -> Result<Self, VerbsError> {
+    pub(crate) fn new(pd: &Arc<Pd>, cq: &Cq, depth: u32, side: Side, port: u8) -> Result<Self, VerbsError> {
         let mut init = ibv_qp_init_attr {
             send_cq: cq.raw(),
             recv_cq: cq.raw(),
@@ -88,13 +88,13 @@ impl Qp {
     }
 
     /// Its number.
-    pub fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         // SAFETY: the pair is alive, and its number never changes.
         unsafe { (*self.qp.as_ptr()).qp_num }
     }
 
     /// To RTR and RTS, towards a peer's queue pair.
-    pub fn connect(
+    pub(crate) fn connect(
         &self,
         at: At,
         peer: &RailEnd,
@@ -155,7 +155,7 @@ impl Qp {
     }
 
     /// To ERR: everything posted is flushed.
-    pub fn fail(&self) -> io::Result<()> {
+    pub(crate) fn fail(&self) -> io::Result<()> {
         let attr = ibv_qp_attr { qp_state: ibv_qp_state::IBV_QPS_ERR, ..Default::default() };
         self.modify(attr, &[mask::IBV_QP_STATE])
     }
@@ -186,7 +186,7 @@ impl Qp {
     }
 
     /// Destroys it. When this returns well nothing of it can write memory any more, and no completion comes that counts.
-    pub fn destroy(self) -> io::Result<()> {
+    pub(crate) fn destroy(self) -> io::Result<()> {
         let done = self.destroy_once();
         let this = std::mem::ManuallyDrop::new(self);
         // SAFETY: the domain is taken out once and `this` is never dropped; its raw pair is not used again.

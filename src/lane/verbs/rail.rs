@@ -35,7 +35,7 @@ pub(super) const LEFT_OUT: Duration = Duration::from_secs(1);
 
 /// What the pool is registered for.
 #[derive(Debug, Clone)]
-pub enum Role {
+pub(crate) enum Role {
     /// Blocks land in it.
     Reader,
     /// It is read, and so are these words.
@@ -78,7 +78,7 @@ impl Past {
 
 /// One rail.
 #[derive(Debug)]
-pub struct Rail {
+pub(crate) struct Rail {
     name: String,
     port: u8,
     /// Once the pool is registered, until it is withdrawn. Dropped before the domain.
@@ -126,17 +126,17 @@ impl Rail {
     }
 
     /// DEVICE:PORT.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// The domain.
-    pub fn pd(&self) -> &Arc<Pd> {
+    pub(crate) fn pd(&self) -> &Arc<Pd> {
         &self.pd
     }
 
     /// What the device can do.
-    pub fn limits(&self) -> &Limits {
+    pub(crate) fn limits(&self) -> &Limits {
         &self.limits
     }
 
@@ -161,7 +161,7 @@ impl Rail {
     }
 
     /// Its port, which must be up.
-    pub fn up(&self) -> Result<(Port, LinkLayer), VerbsError> {
+    pub(crate) fn up(&self) -> Result<(Port, LinkLayer), VerbsError> {
         let device = self.pd.device();
         let port = device.port(self.port)?;
         let name = device.name().to_owned();
@@ -175,7 +175,7 @@ impl Rail {
     }
 
     /// Its GIDs.
-    pub fn gids(&self) -> Vec<GidEntry> {
+    pub(crate) fn gids(&self) -> Vec<GidEntry> {
         self.pd.device().gids(self.port)
     }
 

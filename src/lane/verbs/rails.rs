@@ -51,7 +51,7 @@ fn names(config: &VerbsConfig) -> Result<Vec<String>, VerbsError> {
 
 /// All rails of a rank in one role.
 #[derive(Debug)]
-pub struct Rails {
+pub(crate) struct Rails {
     lib: &'static Library,
     config: VerbsConfig,
     memory: Memory,
@@ -85,7 +85,7 @@ impl Slot {
 impl Rails {
     /// Opens the rails that `config` names, or all that are up, and begins to register the memory on them in the
     /// background. At least one must be there; one whose link is down is used once it is up.
-    pub fn open(config: &VerbsConfig, memory: Memory, role: Role) -> Result<Arc<Self>, VerbsError> {
+    pub(crate) fn open(config: &VerbsConfig, memory: Memory, role: Role) -> Result<Arc<Self>, VerbsError> {
         let lib = Library::get()?;
         let names = names(config)?;
         let (mut last, mut down) = (None, false);
@@ -123,7 +123,7 @@ impl Rails {
 
     /// Whether a rail can be used at this moment, and those that `config` names are no slip; registers nothing. For
     /// commands whose user asked for verbs, and wants to hear of a slip before anything else is done.
-    pub fn check(config: &VerbsConfig) -> Result<(), VerbsError> {
+    pub(crate) fn check(config: &VerbsConfig) -> Result<(), VerbsError> {
         let lib = Library::get()?;
         let one = |name: &String| {
             let (device, port) = split(name)?;
@@ -191,12 +191,12 @@ impl Rails {
     }
 
     /// The settings.
-    pub fn config(&self) -> &VerbsConfig {
+    pub(crate) fn config(&self) -> &VerbsConfig {
         &self.config
     }
 
     /// The memory that is registered.
-    pub fn memory(&self) -> &Memory {
+    pub(crate) fn memory(&self) -> &Memory {
         &self.memory
     }
 
@@ -236,7 +236,8 @@ impl Rails {
 
     /// Gives all registrations back, for good: whoever still reads through a queue pair gets an error from now on. Lanes of
     /// this side keep theirs until they are quiet.
-    pub fn withdraw(&self) {
+    #[cfg(test)]
+    pub(crate) fn withdraw(&self) {
         for s in lock(&self.list).iter_mut() {
             if let Some(rail) = s.rail.take() {
                 lock(&rail.pool).take();
@@ -255,7 +256,7 @@ impl Rails {
     }
 
     /// Bytes registered, and bytes to register, over all rails.
-    pub fn progress(&self) -> (u64, u64) {
+    pub(crate) fn progress(&self) -> (u64, u64) {
         (self.done.load(Ordering::Relaxed), self.all.load(Ordering::Relaxed))
     }
 

@@ -9,6 +9,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use kvferry_proto::{block::Incarnation, config::Limits};
+
 use super::{
     connect::random_psn,
     cq::Cq,
@@ -22,8 +24,7 @@ use super::{
     rails::Rails,
 };
 use crate::{
-    block::Incarnation,
-    config::{Limits, VerbsConfig},
+    config::VerbsConfig,
     memory::{Export, Memory},
 };
 
@@ -58,7 +59,7 @@ impl Lanes {
 
 /// A producer rank's verbs. Dropping it destroys all queue pairs.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     rails: Arc<Rails>,
     incarnation: Incarnation,
     fence_slots: u32,
@@ -68,7 +69,7 @@ pub struct Server {
 
 impl Server {
     /// Opens the rails, and begins to register the pool in the background. At most `limits.lanes` lanes are served.
-    pub fn start(
+    pub(crate) fn start(
         export: &Export,
         incarnation: Incarnation,
         config: &VerbsConfig,
@@ -86,7 +87,8 @@ impl Server {
     }
 
     /// Its rails.
-    pub fn rails(&self) -> &Arc<Rails> {
+    #[cfg(test)]
+    pub(crate) fn rails(&self) -> &Arc<Rails> {
         &self.rails
     }
 
@@ -95,7 +97,7 @@ impl Server {
     }
 
     /// Makes a lane of this number. Blocks for a few milliseconds.
-    pub fn admit(&self, lane: u64, request: &VerbsRequest) -> Result<VerbsTicket, VerbsError> {
+    pub(crate) fn admit(&self, lane: u64, request: &VerbsRequest) -> Result<VerbsTicket, VerbsError> {
         request.check().map_err(|what| VerbsError::Protocol { what })?;
         let full = |lanes: &HashMap<u64, Vec<Served>>| lanes.len() >= self.max;
         if full(&self.lanes()) {
@@ -140,14 +142,15 @@ impl Server {
     }
 
     /// Destroys a lane's queue pairs: whoever reads through them gets errors from now on.
-    pub fn dismiss(&self, lane: u64) {
+    pub(crate) fn dismiss(&self, lane: u64) {
         if let Some(served) = self.lanes().remove(&lane) {
             bury(served);
         }
     }
 
     /// Lanes that are served now.
-    pub fn lanes_served(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn lanes_served(&self) -> usize {
         self.lanes().len()
     }
 

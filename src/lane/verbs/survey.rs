@@ -17,7 +17,7 @@ use super::{
 use crate::memory::Mapping;
 
 /// Whether a device can do something, or the error that it gave.
-pub type Tried = Result<(), io::Error>;
+pub(super) type Tried = Result<(), io::Error>;
 
 /// Whether a device takes dmabufs.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ pub struct DeviceReport {
 }
 
 /// A device's name, and what was found out about it, or why nothing was.
-pub type Surveyed = (String, Result<DeviceReport, VerbsError>);
+pub(super) type Surveyed = (String, Result<DeviceReport, VerbsError>);
 
 /// All devices, each with what is wrong with it if it cannot be opened.
 pub fn survey() -> Result<Vec<Surveyed>, VerbsError> {

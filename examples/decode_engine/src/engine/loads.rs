@@ -3,10 +3,7 @@
 use std::{collections::HashSet, sync::mpsc::RecvTimeoutError, time::Duration};
 
 use kvferry::{
-    block::{Block, BlockId, GroupId},
-    consumer::{Ended, Pull},
-    error::Cause,
-    plan::LocalBlocks,
+    Block, BlockId, Cause, Ended, GroupId, LocalBlocks, Pull,
     scheduler::{
         invalid::{Outcome, Report, resolve},
         ledger::End,

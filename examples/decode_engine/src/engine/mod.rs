@@ -26,10 +26,7 @@ use std::{
 };
 
 use kvferry::{
-    block::{BlockId, EngineId, GroupId, OfferId},
-    consumer::{Consumer, Ended, PullId},
-    error::Cause,
-    producer::{Freed, Producer},
+    BlockId, Cause, Consumer, Ended, EngineId, Freed, GroupId, OfferId, Producer, PullId,
     scheduler::{
         invalid::Policy,
         ledger::{End, Ledger},

@@ -1,11 +1,7 @@
 //! The KV of finished prompts, offered to other engines. The blocks stay as they are until the offer is freed: pulled and
 //! released, or revoked when its lease runs out.
 
-use kvferry::{
-    block::GroupId,
-    offer::{Offer, OfferGroup},
-    producer::{Freed, OfferSpec, Ready},
-};
+use kvferry::{Freed, GroupId, Offer, OfferGroup, OfferSpec, Ready};
 
 use super::Engine;
 use crate::{kv::BLOCK, request::Req};

@@ -1,7 +1,7 @@
 //! Who runs in a step, who comes in, and who has to give his blocks back.
 
 use kvferry::{
-    block::BlockId,
+    BlockId,
     scheduler::{
         ledger::End,
         table::Held,

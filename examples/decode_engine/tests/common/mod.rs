@@ -14,7 +14,7 @@ use decode_engine::{
     serve::{Role, link},
     weights,
 };
-use kvferry::{config::Config, offer::Offer, scheduler::tokens::Parts};
+use kvferry::{Config, Offer, scheduler::tokens::Parts};
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 

@@ -7,16 +7,20 @@ use std::{
     time::Duration,
 };
 
-use super::{super::frames::*, super::handshake::Keyed, rig::*};
-use crate::{
+use kvferry_proto::{
     block::{Incarnation, Nonce},
-    config::{Limits, TcpConfig},
+    config::Limits,
     error::Cause,
     group::PoolLayout,
-    lane::{Grant, Lane, LaneEvent, tcp::Server},
-    memory::Memory,
+    lane::{Grant, Lane, LaneEvent},
     plan::Read,
 };
+
+use super::{
+    super::{frames::*, handshake::Keyed},
+    rig::*,
+};
+use crate::{config::TcpConfig, lane::tcp::Server, memory::Memory};
 
 const BLOCK: usize = 4096;
 

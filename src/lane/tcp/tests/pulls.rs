@@ -1,13 +1,18 @@
 //! Good peers on good and bad days.
 
-use super::rig::*;
-use crate::{
-    config::{Limits, TcpConfig},
+use kvferry_proto::{
+    config::Limits,
     error::Cause,
     group::{Group, GroupKind, PoolLayout, Region},
-    lane::{Lane, LaneEvent, tcp::Server},
-    memory::Memory,
+    lane::{Lane, LaneEvent},
     plan::Read,
+};
+
+use super::rig::*;
+use crate::{
+    config::TcpConfig,
+    lane::{WakingLane, tcp::Server},
+    memory::Memory,
 };
 
 /// Regions of different sizes, with and without gaps between blocks, in two segments.
@@ -27,7 +32,7 @@ fn uneven() -> PoolLayout {
     let layout = PoolLayout {
         segments: vec![120_000, 5_000_000],
         groups: vec![Group {
-            id: crate::block::GroupId(0),
+            id: kvferry_proto::block::GroupId(0),
             kind: GroupKind::Full,
             block_tokens: 16,
             blocks: 64,
@@ -52,7 +57,7 @@ fn roomy() -> TcpConfig {
 }
 
 /// The chunk's reads, of 1 MiB at most.
-fn all_reads(plan: &crate::plan::Plan, chunk: u32) -> Vec<Read> {
+fn all_reads(plan: &kvferry_proto::plan::Plan, chunk: u32) -> Vec<Read> {
     let mut reads = Vec::new();
     plan.reads(chunk, 0, 1 << 20, &mut reads);
     reads
@@ -276,7 +281,9 @@ fn only_who_has_the_key_of_this_very_process_gets_in() {
     };
     assert_eq!(try_with(&KEY, rig.incarnation), Ok(()));
     assert!(try_with(&[1; 32], rig.incarnation).unwrap_err().contains("does not know this lane"));
-    assert!(try_with(&KEY, crate::block::Incarnation::random()).unwrap_err().contains("does not know this lane"));
+    assert!(
+        try_with(&KEY, kvferry_proto::block::Incarnation::random()).unwrap_err().contains("does not know this lane")
+    );
     let (mut lane, _) = rig.lane(&config);
     rig.server.dismiss(LANE);
     let events = drive(&mut lane, |_, events| !events.is_empty());

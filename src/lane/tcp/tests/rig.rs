@@ -2,24 +2,31 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-use crate::{
+use kvferry_proto::{
     block::{BlockId, EngineId, GroupId, Incarnation, Nonce, OfferId, Rank},
-    config::{Limits, TcpConfig},
+    config::Limits,
     group::PoolLayout,
-    lane::{
-        Attempt, Grant, Lane, LaneError, LaneEvent,
-        tcp::{Server, TcpLane},
-    },
-    memory::{Export, FenceWords, Memory},
+    lane::{Attempt, Grant, Lane, LaneEvent},
     offer::{Offer, OfferGroup, OfferRank},
     plan::{ChunkSize, LocalBlocks, Plan, Read, Source},
     shard::Shard,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::{
+    config::TcpConfig,
+    lane::{
+        LaneError, WakingLane,
+        tcp::{Server, TcpLane},
+    },
+    memory::{Export, FenceWords, Memory},
 };
 
 /// No test waits longer than this for anything.

@@ -2,14 +2,16 @@
 
 use std::{io, os::fd::BorrowedFd, time::Instant};
 
-use super::{Try, VerbsLane};
-use crate::{
+use kvferry_proto::{
     error::Cause,
-    lane::{
-        Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind,
-        verbs::path::{Path, What},
-    },
+    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
     plan::Read,
+};
+
+use super::{Try, VerbsLane};
+use crate::lane::{
+    WakingLane,
+    verbs::path::{Path, What},
 };
 
 impl Lane for VerbsLane {
@@ -134,7 +136,9 @@ impl Lane for VerbsLane {
         self.nudge();
         out.append(&mut self.pending);
     }
+}
 
+impl WakingLane for VerbsLane {
     fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
         if !self.pending.is_empty() || self.must_spin() {
             return Err(io::ErrorKind::WouldBlock.into());

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::{A, BLOCKS, Rig, read};
-use crate::{
-    config::VerbsConfig,
+use kvferry_proto::{
     lane::{Attempt, Grant, Lane, LaneEvent},
     plan::Read,
 };
+
+use super::{A, BLOCKS, Rig, read};
+use crate::{config::VerbsConfig, lane::WakingLane};
 
 #[test]
 fn a_fence_goes_over_every_pair_that_carried_its_chunk_and_no_other() {

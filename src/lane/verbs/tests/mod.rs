@@ -5,12 +5,21 @@ mod settings;
 mod sleep;
 mod speed;
 mod standin;
+mod wire;
 
 use std::{
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{
+    block::{Incarnation, Nonce},
+    config::Limits,
+    error::Cause,
+    group::PoolLayout,
+    lane::{Attempt, Grant, Lane, LaneEvent},
+    plan::Read,
+};
 use standin::{Control, LIBRARY, Standin};
 
 use super::{
@@ -22,13 +31,9 @@ use super::{
     server::Server,
 };
 use crate::{
-    block::{Incarnation, Nonce},
-    config::{Limits, VerbsConfig},
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, Grant, Lane, LaneEvent},
+    config::VerbsConfig,
+    lane::WakingLane,
     memory::{FenceWords, Memory},
-    plan::Read,
 };
 
 const BLOCK: u64 = 512;

@@ -2,13 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use kvferry_proto::lane::{Lane, LaneEvent};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{A, BLOCK, Rig};
-use crate::{
-    config::VerbsConfig,
-    lane::{Lane, LaneEvent},
-};
+use crate::{config::VerbsConfig, lane::WakingLane};
 
 #[test]
 fn an_idle_lane_sleeps_and_a_completion_wakes_it() {

@@ -5,27 +5,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::*;
-use crate::{
+use kvferry_proto::{
     block::{BlockId, GroupId, OfferId, Rank},
-    driver::{
-        better::Waits,
-        rail::{In, Need, Out, Progress, PullId, Rail as Driver, Start},
-    },
+    frame::{PeerId, Reader},
+    hello::Welcome,
     lane::LaneKind,
     model::Model,
     offer::{Offer, OfferGroup, OfferRank},
     plan::{ChunkSize, LocalBlocks},
-    protocol::{
-        frame::{PeerId, Reader},
-        hello::Welcome,
-        pull::Retry,
-    },
+    pull::Retry,
+    puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
     shard::Shard,
 };
 
+use super::*;
+use crate::lane::WakingLane;
+
 const ADDR: &str = "10.0.0.1:7400";
 const SECOND: Duration = Duration::from_secs(1);
+
+type Driver = Puller<Box<dyn WakingLane>>;
 
 /// A rank whose lane is that of a rig.
 fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl Sized) {
@@ -53,7 +52,7 @@ fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl
     };
     let mut it = Driver::new(layout, shard, BLOCKS as usize, Waits { first: SECOND, longest: SECOND });
     it.handle(Instant::now(), In::Peer(ADDR.into(), Arc::new(welcome)));
-    let lane: Box<dyn Lane> = Box::new(lane);
+    let lane: Box<dyn WakingLane> = Box::new(lane);
     it.handle(Instant::now(), In::Lane { peer: ADDR.into(), incarnation, need: Need::Now, lane: Ok(lane) });
     (it, devices, Grant { slot: 3, nonce }, incarnation, (served, here, there, words, server, rails))
 }

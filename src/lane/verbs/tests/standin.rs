@@ -22,7 +22,7 @@ use crate::lane::verbs::{
 
 /// A request that the device has taken.
 #[derive(Debug, Clone, Copy)]
-pub struct Op {
+pub(super) struct Op {
     pub wr_id: u64,
     signaled: bool,
     pub local: u64,
@@ -33,7 +33,7 @@ pub struct Op {
 
 /// A queue pair's inside.
 #[derive(Debug, Default)]
-pub struct Pair {
+pub(super) struct Pair {
     cq: usize,
     pub ops: VecDeque<Op>,
     failed: bool,
@@ -41,7 +41,7 @@ pub struct Pair {
 
 /// What the test wants, and what the device has.
 #[derive(Debug, Default)]
-pub struct Control {
+pub(super) struct Control {
     pub pairs: BTreeMap<u32, Pair>,
     completions: BTreeMap<usize, VecDeque<Completion>>,
     armed: BTreeMap<usize, bool>,
@@ -72,7 +72,7 @@ pub struct Control {
 
 /// Attributes of a queue pair. The C type is not Debug.
 #[derive(Clone, Copy)]
-pub struct Set(pub ibv_qp_attr);
+pub(super) struct Set(pub ibv_qp_attr);
 
 impl std::fmt::Debug for Set {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -91,7 +91,7 @@ impl Control {
     }
 
     /// Carries out the next `n` requests of a queue pair.
-    pub fn complete(&mut self, number: u32, n: usize) {
+    pub(super) fn complete(&mut self, number: u32, n: usize) {
         for _ in 0..n {
             let pair = self.pairs.get_mut(&number).unwrap();
             let Some(op) = pair.ops.pop_front() else { return };
@@ -115,7 +115,7 @@ impl Control {
 
     /// What soft-RoCE does when an answer comes out of sequence: the next request is reported as done, nothing is written,
     /// and the pair goes to ERR.
-    pub fn slip(&mut self, number: u32) {
+    pub(super) fn slip(&mut self, number: u32) {
         let pair = self.pairs.get_mut(&number).unwrap();
         pair.failed = true;
         let cq = pair.cq;
@@ -126,7 +126,7 @@ impl Control {
     }
 
     /// Fails the next request of a queue pair, and flushes what is behind it.
-    pub fn fail(&mut self, number: u32, status: u32) {
+    pub(super) fn fail(&mut self, number: u32, status: u32) {
         let pair = self.pairs.get_mut(&number).unwrap();
         pair.failed = true;
         let cq = pair.cq;
@@ -146,18 +146,18 @@ impl Control {
     }
 
     /// A completion of the test's own making.
-    pub fn forge(&mut self, wr_id: u64, status: u32, number: u32) {
+    pub(super) fn forge(&mut self, wr_id: u64, status: u32, number: u32) {
         if let Some(cq) = self.pairs.get(&number).map(|p| p.cq).or(self.completions.keys().next().copied()) {
             self.push(cq, Completion::new(wr_id, status, number, self.rubbish));
         }
     }
 
     /// Numbers of the queue pairs that have something to do, or could have.
-    pub fn numbers(&self) -> Vec<u32> {
+    pub(super) fn numbers(&self) -> Vec<u32> {
         self.pairs.keys().copied().collect()
     }
 
-    pub fn in_flight(&self) -> usize {
+    pub(super) fn in_flight(&self) -> usize {
         self.pairs.values().map(|p| p.ops.len()).sum()
     }
 }
@@ -174,13 +174,13 @@ struct Context {
 }
 
 /// The device.
-pub struct Standin {
+pub(super) struct Standin {
     pub device: Arc<Device>,
     control: Arc<Mutex<Control>>,
 }
 
 impl Standin {
-    pub fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let control = Arc::<Mutex<Control>>::default();
         let mut context = ibv_context::default();
         context.ops.poll_cq = Some(poll_cq);
@@ -193,7 +193,7 @@ impl Standin {
     }
 
     /// A handle that does not keep the device open.
-    pub fn handle(&self) -> Arc<Mutex<Control>> {
+    pub(super) fn handle(&self) -> Arc<Mutex<Control>> {
         self.control.clone()
     }
 }
@@ -203,7 +203,7 @@ fn control<'a>(context: *mut ibv_context) -> MutexGuard<'a, Control> {
     unsafe { &*context.cast::<Context>() }.control.lock().unwrap()
 }
 
-pub static LIBRARY: Library = Library {
+pub(super) static LIBRARY: Library = Library {
     get_device_list,
     free_device_list,
     get_device_name,

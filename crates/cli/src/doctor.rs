@@ -1,0 +1,312 @@
+//! `kvferry doctor`: looks this machine over. What can be tried is tried, not guessed.
+
+use std::{process::ExitCode, time::Duration};
+
+use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Memory, Pull};
+use serde::Serialize;
+
+use crate::{
+    args::{JsonArg, ModelArgs},
+    child::Serve,
+    offers,
+    pull::{local_layout, verify},
+    report::{Failure, size},
+};
+
+/// Flags of `doctor`.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Status {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// One check.
+#[derive(Debug, Serialize)]
+struct Finding {
+    check: &'static str,
+    status: Status,
+    /// What was found.
+    found: String,
+    /// What to do about it; empty when there is nothing to do.
+    advice: String,
+}
+
+impl Finding {
+    fn new(check: &'static str, status: Status, found: impl Into<String>, advice: &str) -> Self {
+        let advice = if status == Status::Ok { String::new() } else { advice.into() };
+        Self { check, status, found: found.into(), advice }
+    }
+}
+
+/// Looks everything over. Exit code 1 when a check failed.
+pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
+    let mut findings = vec![cores(), memory(), files(), memfd(), huge_pages(), shared_huge_pages(), ptrace(), pidfd()];
+    findings.extend(lanes());
+    findings.extend(verbs());
+    findings.push(Finding::new(
+        "GPU memory",
+        Status::Warn,
+        "not in this build",
+        "nothing to do: pools lie in host memory",
+    ));
+    if args.json.text() {
+        for f in &findings {
+            let status = format!("{:?}", f.status).to_uppercase();
+            println!("{status:<5} {:<22} {}", f.check, f.found);
+            if !f.advice.is_empty() {
+                println!("      {:<22} -> {}", "", f.advice);
+            }
+        }
+    }
+    args.json.write(&findings)?;
+    let failed = findings.iter().any(|f| f.status == Status::Fail);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn cores() -> Finding {
+    let n = std::thread::available_parallelism().map_or(1, usize::from);
+    let status = if n >= 2 { Status::Ok } else { Status::Warn };
+    Finding::new(
+        "cores",
+        status,
+        format!("{n}"),
+        "a transfer needs one core on each side beside the engine's: give it two",
+    )
+}
+
+fn memory() -> Finding {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))
+        .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    let status = if kib >= 1 << 20 { Status::Ok } else { Status::Warn };
+    Finding::new(
+        "memory",
+        status,
+        format!("{} available", size(kib << 10)),
+        "the demo wants 2 GiB: use --total-bytes 100M",
+    )
+}
+
+fn files() -> Finding {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let soft = limit.current.unwrap_or(u64::MAX);
+    let status = if soft >= 4096 { Status::Ok } else { Status::Warn };
+    Finding::new(
+        "open files",
+        status,
+        format!("{soft} allowed"),
+        "a peer takes two descriptors, and more with several lanes: raise it with `ulimit -n 65536` for a thousand peers",
+    )
+}
+
+fn memfd() -> Finding {
+    match Memory::alloc(&[1 << 20]) {
+        Ok(_) => Finding::new("shared pools", Status::Ok, "memfds can be made and sealed", ""),
+        Err(e) => Finding::new(
+            "shared pools",
+            Status::Fail,
+            e.to_string(),
+            "allow memfd_create (seccomp?), or bring your own memory",
+        ),
+    }
+}
+
+/// The chosen word of a setting such as `always [madvise] never`.
+fn chosen(path: &str) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.split(['[', ']']).nth(1).unwrap_or("unknown").to_owned()
+}
+
+fn huge_pages() -> Finding {
+    let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+    let set = chosen(path);
+    let status = if ["always", "madvise"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
+    let advice = format!("small blocks copy up to twice as fast from huge pages: echo madvise > {path}");
+    Finding::new("huge pages", status, set, &advice)
+}
+
+fn shared_huge_pages() -> Finding {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let set = chosen(path);
+    let status =
+        if ["always", "within_size", "advise", "force"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
+    let advice = format!("pools that kvferry allocates would get huge pages: echo advise > {path}");
+    Finding::new("huge pages in pools", status, set, &advice)
+}
+
+fn ptrace() -> Finding {
+    let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") else {
+        return Finding::new("ptrace scope", Status::Ok, "not restricted", "");
+    };
+    let scope = text.trim().to_owned();
+    let status = if scope == "0" { Status::Ok } else { Status::Warn };
+    Finding::new(
+        "ptrace scope",
+        status,
+        scope,
+        "the local lane cannot read an engine's own memory: sysctl kernel.yama.ptrace_scope=0, give CAP_SYS_PTRACE, or use pools that kvferry allocates",
+    )
+}
+
+fn pidfd() -> Finding {
+    match rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty()) {
+        Ok(_) => Finding::new("pidfd", Status::Ok, "works", ""),
+        Err(e) => Finding::new(
+            "pidfd",
+            Status::Fail,
+            e.to_string(),
+            "the local lane needs Linux 5.3 or newer; use --lane tcp",
+        ),
+    }
+}
+
+#[cfg(not(feature = "verbs"))]
+fn verbs() -> Vec<Finding> {
+    let advice = "pulls go over local or tcp; RDMA comes with the feature `verbs`";
+    vec![Finding::new("verbs lane", Status::Warn, "not in this build", advice)]
+}
+
+/// Devices, ports and addresses, what can be registered, and a small pull.
+#[cfg(feature = "verbs")]
+fn verbs() -> Vec<Finding> {
+    use kvferry::verbs::{Dmabuf, LinkLayer, survey};
+
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    let mut found = vec![Finding::new(
+        "locked memory",
+        if limit.is_none() { Status::Ok } else { Status::Warn },
+        limit.map_or("unlimited".into(), |l| format!("{} without CAP_IPC_LOCK", size(l))),
+        "pools are locked while verbs use them: `ulimit -l unlimited`, or LimitMEMLOCK=infinity",
+    )];
+    let devices = match survey() {
+        Ok(devices) => devices,
+        Err(e) => {
+            found.push(Finding::new("verbs lane", Status::Warn, e.to_string(), "local or tcp is used instead"));
+            return found;
+        }
+    };
+    for (name, report) in devices {
+        let report = match report {
+            Ok(r) => r,
+            Err(e) => {
+                found.push(Finding::new("verbs device", Status::Warn, format!("{name}: {e}"), "it is not used"));
+                continue;
+            }
+        };
+        let l = report.limits;
+        let can = |tried: &Result<(), std::io::Error>| match tried {
+            Ok(()) => "yes".to_owned(),
+            Err(e) => format!("no ({e})"),
+        };
+        let line = format!(
+            "{name}: {} READs in flight as reader, {} as served; relaxed ordering {}, ODP {}, dmabuf {}",
+            l.max_rd_atomic,
+            l.max_dest_rd_atomic,
+            match &report.relaxed_ordering {
+                Ok(()) => "taken (a device that cannot ignores it)".into(),
+                tried => can(tried),
+            },
+            can(&report.odp),
+            match &report.dmabuf {
+                Dmabuf::Tried(tried) => can(tried),
+                Dmabuf::NotTried(why) => format!("taken by its driver, not tried ({why})"),
+            },
+        );
+        let good = if report.register.is_ok() { Status::Ok } else { Status::Warn };
+        found.push(Finding::new("verbs device", good, line, "memory cannot be registered: see locked memory above"));
+        for p in report.ports {
+            let layer = match p.port.link_layer {
+                Some(LinkLayer::InfiniBand) => format!("InfiniBand, LID {}", p.port.lid),
+                Some(LinkLayer::Ethernet) => "RoCE".into(),
+                None => "another link layer".into(),
+            };
+            let gids: Vec<_> =
+                p.gids.iter().map(|g| format!("{}{g}", if p.chosen == Some(g.index) { "*" } else { "" })).collect();
+            let reachable = p.port.link_layer == Some(LinkLayer::InfiniBand) || p.chosen.is_some();
+            let status = if p.port.active && reachable { Status::Ok } else { Status::Warn };
+            let line = format!(
+                "{name}:{} {}, {layer}, MTU {}, GIDs {}",
+                p.port.number,
+                p.port.state,
+                p.port.mtu,
+                if gids.is_empty() { "none".into() } else { gids.join(", ") },
+            );
+            let advice = if p.port.active {
+                "no RoCE v2 GID: give the port's network interface an IP address"
+            } else {
+                "check cable and switch, and `ip link set up`"
+            };
+            found.push(Finding::new("verbs port", status, line, advice));
+        }
+    }
+    let advice = "local or tcp is used instead; see the log (KVFERRY_LOG=info)";
+    found.push(match try_lane(LaneKind::Verbs, true) {
+        Ok(line) => Finding::new("verbs lane", Status::Ok, line, ""),
+        Err(e) => Finding::new("verbs lane", Status::Warn, e.message, advice),
+    });
+    found
+}
+
+/// A producer process on this machine, and a small pull from it over each lane and kind of memory.
+fn lanes() -> Vec<Finding> {
+    let tries = [
+        ("local lane, pools", LaneKind::Local, false, "see the log (KVFERRY_LOG=info); tcp is used instead"),
+        ("local lane, engine", LaneKind::Local, true, "see ptrace scope above; tcp is used instead"),
+        ("tcp lane", LaneKind::Tcp, false, "nothing works without it: is loopback up, and may this user listen?"),
+    ];
+    tries
+        .into_iter()
+        .map(|(check, lane, engine_memory, advice)| {
+            let bad = if lane == LaneKind::Tcp { Status::Fail } else { Status::Warn };
+            match try_lane(lane, engine_memory) {
+                Ok(found) => Finding::new(check, Status::Ok, found, ""),
+                Err(e) => Finding::new(check, bad, e.message, advice),
+            }
+        })
+        .collect()
+}
+
+fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
+    const BLOCKS: u32 = 64;
+    let limit = Duration::from_secs(5);
+    let mut flags: Vec<String> =
+        ["--listen", "127.0.0.1:0", "--blocks", "64", "--regions", "4", "--block-size", "64K"].map(String::from).into();
+    if engine_memory {
+        flags.push("--engine-memory".into());
+    }
+    let serve = Serve::start(&flags)?;
+    let addr = &serve.ready.listen;
+    let model = ModelArgs::default().model();
+    let (welcome, offer) = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let welcome = kvferry::probe(addr, &"doctor".parse()?, &model, limit).await?;
+        let offer = offers::make_offer(addr, BLOCKS, true, 0, limit).await?;
+        Ok::<_, Failure>((welcome, offer))
+    })?;
+    let layout = local_layout(&welcome.pool, GroupId(0), BLOCKS)?;
+    let consumer = Consumer::builder("doctor".parse()?, model, layout.clone()).build()?;
+    let blocks = (0..BLOCKS).map(|b| Some(BlockId(b))).collect();
+    let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
+    consumer.pull(Pull::new(offer, vec![wanted]).deadline(limit).lanes(vec![lane]))?;
+    let ended = consumer.wait(limit * 2).ok_or_else(|| Failure::failed("a small pull did not end"))?;
+    let seed = welcome.peer.incarnation.get();
+    let (good, bad) = verify(&ended, consumer.memory(), &layout, &welcome.pool, seed)?;
+    if let Some(cause) = ended.outcome.cause() {
+        return Err(Failure::failed(format!("a small pull failed: {cause}")));
+    }
+    if bad > 0 {
+        return Err(Failure::failed(format!("{bad} bytes were wrong")));
+    }
+    let took = ended.outcome.times.ended.unwrap_or_default();
+    Ok(format!("{} pulled and verified in {:.1} ms, handshake included", size(good), took.as_secs_f64() * 1e3))
+}

@@ -1,0 +1,196 @@
+//! `kvferry serve`: a producer over a pool that holds a pattern, with a service that hands out fresh offers of it.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use kvferry::{
+    BlockId, Config, EngineId, Group, GroupId, GroupKind, Memory, OfferGroup, OfferSpec, PoolLayout, Producer, Region,
+};
+use kvferry_testkit::pattern;
+use serde::Serialize;
+
+use crate::{
+    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
+    offers::Bench,
+    report::{Failure, size},
+};
+
+/// Flags of `serve`.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    /// Where the control plane listens; port 0 takes a free one.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7400")]
+    listen: String,
+    /// HOST:PORT that offers name, when it is not the one listened on.
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Blocks in the pool.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    blocks: u32,
+    /// Regions (layers) of the pool.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    regions: u32,
+    /// Bytes of a block in one region, a multiple of 512: 64K, 1M, …
+    #[arg(long, value_name = "BYTES", default_value = "32K", value_parser = args::bytes)]
+    block_size: u64,
+    /// Engine id.
+    #[arg(long, default_value = "serve")]
+    engine: EngineId,
+    /// Lanes to serve.
+    #[arg(long, value_enum, default_value = "auto")]
+    lane: LaneChoice,
+    #[command(flatten)]
+    verbs: VerbsArgs,
+    /// Use memory as an engine would bring it, instead of a pool that consumers on this host can map.
+    #[arg(long)]
+    engine_memory: bool,
+    /// Also offer the same memory in one region with blocks of these sizes, for `bench`.
+    #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = args::bytes)]
+    views: Vec<u64>,
+    /// Once ready, offer all blocks and write the offer (JSON) into this file, for `pull --offer`.
+    #[arg(long, value_name = "FILE")]
+    offer: Option<PathBuf>,
+    /// How long an offer waits for its first claim.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = args::duration)]
+    unclaimed_lease: Duration,
+    /// How long a claim holds after its last renewal; at least two heartbeats, which is 1s.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = args::duration)]
+    claim_lease: Duration,
+    /// How long an offer lives at most, however often it is renewed.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = args::duration)]
+    hard_cap: Duration,
+    /// End when the parent process does.
+    #[arg(long, hide = true)]
+    exit_with_parent: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+/// What `serve` says once it is ready, on one line.
+#[derive(Debug, Serialize)]
+struct Ready<'a> {
+    listen: &'a str,
+    engine: &'a str,
+    incarnation: String,
+    blocks: u32,
+    regions: u32,
+    block_size: u64,
+    bytes: u64,
+    pid: u32,
+    base: u64,
+}
+
+/// The pool's layout: group 0 as asked for, and a group for each view.
+pub(crate) fn layout(
+    blocks: u32,
+    regions: u32,
+    block_size: u64,
+    tokens: u32,
+    views: &[u64],
+) -> Result<PoolLayout, Failure> {
+    if let Some(bad) = views.iter().chain([&block_size]).find(|b| **b % pattern::PAGE != 0) {
+        return Err(Failure::usage(format!("block size {bad} is not a multiple of {}: round it up", pattern::PAGE)));
+    }
+    let mut layout = PoolLayout::uniform(blocks, regions, block_size, tokens);
+    let total = layout.segments[0];
+    for (i, &bytes) in views.iter().enumerate() {
+        let fits = u32::try_from(total / bytes).ok().filter(|n| *n > 0 && *n < u32::MAX);
+        let blocks = fits.ok_or_else(|| Failure::usage(format!("a view of {bytes} bytes does not fit the pool")))?;
+        let region = Region { name: "view".into(), segment: 0, offset: 0, block_bytes: bytes, stride: bytes };
+        layout.groups.push(Group {
+            id: GroupId(i as u16 + 1),
+            kind: GroupKind::Full,
+            block_tokens: tokens,
+            blocks,
+            regions: vec![region],
+        });
+    }
+    layout.check().map_err(|e| Failure::usage(e.to_string()))?;
+    Ok(layout)
+}
+
+/// Every block of the pool, in its order.
+fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
+    let all = (0..blocks).map(|b| Some(BlockId(b))).collect();
+    OfferSpec {
+        id: None,
+        request: "serve".into(),
+        tokens: u64::from(blocks) * u64::from(block_tokens),
+        groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: all }],
+    }
+}
+
+/// Serves until it is told to stop.
+pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
+    args.verbs.check(args.lane, true)?;
+    if args.exit_with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    }
+    let bytes = args.block_size.saturating_mul(u64::from(args.blocks)).saturating_mul(u64::from(args.regions));
+    args::check_memory(bytes)?;
+    let layout = layout(args.blocks, args.regions, args.block_size, args.model.block_tokens, &args.views)?;
+    let memory =
+        if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
+    memory.touch()?;
+    let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
+    config.lease.unclaimed = args.unclaimed_lease;
+    config.lease.claimed = args.claim_lease;
+    config.lease.hard_cap = args.hard_cap;
+    let bench = Bench::default();
+    let (routes, described) = bench.routes();
+    let mut builder = Producer::builder(args.engine, args.model.model(), layout)
+        .memory(memory)
+        .listen(args.listen)
+        .lanes(args.lane.lanes())
+        .config(config)
+        .services(routes, described);
+    if let Some(addr) = args.advertise {
+        builder = builder.advertise(addr);
+    }
+    let producer = Arc::new(builder.build()?);
+    let me = producer.me().clone();
+    pattern::write(me.incarnation.get(), producer.memory())?;
+    bench.set(&producer);
+    if let Some(path) = &args.offer {
+        let offer = producer.offer(all_blocks(args.blocks, args.model.block_tokens), kvferry::Ready::Now)?;
+        std::fs::write(path, offer.to_json() + "\n").map_err(|e| {
+            Failure::failed(format!("cannot write {}: {e}; name a file in a folder that exists", path.display()))
+        })?;
+    }
+    let ready = Ready {
+        listen: producer.addr(),
+        engine: me.engine.as_str(),
+        incarnation: me.incarnation.to_string(),
+        blocks: args.blocks,
+        regions: args.regions,
+        block_size: args.block_size,
+        bytes,
+        pid: std::process::id(),
+        base: producer.memory().base(0),
+    };
+    if args.json.text() {
+        println!(
+            "serving {} ({} blocks, {} regions of {} each) as {:?} on {}; pull with: kvferry pull --from {}",
+            size(bytes),
+            args.blocks,
+            args.regions,
+            size(args.block_size),
+            ready.engine,
+            ready.listen,
+            ready.listen
+        );
+    }
+    args.json.write(&ready)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        loop {
+            tokio::select! {
+                freed = producer.freed() => tracing::info!(offer = %freed.offer, why = ?freed.why, "freed"),
+                _ = term.recv() => return Ok(()),
+                stop = tokio::signal::ctrl_c() => return stop,
+            }
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,111 @@
+//! Settings of the machines, each with its default and the reason for it.
+
+use std::time::Duration;
+
+/// How a producer rank keeps offers.
+#[derive(Debug, Clone)]
+pub struct LeaseConfig {
+    /// An offer that nobody has claimed is revoked after this. Covers the router's and the decode side's queue.
+    pub unclaimed: Duration,
+    /// A claim holds for this long after its last renewal. Several heartbeats, so that a lost one costs nothing.
+    pub claimed: Duration,
+    /// No offer lives longer than this, however often it is renewed.
+    pub hard_cap: Duration,
+    /// How long an offer id that nobody registered is answered `NotYet`: the name may overtake the books.
+    pub early_grace: Duration,
+    /// How long a tombstone tells why an offer is gone.
+    pub tombstone: Duration,
+}
+
+impl Default for LeaseConfig {
+    fn default() -> Self {
+        Self {
+            unclaimed: Duration::from_secs(30),
+            claimed: Duration::from_secs(10),
+            hard_cap: Duration::from_secs(600),
+            early_grace: Duration::from_secs(2),
+            tombstone: Duration::from_secs(120),
+        }
+    }
+}
+
+/// How a session notices that its peer died, and how it comes back.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// Between two pings while claims are held.
+    pub heartbeat: Duration,
+    /// Between two pings while none is: idle sessions must cost next to nothing.
+    pub idle_heartbeat: Duration,
+    /// A producer ends a session that it has not heard of for this long.
+    pub silence: Duration,
+    /// Silence that makes a peer suspect: no new claims.
+    pub suspect: Duration,
+    /// Silence that makes it down.
+    pub down: Duration,
+    /// Longest time for a dial and Hello.
+    pub hello_timeout: Duration,
+    /// First wait before a new dial; doubles up to `redial_max`, with jitter.
+    pub redial_min: Duration,
+    /// Longest wait before a new dial.
+    pub redial_max: Duration,
+    /// A session without a pull for this long is closed.
+    pub idle: Duration,
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(500),
+            idle_heartbeat: Duration::from_secs(10),
+            silence: Duration::from_secs(60),
+            suspect: Duration::from_millis(2000),
+            down: Duration::from_secs(10),
+            hello_timeout: Duration::from_secs(5),
+            redial_min: Duration::from_millis(20),
+            redial_max: Duration::from_secs(2),
+            idle: Duration::from_secs(300),
+        }
+    }
+}
+
+/// Bounds on what peers and callers may ask for. Reached ones end the request or the session with a clear error.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Largest control frame, in bytes. An offer of 1,000,000 blocks takes about 5 MB.
+    pub frame_bytes: usize,
+    /// Blocks in an offer or a pull.
+    pub blocks_per_offer: usize,
+    /// Live offers of a producer: words in its fence table.
+    pub offers: usize,
+    /// Claims on one offer.
+    pub claims_per_offer: usize,
+    /// Claims of one session.
+    pub claims_per_session: usize,
+    /// Sessions of a producer.
+    pub sessions: usize,
+    /// Data connections of a producer, over all sessions.
+    pub lanes: usize,
+    /// Pulls of a consumer that have not ended.
+    pub pulls: usize,
+    /// Peers that a consumer keeps at once.
+    pub peers: usize,
+    /// Tombstones and early claims that a producer remembers, each.
+    pub remembered: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frame_bytes: 16 << 20,
+            blocks_per_offer: 1 << 20,
+            offers: 1 << 16,
+            claims_per_offer: 256,
+            claims_per_session: 1 << 16,
+            sessions: 8192,
+            lanes: 16384,
+            pulls: 1 << 16,
+            peers: 8192,
+            remembered: 1 << 16,
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Why a block is invalid, and the errors of the public calls. Each message says what to do about it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{block::OfferId, model::Mismatch, offer::BadOffer, plan::PlanError};
+
+/// Why a block did not arrive. One for each invalid block; the names are stable, in logs, metrics and JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Cause {
+    /// The pull's deadline passed first.
+    Deadline,
+    /// The engine cancelled the pull.
+    Cancelled,
+    /// The peer's process is gone, or does not answer any more.
+    PeerDown,
+    /// Another process answers at the peer's address: the offer died with the one that made it.
+    PeerRestarted,
+    /// The peer could not be reached.
+    Unreachable,
+    /// The peer refused the handshake: other model, dtype, version or engine.
+    Refused,
+    /// The producer never heard of the offer.
+    Unknown,
+    /// The offer's lease ran out.
+    Expired,
+    /// The offer had been released.
+    Released,
+    /// The producer took the offer back.
+    Revoked,
+    /// The fence's word was not the offer's: the bytes may be another request's.
+    Stale,
+    /// The lane broke, and no other one was left.
+    LaneFailed,
+    /// Wanted here, but not in the offer.
+    NotOffered,
+    /// The offer does not fit the peer's memory or this rank's.
+    BadOffer,
+    /// A limit of this side or the peer's was reached.
+    Limit,
+    /// This side is shutting down.
+    Shutdown,
+}
+
+impl Cause {
+    /// The stable name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deadline => "deadline",
+            Self::Cancelled => "cancelled",
+            Self::PeerDown => "peer_down",
+            Self::PeerRestarted => "peer_restarted",
+            Self::Unreachable => "unreachable",
+            Self::Refused => "refused",
+            Self::Unknown => "unknown",
+            Self::Expired => "expired",
+            Self::Released => "released",
+            Self::Revoked => "revoked",
+            Self::Stale => "stale",
+            Self::LaneFailed => "lane_failed",
+            Self::NotOffered => "not_offered",
+            Self::BadOffer => "bad_offer",
+            Self::Limit => "limit",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A pull that could not be started. Nothing was written, and nothing is held.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PullError {
+    /// The offer is malformed.
+    #[error(transparent)]
+    Offer(#[from] BadOffer),
+    /// The local blocks are.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A local block belongs to a pull that has not ended.
+    #[error(
+        "local block {block} of group {group} is still being written by pull {pull}: wait until that pull has ended"
+    )]
+    BlockBusy {
+        /// The group.
+        group: u16,
+        /// The block.
+        block: u32,
+        /// The pull that holds it.
+        pull: u64,
+    },
+    /// As many pulls as the limits allow are on.
+    #[error("{limit} pulls are on already: wait for one to end, or raise limits.pulls")]
+    TooManyPulls {
+        /// The limit.
+        limit: usize,
+    },
+    /// The consumer was shut down.
+    #[error("this consumer was shut down")]
+    Shutdown,
+    /// The consumer's data thread panicked.
+    #[error(
+        "this consumer's data thread has died of a bug (its panic is on stderr): restart this process, and report it"
+    )]
+    Died,
+}
+
+impl PullError {
+    /// The cause to report for the blocks that were wanted.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Offer(_) | Self::Plan(_) => Cause::BadOffer,
+            Self::BlockBusy { .. } | Self::TooManyPulls { .. } => Cause::Limit,
+            Self::Shutdown => Cause::Shutdown,
+            Self::Died => Cause::LaneFailed,
+        }
+    }
+}
+
+/// An offer that could not be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfferError {
+    /// It does not fit the pool or the limits.
+    #[error(transparent)]
+    Bad(#[from] BadOffer),
+    /// As many offers as the fence table has words are live.
+    #[error("{limit} offers are live already: poll for freed ones, or raise limits.offers")]
+    TooManyOffers {
+        /// The limit.
+        limit: usize,
+    },
+    /// The id was used before.
+    #[error("offer {0} exists already, or did: mint a new id for every offer")]
+    Duplicate(OfferId),
+    /// The producer is draining or was shut down.
+    #[error("this producer is draining: offer at another one")]
+    Draining,
+}
+
+/// A handshake that failed; the pulls that needed it end with [`Cause`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HelloError {
+    /// Models differ.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// No common protocol version.
+    #[error("no common protocol version: {here} here, {there} at the peer; upgrade the older one")]
+    Version {
+        /// Versions spoken here.
+        here: String,
+        /// What the peer said.
+        there: String,
+    },
+    /// Another engine answers at the address.
+    #[error("engine {got:?} answers at {addr}, not {want:?}: the address has a new owner")]
+    WrongEngine {
+        /// The address.
+        addr: String,
+        /// The engine asked for.
+        want: String,
+        /// The engine that answered.
+        got: String,
+    },
+    /// What the peer sent breaks the protocol's bounds.
+    #[error("the peer at {addr} sent rubbish: {what}; is it a kvferry of this version?")]
+    Protocol {
+        /// The address.
+        addr: String,
+        /// What was wrong.
+        what: String,
+    },
+    /// Nobody there.
+    #[error("cannot reach {addr}: {why}; check that the producer runs there and the port is open")]
+    Unreachable {
+        /// The address.
+        addr: String,
+        /// The system's error.
+        why: String,
+        /// The connection was refused: no process listens.
+        refused: bool,
+    },
+}
+
+impl HelloError {
+    /// The cause that a pull's blocks get.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Mismatch(_) | Self::Version { .. } | Self::WrongEngine { .. } | Self::Protocol { .. } => {
+                Cause::Refused
+            }
+            Self::Unreachable { .. } => Cause::Unreachable,
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Hello: who is there, do the models match, where does the memory lie. The answer is a pure function of both sides.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    block::Incarnation,
+    frame::PeerId,
+    group::PoolLayout,
+    lane::LaneKind,
+    model::{Mismatch, Model},
+    shard::Shard,
+};
+
+/// The protocol versions that this build speaks, both ends included.
+pub const VERSIONS: (u32, u32) = (1, 1);
+
+/// Feature bits. A feature is used when both sides have it.
+pub mod features {
+    /// Several readers of one engine may share an offer.
+    pub const READERS: u64 = 1 << 0;
+    /// All that this build has.
+    pub const ALL: u64 = READERS;
+}
+
+/// What a consumer rank says first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Versions that it speaks.
+    pub versions: (u32, u32),
+    /// Its feature bits.
+    pub features: u64,
+    /// Who it is.
+    pub peer: PeerId,
+    /// What its KV means.
+    pub model: Model,
+    /// Its part of the model.
+    pub shard: Shard,
+    /// Its host, see [`Welcome::host`].
+    pub host: String,
+}
+
+/// What a producer rank answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Welcome {
+    /// The version that both use.
+    pub version: u32,
+    /// The features that both have.
+    pub features: u64,
+    /// Who it is.
+    pub peer: PeerId,
+    /// Its engine's incarnation.
+    pub engine_incarnation: Incarnation,
+    /// What its KV means.
+    pub model: Model,
+    /// Its part of the model.
+    pub shard: Shard,
+    /// Its memory.
+    pub pool: Arc<PoolLayout>,
+    /// Words in its fence table.
+    pub fence_slots: u32,
+    /// Lanes that it serves, best first.
+    pub lanes: Vec<LaneKind>,
+    /// Boot id and pid namespace: equal on two ranks that can reach each other's memory.
+    pub host: String,
+    /// It ends a session that is silent for this long.
+    pub silence: Duration,
+}
+
+/// Checks a consumer's Hello against this producer's model, and picks the version.
+pub fn answer(hello: &Hello, model: &Model) -> Result<u32, Mismatch> {
+    let (low, high) = (hello.versions.0.max(VERSIONS.0), hello.versions.1.min(VERSIONS.1));
+    if low > high {
+        let range = |(a, b): (u32, u32)| format!("{a} to {b}");
+        return Err(Mismatch { field: "version".into(), consumer: range(hello.versions), producer: range(VERSIONS) });
+    }
+    Model::matches(&hello.model, model)?;
+    Ok(high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Rank;
+
+    fn hello(versions: (u32, u32)) -> Hello {
+        Hello {
+            versions,
+            features: features::ALL,
+            peer: PeerId { engine: "e".parse().unwrap(), rank: Rank(0), incarnation: Incarnation::random() },
+            model: model(),
+            shard: Shard::whole(8, 4),
+            host: String::new(),
+        }
+    }
+
+    fn model() -> Model {
+        Model {
+            name: "m".into(),
+            dtype: "float32".into(),
+            scales: String::new(),
+            attention: "HND".into(),
+            block_tokens: 16,
+        }
+    }
+
+    #[test]
+    fn the_highest_common_version_is_used_and_none_is_refused_by_name() {
+        assert_eq!(answer(&hello((1, 9)), &model()), Ok(1));
+        let no = answer(&hello((7, 9)), &model()).unwrap_err();
+        assert_eq!((no.field.as_str(), no.consumer.as_str()), ("version", "7 to 9"));
+        let no = answer(&hello((9, 7)), &model()).unwrap_err();
+        assert_eq!(no.field, "version");
+    }
+}

@@ -1,0 +1,282 @@
+//! Pulls and lanes of a rank, joined.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use kvferry_proto::{
+    block::{BlockId, GroupId, Incarnation, Nonce, OfferId, Rank},
+    error::Cause,
+    frame::{PeerId, Reader},
+    group::PoolLayout,
+    hello::Welcome,
+    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
+    model::Model,
+    offer::{Offer, OfferGroup, OfferRank},
+    plan::{ChunkSize, LocalBlocks, Read},
+    pull::Retry,
+    puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
+    shard::Shard,
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+const ADDR: &str = "10.0.0.1:7400";
+
+/// A lane that reads nothing, and is quiet as soon as it is stopped: it says so when it is polled.
+struct Prompt {
+    kind: LaneKind,
+    poorer: bool,
+    attempts: Vec<Attempt>,
+    stopped: Vec<Attempt>,
+    begun: Arc<AtomicUsize>,
+    killed: Arc<AtomicBool>,
+    /// It is to go down.
+    down: Arc<AtomicBool>,
+}
+
+impl Prompt {
+    fn of(kind: LaneKind) -> Self {
+        Self {
+            kind,
+            poorer: false,
+            attempts: Vec::new(),
+            stopped: Vec::new(),
+            begun: Arc::default(),
+            killed: Arc::default(),
+            down: Arc::default(),
+        }
+    }
+}
+
+impl Lane for Prompt {
+    fn caps(&self) -> LaneCaps {
+        let fence = FenceKind::Trailer;
+        LaneCaps { kind: self.kind, max_read: 1 << 20, quiet_bound: Duration::from_millis(5), fence }
+    }
+    fn poorer(&self) -> bool {
+        self.poorer
+    }
+    fn begin(&mut self, a: Attempt, _: Grant) {
+        self.attempts.push(a);
+        self.begun.fetch_add(1, Ordering::Relaxed);
+    }
+    fn post(&mut self, _: Attempt, reads: &[Read], _: bool) -> usize {
+        reads.len()
+    }
+    fn stop(&mut self, a: Attempt) {
+        self.stopped.push(a);
+    }
+    fn kill(&mut self) {
+        self.killed.store(true, Ordering::Relaxed);
+    }
+    fn poll(&mut self, out: &mut Vec<LaneEvent>) {
+        if self.down.swap(false, Ordering::Relaxed) {
+            out.push(LaneEvent::Down { cause: Cause::LaneFailed });
+            self.stopped.append(&mut self.attempts);
+        }
+        out.extend(self.stopped.drain(..).map(|attempt| LaneEvent::Quiet { attempt }));
+    }
+}
+
+/// A puller that knows one peer.
+struct Rig {
+    puller: Puller<Box<dyn Lane>>,
+    now: Instant,
+    incarnation: Incarnation,
+    pulls: u64,
+    /// Of what was wanted last.
+    need: Need,
+    welcome: Arc<Welcome>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let (layout, shard) = (Arc::new(PoolLayout::uniform(4, 1, 64, 16)), Shard::whole(2, 1));
+        let incarnation = Incarnation::from_wire(1).unwrap();
+        let welcome = Welcome {
+            version: 1,
+            features: 1,
+            peer: PeerId { engine: "them".parse().unwrap(), rank: Rank(0), incarnation },
+            engine_incarnation: incarnation,
+            model: Model {
+                name: "m".into(),
+                dtype: "uint8".into(),
+                scales: String::new(),
+                attention: "HND".into(),
+                block_tokens: 16,
+            },
+            shard,
+            pool: layout.clone(),
+            fence_slots: 8,
+            lanes: vec![LaneKind::Verbs, LaneKind::Tcp],
+            host: String::new(),
+            silence: 60 * SECOND,
+        };
+        let (mut puller, now) = (Puller::new(layout, shard, 100, WAITS), Instant::now());
+        let welcome = Arc::new(welcome);
+        puller.handle(now, In::Peer(ADDR.into(), welcome.clone()));
+        Self { puller, now, incarnation, pulls: 0, need: Need::Now, welcome }
+    }
+
+    /// A pull of four blocks, granted. Returns what it wants to have connected.
+    fn pull(&mut self) -> Option<Vec<LaneKind>> {
+        self.pulls += 1;
+        let blocks: Vec<_> = (0..4).map(|b| Some(BlockId(b))).collect();
+        let offer = Offer {
+            id: OfferId { high: 1, low: self.pulls },
+            engine: "them".parse().unwrap(),
+            incarnation: self.incarnation,
+            ranks: vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: ADDR.into() }],
+            groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
+            tokens: 64,
+            request: String::new(),
+        };
+        let start = Start {
+            id: PullId(self.pulls),
+            offer: Arc::new(offer),
+            sources: vec![0],
+            wanted: vec![LocalBlocks { group: GroupId(0), first_position: 0, blocks }],
+            reader: Reader::ONLY,
+            started: self.now,
+            deadline: self.now + 30 * SECOND,
+            retry: Retry { attempts: 3, wait: Duration::from_millis(10) },
+            chunk: ChunkSize::default(),
+            lanes: vec![LaneKind::Verbs, LaneKind::Tcp],
+            local_ready: true,
+            progress: Arc::<Progress>::default(),
+        };
+        self.puller.handle(self.now, In::Start(Box::new(start)));
+        let Some(Out::Claim(_, want)) = self.puller.poll() else { panic!("it claims first") };
+        let grant = Grant { slot: 0, nonce: Nonce::from_wire(7).unwrap() };
+        self.puller.handle(self.now, In::Granted(want.claim, grant));
+        self.wanted()
+    }
+
+    /// What is to be connected.
+    fn wanted(&mut self) -> Option<Vec<LaneKind>> {
+        match self.puller.poll()? {
+            Out::Connect(_, wish) => {
+                self.need = wish.need;
+                Some(wish.kinds)
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What was wanted is there. Returns the number of attempts on it.
+    fn connected(&mut self, lane: Prompt) -> Arc<AtomicUsize> {
+        let begun = lane.begun.clone();
+        self.answer(Ok(Box::new(lane)));
+        begun
+    }
+
+    fn answer(&mut self, lane: Result<Box<dyn Lane>, Cause>) {
+        self.puller
+            .handle(self.now, In::Lane { peer: ADDR.into(), incarnation: self.incarnation, need: self.need, lane });
+        self.puller.turn(self.now);
+    }
+
+    fn kinds(&self) -> Vec<LaneKind> {
+        self.puller.lanes().map(|(_, kind, _)| kind).collect()
+    }
+}
+
+const WAITS: Waits = Waits { first: SECOND, longest: Duration::from_secs(60) };
+const BOTH: [LaneKind; 2] = [LaneKind::Verbs, LaneKind::Tcp];
+
+fn count(n: &AtomicUsize) -> usize {
+    n.load(Ordering::Relaxed)
+}
+
+#[test]
+fn a_lane_that_is_quiet_in_time_is_not_killed_by_a_thread_that_looks_late() {
+    let mut rig = Rig::new();
+    assert!(rig.pull().is_some());
+    let lane = Prompt::of(LaneKind::Verbs);
+    let killed = lane.killed.clone();
+    rig.connected(lane);
+    let (mut puller, now) = (rig.puller, rig.now);
+    puller.handle(now, In::Cancel(PullId(1), Cause::Cancelled));
+    // The lane is quiet at once, and the thread does not run for a second, which is far past the lane's bound.
+    puller.turn(now + SECOND);
+    let outs: Vec<_> = std::iter::from_fn(|| puller.poll()).collect();
+    assert!(outs.iter().any(|o| matches!(o, Out::Ended(_))), "{outs:?}");
+    assert!(!killed.load(Ordering::Relaxed), "everybody's reads on it would be lost");
+    assert_eq!(puller.lanes().count(), 1);
+}
+
+#[test]
+fn pulls_leave_a_lane_of_the_second_choice_once_the_first_is_to_be_had() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.pull().unwrap(), BOTH);
+    let tcp = rig.connected(Prompt::of(LaneKind::Tcp));
+    assert_eq!(rig.pull(), None, "what is not to be had now is not tried at once");
+    rig.now += 2 * SECOND;
+    // It goes on over what there is, and does not wait.
+    assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
+    assert_eq!(count(&tcp), 3);
+    rig.answer(Err(Cause::LaneFailed));
+    rig.now += SECOND;
+    assert_eq!(rig.pull(), None, "it is tried rarer and rarer");
+    rig.now += 2 * SECOND;
+    assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
+    let verbs = rig.connected(Prompt::of(LaneKind::Verbs));
+    assert_eq!((count(&tcp), count(&verbs)), (5, 0), "what is being read goes on where it is");
+    rig.now += 100 * SECOND;
+    assert_eq!(rig.pull(), None);
+    assert_eq!(count(&verbs), 1);
+}
+
+#[test]
+fn a_lane_that_lost_a_part_is_replaced_and_finishes_what_it_has() {
+    let mut rig = Rig::new();
+    rig.pull();
+    let old = rig.connected(Prompt { poorer: true, ..Prompt::of(LaneKind::Verbs) });
+    assert_eq!(rig.pull(), None);
+    rig.now += 2 * SECOND;
+    assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
+    let new = rig.connected(Prompt::of(LaneKind::Verbs));
+    assert_eq!(rig.puller.busy_lanes().count(), 1, "three pulls are on it");
+    assert_eq!(rig.pull(), None);
+    assert_eq!((count(&old), count(&new)), (3, 1));
+    assert_eq!(rig.kinds(), [LaneKind::Verbs]);
+}
+
+#[test]
+fn pulls_of_a_new_session_take_no_lane_of_an_old_one() {
+    let mut rig = Rig::new();
+    rig.pull();
+    let old = rig.connected(Prompt::of(LaneKind::Verbs));
+    assert_eq!((rig.pull(), count(&old)), (None, 2));
+    // The stream broke, and the same producer was met again: it let go of the lanes of the session that ended.
+    rig.puller.handle(rig.now, In::Peer(ADDR.into(), rig.welcome.clone()));
+    assert_eq!(rig.pull().unwrap(), BOTH);
+    let new = rig.connected(Prompt::of(LaneKind::Verbs));
+    assert_eq!((count(&old), count(&new)), (2, 1), "what is being read goes on where it is");
+}
+
+#[test]
+fn a_pull_without_a_lane_does_not_fail_because_a_better_one_was_not_to_be_had() {
+    let mut rig = Rig::new();
+    rig.pull();
+    let tcp = Prompt::of(LaneKind::Tcp);
+    let down = tcp.down.clone();
+    rig.connected(tcp);
+    rig.pull();
+    rig.now += 2 * SECOND;
+    assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
+    // The lane that there was goes down while the better one is looked for.
+    down.store(true, Ordering::Relaxed);
+    rig.puller.turn(rig.now);
+    assert_eq!(rig.wanted().unwrap(), BOTH, "it does not wait for that");
+    let now = std::mem::replace(&mut rig.need, Need::Better);
+    rig.answer(Err(Cause::LaneFailed));
+    assert_eq!(rig.wanted(), None);
+    rig.need = now;
+    let tcp = rig.connected(Prompt::of(LaneKind::Tcp));
+    assert_eq!(count(&tcp), 3, "none of them has failed");
+}

@@ -1,0 +1,479 @@
+//! A consumer's session with one producer address.
+
+use std::time::{Duration, Instant};
+
+use kvferry_proto::{
+    Machine,
+    block::{Incarnation, Nonce, OfferId, Rank},
+    config::SessionConfig,
+    error::{Cause, HelloError},
+    frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
+    session::{Health, In, Out, PeerSession, Want},
+};
+
+const MILLI: Duration = Duration::from_millis(1);
+const NANO: Duration = Duration::from_nanos(1);
+
+/// A session with a clock.
+struct Session {
+    machine: PeerSession,
+    now: Instant,
+    /// The stream that was opened last.
+    stream: u64,
+}
+
+impl Session {
+    fn new() -> Self {
+        let start = Instant::now();
+        let machine = PeerSession::new(start, peer("me", 1), SessionConfig::default(), Box::new(|| u64::MAX));
+        Self { machine, now: start, stream: 0 }
+    }
+
+    /// A session that is up with the producer's process `n`, with nothing left to do.
+    fn up(n: u64) -> Self {
+        let mut s = Self::new();
+        s.claim(999, n);
+        s.welcome(n);
+        s.opened(n);
+        s.answer(ServerBody::Gone { claim: ClaimId(999), why: Gone::Unknown });
+        s.outs();
+        s
+    }
+
+    /// Moves the clock on by so long, by way of every timeout.
+    fn wait(&mut self, by: Duration) {
+        let then = self.now + by;
+        while let Some(t) = self.machine.next_timeout().filter(|t| *t <= then) {
+            self.machine.tick(t);
+        }
+        self.now = then;
+        self.machine.tick(then);
+    }
+
+    /// As `wait`, with a peer that answers everything at once.
+    fn wait_answered(&mut self, by: Duration) -> Vec<Out> {
+        let (then, mut all) = (self.now + by, Vec::new());
+        while self.now < then {
+            self.now = self.machine.next_timeout().map_or(then, |t| t.min(then));
+            self.machine.tick(self.now);
+            let outs = self.outs();
+            for o in &outs {
+                if let Out::Send(ClientFrame { body: ClientBody::Ping(n), .. }) = o {
+                    self.answer(ServerBody::Pong(*n));
+                }
+            }
+            all.extend(outs);
+        }
+        all
+    }
+
+    fn tell(&mut self, event: In) {
+        self.machine.handle(self.now, event);
+    }
+
+    /// Claims an offer of the producer's process `of`.
+    fn claim(&mut self, claim: u64, of: u64) {
+        self.tell(In::Claim(Want {
+            claim: ClaimId(claim),
+            offer: id(claim),
+            engine: "them".parse().unwrap(),
+            expect: incarnation(of),
+            reader: Reader::ONLY,
+        }));
+    }
+
+    /// A claim that is granted.
+    fn hold(&mut self, claim: u64, of: u64) {
+        self.claim(claim, of);
+        self.grant(claim);
+        self.outs();
+    }
+
+    fn grant(&mut self, claim: u64) {
+        let nonce = Nonce::from_wire(claim).unwrap();
+        self.answer(ServerBody::Granted { claim: ClaimId(claim), slot: 3, nonce, remaining: Duration::from_secs(10) });
+    }
+
+    fn release(&mut self, claim: u64, of: u64) {
+        let release = Release { claim: Some(ClaimId(claim)), offer: id(claim), reader: Reader::ONLY, all: false };
+        self.tell(In::Release { expect: incarnation(of), release });
+    }
+
+    fn answer(&mut self, body: ServerBody) {
+        self.tell(In::Frame(self.stream, ServerFrame { ack: 0, body: Some(body) }));
+    }
+
+    fn ack(&mut self, ack: u64) {
+        self.tell(In::Frame(self.stream, ServerFrame { ack, body: None }));
+    }
+
+    /// The dial finds the producer's process `n`.
+    fn welcome(&mut self, n: u64) {
+        self.tell(In::Welcomed(peer("them", n)));
+    }
+
+    fn opened(&mut self, n: u64) {
+        self.outs(); // learns the stream's number
+        self.answer(ServerBody::Opened(incarnation(n)));
+    }
+
+    fn refused(&mut self) {
+        self.unreachable(true);
+    }
+
+    fn unreachable(&mut self, refused: bool) {
+        let why = String::new();
+        self.tell(In::DialFailed(HelloError::Unreachable { addr: "x:1".into(), why, refused }));
+    }
+
+    fn breaks(&mut self) {
+        self.tell(In::Broken(self.stream));
+    }
+
+    fn outs(&mut self) -> Vec<Out> {
+        let outs: Vec<_> = std::iter::from_fn(|| self.machine.poll()).collect();
+        for o in &outs {
+            if let Out::Open(n) = o {
+                self.stream = *n;
+            }
+        }
+        outs
+    }
+}
+
+fn incarnation(n: u64) -> Incarnation {
+    Incarnation::from_wire(n).unwrap()
+}
+
+fn peer(engine: &str, n: u64) -> PeerId {
+    PeerId { engine: engine.parse().unwrap(), rank: Rank(0), incarnation: incarnation(n) }
+}
+
+fn id(n: u64) -> OfferId {
+    OfferId { high: 7, low: n }
+}
+
+fn lost(claim: u64, cause: Cause) -> Out {
+    Out::Lost { claim: ClaimId(claim), cause }
+}
+
+/// The claims that were sent.
+fn claims(outs: &[Out]) -> Vec<u64> {
+    let sent = |o: &Out| match o {
+        Out::Send(ClientFrame { body: ClientBody::Claim { claim, .. }, .. }) => Some(claim.0),
+        _ => None,
+    };
+    outs.iter().filter_map(sent).collect()
+}
+
+/// The sequence numbers and offers of the releases that were sent.
+fn releases(outs: &[Out]) -> Vec<(u64, u64)> {
+    let sent = |o: &Out| match o {
+        Out::Send(ClientFrame { seq, body: ClientBody::Release(r) }) => Some((*seq, r.offer.low)),
+        _ => None,
+    };
+    outs.iter().filter_map(sent).collect()
+}
+
+fn losses(outs: Vec<Out>) -> Vec<Out> {
+    outs.into_iter().filter(|o| matches!(o, Out::Lost { .. })).collect()
+}
+
+#[test]
+fn a_claim_dials_says_hello_opens_and_is_granted_in_this_order() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    assert_eq!(s.outs(), [Out::Dial]);
+    s.welcome(2);
+    let outs = s.outs();
+    assert!(
+        matches!(&outs[..], [Out::Peer(_), Out::Open(1), Out::Send(f)] if matches!(f.body, ClientBody::Open { .. }))
+    );
+    s.opened(2);
+    let outs = s.outs();
+    assert_eq!(claims(&outs), [1]);
+    s.grant(1);
+    s.grant(1);
+    let granted = Out::Granted { claim: ClaimId(1), slot: 3, nonce: Nonce::from_wire(1).unwrap() };
+    assert_eq!(s.outs(), [granted], "a repeated grant is told once");
+}
+
+#[test]
+fn a_claim_for_another_incarnation_probes_while_the_stream_stays() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.claim(2, 3);
+    assert_eq!(s.outs(), [Out::Dial], "neither sent to the wrong process, nor is the stream hung up");
+    // It is still the old one: the claim was for a process that is gone, and the held one stays.
+    s.welcome(2);
+    assert_eq!(s.outs(), [lost(2, Cause::PeerRestarted)]);
+    assert_eq!(s.machine.claims(), 1);
+    s.claim(3, 2);
+    assert_eq!(claims(&s.outs()), [3], "the stream is still good");
+}
+
+#[test]
+fn a_failed_probe_touches_nothing_of_the_live_stream() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.claim(2, 3);
+    s.refused();
+    let outs = s.outs();
+    assert!(!outs.iter().any(|o| matches!(o, Out::HangUp | Out::Lost { .. } | Out::Health(_))), "{outs:?}");
+    assert_eq!(s.machine.health(), Health::Up);
+}
+
+#[test]
+fn a_restart_at_the_same_address_loses_the_old_claims_and_grants_the_new() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.claim(2, 3);
+    s.outs();
+    s.welcome(3);
+    let outs = s.outs();
+    assert!(outs.contains(&lost(1, Cause::PeerRestarted)), "{outs:?}");
+    assert!(outs.contains(&Out::Peer(peer("them", 3))) && outs.contains(&Out::Health(Health::Reborn)), "{outs:?}");
+    s.opened(3);
+    assert_eq!(claims(&s.outs()), [2]);
+    s.grant(2);
+    assert!(matches!(s.outs()[..], [Out::Granted { claim: ClaimId(2), .. }]));
+    // Of a process that is known to be dead nothing is asked any more.
+    s.claim(4, 2);
+    assert_eq!(s.outs(), [lost(4, Cause::PeerRestarted)]);
+}
+
+#[test]
+fn frames_of_an_old_stream_are_ignored() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.breaks();
+    s.welcome(2);
+    s.outs();
+    let old = s.stream - 1;
+    let frame = ServerFrame { ack: 0, body: Some(ServerBody::Gone { claim: ClaimId(1), why: Gone::Expired }) };
+    s.tell(In::Frame(old, frame));
+    s.tell(In::Broken(old));
+    assert_eq!(s.outs(), []);
+}
+
+#[test]
+fn a_broken_stream_is_redialled_at_once_and_the_same_process_resumes_the_claims() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.breaks();
+    assert_eq!(s.outs(), [Out::HangUp, Out::Health(Health::Down), Out::Dial]);
+    s.welcome(2);
+    s.opened(2);
+    assert_eq!(claims(&s.outs()), [1], "claimed again: the producer may have forgotten");
+}
+
+#[test]
+fn a_refused_redial_ends_granted_claims_with_peer_down() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.breaks();
+    s.refused();
+    assert_eq!(losses(s.outs()), [lost(1, Cause::PeerDown)]);
+}
+
+#[test]
+fn a_refused_first_dial_ends_claims_with_unreachable() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.outs();
+    s.wait(MILLI);
+    s.refused();
+    assert_eq!(losses(s.outs()), [lost(1, Cause::Unreachable)]);
+}
+
+#[test]
+fn a_dial_that_finds_no_way_is_tried_again_and_keeps_the_claims() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.outs();
+    s.unreachable(false);
+    assert_eq!(losses(s.outs()), []);
+    s.wait(Duration::from_millis(20));
+    assert_eq!(s.outs(), [Out::Dial]);
+}
+
+#[test]
+fn a_handshake_that_is_refused_ends_the_claims_with_its_cause() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.outs();
+    s.tell(In::DialFailed(HelloError::Version { here: "1".into(), there: "9".into() }));
+    assert_eq!(losses(s.outs()), [lost(1, Cause::Refused)]);
+}
+
+#[test]
+fn another_engine_at_the_address_does_not_get_the_claims() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.outs();
+    s.tell(In::Welcomed(peer("strangers", 2)));
+    assert_eq!(losses(s.outs()), [lost(1, Cause::Refused)]);
+}
+
+#[test]
+fn releases_are_resent_until_they_are_acknowledged() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.release(1, 2);
+    let first = releases(&s.outs());
+    assert!(matches!(first[..], [(seq, 1)] if seq > 0), "{first:?}");
+    let mut again = s.wait_answered(Duration::from_millis(1500));
+    assert_eq!(releases(&again), first);
+    // Through a broken stream too.
+    s.breaks();
+    s.welcome(2);
+    s.opened(2);
+    again = s.outs();
+    assert_eq!(releases(&again), first);
+    s.ack(first[0].0);
+    assert_eq!(s.machine.unacked(), 0);
+    assert_eq!(releases(&s.wait_answered(Duration::from_secs(5))), []);
+}
+
+#[test]
+fn releases_of_an_incarnation_that_is_gone_are_dropped() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.release(1, 2);
+    s.breaks();
+    s.outs();
+    s.welcome(3);
+    s.opened(3);
+    assert_eq!(releases(&s.outs()), []);
+    assert_eq!(s.machine.unacked(), 0);
+    s.release(1, 2);
+    assert_eq!((s.outs(), s.machine.unacked()), (vec![], 0), "nor is one of it begun");
+}
+
+#[test]
+fn a_claim_that_is_not_yet_there_is_asked_again_when_the_peer_says() {
+    let mut s = Session::up(2);
+    s.claim(1, 2);
+    s.outs();
+    s.answer(ServerBody::NotYet { claim: ClaimId(1), retry: 30 * MILLI });
+    s.wait(30 * MILLI - NANO);
+    assert_eq!(claims(&s.outs()), [0; 0]);
+    s.wait(NANO);
+    assert_eq!(claims(&s.outs()), [1]);
+    // A peer's word is bounded.
+    s.answer(ServerBody::NotYet { claim: ClaimId(1), retry: Duration::MAX });
+    s.wait(500 * MILLI);
+    assert_eq!(claims(&s.outs()), [1]);
+}
+
+#[test]
+fn a_revoked_offer_loses_its_claims() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.hold(2, 2);
+    s.answer(ServerBody::Revoked { offer: id(1), why: Gone::Revoked });
+    assert_eq!(s.outs(), [lost(1, Cause::Revoked)]);
+}
+
+#[test]
+fn held_claims_are_renewed_with_every_heartbeat() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    let outs = s.wait_answered(Duration::from_secs(5));
+    let renewals = outs
+        .iter()
+        .filter(|o| matches!(o, Out::Send(ClientFrame { body: ClientBody::Renew(c), .. }) if *c == [ClaimId(1)]))
+        .count();
+    assert_eq!(renewals, 10, "one each half second");
+}
+
+#[test]
+fn a_suspect_peer_gets_no_new_claims_until_it_answers() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.wait(Duration::from_millis(2600));
+    assert_eq!(s.machine.health(), Health::Suspect);
+    s.outs();
+    s.claim(2, 2);
+    assert_eq!(claims(&s.outs()), [0; 0]);
+    s.answer(ServerBody::Pong(1));
+    assert_eq!(s.machine.health(), Health::Up);
+    assert_eq!(claims(&s.outs()), [2]);
+}
+
+#[test]
+fn silence_past_the_limit_goes_down_and_dials_at_once() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.wait(500 * MILLI);
+    s.outs(); // the ping that stays unanswered
+    s.wait(Duration::from_secs(10) - NANO);
+    let outs = s.outs();
+    assert!(!outs.contains(&Out::Dial), "{outs:?}");
+    s.wait(NANO);
+    let outs = s.outs();
+    assert_eq!(outs, [Out::HangUp, Out::Health(Health::Down), Out::Dial]);
+    assert_eq!(s.machine.claims(), 1, "the answer to the dial decides");
+}
+
+#[test]
+fn an_idle_session_expires_and_one_that_holds_a_claim_does_not() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    let outs = s.wait_answered(Duration::from_secs(600));
+    assert!(!outs.contains(&Out::Expired));
+    s.release(1, 2);
+    let seq = releases(&s.outs())[0].0;
+    s.ack(seq);
+    assert!(!s.wait_answered(Duration::from_secs(300) - NANO).contains(&Out::Expired));
+    let outs = s.wait_answered(NANO);
+    assert!(outs.ends_with(&[Out::HangUp, Out::Expired]), "{outs:?}");
+}
+
+#[test]
+fn a_closing_session_loses_its_claims_and_expires_when_its_releases_are_out() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.hold(2, 2);
+    s.release(1, 2);
+    let seq = releases(&s.outs())[0].0;
+    s.tell(In::Close);
+    assert_eq!(s.outs(), [lost(2, Cause::Shutdown)]);
+    s.ack(seq);
+    s.wait(NANO);
+    assert_eq!(s.outs(), [Out::HangUp, Out::Expired]);
+}
+
+/// Breaks the stream `lived` after it opened; how long the session waits before it dials.
+fn wait_after_break(s: &mut Session, lived: Duration) -> Duration {
+    s.wait_answered(lived);
+    s.breaks();
+    let from = s.now;
+    while !s.outs().contains(&Out::Dial) {
+        s.now = s.machine.next_timeout().expect("it dials some time");
+        s.machine.tick(s.now);
+    }
+    let waited = s.now - from;
+    s.welcome(2);
+    s.opened(2);
+    s.outs();
+    waited
+}
+
+#[test]
+fn a_peer_whose_streams_break_at_once_is_redialled_ever_more_slowly() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.welcome(2);
+    s.opened(2);
+    s.outs();
+    let waits: Vec<_> = (0..12).map(|_| wait_after_break(&mut s, MILLI)).collect();
+    assert_eq!(waits[0], Duration::ZERO, "the first one may be an accident");
+    assert!(waits[1..].windows(2).all(|w| w[0] > Duration::ZERO && w[0] <= w[1]), "{waits:?}");
+    assert!(waits[11] >= Duration::from_secs(1), "{waits:?}");
+    // A stream that lived for a while makes it good again.
+    assert_eq!(wait_after_break(&mut s, Duration::from_secs(1)), Duration::ZERO);
+    assert_eq!(wait_after_break(&mut s, MILLI), Duration::ZERO);
+    let after = wait_after_break(&mut s, MILLI);
+    assert!(after > Duration::ZERO && after <= 20 * MILLI, "from the shortest wait again: {after:?}");
+}

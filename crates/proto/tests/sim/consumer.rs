@@ -1,0 +1,704 @@
+//! Decode ranks: the real puller, sessions and quarantine, and an engine that uses blocks again the moment a pull has ended.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use kvferry_proto::{
+    Machine,
+    block::{Block, BlockId, EngineId, Rank},
+    error::Cause,
+    frame::{PeerId, Reader, Release},
+    hello::Welcome,
+    lane::{FenceKind, Grant, LaneCaps, LaneKind},
+    plan::{ChunkSize, LocalBlocks},
+    puller::{self, LaneWish, PullId, Puller, Start},
+    quarantine::Quarantine,
+    session::{self, PeerSession},
+    shard::Shard,
+};
+
+use crate::{
+    lane::SimLane,
+    memory::{Layout, LocalMem, Part},
+    trace::{Micros, Promise},
+    world::{Event, World, say},
+};
+
+/// A decode rank; its process comes and goes.
+pub(crate) struct Consumer {
+    pub engine: u32,
+    id: EngineId,
+    rank: Rank,
+    pub reader: Reader,
+    shard: Shard,
+    pub life: u64,
+    pub process: Option<Process>,
+}
+
+/// One process life of a decode rank.
+pub(crate) struct Process {
+    pub me: PeerId,
+    pub puller: Puller<SimLane>,
+    pub sessions: BTreeMap<usize, Session>,
+    pub quarantine: Quarantine,
+    pub layout: Layout,
+    /// Its number in the fabric.
+    pub local: usize,
+    free: Vec<Vec<u32>>,
+    pub pulls: BTreeMap<u64, Pull>,
+    next_pull: u64,
+    drive_sessions: VecDeque<puller::Out>,
+    drive_puller: VecDeque<puller::In<SimLane>>,
+    sessions_due: bool,
+    rail_due: bool,
+    wake_at: Option<Micros>,
+    spins: u32,
+    closing: bool,
+}
+
+pub(crate) struct Session {
+    machine: PeerSession,
+    pub conn: Option<usize>,
+    /// Who answered the last dial.
+    pub welcome: Option<(usize, Arc<Welcome>)>,
+}
+
+/// A pull, as the engine that started it knows it.
+pub(crate) struct Pull {
+    pub r: usize,
+    pub wanted: Vec<LocalBlocks>,
+    pub producers: Vec<usize>,
+    pub started: Micros,
+    pub deadline: Micros,
+    pub attempts: u32,
+    pub decided: Option<Micros>,
+    pub ended: bool,
+    pub wedged: bool,
+    pub healing: bool,
+    /// Why it may lose blocks.
+    pub excused: Option<&'static str>,
+}
+
+impl Pull {
+    /// Blocks that it holds.
+    pub(crate) fn blocks(&self) -> usize {
+        self.wanted.iter().map(|w| w.wants().count()).sum()
+    }
+}
+
+impl Consumer {
+    pub(crate) fn session(&mut self, p: usize) -> Option<&mut Session> {
+        self.process.as_mut()?.sessions.get_mut(&p)
+    }
+}
+
+impl World {
+    pub(crate) fn make_consumers(&mut self) {
+        let heads = self.shape.heads;
+        let whole = Shard::whole(heads, 3);
+        let single = self.engines.iter().all(|e| e.ranks.len() == 1);
+        let mut add = |engine: u32, rank: u32, reader: Reader, shard: Shard| {
+            self.consumers.push(Consumer {
+                engine,
+                id: format!("decode-{engine}").parse().expect("an engine id"),
+                rank: Rank(rank),
+                reader,
+                shard,
+                life: 0,
+                process: None,
+            });
+        };
+        let mut engine = 0;
+        if single && self.rng.chance(250) {
+            // Two ranks of one engine read every offer, each its heads.
+            let first = self.rng.between(1, u64::from(heads) - 1) as u32;
+            let half = |rank, first_head, heads| Shard { tp_rank: rank, tp_size: 2, first_head, heads, ..whole };
+            add(0, 0, Reader { index: 0, of: 2 }, half(0, 0, first));
+            add(0, 1, Reader { index: 1, of: 2 }, half(1, first, heads - first));
+            engine = 1;
+        }
+        let more = self.rng.below(3) as u32 + u32::from(engine == 0);
+        for i in engine..(engine + more).min(3) {
+            add(i, 0, Reader::ONLY, whole);
+        }
+        for c in 0..self.consumers.len() {
+            self.restart_consumer(c);
+        }
+    }
+
+    pub(crate) fn restart_consumer(&mut self, c: usize) {
+        if self.consumers[c].process.as_ref().is_some_and(|p| p.closing) {
+            self.crash_consumer(c);
+        }
+        if self.consumers[c].process.is_some() {
+            return;
+        }
+        let shape = self.shape.clone();
+        let shard = self.consumers[c].shard;
+        let layout = shape.layout(&mut self.rng, &shard, 64);
+        let me = PeerId {
+            engine: self.consumers[c].id.clone(),
+            rank: self.consumers[c].rank,
+            incarnation: self.incarnation(),
+        };
+        let mut fabric = self.fabric.get();
+        let local = fabric.locals.len();
+        fabric.locals.push(LocalMem::new(&shape, &layout));
+        drop(fabric);
+        say!(self, "consumer {c} starts as {}", me.incarnation);
+        self.consumers[c].life += 1;
+        self.consumers[c].process = Some(Process {
+            puller: Puller::new(layout.pool.clone(), shard, 1 << 20, self.weather.looks),
+            sessions: BTreeMap::new(),
+            quarantine: Quarantine::new(&layout.pool),
+            local,
+            free: shape.groups.iter().map(|_| (0..64).rev().collect()).collect(),
+            pulls: BTreeMap::new(),
+            next_pull: 1,
+            drive_sessions: VecDeque::new(),
+            drive_puller: VecDeque::new(),
+            sessions_due: false,
+            rail_due: false,
+            wake_at: None,
+            spins: 0,
+            closing: false,
+            me,
+            layout,
+        });
+    }
+
+    pub(crate) fn crash_consumer(&mut self, c: usize) {
+        let Some(process) = &self.consumers[c].process else { return };
+        if !process.closing && self.calm.is_none() && self.rng.chance(300) {
+            // Some say good-bye first.
+            return self.close_consumer(c);
+        }
+        say!(self, "consumer {c} dies");
+        let process = self.consumers[c].process.take();
+        self.consumers[c].life += 1;
+        if let Some(process) = process {
+            self.fabric.get().local_died(process.local);
+            self.pending.retain(|k, _| k.0 != process.me.incarnation);
+            // Its lanes go with it.
+            drop(process);
+        }
+        for conn in 0..self.conns.len() {
+            if self.conns[conn].consumer == c && !self.conns[conn].broken {
+                self.break_conn(conn);
+            }
+        }
+    }
+
+    fn close_consumer(&mut self, c: usize) {
+        say!(self, "consumer {c} shuts down");
+        let now = self.clock();
+        let Some(process) = &mut self.consumers[c].process else { return };
+        process.closing = true;
+        for p in process.pulls.values_mut() {
+            p.excused.get_or_insert("its consumer shut down");
+        }
+        process.puller.handle(now, puller::In::Shutdown);
+        self.drain_rail(c);
+        let all: Vec<usize> =
+            self.consumers[c].process.as_ref().map_or(Vec::new(), |p| p.sessions.keys().copied().collect());
+        self.drive_sessions(c, self.consumers[c].life);
+        for p in all {
+            self.session(c, p, session::In::Close);
+        }
+        let t = self.now + 20_000;
+        self.at(t, Event::CrashConsumer { c });
+    }
+
+    pub(crate) fn heal(&mut self, c: usize, engine: usize) {
+        self.healing -= 1;
+        if !self.engine_up(engine) {
+            return self.broken(Promise::Healing, format!("engine {engine} is not up after the storm"));
+        }
+        self.request(Some((c, engine)));
+    }
+
+    /// The router hands an offer over.
+    pub(crate) fn handover(&mut self, r: usize, c: usize, pull: bool, heal: bool) {
+        let offer = self.requests[r].offer.clone();
+        let (reader, shard, life) = (self.consumers[c].reader, self.consumers[c].shard, self.consumers[c].life);
+        let games = self.weather.games.clone();
+        let Some(process) = &mut self.consumers[c].process else { return };
+        if process.closing {
+            return;
+        }
+        if !pull {
+            self.requests[r].excused.get_or_insert("it was released without a pull");
+            for rank in &offer.ranks {
+                let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: self.rng.chance(500) };
+                let out = puller::Out::Release(rank.addr.as_str().into(), rank.incarnation, release);
+                process.drive_sessions.push_back(out);
+            }
+            return self.schedule_sessions(c);
+        }
+        let mut wanted = Vec::new();
+        for (g, o) in offer.groups.iter().enumerate() {
+            let end = o.first_position + o.blocks.len() as u32;
+            // Some positions more than are offered, at either end; some are here already.
+            let first = o.first_position.saturating_sub(self.rng.below(2) as u32 * u32::from(!heal));
+            let end = end + self.rng.below(2) as u32 * u32::from(!heal);
+            let hits = if self.rng.chance(300) { self.rng.below(u64::from(end - first)) as u32 } else { 0 };
+            let blocks = (first..end)
+                .map(|p| {
+                    let null = p.checked_sub(o.first_position).is_some_and(|i| o.blocks.get(i as usize) == Some(&None));
+                    let skip = p < first + hits || (null && self.rng.chance(900)) || self.rng.chance(30);
+                    if skip { None } else { process.free[g].pop().map(BlockId) }
+                })
+                .collect();
+            wanted.push(LocalBlocks { group: o.group, first_position: first, blocks });
+        }
+        if self.rng.chance(200) {
+            wanted.reverse();
+        }
+        let sources: Vec<usize> = (0..offer.ranks.len())
+            .filter(|&k| self.procs[self.requests[r].ranks[k].proc].id.rank == offer.ranks[k].rank)
+            .filter(|&k| {
+                let p = self.procs[self.requests[r].ranks[k].proc].producer;
+                self.producers[p].shard.common_heads(&shard).is_some()
+            })
+            .collect();
+        let id = process.next_pull;
+        process.next_pull += 1;
+        let blocks: Vec<Block> = wanted.iter().flat_map(LocalBlocks::wanted_blocks).collect();
+        if let Err(error) = process.quarantine.take(id, blocks.iter().copied()) {
+            return self.broken(Promise::Quiet, format!("free blocks are not free: {error}"));
+        }
+        {
+            let mut f = self.fabric.get();
+            let local = &mut f.locals[process.local];
+            for b in &blocks {
+                let at = local.index(b.group, b.id);
+                local.holders[at] = id;
+            }
+        }
+        let short = self.rng.chance(games.short_deadline) && !heal;
+        let late_local = self.rng.chance(games.late_local) && !heal;
+        let deadline = self.now
+            + match (heal, short) {
+                (true, _) => 700_000,
+                (_, true) => self.rng.tail(0, 5000, 30_000),
+                _ => self.rng.between(300_000, 800_000),
+            };
+        let mut lanes = vec![LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp];
+        self.rng.shuffle(&mut lanes);
+        lanes.truncate(self.rng.between(1, 3) as usize);
+        let info = Pull {
+            r,
+            wanted: wanted.clone(),
+            producers: sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect(),
+            started: self.now,
+            deadline,
+            attempts: self.weather.retry.attempts,
+            decided: None,
+            ended: false,
+            wedged: false,
+            healing: heal,
+            excused: match (short, self.weather.sure_network()) {
+                (true, _) => Some("a short deadline"),
+                (_, false) => Some("the network"),
+                _ => None,
+            },
+        };
+        process.pulls.insert(id, info);
+        self.stats.pulls += 1;
+        say!(
+            self,
+            "consumer {c}: pull {id} of v{} {}, deadline in {} us, {wanted:?}",
+            self.requests[r].version,
+            offer.id,
+            deadline - self.now
+        );
+        self.scribble_local(c, &blocks);
+        let start = Start {
+            id: PullId(id),
+            offer: offer.clone(),
+            sources,
+            wanted,
+            reader,
+            started: self.instant(self.now),
+            deadline: self.instant(deadline),
+            retry: self.weather.retry,
+            chunk: ChunkSize {
+                per_pull: self.rng.between(1, 16) as u32,
+                min_bytes: self.rng.between(1, 400),
+                max_bytes: self.rng.between(200, 4000),
+            },
+            lanes,
+            local_ready: !late_local,
+            progress: Arc::default(),
+        };
+        self.puller(c, puller::In::Start(Box::new(start)));
+        if late_local {
+            let t = self.now + self.rng.tail(0, 3000, 20_000);
+            self.at(t, Event::LocalReady { c, e: life, pull: id });
+        }
+        if self.rng.chance(games.cancel) && !heal {
+            let t = self.now + self.rng.tail(0, 10_000, 100_000);
+            self.at(t, Event::Cancel { c, e: life, pull: id });
+        }
+    }
+
+    /// The engine writes local blocks for its own purposes.
+    pub(crate) fn scribble_local(&mut self, c: usize, blocks: &[Block]) {
+        let version = self.version();
+        let Some(process) = &self.consumers[c].process else { return };
+        let mut f = self.fabric.get();
+        for b in blocks {
+            let memory = &mut f.locals[process.local].memory;
+            memory.write(&self.shape, &process.layout, (b.group, b.id), 0, version, Part::All);
+        }
+    }
+
+    pub(crate) fn local_ready(&mut self, c: usize, e: u64, pull: u64) {
+        if self.consumers[c].life != e {
+            return;
+        }
+        let Some(info) = self.consumers[c].process.as_ref().and_then(|p| p.pulls.get(&pull)) else { return };
+        if info.ended {
+            return;
+        }
+        // Earlier work wrote the blocks until now.
+        let blocks: Vec<Block> = info.wanted.iter().flat_map(LocalBlocks::wanted_blocks).collect();
+        self.scribble_local(c, &blocks);
+        self.puller(c, puller::In::LocalReady(PullId(pull)));
+    }
+
+    pub(crate) fn cancel(&mut self, c: usize, e: u64, pull: u64) {
+        if self.consumers[c].life == e
+            && let Some(info) = self.consumers[c].process.as_mut().and_then(|p| p.pulls.get_mut(&pull))
+        {
+            info.excused.get_or_insert("it was cancelled");
+            say!(self, "consumer {c}: cancel pull {pull}");
+            self.puller(c, puller::In::Cancel(PullId(pull), Cause::Cancelled));
+        }
+    }
+
+    /// Whatever a consumer pulls from an address may be lost.
+    pub(crate) fn excuse_peer(&mut self, c: usize, p: usize, why: &'static str) {
+        let Some(process) = &mut self.consumers[c].process else { return };
+        for pull in process.pulls.values_mut().filter(|pull| pull.producers.contains(&p)) {
+            pull.excused.get_or_insert(why);
+        }
+    }
+
+    fn puller(&mut self, c: usize, event: puller::In<SimLane>) {
+        let now = self.clock();
+        if let Some(process) = &mut self.consumers[c].process {
+            process.puller.handle(now, event);
+            self.drain_rail(c);
+            let soon = self.now + self.rng.tail(0, 10, 60);
+            self.wake_by(c, soon);
+        }
+    }
+
+    fn drain_rail(&mut self, c: usize) {
+        while let Some(out) = self.consumers[c].process.as_mut().and_then(|p| p.puller.poll()) {
+            match out {
+                puller::Out::Claim(..) | puller::Out::Connect(..) => self.queue_for_sessions(c, out),
+                puller::Out::Release(ref addr, expect, ref release) => {
+                    self.release_issued(c, addr, expect, release);
+                    self.queue_for_sessions(c, out);
+                }
+                puller::Out::Decided(pull) => self.check_decided(c, pull.0),
+                puller::Out::Wedged(pull) => {
+                    say!(self, "consumer {c}: pull {} wedged", pull.0);
+                    if let Some(p) = self.consumers[c].process.as_mut().and_then(|p| p.pulls.get_mut(&pull.0)) {
+                        p.wedged = true;
+                    }
+                }
+                puller::Out::Ended(ended) => self.ended(c, *ended),
+            }
+        }
+        self.plan_wake(c);
+    }
+
+    fn queue_for_sessions(&mut self, c: usize, out: puller::Out) {
+        if let Some(p) = &mut self.consumers[c].process {
+            p.drive_sessions.push_back(out);
+        }
+        self.schedule_sessions(c);
+    }
+
+    fn schedule_sessions(&mut self, c: usize) {
+        let (e, lag) = (self.consumers[c].life, self.rng.tail(0, 20, 500));
+        let t = self.now + lag;
+        let Some(p) = &mut self.consumers[c].process else { return };
+        if !std::mem::replace(&mut p.sessions_due, true) {
+            self.at(t, Event::ToSessions { c, e });
+        }
+    }
+
+    fn queue_for_puller(&mut self, c: usize, event: puller::In<SimLane>) {
+        let (e, lag) = (self.consumers[c].life, self.rng.tail(0, 20, 500));
+        let t = self.now + lag;
+        let Some(p) = &mut self.consumers[c].process else { return };
+        p.drive_puller.push_back(event);
+        if !std::mem::replace(&mut p.rail_due, true) {
+            self.at(t, Event::ToPuller { c, e });
+        }
+    }
+
+    pub(crate) fn drive_puller(&mut self, c: usize, e: u64) {
+        if self.consumers[c].life != e {
+            return;
+        }
+        if let Some(p) = &mut self.consumers[c].process {
+            p.rail_due = false;
+        }
+        while let Some(event) = self.consumers[c].process.as_mut().and_then(|p| p.drive_puller.pop_front()) {
+            self.puller(c, event);
+        }
+    }
+
+    pub(crate) fn drive_sessions(&mut self, c: usize, e: u64) {
+        if self.consumers[c].life != e {
+            return;
+        }
+        if let Some(p) = &mut self.consumers[c].process {
+            p.sessions_due = false;
+        }
+        while let Some(out) = self.consumers[c].process.as_mut().and_then(|p| p.drive_sessions.pop_front()) {
+            match out {
+                puller::Out::Claim(addr, want) => {
+                    let Some(p) = self.producer_at(&addr) else { continue };
+                    self.meet(c, p);
+                    self.session(c, p, session::In::Claim(want));
+                }
+                puller::Out::Release(addr, expect, release) => {
+                    let Some(p) = self.producer_at(&addr) else { continue };
+                    self.meet(c, p);
+                    self.session(c, p, session::In::Release { expect, release });
+                }
+                puller::Out::Connect(addr, wish) => {
+                    let Some(p) = self.producer_at(&addr) else { continue };
+                    let t = self.now + self.delay();
+                    self.at(t, Event::LaneUp { c, e, p, wish });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// A session with an address, new or old.
+    fn meet(&mut self, c: usize, p: usize) {
+        let (now, entropy, config) = (self.clock(), self.entropy(), self.weather.session.clone());
+        if let Some(process) = &mut self.consumers[c].process {
+            process.sessions.entry(p).or_insert_with(|| Session {
+                machine: PeerSession::new(now, process.me.clone(), config, entropy),
+                conn: None,
+                welcome: None,
+            });
+        }
+    }
+
+    pub(crate) fn session(&mut self, c: usize, p: usize, event: session::In) {
+        let now = self.clock();
+        let Some(s) = self.consumers[c].session(p) else { return };
+        s.machine.handle(now, event);
+        self.drain_session(c, p);
+        self.plan_wake(c);
+    }
+
+    fn drain_session(&mut self, c: usize, p: usize) {
+        while let Some(out) = self.consumers[c].session(p).and_then(|s| s.machine.poll()) {
+            match out {
+                session::Out::Dial => {
+                    say!(self, "consumer {c}: dials {}", self.producers[p].addr);
+                    self.dial(c, p);
+                }
+                session::Out::Open(stream) => self.open(c, p, stream),
+                session::Out::Send(frame) => {
+                    if let Some(conn) = self.consumers[c].session(p).and_then(|s| s.conn) {
+                        self.send_to_server(conn, frame);
+                    }
+                }
+                session::Out::HangUp => self.hang_up(c, p),
+                session::Out::Peer(peer) => {
+                    let Some((_, welcome)) = self.consumers[c].session(p).and_then(|s| s.welcome.clone()) else {
+                        self.broken(Promise::Sound, format!("consumer {c} knows {peer:?}, who never answered"));
+                        continue;
+                    };
+                    let addr = self.addr(p);
+                    self.queue_for_puller(c, puller::In::Peer(addr, welcome));
+                }
+                session::Out::Granted { claim, slot, nonce } => {
+                    self.queue_for_puller(c, puller::In::Granted(claim, Grant { slot, nonce }));
+                }
+                session::Out::Lost { claim, cause } => {
+                    say!(self, "consumer {c}: {claim:?} is lost: {cause}");
+                    self.queue_for_puller(c, puller::In::Lost(claim, cause));
+                }
+                session::Out::Health(health) => {
+                    say!(self, "consumer {c}: {} is {health:?}", self.producers[p].addr);
+                }
+                session::Out::Expired => {
+                    say!(self, "consumer {c}: drops its session with {}", self.producers[p].addr);
+                    self.check_expired(c, p);
+                    let addr = self.addr(p);
+                    if let Some(process) = &mut self.consumers[c].process {
+                        process.sessions.remove(&p);
+                    }
+                    self.queue_for_puller(c, puller::In::Dropped(addr));
+                }
+            }
+        }
+    }
+
+    /// A lane was asked for, and the answer is here.
+    pub(crate) fn lane_up(&mut self, c: usize, e: u64, p: usize, wish: &LaneWish) {
+        if self.consumers[c].life != e {
+            return;
+        }
+        let no_lane = self.weather.lanes.no_lane;
+        let addr = self.addr(p);
+        let there = self.producers[p].proc.filter(|&q| !self.procs[q].stopped);
+        let mut lane: Result<SimLane, Cause> = Err(match there {
+            None => *self.rng.pick(&[Cause::Unreachable, Cause::LaneFailed, Cause::PeerDown]),
+            Some(_) => Cause::LaneFailed,
+        });
+        let mut incarnation = wish.expect;
+        let local = self.consumers[c].process.as_ref().map_or(0, |p| p.local);
+        if let Some(q) = there {
+            // Whoever is there now answers.
+            incarnation = self.procs[q].id.incarnation;
+            for &kind in &wish.kinds {
+                if self.rng.chance(no_lane) {
+                    continue;
+                }
+                let (low, high) = self.weather.quiet_bound;
+                let caps = LaneCaps {
+                    kind,
+                    max_read: 8 * self.rng.between(8, 100),
+                    quiet_bound: Duration::from_micros(self.rng.between(low, high)),
+                    fence: match kind {
+                        LaneKind::Tcp => FenceKind::Trailer,
+                        LaneKind::Verbs => FenceKind::Own,
+                        _ => FenceKind::Posted,
+                    },
+                };
+                let new = SimLane::connect(&self.fabric, local, q, caps, self.rng.chance(300));
+                say!(self, "consumer {c}: lane {} is {kind} to process {q}", new.number());
+                lane = Ok(new);
+                break;
+            }
+        }
+        if lane.is_err() {
+            let process = self.consumers[c].process.as_ref();
+            let mut f = self.fabric.get();
+            for (id, pull) in process.into_iter().flat_map(|p| &p.pulls) {
+                if pull.producers.contains(&p) {
+                    *f.faults.entry((local, *id)).or_insert(0) += 1;
+                }
+            }
+        }
+        self.queue_for_puller(c, puller::In::Lane { peer: addr, incarnation, need: wish.need, lane });
+    }
+
+    pub(crate) fn lanes_stirred(&mut self, local: usize) {
+        let at = self.consumers.iter().position(|c| c.process.as_ref().is_some_and(|p| p.local == local));
+        if let Some(c) = at {
+            // As the driver does when an idle lane's descriptor is readable.
+            if let Some(p) = &mut self.consumers[c].process {
+                let idle: Vec<_> = p.puller.idle_lanes().collect();
+                idle.into_iter().for_each(|n| p.puller.stir(n));
+            }
+            let soon = self.now + self.rng.tail(0, 10, 80);
+            self.wake_by(c, soon);
+        }
+    }
+
+    fn wake_by(&mut self, c: usize, t: Micros) {
+        let e = self.consumers[c].life;
+        let Some(p) = &mut self.consumers[c].process else { return };
+        if p.wake_at.is_none_or(|w| t < w) {
+            p.wake_at = Some(t);
+            self.at(t, Event::WakeConsumer { c, e });
+        }
+    }
+
+    /// Wakes a consumer in time for its machines, or a little late.
+    fn plan_wake(&mut self, c: usize) {
+        let Some(p) = &self.consumers[c].process else { return };
+        let sessions = p.sessions.values().filter_map(|s| s.machine.next_timeout());
+        if let Some(next) = sessions.chain(p.puller.next_timeout()).min() {
+            let t = self.micros(next).max(self.now + 1) + self.rng.tail(0, 20, 300);
+            self.wake_by(c, t);
+        }
+    }
+
+    pub(crate) fn wake_consumer(&mut self, c: usize, e: u64) {
+        if self.consumers[c].life != e {
+            return;
+        }
+        let now = self.clock();
+        let Some(p) = &mut self.consumers[c].process else { return };
+        if p.wake_at.is_some_and(|t| t <= self.now) {
+            p.wake_at = None;
+        }
+        let mut turns = 0;
+        while p.puller.turn(now) && turns < 4 {
+            turns += 1;
+        }
+        if turns == 4 {
+            let t = self.now + 1;
+            self.wake_by(c, t);
+        }
+        self.drain_rail(c);
+        let all: Vec<usize> =
+            self.consumers[c].process.as_ref().map_or(Vec::new(), |p| p.sessions.keys().copied().collect());
+        for p in all {
+            if let Some(s) = self.consumers[c].session(p) {
+                s.machine.tick(now);
+                if let Some(t) = s.machine.next_timeout().filter(|t| *t <= now) {
+                    let ago = now.saturating_duration_since(t);
+                    self.broken(
+                        Promise::Sound,
+                        format!("consumer {c}'s session with {p} wants a tick {ago:?} ago, after a tick"),
+                    );
+                }
+            }
+            self.drain_session(c, p);
+        }
+        self.check_deadlines(c);
+        if let Some(p) = &mut self.consumers[c].process {
+            let past = p.puller.next_timeout().is_some_and(|t| t <= now);
+            p.spins = if past { p.spins + 1 } else { 0 };
+            if p.spins > 1000 {
+                self.broken(Promise::Sound, format!("consumer {c}'s puller wants a turn in the past, again and again"));
+            }
+        }
+        self.plan_wake(c);
+    }
+
+    /// A pull has ended: the engine uses its blocks again.
+    fn ended(&mut self, c: usize, ended: puller::Ended) {
+        self.check_ended(c, &ended);
+        let Some(process) = &mut self.consumers[c].process else { return };
+        let Some(pull) = process.pulls.get_mut(&ended.pull.0) else { return };
+        pull.ended = true;
+        let blocks: Vec<Block> = pull.wanted.iter().flat_map(LocalBlocks::wanted_blocks).collect();
+        process.quarantine.give_back(ended.pull.0, blocks.iter().copied());
+        {
+            let mut f = self.fabric.get();
+            let local = &mut f.locals[process.local];
+            for b in &blocks {
+                let at = local.index(b.group, b.id);
+                local.holders[at] = 0;
+            }
+        }
+        for b in &blocks {
+            let g = self.shape.groups.iter().position(|g| g.id == b.group.0).unwrap_or(0);
+            process.free[g].push(b.id.0);
+        }
+        if self.rng.chance(500) {
+            self.scribble_local(c, &blocks);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The part that a process of a test plays.
+
+use std::{
+    sync::mpsc::{RecvTimeoutError, channel},
+    time::{Duration, Instant},
+};
+
+use kvferry::{BlockId, Config, GroupId, LaneKind, Offer, OfferId};
+
+use super::{CONSUMER, Heard, ROLE, Say, Spec, consumer, pull_all, taken, throttled};
+use crate::pattern;
+
+/// Plays the producer or the consumer that this process was started as, and then does not return. Returns at once in a
+/// process that is neither. Tests call it in a test named `role`, benchmarks first thing in `main`.
+pub fn play() {
+    if let Ok(spec) = std::env::var(ROLE) {
+        run_producer(&spec);
+    } else if let Ok(what) = std::env::var(CONSUMER) {
+        run_consumer(&what);
+    }
+}
+
+/// What the process does that [`Producer::start`] starts.
+pub(super) fn run_producer(spec: &str) {
+    use kvferry::{Memory, OfferGroup, OfferSpec, Ready};
+    let spec: Spec = serde_json::from_str(spec).expect("a spec");
+    let started = Instant::now();
+    let layout = spec.layout();
+    let memory = if spec.engine_memory { Memory::anonymous(&layout.segments) } else { Memory::alloc(&layout.segments) };
+    let mut config = Config::default();
+    config.lease.unclaimed = Duration::from_millis(spec.unclaimed_ms);
+    config.lease.claimed = Duration::from_millis(spec.claimed_ms);
+    config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
+    config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
+    config.verbs.rails = spec.rails.clone();
+    let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
+    let producer = kvferry::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
+        .memory(memory.expect("memory"))
+        .listen(spec.listen.clone())
+        .lanes(lanes.iter().filter(|(on, _)| *on).map(|(_, l)| *l).collect())
+        .config(config)
+        .build()
+        .expect("a producer starts");
+    let seed = producer.me().incarnation.get();
+    pattern::write(seed, producer.memory()).expect("the pool can be filled");
+    let tell = |h: &Heard| println!("@@{}", serde_json::to_string(h).expect("JSON"));
+    tell(&Heard::Up {
+        addr: producer.addr().into(),
+        tcp_hint: 0,
+        incarnation: producer.me().incarnation.to_string(),
+        seed,
+    });
+    let mut offered: std::collections::HashMap<OfferId, Vec<u32>> = std::collections::HashMap::new();
+    let mut reuse = false;
+    let mut revoked = std::collections::HashSet::new();
+    let (tx, said) = channel::<Say>();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            if let Ok(say) = serde_json::from_str(&line)
+                && tx.send(say).is_err()
+            {
+                return;
+            }
+        }
+        // The test is gone, and so is the reason for this process.
+        std::process::exit(0);
+    });
+    // The engine's loop: a step a millisecond.
+    loop {
+        match said.recv_timeout(Duration::from_millis(1)) {
+            Ok(Say::Offer { blocks, ready, id }) => {
+                let group = OfferGroup {
+                    group: GroupId(0),
+                    first_position: 0,
+                    blocks: blocks.iter().map(|b| Some(BlockId(*b))).collect(),
+                };
+                let tokens = blocks.len() as u64 * 16;
+                let made = producer.offer(
+                    OfferSpec { id, request: "test".into(), tokens, groups: vec![group] },
+                    if ready { Ready::Now } else { Ready::Later },
+                );
+                if let Ok(o) = &made {
+                    offered.insert(o.id, blocks);
+                }
+                tell(&Heard::Offered(made.map_err(|e| e.to_string())));
+            }
+            Ok(Say::Ready(id)) => producer.ready(id),
+            Ok(Say::Revoke(id)) => {
+                revoked.insert(id);
+                producer.revoke(id);
+            }
+            Ok(Say::ReuseAtOnce) => reuse = true,
+            Ok(Say::Drain) => producer.drain(),
+            Ok(Say::Count) => {
+                let (offers, claims) = producer.live();
+                tell(&Heard::Counted { offers, claims, sessions: producer.sessions() });
+            }
+            Ok(Say::Take(what)) => tell(&Heard::Taken(taken::take(what, producer.memory()))),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        while let Some(f) = producer.poll_freed() {
+            if reuse || revoked.contains(&f.offer) {
+                // Another request's KV.
+                for b in offered.get(&f.offer).into_iter().flatten() {
+                    for r in &layout.groups[0].regions {
+                        let other = vec![0xEE; r.block_bytes as usize];
+                        producer.memory().write_from(r.segment, r.block_offset(*b), &other).expect("in the pool");
+                    }
+                }
+            }
+            tell(&Heard::Freed {
+                offer: f.offer,
+                why: format!("{:?}", f.why),
+                at_us: started.elapsed().as_micros() as u64,
+            });
+        }
+    }
+}
+
+/// A consumer process: claims an offer, and reads it so slowly that it is never done.
+pub(super) fn run_consumer(what: &str) {
+    let (spec, offer): (Spec, Offer) = serde_json::from_str(what).expect("a spec and an offer");
+    let consumer = consumer(&spec, throttled("throttle=64K"));
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_secs(600))).expect("a pull");
+    let _ = consumer.wait(Duration::from_secs(600));
+}

@@ -1,0 +1,79 @@
+//! The services beside the session: health, reflection, Bench, and the release without a session.
+
+use std::time::Duration;
+
+use kvferry_proto::block::{Incarnation, OfferId};
+use tonic::transport::{Channel, Endpoint};
+use tonic_reflection::pb::{
+    v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    },
+    v1alpha,
+};
+
+use super::rig::{LIMIT, Rig, config, model, run};
+use crate::control::call::{CallError, Caller, probe, release};
+
+async fn channel(rig: &Rig) -> Channel {
+    Endpoint::from_shared(format!("http://{}", rig.addr)).unwrap().connect().await.unwrap()
+}
+
+#[test]
+fn reflection_lists_the_services_and_knows_their_messages() {
+    let rig = Rig::new(&config());
+    run(async {
+        let mut client = ServerReflectionClient::new(channel(&rig).await);
+        let ask = |m| ServerReflectionRequest { host: String::new(), message_request: Some(m) };
+        let asked = tokio_stream::iter([
+            ask(MessageRequest::ListServices(String::new())),
+            ask(MessageRequest::FileContainingSymbol("kvferry.v1.ClientFrame".into())),
+        ]);
+        let mut replies = client.server_reflection_info(asked).await.unwrap().into_inner();
+        let list = replies.message().await.unwrap().unwrap().message_response;
+        let Some(MessageResponse::ListServicesResponse(list)) = list else { panic!("{list:?}") };
+        let names: Vec<_> = list.service.iter().map(|s| s.name.as_str()).collect();
+        for name in ["kvferry.v1.Ferry", "test.Extra", "grpc.health.v1.Health"] {
+            assert!(names.contains(&name), "{names:?}");
+        }
+        let file = replies.message().await.unwrap().unwrap().message_response;
+        assert!(matches!(file, Some(MessageResponse::FileDescriptorResponse(_))), "{file:?}");
+
+        // Older tools still ask the older service.
+        let mut client = v1alpha::server_reflection_client::ServerReflectionClient::new(channel(&rig).await);
+        let list = v1alpha::server_reflection_request::MessageRequest::ListServices(String::new());
+        let asked = v1alpha::ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+        let mut replies = client.server_reflection_info(tokio_stream::iter([asked])).await.unwrap().into_inner();
+        assert!(replies.message().await.unwrap().unwrap().message_response.is_some());
+    });
+}
+
+#[test]
+fn an_offer_is_released_without_a_session() {
+    let rig = Rig::new(&config());
+    let addr = rig.addr.to_string();
+    let me = rig.desk.me.incarnation;
+    assert_eq!(run(release(&addr, None, OfferId::random(), Some(me), LIMIT)), Ok(true));
+    let other = run(Caller::new(config()).release(&addr, None, OfferId::random(), Some(Incarnation::random())));
+    let Err(CallError::Refused { why, .. }) = other else { panic!("{other:?}") };
+    assert!(why.contains("restarted"), "{why}");
+}
+
+#[test]
+fn a_probe_says_who_serves() {
+    let rig = Rig::new(&config());
+    let welcome = run(probe(&rig.addr.to_string(), &"probe".parse().unwrap(), &model(), LIMIT)).unwrap();
+    assert_eq!(welcome.peer, rig.desk.me);
+}
+
+#[test]
+fn a_call_to_nobody_fails_in_time() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let short = Duration::from_millis(200);
+    let silent = run(release(&addr, None, OfferId::random(), None, short)).unwrap_err();
+    assert!(matches!(silent, CallError::Silent { .. } | CallError::Dial(_)), "{silent}");
+    drop(listener);
+    let gone = run(release(&addr, None, OfferId::random(), None, LIMIT)).unwrap_err();
+    assert!(gone.to_string().contains("check that the producer runs there"), "{gone}");
+}

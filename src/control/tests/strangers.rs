@@ -1,0 +1,244 @@
+//! What strangers and broken peers send, and what it costs them.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    time::Duration,
+};
+
+use kvferry_proto::{
+    block::Incarnation,
+    frame::{ServerBody, ServerFrame},
+};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use super::rig::{Consumer, LIMIT, Rig, config, peer_id, run};
+use crate::{
+    control::proto::{self, client_frame::Frame, ferry_client::FerryClient},
+    driver::runtime::Runtime,
+};
+
+/// A peer that sends what it likes.
+struct Raw {
+    frames: UnboundedSender<proto::ClientFrame>,
+    replies: Streaming<proto::ServerFrame>,
+    _client: FerryClient<Channel>,
+}
+
+impl Raw {
+    async fn connect(rig: &Rig) -> Self {
+        Self::with_window(rig, 1 << 16).await
+    }
+
+    /// `window`: bytes that the server may send on a stream before they are read.
+    async fn with_window(rig: &Rig, window: u32) -> Self {
+        let endpoint = Endpoint::from_shared(format!("http://{}", rig.addr)).unwrap();
+        let mut client = FerryClient::new(endpoint.initial_stream_window_size(window).connect().await.unwrap());
+        let (frames, rx) = unbounded_channel();
+        let replies = client.session(UnboundedReceiverStream::new(rx)).await.unwrap().into_inner();
+        Self { frames, replies, _client: client }
+    }
+
+    async fn open(rig: &Rig) -> Self {
+        Self::connect(rig).await.opened(rig).await
+    }
+
+    async fn opened(self, rig: &Rig) -> Self {
+        let mut raw = self;
+        raw.send(0, open(rig.desk.me.incarnation));
+        let opened = raw.replies.message().await.unwrap().unwrap();
+        assert!(matches!(opened.frame, Some(proto::server_frame::Frame::Opened(_))), "{opened:?}");
+        raw
+    }
+
+    fn send(&self, seq: u64, frame: Frame) {
+        let _ = self.frames.send(proto::ClientFrame { seq, frame: Some(frame) });
+    }
+
+    async fn end(mut self) -> Status {
+        loop {
+            match self.replies.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("it ended well"),
+                Err(status) => return status,
+            }
+        }
+    }
+}
+
+fn open(expect: Incarnation) -> Frame {
+    let from = Some((&peer_id("decode-7")).into());
+    Frame::Open(proto::Open { from, expect_incarnation: expect.get() })
+}
+
+/// The server still serves.
+fn serves(rig: &Rig) {
+    let consumer = Consumer::new(rig.addr, config());
+    let claim = consumer.claim(1, &rig.desk.me);
+    assert_eq!(consumer.answer(), (claim, None));
+}
+
+/// Waits until the other side closes the connection.
+fn until_closed(mut io: TcpStream) {
+    io.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut buf = [0; 4096];
+    loop {
+        match io.read(&mut buf) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return,
+            Err(e) => panic!("not closed in time: {e}"),
+        }
+    }
+}
+
+#[test]
+fn random_bytes_and_half_open_connections_do_no_harm() {
+    let mut c = config();
+    c.session.hello_timeout = Duration::from_millis(300);
+    let rig = Rig::new(&c);
+    let mut noise = 1u64;
+    let mut random = || {
+        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (noise >> 56) as u8
+    };
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let mut connections = Vec::new();
+    for i in 0..60 {
+        let mut io = TcpStream::connect(rig.addr).unwrap();
+        let bytes: Vec<u8> = match i % 4 {
+            // Half open: nothing, or the beginning of a conversation.
+            0 => Vec::new(),
+            1 => preface.to_vec(),
+            // Rubbish, at once or after a good beginning.
+            2 => (0..500).map(|_| random()).collect(),
+            _ => preface.iter().copied().chain((0..500).map(|_| random())).collect(),
+        };
+        // It may be closed already.
+        let _ = io.write_all(&bytes);
+        connections.push(io);
+    }
+    serves(&rig);
+    connections.into_iter().for_each(until_closed);
+    serves(&rig);
+}
+
+#[test]
+fn connections_past_the_limit_are_turned_away_and_come_back_later() {
+    let mut c = config();
+    c.limits.sessions = 1;
+    let rig = Rig::new(&c);
+    let mut held: Vec<_> = (0..66).map(|_| TcpStream::connect(rig.addr).unwrap()).collect();
+    until_closed(TcpStream::connect(rig.addr).unwrap());
+    // Those that are there were not harmed by it: one is let go of, and there is room.
+    drop(held.split_off(1));
+    serves(&rig);
+}
+
+#[test]
+fn a_session_for_another_incarnation_is_refused() {
+    let rig = Rig::new(&config());
+    let status = run(async {
+        let raw = Raw::connect(&rig).await;
+        raw.send(0, open(Incarnation::random()));
+        raw.end().await
+    });
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains(&rig.desk.me.incarnation.to_string()), "{status}");
+}
+
+#[test]
+fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
+    let rig = Rig::new(&config());
+    let other = Consumer::new(rig.addr, config());
+    let claim = other.claim(1, &rig.desk.me);
+    assert_eq!(other.answer(), (claim, None));
+    let id = Some(proto::OfferId { high: 1, low: 1 });
+    let bad = [
+        ("claim.reader", Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2 })),
+        ("renew.claims", Frame::Renew(proto::Renew { claims: vec![1; 5000] })),
+        ("seq", Frame::Release(proto::Unclaim { claim: 1, offer: id, reader: 0, readers: 1, all: false })),
+        ("Open comes once", open(rig.desk.me.incarnation)),
+    ];
+    for (name, frame) in bad {
+        let status = run(async {
+            let raw = Raw::open(&rig).await;
+            raw.send(0, frame);
+            raw.end().await
+        });
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains(name), "{name}: {status}");
+    }
+    let claim = other.claim(2, &rig.desk.me);
+    assert_eq!(other.answer(), (claim, None));
+}
+
+#[test]
+fn a_frame_over_the_limit_ends_its_session() {
+    let mut c = config();
+    c.limits.frame_bytes = 4096;
+    let rig = Rig::new(&c);
+    let status = run(async {
+        let raw = Raw::open(&rig).await;
+        raw.send(0, Frame::Renew(proto::Renew { claims: vec![u64::MAX; 4000] }));
+        raw.end().await
+    });
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.message().contains("limits.frame_bytes"), "{status}");
+    serves(&rig);
+}
+
+#[test]
+fn a_session_begins_with_open_and_soon() {
+    let mut c = config();
+    c.session.hello_timeout = Duration::from_millis(200);
+    let rig = Rig::new(&c);
+    let status = run(async {
+        let raw = Raw::connect(&rig).await;
+        raw.send(0, Frame::Ping(proto::Ping { number: 1 }));
+        raw.end().await
+    });
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    let status = run(async { Raw::connect(&rig).await.end().await });
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+}
+
+#[test]
+fn a_silent_session_is_ended() {
+    let mut c = config();
+    c.session.silence = Duration::from_millis(200);
+    let rig = Rig::new(&c);
+    let status = run(async { Raw::open(&rig).await.end().await });
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(status.message().contains("silent"), "{status}");
+    rig.closed();
+}
+
+#[test]
+fn a_consumer_that_does_not_read_is_closed_and_no_other() {
+    let rig = Rig::new(&config());
+    let other = Consumer::new(rig.addr, config());
+    let claim = other.claim(1, &rig.desk.me);
+    assert_eq!(other.answer(), (claim, None));
+    rig.opened();
+    // Its connection lives, but nothing of its stream is read past the first few frames: the server's side is stuck.
+    // It answers HTTP/2's pings all the while.
+    let runtime = Runtime::start("test-raw").unwrap();
+    let raw = runtime.handle().block_on(async { Raw::with_window(&rig, 64).await.opened(&rig).await });
+    let id = rig.opened();
+    let outbox = rig.desk.outbox(id);
+    let frame = ServerFrame { ack: 0, body: Some(ServerBody::Draining) };
+    // Not all in one burst, so that the server gets stuck on the way rather than hear of the end first.
+    while (0..256).all(|_| outbox.send(frame.clone())) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(rig.closed(), id);
+    drop((raw, runtime));
+    let claim = other.claim(2, &rig.desk.me);
+    assert_eq!(other.answer(), (claim, None));
+}

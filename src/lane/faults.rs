@@ -1,0 +1,106 @@
+//! What to break on a lane, as text such as `down@64M`.
+
+use std::{fmt, str::FromStr};
+
+/// What to break. Parsed from text such as `down@64M`, `throttle=200M`, `silent@10M,noquiet`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// Bytes a second, at most.
+    pub throttle: Option<u64>,
+    /// The lane goes down once this many bytes were accepted.
+    pub down_at: Option<u64>,
+    /// Completions stop once this many bytes were accepted: what was in flight neither fails nor finishes.
+    pub silent_at: Option<u64>,
+    /// Fences read a word of nobody once this many bytes were accepted.
+    pub stale_at: Option<u64>,
+    /// A stopped attempt does not become quiet before the lane is killed.
+    pub no_quiet: bool,
+    /// Killing the lane does not help: it wedges.
+    pub wedge: bool,
+    /// The data thread panics once this many bytes were accepted, as a bug of ours would make it.
+    pub panic_at: Option<u64>,
+    /// Break lanes for this many connections, then no more; `None`: all.
+    pub lanes: Option<u32>,
+}
+
+/// A fault that is not known.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is no fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, panic@BYTES, noquiet, wedge, lanes=N"
+)]
+pub struct BadFault(String);
+
+impl FromStr for Faults {
+    type Err = BadFault;
+
+    fn from_str(text: &str) -> Result<Self, BadFault> {
+        let mut f = Self::default();
+        for part in text.split(',').map(str::trim) {
+            let bad = || BadFault(part.into());
+            let (name, value) = part.split_once(['@', '=']).map_or((part, None), |(n, v)| (n, Some(v)));
+            let number = || value.and_then(bytes).ok_or_else(bad);
+            match name {
+                "throttle" => f.throttle = Some(number()?.max(1)),
+                "down" => f.down_at = Some(number()?),
+                "silent" => f.silent_at = Some(number()?),
+                "stale" => f.stale_at = Some(number()?),
+                "panic" => f.panic_at = Some(number()?),
+                "lanes" => f.lanes = Some(u32::try_from(number()?).map_err(|_| bad())?),
+                "noquiet" if value.is_none() => f.no_quiet = true,
+                "wedge" if value.is_none() => (f.no_quiet, f.wedge) = (true, true),
+                _ => return Err(bad()),
+            }
+        }
+        Ok(f)
+    }
+}
+
+/// `64M` and the like.
+fn bytes(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers = [
+            ("throttle=", self.throttle),
+            ("down@", self.down_at),
+            ("silent@", self.silent_at),
+            ("stale@", self.stale_at),
+            ("panic@", self.panic_at),
+            ("lanes=", self.lanes.map(u64::from)),
+        ];
+        let mut parts: Vec<String> = numbers.iter().filter_map(|(n, v)| v.map(|v| format!("{n}{v}"))).collect();
+        if self.wedge {
+            parts.push("wedge".into());
+        } else if self.no_quiet {
+            parts.push("noquiet".into());
+        }
+        f.write_str(&parts.join(","))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_read_as_they_are_written() {
+        for text in ["throttle=1048576", "down@64", "silent@1024,noquiet", "stale@0,lanes=1", "panic@7", "wedge"] {
+            let f: Faults = text.parse().unwrap();
+            assert_eq!(f.to_string(), text);
+        }
+        assert_eq!("down@2M".parse::<Faults>().unwrap().down_at, Some(2 << 20));
+        for bad in ["", "down", "down@", "down@x", "noquiet=1", "explode", "throttle=1Q"] {
+            assert!(bad.parse::<Faults>().is_err(), "{bad}");
+        }
+    }
+}

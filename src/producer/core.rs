@@ -1,0 +1,424 @@
+//! What stands behind a producer: its books, its sessions and its data servers, and what the control plane asks of them.
+//!
+//! The books' lock is held while what they want is carried out, so that "word cleared, then freed" is one step for
+//! everybody else (promise 2).
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Notify;
+
+use super::{OfferSpec, Ready};
+
+#[cfg(feature = "verbs")]
+use crate::lane::verbs::{VerbsError, VerbsRequest};
+use crate::{
+    config::Config,
+    control::{
+        desk::{Desk, SessionId},
+        host,
+        outbox::Outbox,
+        refusal::Refusal,
+    },
+    lane::{local, tcp, ticket::LaneTicket},
+    memory::{Export, Memory},
+    metrics::ProducerMetrics,
+};
+use kvferry_proto::{
+    Machine,
+    block::{Incarnation, OfferId},
+    error::OfferError,
+    frame::{ClientFrame, Gone, PeerId},
+    group::PoolLayout,
+    hello::{self, Hello, Welcome},
+    lane::LaneKind,
+    model::{Mismatch, Model},
+    offer::{BadOffer, Offer, OfferGroup, OfferRank},
+    shard::Shard,
+    table::{self as books, Freed, OfferTable},
+};
+
+pub(super) struct Core {
+    pub(super) me: PeerId,
+    pub(super) addr: String,
+    pub(super) model: Model,
+    pub(super) shard: Shard,
+    pub(super) layout: Arc<PoolLayout>,
+    pub(super) export: Arc<Export>,
+    pub(super) memory: Memory,
+    pub(super) tcp: Option<tcp::Server>,
+    pub(super) local: Option<local::Server>,
+    #[cfg(feature = "verbs")]
+    pub(super) verbs: Option<crate::lane::verbs::Server>,
+    pub(super) config: Config,
+    pub(super) state: Mutex<State>,
+    pub(super) freed: Mutex<VecDeque<Freed>>,
+    pub(super) freed_now: Condvar,
+    pub(super) freed_notify: Notify,
+    /// The books' next timeout may have changed.
+    pub(super) rearm: Arc<Notify>,
+    pub(super) metrics: ProducerMetrics,
+}
+
+pub(super) struct State {
+    pub(super) table: OfferTable,
+    /// The blocks of offers that are live.
+    pub(super) groups: HashMap<OfferId, Arc<[OfferGroup]>>,
+    pub(super) sessions: HashMap<SessionId, Session>,
+    /// The newest session of each consumer incarnation.
+    pub(super) by_consumer: HashMap<Incarnation, SessionId>,
+    /// Lanes of all sessions.
+    pub(super) lanes: usize,
+    pub(super) next_session: u64,
+}
+
+/// Lanes of one session and kind. A consumer reads over the newest; older ones finish what they have. One that looks for a
+/// better lane has eight of them after four minutes, and its pulls none on the first any more.
+const LANES_OF_A_KIND: usize = 8;
+
+pub(super) struct Session {
+    from: PeerId,
+    outbox: Outbox,
+    /// Oldest first.
+    lanes: VecDeque<(LaneKind, u64)>,
+}
+
+pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Which lane of a session goes for another one of this kind, if one must: never one of another kind, which may be all that
+/// the consumer reads over.
+fn superfluous(lanes: &VecDeque<(LaneKind, u64)>, kind: LaneKind) -> Option<usize> {
+    let mut same = lanes.iter().enumerate().filter(|(_, (k, _))| *k == kind).map(|(i, _)| i);
+    let oldest = same.next()?;
+    (same.count() + 1 >= LANES_OF_A_KIND).then_some(oldest)
+}
+
+impl Core {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    pub(super) fn name(&self, spec: OfferSpec) -> Offer {
+        let rank = OfferRank { rank: self.me.rank, incarnation: self.me.incarnation, addr: self.addr.clone() };
+        Offer {
+            id: spec.id.unwrap_or_else(OfferId::random),
+            engine: self.me.engine.clone(),
+            incarnation: self.me.incarnation,
+            ranks: vec![rank],
+            groups: spec.groups,
+            tokens: spec.tokens,
+            request: spec.request,
+        }
+    }
+
+    pub(super) fn enter(&self, offer: &Offer, ready: Ready) -> Result<(), OfferError> {
+        offer.check(self.config.limits.blocks_per_offer)?;
+        for g in &offer.groups {
+            let blocks = self.layout.group(g.group).map_or(0, |l| l.blocks);
+            if let Some(b) = g.blocks.iter().flatten().find(|b| b.0 >= blocks) {
+                let (block, group) = (b.0, g.group.0);
+                return Err(BadOffer::Malformed(format!(
+                    "block {block} of group {group} is not in this rank's pool, which has {blocks}"
+                ))
+                .into());
+            }
+        }
+        let mut state = self.lock();
+        // The books speak of it in the same breath, so its blocks must be there before.
+        let known = state.groups.insert(offer.id, offer.groups.clone().into());
+        let entered = state.table.offer(Instant::now(), offer.id, ready == Ready::Now);
+        match (&entered, known) {
+            (Err(_), Some(known)) => drop(state.groups.insert(offer.id, known)),
+            (Err(_), None) => drop(state.groups.remove(&offer.id)),
+            _ => {}
+        }
+        if entered.is_ok() {
+            self.metrics.offers.inc();
+        }
+        self.carry_out(&mut state);
+        entered
+    }
+
+    pub(super) fn tell(&self, event: books::In) {
+        let mut state = self.lock();
+        let before = state.table.next_timeout();
+        state.table.handle(Instant::now(), event);
+        self.carry_out(&mut state);
+        if state.table.next_timeout() != before {
+            self.rearm.notify_one();
+        }
+    }
+
+    /// Does what the books want. Holding their lock makes "word cleared, then freed" one step for everybody else.
+    pub(super) fn carry_out(&self, state: &mut State) {
+        let mut freed = 0;
+        while let Some(out) = state.table.poll() {
+            match out {
+                books::Out::Publish { offer, slot, nonce } => {
+                    if let Some(groups) = state.groups.get(&offer) {
+                        self.export.publish(slot, nonce, groups.clone());
+                    }
+                    self.rearm.notify_one();
+                }
+                books::Out::Withdraw { slot, .. } => self.export.withdraw(slot),
+                books::Out::Freed(f) => {
+                    state.groups.remove(&f.offer);
+                    if !matches!(f.why, Gone::Released) {
+                        tracing::warn!(offer = %f.offer, why = ?f.why, "offer ended without a release; its blocks are freed");
+                    }
+                    self.metrics.freed(f.why);
+                    lock(&self.freed).push_back(f);
+                    freed += 1;
+                }
+                books::Out::Send(to, frame) => {
+                    let session = state.by_consumer.get(&to).and_then(|id| state.sessions.get(id));
+                    if let Some(s) = session {
+                        s.outbox.send(frame);
+                    }
+                }
+                books::Out::Broadcast(frame) => {
+                    for s in state.sessions.values() {
+                        s.outbox.send(frame.clone());
+                    }
+                }
+            }
+        }
+        self.metrics.live.set(state.table.live() as i64);
+        self.metrics.claims.set(state.table.claims() as i64);
+        if freed > 0 {
+            self.freed_now.notify_all();
+            self.freed_notify.notify_waiters();
+        }
+    }
+
+    pub(super) fn dismiss(&self, (kind, lane): (LaneKind, u64)) {
+        match kind {
+            LaneKind::Tcp => self.tcp.iter().for_each(|s| s.dismiss(lane)),
+            LaneKind::Local => self.local.iter().for_each(|s| s.dismiss(lane)),
+            #[cfg(feature = "verbs")]
+            LaneKind::Verbs => self.verbs.iter().for_each(|s| s.dismiss(lane)),
+            _ => {}
+        }
+    }
+
+    /// The open session of a consumer.
+    fn session<'a>(&self, state: &'a mut State, from: &PeerId) -> Result<&'a mut Session, Refusal> {
+        let id = state.by_consumer.get(&from.incarnation).copied();
+        id.and_then(|id| state.sessions.get_mut(&id)).filter(|s| s.from == *from).ok_or_else(|| {
+            Refusal::Precondition("no session of this consumer is open: open one before asking for a lane".into())
+        })
+    }
+
+    /// Makes sure that a consumer may have one lane more. Returns one of its lanes that must go for it, if one must.
+    fn room(&self, state: &mut State, from: &PeerId, kind: LaneKind) -> Result<Option<(LaneKind, u64)>, Refusal> {
+        let (lanes, limit) = (state.lanes, self.config.limits.lanes);
+        let session = self.session(state, from)?;
+        let oldest = superfluous(&session.lanes, kind).and_then(|i| session.lanes.remove(i));
+        if oldest.is_none() && lanes >= limit {
+            return Err(Refusal::Limit { what: "lanes", limit });
+        }
+        Ok(oldest)
+    }
+
+    /// Enters a lane that `room` was made for.
+    fn keep(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        from: &PeerId,
+        lane: (LaneKind, u64),
+        oldest: Option<(LaneKind, u64)>,
+    ) {
+        if let Ok(session) = self.session(&mut state, from) {
+            session.lanes.push_back(lane);
+        }
+        if oldest.is_none() {
+            state.lanes += 1;
+        }
+        drop(state);
+        if let Some(oldest) = oldest {
+            self.dismiss(oldest);
+        }
+    }
+
+    pub(super) fn expects_me(&self, expect: Incarnation) -> Result<(), Refusal> {
+        if expect == self.me.incarnation {
+            return Ok(());
+        }
+        Err(Refusal::OtherIncarnation { here: self.me.incarnation, expected: expect })
+    }
+}
+
+impl Desk for Core {
+    fn hello(&self, hello: &Hello) -> Result<Welcome, Mismatch> {
+        let version = hello::answer(hello, &self.model)?;
+        let mut lanes = Vec::new();
+        #[cfg(feature = "verbs")]
+        if self.verbs.is_some() {
+            lanes.push(LaneKind::Verbs);
+        }
+        if self.local.is_some() {
+            lanes.push(LaneKind::Local);
+        }
+        if self.tcp.is_some() {
+            lanes.push(LaneKind::Tcp);
+        }
+        Ok(Welcome {
+            version,
+            features: hello.features & hello::features::ALL,
+            peer: self.me.clone(),
+            engine_incarnation: self.me.incarnation,
+            model: self.model.clone(),
+            shard: self.shard,
+            pool: self.layout.clone(),
+            fence_slots: self.config.limits.offers as u32,
+            lanes,
+            host: host::identity().to_owned(),
+            silence: self.config.session.silence,
+        })
+    }
+
+    fn open(&self, from: &PeerId, expect: Incarnation, outbox: Outbox) -> Result<SessionId, Refusal> {
+        self.expects_me(expect)?;
+        let mut state = self.lock();
+        if state.sessions.len() >= self.config.limits.sessions {
+            return Err(Refusal::Limit { what: "sessions", limit: self.config.limits.sessions });
+        }
+        self.metrics.sessions.inc();
+        let id = SessionId(state.next_session);
+        state.next_session += 1;
+        state.by_consumer.insert(from.incarnation, id);
+        state.sessions.insert(id, Session { from: from.clone(), outbox, lanes: VecDeque::new() });
+        Ok(id)
+    }
+
+    fn frame(&self, _: SessionId, from: &PeerId, frame: ClientFrame) {
+        self.tell(books::In::Frame(from.clone(), frame));
+    }
+
+    fn closed(&self, session: SessionId, _: &PeerId) {
+        let gone = {
+            let mut state = self.lock();
+            let gone = state.sessions.remove(&session);
+            if let Some(s) = &gone {
+                self.metrics.sessions.dec();
+                state.lanes -= s.lanes.len();
+                if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
+                    state.by_consumer.remove(&s.from.incarnation);
+                }
+            }
+            gone
+        };
+        for lane in gone.into_iter().flat_map(|s| s.lanes) {
+            self.dismiss(lane);
+        }
+    }
+
+    fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
+        self.expects_me(expect)?;
+        let served = match kind {
+            LaneKind::Tcp => self.tcp.is_some(),
+            LaneKind::Local => self.local.is_some(),
+            _ => false,
+        };
+        // Before room is made: what is refused costs no other lane.
+        if !served {
+            return Err(Refusal::Unsupported { what: format!("lane {kind}, asked for like this") });
+        }
+        let mut state = self.lock();
+        let oldest = self.room(&mut state, from, kind)?;
+        let lane = Incarnation::random().get();
+        let ticket = match (kind, &self.tcp, &self.local) {
+            (LaneKind::Tcp, Some(server), _) => {
+                let mut key = [0; 32];
+                for part in key.chunks_exact_mut(8) {
+                    part.copy_from_slice(&Incarnation::random().get().to_le_bytes());
+                }
+                server.admit(lane, key);
+                LaneTicket::Tcp { host: None, port: server.addr().port(), lane, key }
+            }
+            (LaneKind::Local, _, Some(server)) => {
+                server.admit(lane);
+                LaneTicket::Local { uds: server.name(), lane }
+            }
+            _ => return Err(Refusal::Unsupported { what: format!("lane {kind}") }),
+        };
+        self.keep(state, from, (kind, lane), oldest);
+        Ok(ticket)
+    }
+
+    #[cfg(feature = "verbs")]
+    fn connect_verbs(&self, from: &PeerId, expect: Incarnation, ends: &VerbsRequest) -> Result<LaneTicket, Refusal> {
+        self.expects_me(expect)?;
+        let Some(server) = &self.verbs else {
+            return Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) });
+        };
+        // Before queue pairs are made for it; and after, for sessions end meanwhile.
+        self.session(&mut self.lock(), from)?;
+        let lane = Incarnation::random().get();
+        let ticket = server.admit(lane, ends).map_err(|e| match e {
+            VerbsError::NotYet { .. } => Refusal::NotYet(e.to_string()),
+            e => Refusal::Precondition(e.to_string()),
+        })?;
+        let mut state = self.lock();
+        match self.room(&mut state, from, LaneKind::Verbs) {
+            Ok(oldest) => {
+                self.keep(state, from, (LaneKind::Verbs, lane), oldest);
+                Ok(LaneTicket::Verbs(ticket))
+            }
+            Err(refusal) => {
+                drop(state);
+                server.dismiss(lane);
+                Err(refusal)
+            }
+        }
+    }
+
+    fn release(&self, from: Option<PeerId>, offer: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal> {
+        if let Some(expect) = expect {
+            self.expects_me(expect)?;
+        }
+        let before = self.lock().groups.contains_key(&offer);
+        self.tell(books::In::Release(from, offer));
+        Ok(before && !self.lock().groups.contains_key(&offer))
+    }
+}
+
+/// Has the books look at the clock when a lease may have run out.
+pub(super) async fn keep_time(core: Weak<Core>, rearm: Arc<Notify>) {
+    loop {
+        let next = {
+            let Some(core) = core.upgrade() else { return };
+            let mut state = core.lock();
+            state.table.tick(Instant::now());
+            core.carry_out(&mut state);
+            state.table.next_timeout()
+        };
+        // Without leases it looks once an hour, and sooner when told to.
+        let until = next.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
+        tokio::select! {
+            () = tokio::time::sleep_until(until.into()) => {}
+            () = rearm.notified() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kind_that_is_asked_for_again_and_again_takes_no_other_kinds_lane() {
+        let mut lanes = VecDeque::from([(LaneKind::Tcp, 0)]);
+        for n in 1..=LANES_OF_A_KIND as u64 {
+            assert_eq!(superfluous(&lanes, LaneKind::Verbs), None);
+            lanes.push_back((LaneKind::Verbs, n));
+        }
+        assert_eq!(superfluous(&lanes, LaneKind::Verbs), Some(1), "the oldest of its own kind");
+        assert_eq!(superfluous(&lanes, LaneKind::Tcp), None);
+    }
+}

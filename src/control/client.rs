@@ -35,7 +35,6 @@ use kvferry_proto::{
     error::{Cause, HelloError},
     frame::{Release, ServerBody, ServerFrame},
     hello::{Hello, Welcome},
-    lane::Grant,
     puller::{Addr, LaneWish},
     session::{self, Health, Out, PeerSession, Want},
 };
@@ -276,11 +275,14 @@ impl PeerTask {
 
     fn check(&self, frame: proto::ServerFrame) -> Result<ServerFrame, String> {
         let frame = ServerFrame::try_from(frame).map_err(|e| e.to_string())?;
-        if let Some(ServerBody::Granted { slot, .. }) = &frame.body
+        if let Some(ServerBody::Granted { grant, .. }) = &frame.body
             && let Some((_, welcome)) = &self.current
-            && *slot >= welcome.fence_slots
+            && grant.slot >= welcome.fence_slots
         {
-            return Err(format!("granted.slot: {slot}, which is not below fence_slots, {}", welcome.fence_slots));
+            return Err(format!(
+                "granted.slot: {}, which is not below fence_slots, {}",
+                grant.slot, welcome.fence_slots
+            ));
         }
         Ok(frame)
     }
@@ -325,9 +327,7 @@ impl PeerTask {
                         self.events.welcomed(&self.addr, welcome.clone());
                     }
                 }
-                Out::Granted { claim, slot, nonce } => {
-                    self.events.granted(claim, Grant { slot, nonce });
-                }
+                Out::Granted { claim, grant } => self.events.granted(claim, grant),
                 Out::Lost { claim, cause } => self.events.lost(claim, cause),
                 Out::Health(health) => self.log(health),
                 Out::Expired => {

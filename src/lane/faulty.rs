@@ -103,8 +103,8 @@ impl Lane for Faulty {
         LaneCaps { quiet_bound: inner.quiet_bound.max(Duration::from_millis(50)), ..inner }
     }
 
-    fn poorer(&self) -> bool {
-        self.inner.poorer()
+    fn degraded(&self) -> bool {
+        self.inner.degraded()
     }
 
     fn begin(&mut self, a: Attempt, grant: Grant) {
@@ -112,7 +112,7 @@ impl Lane for Faulty {
         self.inner.begin(a, grant);
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
         if self.down || self.past(self.faults.down_at) || self.past(self.faults.silent_at) {
             return 0;
         }
@@ -122,7 +122,7 @@ impl Lane for Faulty {
             self.kept_out = true;
             return 0;
         }
-        let taken = self.inner.post(a, reads, last);
+        let taken = self.inner.post(a, reads);
         let bytes: u64 = reads[..taken].iter().map(|r| r.len).sum();
         self.accepted += bytes;
         if let Some(rate) = self.faults.throttle {
@@ -211,7 +211,7 @@ mod tests {
             LaneCaps { kind, max_read: 1 << 20, quiet_bound: Duration::ZERO, fence }
         }
         fn begin(&mut self, _: Attempt, _: Grant) {}
-        fn post(&mut self, _: Attempt, reads: &[Read], _: bool) -> usize {
+        fn post(&mut self, _: Attempt, reads: &[Read]) -> usize {
             reads.len()
         }
         fn stop(&mut self, _: Attempt) {}
@@ -230,11 +230,11 @@ mod tests {
         let mut lane = Faulty::new(Box::new(Still), "throttle=1M".parse().unwrap()).unwrap();
         let read = Read::between(0, (0, 0), (0, 0), 64);
         lane.free_at = Instant::now() + Duration::from_secs(3600);
-        assert_eq!(lane.post(Attempt(1), &[read], true), 0);
+        assert_eq!(lane.post(Attempt(1), &[read]), 0);
         assert!(lane.arm().is_ok(), "it may sleep: the timer wakes it");
-        assert_eq!(lane.post(Attempt(1), &[read], true), 0);
+        assert_eq!(lane.post(Attempt(1), &[read]), 0);
         lane.free_at = Instant::now();
         assert_eq!(lane.arm().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        assert_eq!(lane.post(Attempt(1), &[read], true), 1);
+        assert_eq!(lane.post(Attempt(1), &[read]), 1);
     }
 }

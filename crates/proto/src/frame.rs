@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use crate::{
-    block::{EngineId, Incarnation, Nonce, OfferId, Rank},
+    block::{EngineId, Incarnation, OfferId, Rank},
     error::Cause,
+    lane::Grant,
 };
 
 /// A rank in one process life: who claims, who offers.
@@ -106,10 +107,8 @@ pub enum ServerBody {
     Granted {
         /// The claim.
         claim: ClaimId,
-        /// Word in the fence table.
-        slot: u32,
-        /// What it holds while the offer is live.
-        nonce: Nonce,
+        /// Its fence word.
+        grant: Grant,
         /// Of the lease.
         remaining: Duration,
     },

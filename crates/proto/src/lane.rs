@@ -144,7 +144,7 @@ pub trait Lane: Send {
 
     /// Whether it has less than a new one might have: a part of it failed, or was not to be had when it was connected. It
     /// goes on, and its owner looks for a new one now and then.
-    fn poorer(&self) -> bool {
+    fn degraded(&self) -> bool {
         false
     }
 
@@ -153,9 +153,9 @@ pub trait Lane: Send {
     fn begin(&mut self, a: Attempt, grant: Grant);
 
     /// Takes reads, and returns how many of them it accepted, from the front. Fewer than all means that its window is full:
-    /// offer the rest again after the next event. Reads of a chunk are offered without another chunk's between them;
-    /// `last` says that the slice holds the chunk's last read.
-    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize;
+    /// offer the rest again after the next event. A slice ends with its chunk's last read, so reads of a chunk are offered
+    /// without another chunk's between them.
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize;
 
     /// Posts the chunk's fence; `false` when there is no room now. Called only where fences are [`FenceKind::Posted`].
     fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
@@ -179,16 +179,16 @@ impl<L: Lane + ?Sized> Lane for Box<L> {
         (**self).caps()
     }
 
-    fn poorer(&self) -> bool {
-        (**self).poorer()
+    fn degraded(&self) -> bool {
+        (**self).degraded()
     }
 
     fn begin(&mut self, a: Attempt, grant: Grant) {
         (**self).begin(a, grant);
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
-        (**self).post(a, reads, last)
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
+        (**self).post(a, reads)
     }
 
     fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {

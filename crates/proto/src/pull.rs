@@ -179,14 +179,13 @@ impl PullTracker {
         self.sources.iter().filter_map(|s| s.live.as_ref().map(|l| l.attempt))
     }
 
-    /// The next reads to post for a source, all of one chunk, and whether they are the chunk's last. Tell how many were
-    /// taken with [`PullTracker::accepted`].
-    pub fn next_reads(&mut self, source: usize) -> Option<(Attempt, &[Read], bool)> {
+    /// The next reads to post for a source: all of one chunk that are left. Tell how many were taken with
+    /// [`PullTracker::accepted`].
+    pub fn next_reads(&mut self, source: usize) -> Option<(Attempt, &[Read])> {
         if self.phase != Phase::Running || !self.local_ready {
             return None;
         }
-        let (attempt, reads) = self.sources.get_mut(source)?.next_reads(self.plan.as_deref()?, source)?;
-        Some((attempt, reads, true))
+        self.sources.get_mut(source)?.next_reads(self.plan.as_deref()?, source)
     }
 
     /// How many of the reads that [`PullTracker::next_reads`] gave were taken by the lane.

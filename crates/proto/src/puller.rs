@@ -425,7 +425,7 @@ impl<L: Lane> Puller<L> {
         let Some(welcome) = &peer.welcome else { return };
         let preferred = p.start.lanes.iter().take_while(|k| **k != l.kind);
         let mut kinds: Vec<_> = preferred.copied().filter(|k| welcome.lanes.contains(k)).collect();
-        if l.lane.poorer() {
+        if l.lane.degraded() {
             kinds.push(l.kind);
         }
         if kinds.is_empty() {
@@ -479,9 +479,9 @@ impl<L: Lane> Puller<L> {
                 p.tracker.fence_posted(source);
                 moved = true;
             }
-            if let Some((a, reads, last)) = p.tracker.next_reads(source).filter(|(a, _, _)| *a == attempt) {
+            if let Some((a, reads)) = p.tracker.next_reads(source).filter(|(a, _)| *a == attempt) {
                 let all = reads.len();
-                let taken = l.lane.post(a, reads, last);
+                let taken = l.lane.post(a, reads);
                 p.tracker.accepted(source, taken);
                 if taken < all {
                     // Its window is full, for everybody on it; this attempt goes on first.

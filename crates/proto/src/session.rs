@@ -13,10 +13,11 @@ use std::{
 
 use crate::{
     Machine,
-    block::{EngineId, Incarnation, Nonce, OfferId},
+    block::{EngineId, Incarnation, OfferId},
     config::SessionConfig,
     error::{Cause, HelloError},
     frame::{ClaimId, ClientBody, ClientFrame, PeerId, Reader, Release, ServerBody, ServerFrame},
+    lane::Grant,
     retry::Backoff,
     sabotage::{Bug, planted},
     table::Entropy,
@@ -78,10 +79,8 @@ pub enum Out {
     Granted {
         /// The claim.
         claim: ClaimId,
-        /// Word in the fence table.
-        slot: u32,
-        /// What it holds while the offer is live.
-        nonce: Nonce,
+        /// Its fence word.
+        grant: Grant,
     },
     /// The claim is gone, or was never to be had. Nothing more comes of it.
     Lost {
@@ -473,10 +472,10 @@ impl PeerSession {
                 self.next_ping = now + self.config.heartbeat;
                 self.set_health(Health::Up);
             }
-            Some(ServerBody::Granted { claim, slot, nonce, .. }) => match self.claims.get_mut(&claim) {
+            Some(ServerBody::Granted { claim, grant, .. }) => match self.claims.get_mut(&claim) {
                 Some(c) if c.state != ClaimState::Held => {
                     c.state = ClaimState::Held;
-                    self.out.push_back(Out::Granted { claim, slot, nonce });
+                    self.out.push_back(Out::Granted { claim, grant });
                 }
                 // A late or repeated grant: the release that followed is resent by itself.
                 _ => {}

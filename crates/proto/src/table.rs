@@ -18,6 +18,7 @@ use crate::{
     config::{LeaseConfig, Limits},
     error::OfferError,
     frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
+    lane::Grant,
     sabotage::{Bug, planted},
 };
 
@@ -270,9 +271,9 @@ impl OfferTable {
         let until = (now + self.lease.claimed).min(entry.cap);
         entry.claims.insert(key, until);
         self.by_claim.insert(key, id);
-        let (slot, nonce, end) = (entry.slot, entry.nonce, entry.end());
+        let (grant, end) = (Grant { slot: entry.slot, nonce: entry.nonce }, entry.end());
         self.watch(id, end);
-        ServerBody::Granted { claim, slot, nonce, remaining: until - now }
+        ServerBody::Granted { claim, grant, remaining: until - now }
     }
 
     /// An id that nobody entered: it may be early, or long gone.

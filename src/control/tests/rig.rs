@@ -154,7 +154,14 @@ impl Desk for TestDesk {
             ClientBody::Ping(n) => reply(0, Some(ServerBody::Pong(*n))),
             ClientBody::Claim { claim, .. } if self.grants.load(Ordering::SeqCst) => {
                 let remaining = Duration::from_secs(10);
-                reply(0, Some(ServerBody::Granted { claim: *claim, slot: 7, nonce: Nonce::random(), remaining }));
+                reply(
+                    0,
+                    Some(ServerBody::Granted {
+                        claim: *claim,
+                        grant: Grant { slot: 7, nonce: Nonce::random() },
+                        remaining,
+                    }),
+                );
             }
             ClientBody::Release(_) if self.acknowledges.load(Ordering::SeqCst) => reply(frame.seq, None),
             _ => {}

@@ -3,6 +3,7 @@
 use kvferry_proto::{
     block::Nonce,
     frame::{ClaimId, ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
+    lane::Grant,
 };
 
 use super::{
@@ -117,9 +118,12 @@ impl From<ServerFrame> for proto::ServerFrame {
         let frame = f.body.map(|body| match body {
             ServerBody::Opened(i) => S::Opened(proto::Opened { incarnation: i.get() }),
             ServerBody::Pong(number) => S::Pong(proto::Pong { number }),
-            ServerBody::Granted { claim, slot, nonce, remaining } => {
-                S::Granted(proto::Granted { claim: claim.0, slot, nonce: nonce.get(), remaining_ms: millis(remaining) })
-            }
+            ServerBody::Granted { claim, grant, remaining } => S::Granted(proto::Granted {
+                claim: claim.0,
+                slot: grant.slot,
+                nonce: grant.nonce.get(),
+                remaining_ms: millis(remaining),
+            }),
             ServerBody::NotYet { claim, retry } => S::NotYet(proto::NotYet {
                 claim: claim.0,
                 retry_ms: u32::try_from(retry.as_millis()).unwrap_or(u32::MAX),
@@ -145,8 +149,10 @@ impl TryFrom<proto::ServerFrame> for ServerFrame {
             Some(S::Pong(p)) => Some(ServerBody::Pong(p.number)),
             Some(S::Granted(g)) => Some(ServerBody::Granted {
                 claim: claim_id("granted.claim", g.claim)?,
-                slot: g.slot,
-                nonce: Nonce::from_wire(g.nonce).map_or_else(|| bad("granted.nonce", "is zero"), Ok)?,
+                grant: Grant {
+                    slot: g.slot,
+                    nonce: Nonce::from_wire(g.nonce).map_or_else(|| bad("granted.nonce", "is zero"), Ok)?,
+                },
                 remaining: time(g.remaining_ms),
             }),
             Some(S::NotYet(n)) => {

@@ -3,6 +3,7 @@ use std::fmt::Debug;
 use kvferry_proto::{
     block::Nonce,
     frame::{ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
+    lane::Grant,
 };
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
@@ -144,8 +145,8 @@ fn tickets() -> impl Strategy<Value = LaneTicket> {
         .prop_map(|(host, port, lane, key)| LaneTicket::Tcp { host, port, lane, key });
     let local = (vec(any::<u8>(), 1..=108), any::<u64>()).prop_map(|(uds, lane)| LaneTicket::Local { uds, lane });
     let verbs = (any::<u64>(), any::<u64>(), any::<u32>(), vec(served(), 1..4), any::<bool>()).prop_map(
-        |(lane, incarnation, fence_slots, rails, poorer)| {
-            LaneTicket::Verbs(VerbsTicket { lane, incarnation, fence_slots, rails, poorer })
+        |(lane, incarnation, fence_slots, rails, degraded)| {
+            LaneTicket::Verbs(VerbsTicket { lane, incarnation, fence_slots, rails, degraded })
         },
     );
     prop_oneof![tcp, local, verbs]
@@ -184,8 +185,7 @@ fn server_frames() -> impl Strategy<Value = ServerFrame> {
         any::<u64>().prop_map(ServerBody::Pong),
         (claims(), any::<u32>(), 1u64.., ms()).prop_map(|(claim, slot, nonce, remaining)| ServerBody::Granted {
             claim,
-            slot,
-            nonce: Nonce::from_wire(nonce).unwrap(),
+            grant: Grant { slot, nonce: Nonce::from_wire(nonce).unwrap() },
             remaining
         }),
         (claims(), ms()).prop_map(|(claim, retry)| ServerBody::NotYet { claim, retry }),

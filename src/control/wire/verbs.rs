@@ -86,7 +86,7 @@ impl From<VerbsTicket> for proto::VerbsLane {
             incarnation: t.incarnation,
             fence_slots: t.fence_slots,
             rails: t.rails.into_iter().map(rail).collect(),
-            poorer: t.poorer,
+            degraded: t.degraded,
         }
     }
 }
@@ -114,7 +114,7 @@ impl TryFrom<proto::VerbsLane> for VerbsTicket {
             incarnation: t.incarnation,
             fence_slots: t.fence_slots,
             rails: t.rails.into_iter().map(|r| within("verbs.rails", rail(r))).collect::<Checked<_>>()?,
-            poorer: t.poorer,
+            degraded: t.degraded,
         })
     }
 }

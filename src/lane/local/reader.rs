@@ -266,7 +266,7 @@ impl Lane for LocalLane {
         }
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], _last: bool) -> usize {
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
         if !self.is_open(a) {
             return reads.len();
         }

@@ -217,7 +217,7 @@ fn done(events: &[LaneEvent], of: u32) -> u32 {
 fn pull(lane: &mut LocalLane, reads: &[Read]) -> Vec<LaneEvent> {
     let (mut posted, mut all) = (0, vec![]);
     while posted < reads.len() {
-        posted += lane.post(A, &reads[posted..], true);
+        posted += lane.post(A, &reads[posted..]);
         let before = all.len();
         all.extend(drive(lane, |events| !events.is_empty()));
         assert!(all.len() - before <= 2, "events are batched by chunk");
@@ -292,7 +292,7 @@ fn a_killed_owner_fails_the_fence_though_its_memory_can_still_be_read() {
     let mut lane = p.lane(&memory);
     lane.poll(&mut vec![]);
     p.kill();
-    assert_eq!(lane.post(A, &[Read::between(5, (0, 0), (0, 0), 100)], true), 1);
+    assert_eq!(lane.post(A, &[Read::between(5, (0, 0), (0, 0), 100)]), 1);
     let mut events = vec![];
     lane.poll(&mut events);
     assert_eq!(events, [LaneEvent::Done { attempt: A, chunk: 5, reads: 1 }], "the mapping outlives its owner");
@@ -311,7 +311,7 @@ fn a_killed_owner_fails_reads_and_fences_of_its_address_space() {
         if fence_first {
             assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: SLOT }));
         }
-        lane.post(A, &[Read::between(5, (0, 0), (0, 0), 100)], true);
+        lane.post(A, &[Read::between(5, (0, 0), (0, 0), 100)]);
         assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::PeerDown));
         assert!(lane.arm().unwrap().is_none());
     }
@@ -526,8 +526,8 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
     let b = Attempt(8);
     lane.begin(A, grant);
     lane.begin(b, grant);
-    assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50), Read::between(0, (0, 50), (0, 50), 50)], true), 2);
-    assert_eq!(lane.post(b, &[Read::between(9, (0, 0), (0, 200), 50)], true), 1);
+    assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50), Read::between(0, (0, 50), (0, 50), 50)]), 2);
+    assert_eq!(lane.post(b, &[Read::between(9, (0, 0), (0, 200), 50)]), 1);
     assert!(lane.post_fence(A, FenceSlot { chunk: 0, slot: SLOT }));
     lane.stop(A);
     let mut events = vec![];
@@ -536,7 +536,7 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
     let mut bytes = [1; 100];
     p.memory.read_into(0, 0, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 100], "what was queued was not copied");
-    assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50)], true), 1);
+    assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50)]), 1);
     lane.stop(A);
     lane.poll(&mut events);
     assert_eq!(events.len(), 2, "a quiet attempt stays quiet");
@@ -596,7 +596,7 @@ fn a_read_outside_of_either_pool_fails_its_attempt_only() {
     for (i, bad) in bad.into_iter().enumerate() {
         let attempt = Attempt(100 + i as u64);
         lane.begin(attempt, grant);
-        lane.post(attempt, &[Read::between(0, (0, 0), (0, 0), 100), bad], true);
+        lane.post(attempt, &[Read::between(0, (0, 0), (0, 0), 100), bad]);
         let mut events = vec![];
         lane.poll(&mut events);
         assert_eq!(events, [LaneEvent::Failed { attempt, cause: Cause::BadOffer }], "{bad:?}");

@@ -155,7 +155,7 @@ impl Lane for TcpLane {
         }
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
         let mut room = self.window.saturating_sub(self.outstanding());
         if self.outstanding() == 0 {
             room = room.max(1);
@@ -181,7 +181,7 @@ impl Lane for TcpLane {
             _ => (0..self.links.len()).min_by_key(|&i| self.links[i].outstanding).unwrap_or(0),
         };
         let Some(link) = self.links.get_mut(at) else { return 0 };
-        let complete = last && taken == reads.len();
+        let complete = taken == reads.len();
         let mut rest = &reads[..taken];
         while !rest.is_empty() {
             let mut blocks = 0;

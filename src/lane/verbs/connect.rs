@@ -60,7 +60,7 @@ pub(crate) struct Opening {
     request: VerbsRequest,
     host: Option<IpAddr>,
     /// A rail of this side that has worked is not among them.
-    poorer: bool,
+    degraded: bool,
     config: VerbsConfig,
     memory: Memory,
 }
@@ -98,8 +98,8 @@ impl Opening {
         if halves.is_empty() {
             return Err(VerbsError::NoRail { why: why.join("; ") });
         }
-        let (request, poorer) = (VerbsRequest { rails: ends }, rails.to_be_had() > halves.len());
-        Ok(Self { halves: Halves(halves), request, host, poorer, config, memory: rails.memory().clone() })
+        let (request, degraded) = (VerbsRequest { rails: ends }, rails.to_be_had() > halves.len());
+        Ok(Self { halves: Halves(halves), request, host, degraded, config, memory: rails.memory().clone() })
     }
 
     /// What to send.
@@ -131,7 +131,7 @@ impl Opening {
         let config = &self.config;
         let mut halves: Vec<Option<Half>> = std::mem::take(&mut self.halves.0).into_iter().map(Some).collect();
         let (mut paths, mut max_read, mut depth, mut failed) = (Vec::new(), config.max_read, 0, None);
-        let mut poorer = self.poorer || ticket.poorer;
+        let mut degraded = self.degraded || ticket.degraded;
         for served in &ticket.rails {
             let of = usize::from(served.of);
             let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of))
@@ -148,7 +148,7 @@ impl Opening {
                 }
                 Err(error) => {
                     tracing::warn!(rail = rail.name(), %error, "a rail does not reach this peer: its others are used");
-                    poorer |= rail.has_reached(self.host);
+                    degraded |= rail.has_reached(self.host);
                     failed = Some(error);
                 }
             }
@@ -162,7 +162,7 @@ impl Opening {
         // The tracker kills after half of the bound: that long reads may drain, or time out. The ladder has the other half.
         let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(ladder::BOUND) * 2;
         // A rail that has no counterpart there never had one: a lane is not the worse for it.
-        poorer |= halves.iter().flatten().any(|h| h.rail.has_reached(self.host));
+        degraded |= halves.iter().flatten().any(|h| h.rail.has_reached(self.host));
         let peer = ticket.rails.first().map(|r| format!("{} {}", r.end.gid, r.end.name)).unwrap_or_default();
         Ok(VerbsLane::new(lane::Parts {
             paths,
@@ -175,7 +175,7 @@ impl Opening {
             max_read,
             quiet_bound,
             peer,
-            poorer,
+            degraded,
             depth,
         }))
     }

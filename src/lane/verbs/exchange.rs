@@ -127,7 +127,7 @@ pub(crate) struct VerbsTicket {
     /// Those of the reader's rails that reach one of the served end.
     pub rails: Vec<ServedRail>,
     /// A rail of the served end that has worked is not among them: a later lane may have more.
-    pub poorer: bool,
+    pub degraded: bool,
 }
 
 impl VerbsTicket {
@@ -201,7 +201,7 @@ mod tests {
         let request = VerbsRequest { rails: vec![end(), end()] };
         let remote = Remote { address: 4096, rkey: 1 };
         let served = ServedRail { of: 1, end: end(), segments: vec![remote; 2], words: remote };
-        let good = VerbsTicket { lane: 1, incarnation: 2, fence_slots: 8, rails: vec![served], poorer: false };
+        let good = VerbsTicket { lane: 1, incarnation: 2, fence_slots: 8, rails: vec![served], degraded: false };
         assert!(good.check(&request, 2).is_ok());
         let bad: [fn(&mut VerbsTicket); 6] = [
             |t| t.rails.clear(),

@@ -65,7 +65,7 @@ pub(crate) struct VerbsLane {
     quiet_bound: Duration,
     peer: String,
     /// A rail that has worked, on either side, was not to be had when it was connected.
-    poorer: bool,
+    degraded: bool,
     /// Being closed: nothing more is posted.
     closing: Option<Cause>,
     /// Said `Down`, or `Wedged`.
@@ -85,7 +85,7 @@ pub(crate) struct Parts {
     pub quiet_bound: Duration,
     pub peer: String,
     /// A rail that has worked, on either side, was not to be had.
-    pub poorer: bool,
+    pub degraded: bool,
     /// Requests that all paths together take.
     pub depth: usize,
 }
@@ -109,7 +109,7 @@ impl VerbsLane {
             max_read: p.max_read,
             quiet_bound: p.quiet_bound,
             peer: p.peer,
-            poorer: p.poorer,
+            degraded: p.degraded,
             closing: None,
             down: None,
         }

@@ -137,8 +137,8 @@ impl Server {
             self.lanes.let_go();
         }
         let (incarnation, fence_slots) = (self.incarnation.get(), self.fence_slots);
-        let poorer = self.rails.to_be_had() > usable.len();
-        Ok(VerbsTicket { lane, incarnation, fence_slots, rails: answers, poorer })
+        let degraded = self.rails.to_be_had() > usable.len();
+        Ok(VerbsTicket { lane, incarnation, fence_slots, rails: answers, degraded })
     }
 
     /// Destroys a lane's queue pairs: whoever reads through them gets errors from now on.

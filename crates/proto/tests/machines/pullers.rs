@@ -29,7 +29,7 @@ const ADDR: &str = "10.0.0.1:7400";
 /// A lane that reads nothing, and is quiet as soon as it is stopped: it says so when it is polled.
 struct Prompt {
     kind: LaneKind,
-    poorer: bool,
+    degraded: bool,
     attempts: Vec<Attempt>,
     stopped: Vec<Attempt>,
     begun: Arc<AtomicUsize>,
@@ -42,7 +42,7 @@ impl Prompt {
     fn of(kind: LaneKind) -> Self {
         Self {
             kind,
-            poorer: false,
+            degraded: false,
             attempts: Vec::new(),
             stopped: Vec::new(),
             begun: Arc::default(),
@@ -57,14 +57,14 @@ impl Lane for Prompt {
         let fence = FenceKind::Trailer;
         LaneCaps { kind: self.kind, max_read: 1 << 20, quiet_bound: Duration::from_millis(5), fence }
     }
-    fn poorer(&self) -> bool {
-        self.poorer
+    fn degraded(&self) -> bool {
+        self.degraded
     }
     fn begin(&mut self, a: Attempt, _: Grant) {
         self.attempts.push(a);
         self.begun.fetch_add(1, Ordering::Relaxed);
     }
-    fn post(&mut self, _: Attempt, reads: &[Read], _: bool) -> usize {
+    fn post(&mut self, _: Attempt, reads: &[Read]) -> usize {
         reads.len()
     }
     fn stop(&mut self, a: Attempt) {
@@ -235,7 +235,7 @@ fn pulls_leave_a_lane_of_the_second_choice_once_the_first_is_to_be_had() {
 fn a_lane_that_lost_a_part_is_replaced_and_finishes_what_it_has() {
     let mut rig = Rig::new();
     rig.pull();
-    let old = rig.connected(Prompt { poorer: true, ..Prompt::of(LaneKind::Verbs) });
+    let old = rig.connected(Prompt { degraded: true, ..Prompt::of(LaneKind::Verbs) });
     assert_eq!(rig.pull(), None);
     rig.now += 2 * SECOND;
     assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);

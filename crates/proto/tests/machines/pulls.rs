@@ -104,7 +104,7 @@ impl Pull {
     /// Posts every read that the pull has for a source: the chunks, in order.
     fn post_all(&mut self, source: usize) -> Vec<u32> {
         let mut chunks = Vec::new();
-        while let Some((_, reads, _)) = self.tracker.next_reads(source) {
+        while let Some((_, reads)) = self.tracker.next_reads(source) {
             let n = reads.len();
             chunks.push(reads[0].chunk);
             self.tracker.accepted(source, n);

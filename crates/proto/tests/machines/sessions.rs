@@ -8,6 +8,7 @@ use kvferry_proto::{
     config::SessionConfig,
     error::{Cause, HelloError},
     frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
+    lane::Grant,
     session::{Health, In, Out, PeerSession, Want},
 };
 
@@ -91,7 +92,11 @@ impl Session {
 
     fn grant(&mut self, claim: u64) {
         let nonce = Nonce::from_wire(claim).unwrap();
-        self.answer(ServerBody::Granted { claim: ClaimId(claim), slot: 3, nonce, remaining: Duration::from_secs(10) });
+        self.answer(ServerBody::Granted {
+            claim: ClaimId(claim),
+            grant: Grant { slot: 3, nonce },
+            remaining: Duration::from_secs(10),
+        });
     }
 
     fn release(&mut self, claim: u64, of: u64) {
@@ -194,7 +199,7 @@ fn a_claim_dials_says_hello_opens_and_is_granted_in_this_order() {
     assert_eq!(claims(&outs), [1]);
     s.grant(1);
     s.grant(1);
-    let granted = Out::Granted { claim: ClaimId(1), slot: 3, nonce: Nonce::from_wire(1).unwrap() };
+    let granted = Out::Granted { claim: ClaimId(1), grant: Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() } };
     assert_eq!(s.outs(), [granted], "a repeated grant is told once");
 }
 

@@ -12,7 +12,7 @@ use kvferry_proto::{
     error::Cause,
     frame::{PeerId, Reader, Release},
     hello::Welcome,
-    lane::{FenceKind, Grant, LaneCaps, LaneKind},
+    lane::{FenceKind, LaneCaps, LaneKind},
     plan::{ChunkSize, LocalBlocks},
     puller::{self, LaneWish, PullId, Puller, Start},
     quarantine::Quarantine,
@@ -528,8 +528,8 @@ impl World {
                     let addr = self.addr(p);
                     self.queue_for_puller(c, puller::In::Peer(addr, welcome));
                 }
-                session::Out::Granted { claim, slot, nonce } => {
-                    self.queue_for_puller(c, puller::In::Granted(claim, Grant { slot, nonce }));
+                session::Out::Granted { claim, grant } => {
+                    self.queue_for_puller(c, puller::In::Granted(claim, grant));
                 }
                 session::Out::Lost { claim, cause } => {
                     say!(self, "consumer {c}: {claim:?} is lost: {cause}");

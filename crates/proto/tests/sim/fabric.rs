@@ -277,7 +277,7 @@ impl Fabric {
         }
     }
 
-    pub(crate) fn post(&mut self, l: usize, a: Attempt, reads: &[Read], last: bool) -> usize {
+    pub(crate) fn post(&mut self, l: usize, a: Attempt, reads: &[Read]) -> usize {
         let lane = &self.lanes[l];
         let usable = lane.attempts.get(&a).is_some_and(|s| !s.stopped && !s.failed && !s.quiet);
         if !usable || lane.state != LaneState::Up {
@@ -294,7 +294,7 @@ impl Fabric {
         for read in &reads[..room] {
             self.post_read(l, a, *read);
         }
-        let all = room == reads.len() && last;
+        let all = room == reads.len();
         let (fence, chunk) = (self.lanes[l].caps.fence, reads[0].chunk);
         let at_once = fence == FenceKind::Trailer || (fence == FenceKind::Own && planted(Bug::FenceBeforeData));
         if at_once && all {

@@ -28,13 +28,13 @@ pub(crate) struct SimLane {
     number: usize,
     caps: LaneCaps,
     /// It has not all of its paths.
-    poorer: bool,
+    degraded: bool,
 }
 
 impl SimLane {
-    pub(crate) fn connect(fabric: &Shared, local: usize, proc: usize, caps: LaneCaps, poorer: bool) -> Self {
+    pub(crate) fn connect(fabric: &Shared, local: usize, proc: usize, caps: LaneCaps, degraded: bool) -> Self {
         let number = fabric.get().new_lane(local, proc, caps);
-        Self { fabric: fabric.clone(), number, caps, poorer }
+        Self { fabric: fabric.clone(), number, caps, degraded }
     }
 
     pub(crate) fn number(&self) -> usize {
@@ -47,16 +47,16 @@ impl Lane for SimLane {
         self.caps
     }
 
-    fn poorer(&self) -> bool {
-        self.poorer
+    fn degraded(&self) -> bool {
+        self.degraded
     }
 
     fn begin(&mut self, a: Attempt, grant: Grant) {
         self.fabric.get().begin(self.number, a, grant);
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
-        self.fabric.get().post(self.number, a, reads, last)
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
+        self.fabric.get().post(self.number, a, reads)
     }
 
     fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {

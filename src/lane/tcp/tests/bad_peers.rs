@@ -230,7 +230,7 @@ fn a_producer_that_breaks_the_protocol_writes_nothing_but_what_was_asked_for() {
         let (a, grant) = (attempt(), Grant { slot: 0, nonce: Nonce::random() });
         lane.begin(a, grant);
         let read = Read::between(0, (0, 0), (0, BLOCK as u64), BLOCK as u64);
-        assert_eq!(lane.post(a, &[read], true), 1);
+        assert_eq!(lane.post(a, &[read]), 1);
         let events = drive(&mut lane, |_, events| events.iter().any(|e| matches!(e, LaneEvent::Down { .. })));
         let end = &events[events.len() - 3..];
         assert_eq!(end[0], LaneEvent::Failed { attempt: a, cause: Cause::LaneFailed }, "{what}");

@@ -102,8 +102,8 @@ fn a_fence_comes_after_all_reads_of_its_chunk_however_it_was_posted() {
     lane.begin(a, grant);
     let reads = all_reads(&plan, 0);
     // The last read is small next to what is asked for before it: on a connection of its own it would overtake.
-    assert_eq!(lane.post(a, &reads[..47], false), 47);
-    assert_eq!(lane.post(a, &reads[47..], true), 1);
+    assert_eq!(lane.post(a, &reads[..47]), 47);
+    assert_eq!(lane.post(a, &reads[47..]), 1);
     let events = drive(&mut lane, |_, events| !fences(events, a).is_empty());
     assert_eq!(done(&events, a, 0), 48);
     assert_eq!(fences(&events, a), [(0, grant.nonce.get())]);
@@ -117,17 +117,17 @@ fn an_offer_revoked_in_the_middle_does_not_hold_and_is_refused_from_then_on() {
     let (mut lane, _memory) = rig.lane(&roomy());
     let a = attempt();
     lane.begin(a, grant);
-    assert_eq!(lane.post(a, &all_reads(&plan, 0), true), 48);
+    assert_eq!(lane.post(a, &all_reads(&plan, 0)), 48);
     drive(&mut lane, |_, events| done(events, a, 0) > 0);
     rig.export.withdraw(1);
     let events = drive(&mut lane, |_, events| !fences(events, a).is_empty());
     assert_eq!(fences(&events, a), [(0, 0)]);
     let b = attempt();
     lane.begin(b, grant);
-    assert_eq!(lane.post(b, &all_reads(&plan, 0), true), 48);
+    assert_eq!(lane.post(b, &all_reads(&plan, 0)), 48);
     let events = drive(&mut lane, |_, events| !events.is_empty());
     assert_eq!(events, [LaneEvent::Failed { attempt: b, cause: Cause::Stale }]);
-    assert_eq!(lane.post(b, &all_reads(&plan, 0), true), 0, "a failed attempt goes no further");
+    assert_eq!(lane.post(b, &all_reads(&plan, 0)), 0, "a failed attempt goes no further");
     lane.stop(b);
     assert_eq!(drive(&mut lane, |_, events| !events.is_empty()), [LaneEvent::Quiet { attempt: b }]);
 }
@@ -143,9 +143,9 @@ fn one_attempts_bad_request_leaves_the_others_alone() {
     let good = all_reads(&plan, 0);
     let past = Read { position: 8, ..good[0] };
     // A good part, one past the offer, and a good one again: what comes behind the refusal is not reported.
-    assert_eq!(lane.post(bad, &good, false), good.len());
-    assert_eq!(lane.post(bad, &[past], false), 1);
-    assert_eq!(lane.post(bad, &good, true), good.len());
+    assert_eq!(lane.post(bad, &good), good.len());
+    assert_eq!(lane.post(bad, &[past]), 1);
+    assert_eq!(lane.post(bad, &good), good.len());
     let mut events = pull(&mut lane, a, grant, &plan, 1 << 20);
     if fences(&events, a).is_empty() {
         events.extend(drive(&mut lane, |_, events| fences(events, a).len() == plan.chunks().len()));
@@ -165,7 +165,7 @@ fn nothing_is_written_once_a_stopped_attempt_is_quiet() {
     let (mut lane, memory) = rig.lane(&roomy());
     let (a, b) = (attempt(), attempt());
     lane.begin(a, grant);
-    assert_eq!(lane.post(a, &all_reads(&plan, 0), true), 24);
+    assert_eq!(lane.post(a, &all_reads(&plan, 0)), 24);
     drive(&mut lane, |_, events| done(events, a, 0) > 0);
     lane.stop(a);
     let mut events = Vec::new();
@@ -175,7 +175,7 @@ fn nothing_is_written_once_a_stopped_attempt_is_quiet() {
     let mark = vec![0xee; 24 << 20];
     memory.write_from(0, 0, &mark).unwrap();
     lane.begin(b, grant);
-    assert_eq!(lane.post(b, &all_reads(&plan, 1), true), 24);
+    assert_eq!(lane.post(b, &all_reads(&plan, 1)), 24);
     events.extend(drive(&mut lane, |_, events| !fences(events, b).is_empty()));
     assert_eq!(fences(&events, b), [(1, grant.nonce.get())]);
     let mut got = vec![0; 24 << 20];
@@ -185,7 +185,7 @@ fn nothing_is_written_once_a_stopped_attempt_is_quiet() {
     assert!(got.iter().enumerate().all(|(i, &g)| g == pattern(0, (24 << 20) + i as u64)));
     let of_a = |e: &&LaneEvent| matches!(e, LaneEvent::Done { attempt, .. } | LaneEvent::Fence { attempt, .. } if *attempt == a);
     assert_eq!(events.iter().find(of_a), None, "nothing of an attempt after its quiet");
-    assert_eq!(lane.post(a, &all_reads(&plan, 0), true), 0);
+    assert_eq!(lane.post(a, &all_reads(&plan, 0)), 0);
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn a_producer_that_goes_away_leaves_what_arrived() {
     lane.begin(a, grant);
     lane.begin(idle, grant);
     for chunk in 0..48 {
-        assert_eq!(lane.post(a, &all_reads(&plan, chunk), true), 1);
+        assert_eq!(lane.post(a, &all_reads(&plan, chunk)), 1);
     }
     let before = drive(&mut lane, |_, events| !fences(events, a).is_empty());
     drop(rig.server);
@@ -225,7 +225,7 @@ fn a_producer_that_goes_away_leaves_what_arrived() {
     assert!(events.is_empty() && lane.arm().unwrap().is_none(), "nothing comes after the end");
     let late = attempt();
     lane.begin(late, grant);
-    assert_eq!(lane.post(late, &all_reads(&plan, 0), true), 0);
+    assert_eq!(lane.post(late, &all_reads(&plan, 0)), 0);
     lane.poll(&mut events);
     let failed = LaneEvent::Failed { attempt: late, cause: Cause::LaneFailed };
     assert_eq!(events, [failed, LaneEvent::Quiet { attempt: late }]);
@@ -240,7 +240,7 @@ fn a_killed_lane_is_quiet_and_down_at_once() {
     let (a, b) = (attempt(), attempt());
     lane.begin(a, grant);
     lane.begin(b, grant);
-    assert_eq!(lane.post(a, &all_reads(&plan, 0), true), 48);
+    assert_eq!(lane.post(a, &all_reads(&plan, 0)), 48);
     drive(&mut lane, |_, events| done(events, a, 0) > 0);
     lane.kill();
     assert!(lane.arm().is_err(), "there is something to tell");
@@ -264,10 +264,10 @@ fn the_window_takes_a_prefix_and_always_one_read() {
         let a = attempt();
         lane.begin(a, grant);
         let reads = all_reads(&plan, 0);
-        assert_eq!(lane.post(a, &reads, true), first, "window {window}");
-        assert_eq!(lane.post(a, &reads[first..], true), 0);
+        assert_eq!(lane.post(a, &reads), first, "window {window}");
+        assert_eq!(lane.post(a, &reads[first..]), 0);
         drive(&mut lane, |_, events| done(events, a, 0) == first as u32);
-        assert_eq!(lane.post(a, &reads[first..], true), first);
+        assert_eq!(lane.post(a, &reads[first..]), first);
     }
 }
 
@@ -310,7 +310,7 @@ fn a_consumer_that_does_not_take_its_bytes_holds_up_nobody() {
     let (mut stuck, _memory) = rig.lane(&roomy());
     let (a, b) = (attempt(), attempt());
     stuck.begin(a, grant);
-    assert_eq!(stuck.post(a, &all_reads(&plan, 0), true), 48);
+    assert_eq!(stuck.post(a, &all_reads(&plan, 0)), 48);
     drive(&mut stuck, |_, events| done(events, a, 0) > 0);
     let (mut lane, memory) = rig.lane(&roomy());
     pull(&mut lane, b, grant, &plan, 1 << 20);

@@ -160,7 +160,7 @@ pub(super) fn pull(lane: &mut TcpLane, a: Attempt, grant: Grant, plan: &Plan, ma
                 reads.clear();
                 plan.reads(chunk, 0, max_read, &mut reads);
             }
-            at += lane.post(a, &reads[at..], true);
+            at += lane.post(a, &reads[at..]);
             if at < reads.len() {
                 break;
             }

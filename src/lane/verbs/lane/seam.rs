@@ -24,8 +24,8 @@ impl Lane for VerbsLane {
         }
     }
 
-    fn poorer(&self) -> bool {
-        self.poorer || self.paths.iter().any(|p| !p.rung.is_live())
+    fn degraded(&self) -> bool {
+        self.degraded || self.paths.iter().any(|p| !p.rung.is_live())
     }
 
     fn begin(&mut self, a: Attempt, grant: Grant) {
@@ -54,7 +54,7 @@ impl Lane for VerbsLane {
         }
     }
 
-    fn post(&mut self, a: Attempt, reads: &[Read], last: bool) -> usize {
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
         let Some(i) = self.open(a) else { return reads.len() };
         let idle = self.again.is_empty() && self.paths.iter().all(|p| p.in_flight() == 0);
         // Asked at every turn while the window is full: it costs little then.
@@ -87,7 +87,7 @@ impl Lane for VerbsLane {
             }
         }
         if let Some(r) = reads.first() {
-            self.fences.accepted(i, r.chunk, taken as u32, last && taken == reads.len());
+            self.fences.accepted(i, r.chunk, taken as u32, taken == reads.len());
         }
         self.flush();
         if idle {

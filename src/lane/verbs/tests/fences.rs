@@ -30,7 +30,7 @@ fn a_chunk_that_is_offered_in_parts_is_fenced_when_all_of_it_is_done() {
     for time in 0..3 {
         let part: Vec<Read> = (0..8).map(read).collect();
         r.posted = r.events.len();
-        assert_eq!(r.lane.post(A, &part, false), 8);
+        assert_eq!(r.lane.post(A, &part), 8);
         r.carry_out(|_| ());
         r.poll();
         assert_eq!((r.in_flight(), r.lane.arm().is_ok()), (0, true), "{time}: a part is no chunk");
@@ -58,7 +58,7 @@ fn a_fence_that_was_due_when_its_attempt_was_stopped_is_not_the_next_attempts() 
     r.lane.stop(A);
     let b = Attempt(2);
     r.lane.begin(b, Grant { slot: 3, nonce: r.nonce });
-    assert_eq!(r.lane.post(b, &[read(4)], false), 1);
+    assert_eq!(r.lane.post(b, &[read(4)]), 1);
     r.carry_out(|_| ());
     r.poll();
     assert_eq!((r.done(), r.in_flight()), (5, 0));
@@ -73,20 +73,20 @@ fn a_fence_that_finds_no_room_on_its_rail_holds_up_none_on_another_one() {
     // Chunks of two reads, one on each rail. What the first rail has of them is done, and other reads take its places; then
     // so is what the second one has, and more fences are due than the first rail has places left.
     let mut chunks = 0;
-    while r.lane.post(A, &[0, 1].map(|b| Read { chunk: chunks, ..read(u64::from(chunks) * 2 + b) }), true) == 2 {
+    while r.lane.post(A, &[0, 1].map(|b| Read { chunk: chunks, ..read(u64::from(chunks) * 2 + b) })) == 2 {
         chunks += 1;
     }
     r.devices[0].lock().unwrap().complete(number[0], 100);
     r.poll();
     let endless: Vec<Read> = (200..240).map(|b| Read { chunk: 99, ..read(b) }).collect();
-    r.lane.post(A, &endless, false);
+    r.lane.post(A, &endless);
     r.devices[1].lock().unwrap().complete(number[1], 100);
     r.poll();
     assert_eq!(r.devices[0].lock().unwrap().in_flight(), 16, "full, fences among it");
     assert!(r.devices[1].lock().unwrap().in_flight() < chunks as usize, "and not all fences");
     let b = Attempt(2);
     r.lane.begin(b, Grant { slot: 3, nonce: r.nonce });
-    assert_eq!(r.lane.post(b, &[read(250)], true), 1);
+    assert_eq!(r.lane.post(b, &[read(250)]), 1);
     while !r.events.contains(&LaneEvent::Fence { attempt: b, chunk: 0, word }) {
         r.devices[1].lock().unwrap().complete(number[1], 100);
         r.poll();
@@ -153,13 +153,13 @@ fn a_fence_goes_out_while_reads_take_all_the_room_that_they_get() {
     assert_eq!(r.post(A, 0..4), 4);
     let of_the_second = |b| Read { chunk: 1, ..read(b) };
     let reads: Vec<Read> = (4..BLOCKS).map(of_the_second).collect();
-    let mut next = r.lane.post(A, &reads, true);
+    let mut next = r.lane.post(A, &reads);
     // And what the first one leaves, on one pair before the first chunk is done, on the other after that.
     for pair in 0..2 {
         let number = { r.device().numbers()[pair] };
         r.device().complete(number, 2);
         r.poll();
-        next += r.lane.post(A, &reads[next..], true);
+        next += r.lane.post(A, &reads[next..]);
     }
     assert!(next < reads.len(), "the queues are full");
     // A pair has room again only when the other is full again.
@@ -170,7 +170,7 @@ fn a_fence_goes_out_while_reads_take_all_the_room_that_they_get() {
         if r.poll().contains(&LaneEvent::Fence { attempt: A, chunk: 0, word }) {
             break;
         }
-        next += r.lane.post(A, &reads[next..], true);
+        next += r.lane.post(A, &reads[next..]);
         assert!(next < reads.len() && Instant::now() < limit, "the fence waited for all reads");
     }
 }

@@ -115,7 +115,7 @@ impl Rig {
         if a == A {
             self.posted = self.events.len();
         }
-        self.lane.post(a, &reads, true)
+        self.lane.post(a, &reads)
     }
 
     fn poll(&mut self) -> Vec<LaneEvent> {
@@ -476,18 +476,18 @@ fn a_queue_pair_that_is_stuck_is_noticed_while_its_neighbour_goes_on() {
 fn a_lane_with_a_rail_less_than_there_were_says_so() {
     let config = VerbsConfig { queue_pairs: 1, ..VerbsConfig::default() };
     let mut r = Rig::new(2, config);
-    assert!(!r.lane.poorer());
+    assert!(!r.lane.degraded());
     assert_eq!(r.post(A, 0..8), 8);
     let number = r.device().numbers()[0];
     r.device().fail(number, 12);
     r.poll();
-    assert!(r.lane.poorer());
+    assert!(r.lane.degraded());
     assert_eq!(r.lane.rails().collect::<Vec<_>>(), ["reader1:1"]);
     // One that is made while the rail is left out has less, too; a later one has both.
     let new = r.another();
-    assert!(new.poorer() && new.rails().count() == 1, "{:?}", new.rails().collect::<Vec<_>>());
+    assert!(new.degraded() && new.rails().count() == 1, "{:?}", new.rails().collect::<Vec<_>>());
     let limit = Instant::now() + Duration::from_secs(20);
-    while r.another().poorer() {
+    while r.another().degraded() {
         assert!(Instant::now() < limit);
         std::thread::yield_now();
     }
@@ -497,14 +497,14 @@ fn a_lane_with_a_rail_less_than_there_were_says_so() {
 #[test]
 fn a_rail_whose_pool_is_still_being_registered_is_one_less() {
     let r = Rig::new(2, VerbsConfig { queue_pairs: 1, ..VerbsConfig::default() });
-    assert_eq!((r.another().poorer(), r.rails.progress().0), (false, 2 * BLOCK * BLOCKS));
+    assert_eq!((r.another().degraded(), r.rails.progress().0), (false, 2 * BLOCK * BLOCKS));
     for rails in [&r.rails, r.server.rails()] {
         let usable = rails.usable(None).unwrap();
         let slow = &usable[1].0;
         let pool = rails.not_yet(slow);
-        assert!(r.another().poorer(), "a better lane is to be had soon");
+        assert!(r.another().degraded(), "a better lane is to be had soon");
         slow.put_pool(pool);
-        assert!(!r.another().poorer());
+        assert!(!r.another().degraded());
     }
 }
 
@@ -571,7 +571,7 @@ fn a_read_that_leaves_its_memory_fails_its_attempt_and_is_never_posted() {
         let mut r = Rig::simple();
         let mut read = read(1);
         f(&mut read);
-        assert_eq!(r.lane.post(A, &[read], true), 1);
+        assert_eq!(r.lane.post(A, &[read]), 1);
         assert_eq!(r.poll(), [LaneEvent::Failed { attempt: A, cause: Cause::BadOffer }]);
         assert_eq!(r.device().in_flight(), 0);
         r.lane.stop(A);

@@ -123,7 +123,7 @@ fn reads_land_and_the_fence_tells_a_revoked_offer() {
     let before = objects();
     let mut b = both(|_| ());
     let mut events = Vec::new();
-    assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS)), true), BLOCKS as usize);
+    assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS))), BLOCKS as usize);
     until(&mut b.lane, &mut events, |e| done(e) == BLOCKS);
     for block in 0..u64::from(BLOCKS) {
         let mut got = vec![0; BLOCK as usize];
@@ -133,7 +133,7 @@ fn reads_land_and_the_fence_tells_a_revoked_offer() {
     let word = b.nonce.get();
     until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Fence { attempt: A, chunk: 0, word }));
     b.words.clear(5);
-    assert_eq!(b.lane.post(A, &reads(0..1), true), 1);
+    assert_eq!(b.lane.post(A, &reads(0..1)), 1);
     until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Fence { attempt: A, chunk: 0, word: 0 }));
     b.lane.stop(A);
     until(&mut b.lane, &mut events, |e| e.contains(&LaneEvent::Quiet { attempt: A }));
@@ -156,7 +156,7 @@ fn keys_and_addresses_that_are_not_the_peers_fail_the_lane() {
         let mut b = both(twist);
         let mut events = Vec::new();
         let started = Instant::now();
-        assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS)), true), BLOCKS as usize);
+        assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS))), BLOCKS as usize);
         until(&mut b.lane, &mut events, down);
         println!("down {:?} after {:?}", events.last(), started.elapsed());
         assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }), "{events:?}");
@@ -173,7 +173,7 @@ fn a_peer_that_destroys_its_queue_pairs_is_noticed() {
     let before = objects();
     let mut b = both(|_| ());
     let mut events = Vec::new();
-    assert_eq!(b.lane.post(A, &reads(0..8), true), 8);
+    assert_eq!(b.lane.post(A, &reads(0..8)), 8);
     until(&mut b.lane, &mut events, |e| done(e) == 8);
     b.server.dismiss(1);
     let served = Instant::now() + SOON;
@@ -181,7 +181,7 @@ fn a_peer_that_destroys_its_queue_pairs_is_noticed() {
         assert!(Instant::now() < served);
     }
     let started = Instant::now();
-    assert_eq!(b.lane.post(A, &reads(8..40), true), 32);
+    assert_eq!(b.lane.post(A, &reads(8..40)), 32);
     until(&mut b.lane, &mut events, down);
     println!("noticed after {:?}: {:?}", started.elapsed(), events.last());
     assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::Unreachable }), "{events:?}");
@@ -199,13 +199,13 @@ fn a_peer_that_deregisters_its_memory_is_noticed() {
     let mut b = both(|_| ());
     let with_both = objects();
     let mut events = Vec::new();
-    assert_eq!(b.lane.post(A, &reads(0..8), true), 8);
+    assert_eq!(b.lane.post(A, &reads(0..8)), 8);
     until(&mut b.lane, &mut events, |e| done(e) == 8);
     b.server.rails().withdraw();
     let now = objects();
     assert_eq!((now.qp, with_both.mr - now.mr), (with_both.qp, 2), "the pool and the fence table, and no queue pair");
     let started = Instant::now();
-    assert_eq!(b.lane.post(A, &reads(8..40), true), 32);
+    assert_eq!(b.lane.post(A, &reads(8..40)), 32);
     until(&mut b.lane, &mut events, down);
     println!("noticed after {:?}: {:?}", started.elapsed(), events.last());
     assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::LaneFailed }), "{events:?}");
@@ -228,12 +228,12 @@ fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
         let reader = VerbsConfig { timeout, retry, ..VerbsConfig::default() };
         let mut b = both_with(&reader, |_| ());
         let mut events = Vec::new();
-        assert_eq!(b.lane.post(A, &reads(0..8), true), 8);
+        assert_eq!(b.lane.post(A, &reads(0..8)), 8);
         until(&mut b.lane, &mut events, |e| done(e) == 8);
         let lost = Loss::on("a1", 100);
         reasons();
         let started = Instant::now();
-        assert_eq!(b.lane.post(A, &reads(8..40), true), 32);
+        assert_eq!(b.lane.post(A, &reads(8..40)), 32);
         until(&mut b.lane, &mut events, down);
         let (took, why) = (started.elapsed(), reasons());
         println!("timeout {timeout}, retry {retry}: down after {took:?}: {why:?}");
@@ -256,7 +256,7 @@ fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_afte
     for _ in 0..5 {
         let mut b = both(|_| ());
         let mut events = Vec::new();
-        assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS)), true), BLOCKS as usize);
+        assert_eq!(b.lane.post(A, &reads(0..u64::from(BLOCKS))), BLOCKS as usize);
         b.lane.kill();
         until(&mut b.lane, &mut events, down);
         assert_eq!(events.iter().filter(|e| matches!(e, LaneEvent::Quiet { .. })).count(), 1);

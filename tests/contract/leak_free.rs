@@ -19,7 +19,7 @@ fn blocks_of_a_killed_consumer_come_back_at_the_leases_end_and_not_before() {
     let offer = producer.offer_all();
     // A consumer in a process of its own, that has claimed and reads slowly.
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "role", "--nocapture", "--test-threads=1"])
+        .args(["--exact", "role", "--ignored", "--nocapture", "--test-threads=1"])
         .env(CONSUMER, serde_json::to_string(&(&spec, &offer)).unwrap())
         .stdout(Stdio::null())
         .spawn()

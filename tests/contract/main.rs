@@ -12,6 +12,7 @@ mod timely;
 
 /// Not a test: the work of a producer's or a consumer's process. Does nothing unless it was started as one.
 #[test]
+#[ignore = "a role: other tests start it"]
 fn role() {
     kvferry_testkit::rig::play();
 }

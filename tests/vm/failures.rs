@@ -8,26 +8,26 @@ use std::{
 
 use kvferry::{Cause, Config, Consumer, LaneKind, VerbsConfig};
 use kvferry_testkit::{
-    rdma::{all_up, config, ends, ip, objects, run, settled, spec, tc, wires},
+    rdma::{all_up, config, ends, ip, need_wires, objects, run, settled, spec, tc},
     rig::{SOON, Spec, assert_loaded_is_exact, ended, pull_all, wait_until_loaded},
 };
 
 use crate::mishap::{DEADLINE, Mishap, SLACK, When};
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn the_own_link_down_and_up_again() {
-    if wires(1) {
-        let (end, ..) = Mishap::over(1).run(|_| ip("link set a1 down"), |_| ip("link set a1 up"));
-        assert!(end.outcome.invalid() > 0);
-    }
+    need_wires(1);
+    let (end, ..) = Mishap::over(1).run(|_| ip("link set a1 down"), |_| ip("link set a1 up"));
+    assert!(end.outcome.invalid() > 0);
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn the_peers_link_down_and_up_again() {
-    if wires(1) {
-        let (end, ..) = Mishap::over(1).run(|_| ip("link set b1 down"), |_| ip("link set b1 up"));
-        assert!(end.outcome.invalid() > 0);
-    }
+    need_wires(1);
+    let (end, ..) = Mishap::over(1).run(|_| ip("link set b1 down"), |_| ip("link set b1 up"));
+    assert!(end.outcome.invalid() > 0);
 }
 
 /// Without a word: a link that goes down is heard of, a switch that drops everything is not.
@@ -38,34 +38,34 @@ fn lose_all(of: Mishap) -> kvferry::Ended {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn every_packet_lost() {
-    if wires(1) {
-        lose_all(Mishap::over(1));
-    }
+    need_wires(1);
+    lose_all(Mishap::over(1));
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn every_packet_lost_so_late_that_the_deadline_decides() {
-    if wires(1) {
-        // It would stop at 2.84 s. Eight tries take longer than what is left, and what is in flight then is given up later.
-        let slow = Mishap::over(1).slowly().deadline(Duration::from_secs(4));
-        let end = lose_all(slow.when(When::After(Duration::from_millis(1600))));
-        assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
-    }
+    need_wires(1);
+    // It would stop at 2.84 s. Eight tries take longer than what is left, and what is in flight then is given up later.
+    let slow = Mishap::over(1).slowly().deadline(Duration::from_secs(4));
+    let end = lose_all(slow.when(When::After(Duration::from_millis(1600))));
+    assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_transport_that_gives_up_after_the_deadline_decides_nothing() {
-    if wires(1) {
-        // It stops at half of its time.
-        let mut slow = Mishap::over(1).slowly().deadline(Duration::from_secs(3));
-        slow.when = When::After(Duration::from_millis(600));
-        // 4.3 s, and nothing is heard of a lost packet before.
-        (slow.config.verbs.timeout, slow.config.verbs.retry) = (20, 0);
-        let times = lose_all(slow).outcome.times;
-        assert!(times.decided.unwrap() >= times.deadline, "nothing else could decide it: {times:?}");
-        assert!(times.ended > times.decided, "READs were in flight still: {times:?}");
-    }
+    need_wires(1);
+    // It stops at half of its time.
+    let mut slow = Mishap::over(1).slowly().deadline(Duration::from_secs(3));
+    slow.when = When::After(Duration::from_millis(600));
+    // 4.3 s, and nothing is heard of a lost packet before.
+    (slow.config.verbs.timeout, slow.config.verbs.retry) = (20, 0);
+    let times = lose_all(slow).outcome.times;
+    assert!(times.decided.unwrap() >= times.deadline, "nothing else could decide it: {times:?}");
+    assert!(times.ended > times.decided, "READs were in flight still: {times:?}");
 }
 
 #[test]
@@ -82,28 +82,27 @@ fn a_transport_that_never_gives_up_is_refused() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_blip_that_swallows_completions() {
-    if wires(1) {
-        let (end, ..) = Mishap::over(1).deadline(Duration::from_secs(15)).run(
-            |_| {
-                ip("link set b1 down");
-                // As long as it must be for completions to get lost on Linux 6.1.
-                std::thread::sleep(Duration::from_millis(300));
-                ip("link set b1 up");
-            },
-            |_| (),
-        );
-        assert!(end.outcome.complete(), "there was time to try again: {:?}", end.outcome.cause());
-    }
+    need_wires(1);
+    let (end, ..) = Mishap::over(1).deadline(Duration::from_secs(15)).run(
+        |_| {
+            ip("link set b1 down");
+            // As long as it must be for completions to get lost on Linux 6.1.
+            std::thread::sleep(Duration::from_millis(300));
+            ip("link set b1 up");
+        },
+        |_| (),
+    );
+    assert!(end.outcome.complete(), "there was time to try again: {:?}", end.outcome.cause());
 }
 
 /// soft-RoCE takes a device away only once nobody has it open any more, and says nothing to those who have: the removal
 /// waits for them. So the pull goes on, and what is to be seen is that a consumer that goes lets go of the device.
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn the_own_device_removed_in_the_middle_of_a_pull_is_let_go_of() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     all_up();
     let before = objects();
     let spec = spec(1, 256, 1, 64 << 10);

@@ -2,7 +2,7 @@
 
 use kvferry::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Offer, Pull};
 use kvferry_testkit::{
-    rdma::{Slow, config, ends, spec, wires},
+    rdma::{Slow, config, ends, need_wires, spec},
     rig::{
         Belongings, Heard, Producer, SOON, Say, assert_loaded_is_exact, consumer, ended, pull_all, wait_until_loaded,
     },
@@ -12,40 +12,40 @@ use rustix::process::Signal;
 use crate::mishap::Mishap;
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_killed_peer() {
-    if wires(1) {
-        let mut all = Vec::new();
-        for _ in 0..3 {
-            let (end, _, why) = Mishap::over(1).run(|p| p.kill(), |_| ());
-            assert!(end.outcome.invalid() > 0);
-            all.extend(why);
-        }
-        println!("why lanes to killed peers went down: {all:?}");
-        // Which of its objects a dying process loses first is up to its kernel; soft-RoCE takes the newest, a queue pair.
-        let known = |w: &String| w.contains("status 12") || w.contains("status 10");
-        assert!(!all.is_empty() && all.iter().all(known), "retries exceeded, or a remote access error: {all:?}");
-    }
-}
-
-#[test]
-fn a_killed_peer_whose_memory_goes_before_its_queue_pairs() {
-    if wires(1) {
-        let hurt = |p: &mut Producer| {
-            assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
-            p.kill();
-        };
-        let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+    need_wires(1);
+    let mut all = Vec::new();
+    for _ in 0..3 {
+        let (end, _, why) = Mishap::over(1).run(|p| p.kill(), |_| ());
         assert!(end.outcome.invalid() > 0);
-        assert!(why.iter().any(|w| w.contains("status 10")), "remote access error: {why:?}");
+        all.extend(why);
     }
+    println!("why lanes to killed peers went down: {all:?}");
+    // Which of its objects a dying process loses first is up to its kernel; soft-RoCE takes the newest, a queue pair.
+    let known = |w: &String| w.contains("status 12") || w.contains("status 10");
+    assert!(!all.is_empty() && all.iter().all(known), "retries exceeded, or a remote access error: {all:?}");
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
+fn a_killed_peer_whose_memory_goes_before_its_queue_pairs() {
+    need_wires(1);
+    let hurt = |p: &mut Producer| {
+        assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
+        p.kill();
+    };
+    let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+    assert!(end.outcome.invalid() > 0);
+    assert!(why.iter().any(|w| w.contains("status 10")), "remote access error: {why:?}");
+}
+
+#[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_stopped_peer_is_read_on_and_its_data_stays_valid_while_the_fence_holds() {
-    if wires(1) {
-        let (end, ..) = Mishap::over(1).run(|p| p.signal(Signal::STOP), |p| p.signal(Signal::CONT));
-        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-    }
+    need_wires(1);
+    let (end, ..) = Mishap::over(1).run(|p| p.signal(Signal::STOP), |p| p.signal(Signal::CONT));
+    assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
 }
 
 /// Takes something away from a producer behind its back, and says how many there were.
@@ -56,40 +56,39 @@ fn take(p: &mut Producer, what: Belongings) -> usize {
 
 /// A device has pages of its own: what was pinned is read as it was, and is valid while the fence holds.
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_unmaps_its_pool_is_read_on() {
-    if wires(1) {
-        let (end, ..) = Mishap::over(1).run(|p| assert_eq!(take(p, Belongings::Pool), 1), |_| ());
-        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-        assert_eq!(end.outcome.retries, 0, "it is not even noticed");
-    }
+    need_wires(1);
+    let (end, ..) = Mishap::over(1).run(|p| assert_eq!(take(p, Belongings::Pool), 1), |_| ());
+    assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+    assert_eq!(end.outcome.retries, 0, "it is not even noticed");
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_whose_queue_pairs_are_destroyed_is_read_over_new_ones() {
-    if wires(1) {
-        let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::QueuePairs), 2, "what the consumer reads over");
-        let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
-        assert!(end.outcome.complete() && end.outcome.retries > 0, "{:?}", end.outcome.cause());
-        assert!(why[0].contains("status 12"), "retries exceeded: {why:?}");
-    }
+    need_wires(1);
+    let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::QueuePairs), 2, "what the consumer reads over");
+    let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+    assert!(end.outcome.complete() && end.outcome.retries > 0, "{:?}", end.outcome.cause());
+    assert!(why[0].contains("status 12"), "retries exceeded: {why:?}");
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_whose_memory_is_deregistered_fails_the_pull_by_its_deadline() {
-    if wires(1) {
-        let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
-        let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
-        // New queue pairs are of no use: the peer does not know, and names the same keys.
-        assert!(end.outcome.invalid() > 0 && end.outcome.retries > 0);
-        assert!(!why.is_empty() && why.iter().all(|w| w.contains("status 10")), "remote access error: {why:?}");
-    }
+    need_wires(1);
+    let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
+    let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+    // New queue pairs are of no use: the peer does not know, and names the same keys.
+    assert!(end.outcome.invalid() > 0 && end.outcome.retries > 0);
+    assert!(!why.is_empty() && why.iter().all(|w| w.contains("status 10")), "remote access error: {why:?}");
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     // Answers of a full window wait on the wire when its blocks are overwritten.
     let slow = Slow::on(1);
     let spec = spec(1, 512, 1, 64 << 10);
@@ -111,10 +110,9 @@ fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_fails_leaves_other_peers_pulls_alone() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let spec = spec(1, 128, 1, 64 << 10);
     let (mut one, mut two) = (Producer::start(&spec), Producer::start(&spec));
     let consumers = [consumer(&spec, config(1, Some("4M"))), consumer(&spec, config(1, Some("4M")))];
@@ -133,10 +131,9 @@ fn a_peer_that_fails_leaves_other_peers_pulls_alone() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_fails_leaves_the_same_consumers_pull_from_another_one_alone() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let spec = spec(1, 128, 1, 64 << 10);
     let (mut one, mut two) = (Producer::start(&spec), Producer::start(&spec));
     let consumer = consumer(&spec, config(1, Some("4M")));

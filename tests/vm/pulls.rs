@@ -5,7 +5,7 @@ use std::time::Duration;
 use kvferry::{BlockId, GroupId, LaneKind, LocalBlocks, Pull};
 use kvferry_testkit::{
     counting::allocations,
-    rdma::{Loss, Unordered, config, ends, objects, settled, spec, status, wires},
+    rdma::{Loss, Unordered, config, ends, need_wires, objects, settled, spec, status},
     rig::{Producer, assert_loaded_is_exact, consumer, ended, pull_all},
 };
 
@@ -35,10 +35,9 @@ fn exact(rails: usize, blocks: u32, regions: u32, block_size: u64) {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn scattered_blocks_of_every_size_arrive_exact_over_one_and_two_rails() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     for rails in [1, 2] {
         for size in [4 << 10, 64 << 10, 1 << 20] {
             exact(rails, ((256u64 << 20) / size) as u32, 1, size);
@@ -47,18 +46,17 @@ fn scattered_blocks_of_every_size_arrive_exact_over_one_and_two_rails() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn blocks_that_lie_in_several_regions_arrive_exact() {
-    if wires(2) {
-        exact(1, 256, 4, 64 << 10);
-        exact(2, 256, 4, 64 << 10);
-    }
+    need_wires(2);
+    exact(1, 256, 4, 64 << 10);
+    exact(2, 256, 4, 64 << 10);
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn reads_are_posted_and_carried_out_without_an_allocation_each() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let spec = spec(1, 16384, 1, 1 << 10);
     let (mut producer, consumer) = ends(1, &spec, None);
     // The producer is a process of its own, and posts nothing.
@@ -87,10 +85,9 @@ fn reads_are_posted_and_carried_out_without_an_allocation_each() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn one_lost_packet_in_a_hundred_costs_time_and_no_block() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     let _lossy = ["a1", "b1", "a2", "b2"].map(|end| Loss::on(end, 1));
     for rails in [1, 2] {
         exact(rails, 4096, 1, 64 << 10);
@@ -100,10 +97,9 @@ fn one_lost_packet_in_a_hundred_costs_time_and_no_block() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn packets_that_overtake_each_other_cost_time_and_no_block() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     let _unordered = Unordered::on(2);
     for _ in 0..5 {
         exact(2, 256, 1, 64 << 10);
@@ -112,10 +108,9 @@ fn packets_that_overtake_each_other_cost_time_and_no_block() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_starts_again_is_pulled_from_again_and_nothing_piles_up() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let spec = spec(1, 64, 1, 16 << 10);
     let before = objects();
     let consumer = consumer(&spec, config(1, None));

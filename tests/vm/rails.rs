@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvferry::{Consumer, LaneKind};
 use kvferry_testkit::{
-    rdma::{Slow, all_up, came_in, ends, ip, objects, settled, spec, tc, wires},
+    rdma::{Slow, all_up, came_in, ends, ip, need_wires, objects, settled, spec, tc},
     rig::{Producer, SOON, ended, pull_all},
 };
 
@@ -17,40 +17,40 @@ fn done_soon(what: &str, took: Duration) {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn one_of_two_rails_cut_costs_nothing_but_time() {
-    if wires(2) {
-        // What is left then takes the other rail a second and a half.
-        let half = || Mishap { mib: 48, ..Mishap::over(2) }.deadline(Duration::from_secs(30)).when(When::Loaded(0.5));
-        let (end, at, _) = half().run(|_| ip("link set a1 down"), |_| ip("link set a1 up"));
-        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-        done_soon("cut", end.outcome.times.data.unwrap().saturating_sub(at));
-        let hurt = |_: &mut Producer| tc("qdisc change dev b2 root netem loss 100%");
-        let heal = |_: &mut Producer| tc(&format!("qdisc change dev b2 root netem loss 0% {}", Slow::DELAY));
-        let (end, at, _) = half().run(hurt, heal);
-        assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-        done_soon("loss", end.outcome.times.data.unwrap().saturating_sub(at));
-    }
+    need_wires(2);
+    // What is left then takes the other rail a second and a half.
+    let half = || Mishap { mib: 48, ..Mishap::over(2) }.deadline(Duration::from_secs(30)).when(When::Loaded(0.5));
+    let (end, at, _) = half().run(|_| ip("link set a1 down"), |_| ip("link set a1 up"));
+    assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+    done_soon("cut", end.outcome.times.data.unwrap().saturating_sub(at));
+    let hurt = |_: &mut Producer| tc("qdisc change dev b2 root netem loss 100%");
+    let heal = |_: &mut Producer| tc(&format!("qdisc change dev b2 root netem loss 0% {}", Slow::DELAY));
+    let (end, at, _) = half().run(hurt, heal);
+    assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
+    done_soon("loss", end.outcome.times.data.unwrap().saturating_sub(at));
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn both_rails_cut_leave_the_prefix() {
-    if wires(2) {
-        let cut = |_: &mut Producer| {
-            ip("link set a1 down");
-            ip("link set b2 down");
-        };
-        let mend = |_: &mut Producer| {
-            ip("link set a1 up");
-            ip("link set b2 up");
-        };
-        let mishap = Mishap::over(2);
-        let (end, ..) = mishap.run(cut, mend);
-        let g = &end.outcome.groups[0];
-        // Blocks are read in the order of the prompt: what a scheduler can use is not much less than what is there.
-        let prefix = (0..mishap.blocks()).take_while(|b| g.loaded.contains(*b)).count() as u64;
-        println!("a prefix of {prefix}, of {} loaded", end.outcome.loaded());
-        assert!(end.outcome.invalid() > 0 && prefix >= end.outcome.loaded() / 2, "{:?}", g.loaded);
-    }
+    need_wires(2);
+    let cut = |_: &mut Producer| {
+        ip("link set a1 down");
+        ip("link set b2 down");
+    };
+    let mend = |_: &mut Producer| {
+        ip("link set a1 up");
+        ip("link set b2 up");
+    };
+    let mishap = Mishap::over(2);
+    let (end, ..) = mishap.run(cut, mend);
+    let g = &end.outcome.groups[0];
+    // Blocks are read in the order of the prompt: what a scheduler can use is not much less than what is there.
+    let prefix = (0..mishap.blocks()).take_while(|b| g.loaded.contains(*b)).count() as u64;
+    println!("a prefix of {prefix}, of {} loaded", end.outcome.loaded());
+    assert!(end.outcome.invalid() > 0 && prefix >= end.outcome.loaded() / 2, "{:?}", g.loaded);
 }
 
 /// Pulls everything, and says how many bytes came in over each of the near ends meanwhile.
@@ -65,10 +65,9 @@ fn pull_over(consumer: &Consumer, producer: &mut Producer) -> [u64; 2] {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_rail_that_was_lost_is_read_over_again_once_it_works() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     all_up();
     let before = objects();
     let spec = spec(2, 64, 1, 64 << 10);
@@ -97,10 +96,9 @@ fn a_rail_that_was_lost_is_read_over_again_once_it_works() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_producer_whose_port_is_down_at_its_start_serves_it_once_it_is_up() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     all_up();
     let spec = spec(1, 64, 1, 64 << 10);
     ip("link set b1 down");

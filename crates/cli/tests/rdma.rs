@@ -7,7 +7,7 @@ use std::{
 };
 
 use kvferry_testkit::{
-    rdma::{all_up, ip, objects, settled, wires},
+    rdma::{all_up, ip, need_wires, objects, settled},
     rig::SOON,
 };
 use serde_json::Value;
@@ -105,10 +105,9 @@ fn ipv4_gid(device: &str) -> u32 {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_slip_in_the_name_of_a_rail_is_refused_in_one_line_before_anything_else() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     all_up();
     // Nobody listens there: that would be the next thing to be said.
     let pull = |args: &str| refused(&format!("pull --from 127.0.0.1:1 {args}"));
@@ -132,10 +131,9 @@ fn a_slip_in_the_name_of_a_rail_is_refused_in_one_line_before_anything_else() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_link_that_is_down_is_refused_where_no_other_is_up_and_not_to_who_serves() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     all_up();
     let before = objects();
     let down = Down::on("a1");
@@ -158,10 +156,9 @@ fn a_link_that_is_down_is_refused_where_no_other_is_up_and_not_to_who_serves() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_gid_that_is_named_is_the_one_that_is_used() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     all_up();
     let (here, there) = (ipv4_gid("rxa1"), ipv4_gid("rxb1"));
     let serve = Serve::start(&format!("--rails rxb1 --gid-index {there}"));
@@ -178,10 +175,9 @@ fn a_gid_that_is_named_is_the_one_that_is_used() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn doctor_names_devices_ports_addresses_and_what_it_tried() {
-    if !wires(2) {
-        return;
-    }
+    need_wires(2);
     all_up();
     let out = {
         let _down = Down::on("a2");
@@ -215,10 +211,9 @@ fn doctor_names_devices_ports_addresses_and_what_it_tried() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn too_little_lockable_memory_is_named_with_the_remedy_and_other_lanes_go_on() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     all_up();
     let serve = Serve::start("--rails rxb1");
     // Root may lock what it likes, until that right is taken away.
@@ -241,10 +236,9 @@ fn too_little_lockable_memory_is_named_with_the_remedy_and_other_lanes_go_on() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_benchmark_beside_perftest_has_both_rates_and_both_latencies_in_one_row() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let before = objects();
     let out = kvferry(
         "bench --lane verbs --device rxa1 --serve-rails rxb1 --vs-raw --json --start-block-size 64K --max-block-size 64K \

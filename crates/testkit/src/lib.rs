@@ -10,3 +10,5 @@ pub mod rdma;
 pub mod reasons;
 #[cfg(feature = "rig")]
 pub mod rig;
+#[cfg(feature = "rig")]
+pub mod wire;

@@ -9,15 +9,11 @@ use kvferry::Config;
 
 use crate::rig::{Producer, SOON, Spec, consumer};
 
-/// Whether this is the virtual machine, and has so many wires.
-pub fn wires(n: usize) -> bool {
-    if std::env::var_os("KVFERRY_VM").is_none() {
-        eprintln!("skipped: not in the virtual machine; run tests/vm/run");
-        return false;
-    }
+/// Panics outside of the virtual machine, and where it has fewer wires.
+pub fn need_wires(n: usize) {
+    assert!(std::env::var_os("KVFERRY_VM").is_some(), "this is not the virtual machine: run tests/vm/run");
     let there = (1..=n).all(|i| std::path::Path::new(&format!("/sys/class/infiniband/rxb{i}")).exists());
     assert!(there, "the virtual machine has no {n} wires: set WIRES={n}");
-    true
 }
 
 pub fn run(program: &str, args: &str) -> String {

@@ -21,6 +21,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{RecvFlags, SendFlags, SocketAddrUnix},
+    thread::{CapabilitySet, capabilities, set_capabilities},
 };
 use tokio::runtime::{Handle, Runtime};
 
@@ -88,6 +89,7 @@ fn background() -> (Handle, tokio::sync::oneshot::Sender<()>) {
 /// Not a test by itself: what [`Producer::start`] starts.
 #[expect(clippy::zombie_processes, reason = "the one process that it starts outlives this one on purpose")]
 #[test]
+#[ignore = "a role: other tests start it"]
 fn as_a_producer() {
     let Ok(kind) = std::env::var("KVFERRY_TEST_LOCAL_PRODUCER") else { return };
     if kind.contains("undumpable") {
@@ -134,7 +136,7 @@ struct Producer {
 impl Producer {
     fn start(kind: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "lane::local::tests::as_a_producer", "--nocapture", "--test-threads=1"])
+            .args(["--exact", "lane::local::tests::as_a_producer", "--ignored", "--nocapture", "--test-threads=1"])
             .env("KVFERRY_TEST_LOCAL_PRODUCER", kind)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -377,11 +379,19 @@ fn a_process_that_may_not_be_read_is_refused_with_the_reason_unless_its_pool_is_
     assert!(lane.mapped());
     lane.kill();
     let p = Producer::start("undumpable raw");
-    match dial(&p.name, 1, p.incarnation, &memory) {
+    // Root may read every process. Each thread has capabilities of its own, and `dial` works on the calling thread.
+    let dialled = std::thread::scope(|s| {
+        let dial = || {
+            let mut own = capabilities(None).unwrap();
+            own.effective.remove(CapabilitySet::SYS_PTRACE);
+            set_capabilities(None, own).unwrap();
+            dial(&p.name, 1, p.incarnation, &memory).map(drop)
+        };
+        s.spawn(dial).join().unwrap()
+    });
+    match dialled {
         Err(LaneError::Forbidden { why }) => assert!(why.contains("CAP_SYS_PTRACE"), "{why}"),
-        // Root may read whom it likes.
-        Ok(_) => assert!(rustix::process::geteuid().is_root()),
-        Err(e) => panic!("{e}"),
+        other => panic!("{other:?}"),
     }
 }
 

@@ -3,7 +3,7 @@
 //! promises of the contract are checked.
 //!
 //! A seed that fails is printed with the promise that was broken, how to run it again, and the last things that happened:
-//! `KVFERRY_SIM_SEED=123 cargo test --test sim -- replay --nocapture`. `KVFERRY_SIM_SEEDS` sets how many are run.
+//! `KVFERRY_SIM_SEED=123 cargo test --test sim -- replay --ignored --nocapture`. `KVFERRY_SIM_SEEDS` sets how many are run.
 
 mod checks;
 mod consumer;
@@ -59,7 +59,7 @@ fn report(seed: u64, bug: Option<Bug>) -> String {
         text.push('\n');
     }
     format!(
-        "{text}\nseed {seed}: {what}\nreplay: KVFERRY_SIM_SEED={seed} cargo test --test sim -- replay --nocapture\n"
+        "{text}\nseed {seed}: {what}\nreplay: KVFERRY_SIM_SEED={seed} cargo test --test sim -- replay --ignored --nocapture\n"
     )
 }
 
@@ -136,8 +136,9 @@ fn every_planted_bug_is_caught_within_2000_days() {
 
 /// Runs the seed of `KVFERRY_SIM_SEED`, with the bug of `KVFERRY_SIM_BUG` planted, and prints its trace.
 #[test]
+#[ignore = "a tool: replays KVFERRY_SIM_SEED"]
 fn replay() {
-    let Some(seed) = env("KVFERRY_SIM_SEED") else { return };
+    let seed = env("KVFERRY_SIM_SEED").expect("KVFERRY_SIM_SEED is the seed to run");
     let bug = std::env::var("KVFERRY_SIM_BUG").ok();
     let bug = bug.and_then(|name| Bug::ALL.into_iter().find(|b| format!("{b:?}") == name));
     plant(bug);

@@ -147,22 +147,9 @@ pub struct Producer {
 
 impl Producer {
     pub fn start(spec: &Spec) -> Self {
-        Self::start_in(&[], spec)
-    }
-
-    /// Starts it behind another command, such as one that enters a network namespace.
-    pub fn start_in(before: &[&str], spec: &Spec) -> Self {
         let exe = std::env::current_exe().expect("this binary has a path");
-        let mut command = match before {
-            [] => Command::new(exe),
-            [program, args @ ..] => {
-                let mut c = Command::new(program);
-                c.args(args).arg(exe);
-                c
-            }
-        };
-        let mut child = command
-            .args(["--exact", "role", "--nocapture", "--test-threads=1"])
+        let mut child = Command::new(exe)
+            .args(["--exact", "role", "--ignored", "--nocapture", "--test-threads=1"])
             .env(ROLE, serde_json::to_string(spec).expect("a spec is JSON"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

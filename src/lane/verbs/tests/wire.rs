@@ -14,7 +14,7 @@ use kvferry_proto::{
     plan::Read,
 };
 use kvferry_testkit::{
-    rdma::{Loss, objects, settled, wires},
+    rdma::{Loss, need_wires, objects, settled},
     reasons::reasons,
     rig::SOON,
 };
@@ -116,10 +116,9 @@ fn down(events: &[LaneEvent]) -> bool {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn reads_land_and_the_fence_tells_a_revoked_offer() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let before = objects();
     let mut b = both(|_| ());
     let mut events = Vec::new();
@@ -142,10 +141,9 @@ fn reads_land_and_the_fence_tells_a_revoked_offer() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn keys_and_addresses_that_are_not_the_peers_fail_the_lane() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let before = objects();
     let twists: [fn(&mut VerbsTicket); 3] = [
         |t| t.rails[0].segments[0].rkey ^= 0x55,
@@ -166,10 +164,9 @@ fn keys_and_addresses_that_are_not_the_peers_fail_the_lane() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_destroys_its_queue_pairs_is_noticed() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let before = objects();
     let mut b = both(|_| ());
     let mut events = Vec::new();
@@ -191,10 +188,9 @@ fn a_peer_that_destroys_its_queue_pairs_is_noticed() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_deregisters_its_memory_is_noticed() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let before = objects();
     let mut b = both(|_| ());
     let with_both = objects();
@@ -219,10 +215,9 @@ fn a_peer_that_deregisters_its_memory_is_noticed() {
 /// A lane does not count on its transport: these settings are refused where they are configured, but a transport that says
 /// nothing is normal.
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     let before = objects();
     for (timeout, retry) in [(0, 3), (14, 7)] {
         let reader = VerbsConfig { timeout, retry, ..VerbsConfig::default() };
@@ -249,10 +244,9 @@ fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
 }
 
 #[test]
+#[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_after() {
-    if !wires(1) {
-        return;
-    }
+    need_wires(1);
     for _ in 0..5 {
         let mut b = both(|_| ());
         let mut events = Vec::new();

@@ -10,7 +10,7 @@ mod directory;
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
@@ -32,6 +32,7 @@ use kvferry_proto::{
     quarantine::Quarantine,
     shard::Shard,
 };
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
 use self::{
@@ -246,7 +247,7 @@ impl Consumer {
             return Err(PullError::Shutdown);
         }
         // Before all else: blocks that a dead thread withholds are busy for ever, and that is not what is wrong.
-        if lock(&self.shared.done).died {
+        if self.shared.done.lock().died {
             return Err(PullError::Died);
         }
         let started = Instant::now();
@@ -260,13 +261,13 @@ impl Consumer {
             return Err(PullError::TooManyPulls { limit: limits.pulls });
         }
         let blocks = pull.blocks.iter().flat_map(LocalBlocks::wanted_blocks);
-        if let Err(busy) = lock(&self.shared.quarantine).take(id.0, blocks) {
+        if let Err(busy) = self.shared.quarantine.lock().take(id.0, blocks) {
             self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
             return Err(busy);
         }
         let progress = Arc::new(Progress::default());
         let died = {
-            let mut done = lock(&self.shared.done);
+            let mut done = self.shared.done.lock();
             if !done.died {
                 done.progress.insert(id, progress.clone());
                 if let Some(tx) = waiter {
@@ -277,7 +278,7 @@ impl Consumer {
         };
         if died {
             let blocks = pull.blocks.iter().flat_map(LocalBlocks::wanted_blocks);
-            lock(&self.shared.quarantine).give_back(id.0, blocks);
+            self.shared.quarantine.lock().give_back(id.0, blocks);
             self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
             return Err(PullError::Died);
         }
@@ -343,25 +344,19 @@ impl Consumer {
 
     /// The next pull that has ended, if there is one. Never blocks.
     pub fn poll(&self) -> Option<Ended> {
-        lock(&self.shared.done).queue.pop_front()
+        self.shared.done.lock().queue.pop_front()
     }
 
     /// Waits for the next pull to end, for `timeout` at most.
     pub fn wait(&self, timeout: Duration) -> Option<Ended> {
-        let until = Instant::now() + timeout.min(MAX_DEADLINE);
-        let mut done = lock(&self.shared.done);
-        loop {
-            if let Some(e) = done.queue.pop_front() {
-                return Some(e);
-            }
-            let left = until.checked_duration_since(Instant::now())?;
-            done = self.shared.ended.wait_timeout(done, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+        let mut done = self.shared.done.lock();
+        self.shared.ended.wait_while_for(&mut done, |d| d.queue.is_empty(), timeout.min(MAX_DEADLINE));
+        done.queue.pop_front()
     }
 
     /// How far a pull is: loaded chunks, and all chunks (0 until its peers have answered). `None` when it has ended.
     pub fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
-        lock(&self.shared.done).progress.get(&pull).map(|p| p.get())
+        self.shared.done.lock().progress.get(&pull).map(|p| p.get())
     }
 
     /// Pulls that have not ended.
@@ -371,14 +366,14 @@ impl Consumer {
 
     /// Peers whose sessions are up.
     pub fn peers(&self) -> usize {
-        let mut up = lock(&self.shared.up);
+        let mut up = self.shared.up.lock();
         up.retain(|u| u.strong_count() > 0);
         up.iter().filter_map(Weak::upgrade).filter(|u| u.load(Ordering::Relaxed)).count()
     }
 
     /// Local blocks that pulls hold now, the withheld ones included.
     pub fn blocks_held(&self) -> usize {
-        lock(&self.shared.quarantine).len()
+        self.shared.quarantine.lock().len()
     }
 
     /// Pulls whose lanes wedged, or which were on when the data thread died: their blocks are withheld until this process
@@ -389,7 +384,7 @@ impl Consumer {
 
     /// Whether pulls are taken: not after [`Consumer::shutdown`], and not after the data thread has died of a bug.
     pub fn is_alive(&self) -> bool {
-        !self.stopped.load(Ordering::Acquire) && !lock(&self.shared.done).died
+        !self.stopped.load(Ordering::Acquire) && !self.shared.done.lock().died
     }
 
     /// Its metrics, to register where the engine's are.
@@ -401,7 +396,7 @@ impl Consumer {
     /// Pulls that ended meanwhile can still be polled.
     pub fn shutdown(&self) {
         self.stopped.store(true, Ordering::Release);
-        let Some(rail) = lock(&self.rail).take() else { return };
+        let Some(rail) = self.rail.lock().take() else { return };
         self.mailbox.send(Mail::Stop(Instant::now() + Self::SHUTDOWN));
         // A panic in there was printed already.
         let _ = rail.join();
@@ -419,10 +414,6 @@ impl Drop for Consumer {
 
 /// A month: far enough to mean "for ever", near enough to add to an `Instant`.
 const MAX_DEADLINE: Duration = Duration::from_secs(30 * 86_400);
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// What can be said of the wanted blocks before a peer is asked.
 fn check_wanted(layout: &PoolLayout, wanted: &[LocalBlocks], limit: usize) -> Result<(), PullError> {
@@ -475,7 +466,7 @@ impl Reports for Shared {
 
     fn ended(&self, ended: Ended) {
         let blocks = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied();
-        lock(&self.quarantine).give_back(ended.pull.0, blocks);
+        self.quarantine.lock().give_back(ended.pull.0, blocks);
         self.pulls.fetch_sub(1, Ordering::AcqRel);
         self.metrics.running.dec();
         self.metrics.ended(&ended.outcome);
@@ -486,7 +477,7 @@ impl Reports for Shared {
                 cause = ended.outcome.cause().map_or("none", Cause::as_str), "pull ended with invalid blocks"
             );
         }
-        let mut done = lock(&self.done);
+        let mut done = self.done.lock();
         done.progress.remove(&ended.pull);
         let unclaimed = match done.waiters.remove(&ended.pull) {
             Some(tx) => tx.send(ended).err(),
@@ -511,7 +502,7 @@ impl Reports for Shared {
 
     fn died(&self) {
         let on = {
-            let mut done = lock(&self.done);
+            let mut done = self.done.lock();
             done.died = true;
             let on = done.progress.len();
             self.wedged.store(on, Ordering::Release);

@@ -9,7 +9,7 @@ mod core;
 use std::{
     collections::{HashMap, VecDeque},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,9 +25,10 @@ use kvferry_proto::{
     shard::Shard,
     table::{self as books, OfferTable},
 };
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::Notify;
 
-use self::core::{Core, State, keep_time, lock};
+use self::core::{Core, State, keep_time};
 use crate::{
     config::Config,
     control::server::{Extra, Server},
@@ -315,21 +316,21 @@ impl Producer {
     /// The next offer whose blocks may be used again, if there is one. Call it once an engine step; it never blocks, and
     /// sees every lease that has run out by now.
     pub fn poll_freed(&self) -> Option<Freed> {
-        if let Some(f) = lock(&self.core.freed).pop_front() {
+        if let Some(f) = self.core.freed.lock().pop_front() {
             return Some(f);
         }
         let mut state = self.core.lock();
         state.table.tick(Instant::now());
         self.core.carry_out(&mut state);
         drop(state);
-        lock(&self.core.freed).pop_front()
+        self.core.freed.lock().pop_front()
     }
 
     /// Waits for the next freed offer, for `timeout` at most.
     pub fn wait_freed(&self, timeout: Duration) -> Option<Freed> {
-        let freed = lock(&self.core.freed);
-        let waited = self.core.freed_now.wait_timeout_while(freed, timeout, |f| f.is_empty());
-        waited.unwrap_or_else(PoisonError::into_inner).0.pop_front()
+        let mut freed = self.core.freed.lock();
+        self.core.freed_now.wait_while_for(&mut freed, |f| f.is_empty(), timeout);
+        freed.pop_front()
     }
 
     /// The next freed offer, for async code.

@@ -116,10 +116,9 @@ impl LaneConnector for Connector {
 mod verbs {
     //! Verbs calls block for milliseconds, so they run on threads that may.
 
-    use std::{
-        net::SocketAddr,
-        sync::{Arc, Mutex, PoisonError},
-    };
+    use std::{net::SocketAddr, sync::Arc};
+
+    use parking_lot::Mutex;
 
     use crate::{
         config::VerbsConfig,
@@ -154,7 +153,7 @@ mod verbs {
         }
 
         fn rails(&self) -> Result<Arc<Rails>, VerbsError> {
-            let mut rails = self.rails.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut rails = self.rails.lock();
             match &*rails {
                 Some(rails) => Ok(rails.clone()),
                 None => Ok(rails.insert(Rails::open(&self.config, self.memory.clone(), Role::Reader)?).clone()),

@@ -12,7 +12,7 @@ use kvferry_proto::{
     session::Want,
 };
 
-use super::{Shared, connector::Connector, lock};
+use super::{Shared, connector::Connector};
 use crate::{
     config::Config,
     control::{
@@ -58,7 +58,7 @@ impl Directory {
                 self.events.clone(),
                 self.connector.clone(),
             );
-            let mut up = lock(&self.shared.up);
+            let mut up = self.shared.up.lock();
             up.retain(|u| u.strong_count() > 0);
             up.push(handle.up());
             Known { handle, used: Instant::now() }

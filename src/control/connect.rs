@@ -5,7 +5,7 @@ use std::{
     collections::HashSet,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,12 +16,12 @@ use kvferry_proto::{
     lane::LaneKind,
     puller::{Addr, LaneWish, Need},
 };
+use parking_lot::Mutex;
 use tonic::Code;
 
 use super::{
     dial::{Line, said},
     events::Connected,
-    guard::lock,
     proto,
 };
 use crate::lane::{LaneError, WakingLane, ticket::LaneTicket, verbs::VerbsRequest};
@@ -71,7 +71,7 @@ pub(crate) struct Skipped(Arc<Mutex<HashSet<(Incarnation, LaneKind)>>>);
 
 impl Skipped {
     fn first(&self, incarnation: Incarnation, kind: LaneKind) -> bool {
-        let mut said = lock(&self.0);
+        let mut said = self.0.lock();
         // What was said of earlier incarnations is of no more use.
         said.retain(|(i, _)| *i == incarnation);
         said.insert((incarnation, kind))

@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -15,6 +15,7 @@ use std::{
 };
 
 use futures_core::Stream;
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -24,11 +25,6 @@ use tonic::transport::server::Connected;
 
 /// Wait after an accept that failed for want of something (descriptors, memory): trying again at once would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Locks, also when a thread panicked with the lock: what is kept under it is whole between any two statements.
-pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// All connections of one server.
 pub(crate) struct Guard {
@@ -51,12 +47,12 @@ impl Guard {
 
     #[cfg(test)]
     pub(crate) fn count(&self) -> usize {
-        lock(&self.held).conns.len()
+        self.held.lock().conns.len()
     }
 
     /// Takes a connection in; `None`: there are too many.
     fn admit(self: &Arc<Self>, io: TcpStream, from: SocketAddr) -> Option<Conn> {
-        let mut held = lock(&self.held);
+        let mut held = self.held.lock();
         if held.conns.len() >= self.limit {
             held.turned_away += 1;
             if held.turned_away == 1 {
@@ -94,7 +90,7 @@ impl Guard {
 
     /// Wakers run outside the lock.
     fn all(&self) -> Vec<Arc<ConnState>> {
-        lock(&self.held).conns.values().cloned().collect()
+        self.held.lock().conns.values().cloned().collect()
     }
 }
 
@@ -120,7 +116,7 @@ impl ConnState {
     /// Cuts it off, with everything on it.
     pub(crate) fn kill(&self) {
         self.dead.store(true, Ordering::Release);
-        let waker = lock(&self.reader).take();
+        let waker = self.reader.lock().take();
         if let Some(w) = waker {
             w.wake();
         }
@@ -147,7 +143,7 @@ pub(crate) struct Conn {
 
 impl Drop for Conn {
     fn drop(&mut self) {
-        lock(&self.guard.held).conns.remove(&self.number);
+        self.guard.held.lock().conns.remove(&self.number);
     }
 }
 
@@ -163,7 +159,7 @@ impl AsyncRead for Conn {
         self.state.check()?;
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
         if read.is_pending() {
-            let mut reader = lock(&self.state.reader);
+            let mut reader = self.state.reader.lock();
             match &mut *reader {
                 Some(w) => w.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),

@@ -4,7 +4,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Waker},
@@ -12,9 +12,10 @@ use std::{
 };
 
 use kvferry_proto::frame::ServerFrame;
+use parking_lot::Mutex;
 use tonic::Status;
 
-use super::guard::{ConnState, lock};
+use super::guard::ConnState;
 
 /// Most frames that wait for a session. Answers wait for their question's sender by themselves; only what nobody asked
 /// for (claims that run out, offers that are revoked) can pile up, and 16,384 of it is under a megabyte.
@@ -43,7 +44,7 @@ impl Outbox {
     /// Whether the session is over.
     #[cfg(test)]
     pub(crate) fn is_over(&self) -> bool {
-        let q = lock(&self.0.queue);
+        let q = self.0.queue.lock();
         q.closed || q.end.is_some() || q.ended.is_some()
     }
 }
@@ -89,7 +90,7 @@ impl Mailbox {
     }
 
     fn send(&self, frame: ServerFrame) -> bool {
-        let mut q = lock(&self.queue);
+        let mut q = self.queue.lock();
         if q.closed || q.ended.is_some() {
             return false;
         }
@@ -114,12 +115,12 @@ impl Mailbox {
 
     /// Puts a frame before all others.
     pub(crate) fn send_first(&self, frame: ServerFrame) {
-        lock(&self.queue).frames.push_front(frame);
+        self.queue.lock().frames.push_front(frame);
     }
 
     /// Ends the stream once what waits is sent. The first end counts.
     pub(crate) fn end(&self, status: Status) {
-        let mut q = lock(&self.queue);
+        let mut q = self.queue.lock();
         if q.closed || q.ended.is_some() {
             return;
         }
@@ -134,14 +135,14 @@ impl Mailbox {
 
     /// The stream is gone.
     pub(crate) fn close(&self) {
-        let mut q = lock(&self.queue);
+        let mut q = self.queue.lock();
         q.closed = true;
         q.frames = VecDeque::new();
         q.waker = None;
     }
 
     pub(crate) fn next(&self) -> Next {
-        let mut q = lock(&self.queue);
+        let mut q = self.queue.lock();
         if let Some(frame) = q.frames.pop_front() {
             // A burst's memory is given back: sessions are idle most of their life.
             if q.frames.is_empty() && q.frames.capacity() > 64 {
@@ -154,7 +155,7 @@ impl Mailbox {
 
     /// Has the stream woken when something comes. `false`: something is there already.
     pub(crate) fn park(&self, cx: &Context<'_>) -> bool {
-        let mut q = lock(&self.queue);
+        let mut q = self.queue.lock();
         if !q.frames.is_empty() || q.end.is_some() {
             return false;
         }
@@ -176,7 +177,7 @@ impl Mailbox {
 
     /// Ends a session that is silent or was never opened; cuts off one that was told to end and is still there.
     pub(crate) fn sweep(&self, now: Instant, open_within: Duration, silence: Duration, linger: Duration) {
-        let ended = lock(&self.queue).ended;
+        let ended = self.queue.lock().ended;
         if let Some(ended) = ended {
             if now.saturating_duration_since(ended) >= linger {
                 self.conn.kill();

@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     pin::Pin,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -19,11 +19,12 @@ use kvferry_proto::{
     hello::Hello,
     lane::LaneKind,
 };
+use parking_lot::Mutex;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{
     desk::{Desk, SessionId},
-    guard::{ConnInfo, ConnState, Guard, lock},
+    guard::{ConnInfo, ConnState, Guard},
     outbox::{Mailbox, Next, Outbox},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
@@ -77,7 +78,7 @@ impl Hub {
 
     #[cfg(test)]
     pub(crate) fn sessions(&self) -> usize {
-        lock(&self.sessions).on.len()
+        self.sessions.lock().on.len()
     }
 
     /// How often [`Hub::sweep`] is due: often enough for the shortest time-out, and never so often that it is felt.
@@ -102,7 +103,7 @@ impl Hub {
     }
 
     fn mailboxes(&self) -> Vec<Arc<Mailbox>> {
-        lock(&self.sessions).on.values().cloned().collect()
+        self.sessions.lock().on.values().cloned().collect()
     }
 
     fn enter(
@@ -110,7 +111,7 @@ impl Hub {
         inbound: Streaming<proto::ClientFrame>,
         conn: Arc<ConnState>,
     ) -> Result<Session, Status> {
-        let mut sessions = lock(&self.sessions);
+        let mut sessions = self.sessions.lock();
         if self.stopping.load(Ordering::Acquire) {
             return Err(Refusal::Stopping.status());
         }
@@ -227,7 +228,7 @@ impl Session {
     fn close(&mut self) {
         self.inbound = None;
         self.mailbox.close();
-        lock(&self.hub.sessions).on.remove(&self.number);
+        self.hub.sessions.lock().on.remove(&self.number);
         if let Some((id, from)) = self.opened.take() {
             tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
             self.hub.desk.closed(id, &from);

@@ -5,11 +5,12 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
 /// A queue into one thread. Clones send to the same one.
@@ -38,7 +39,7 @@ impl<T> Mailbox<T> {
 
     /// Sends one, and wakes the reader if it sleeps.
     pub(crate) fn send(&self, mail: T) {
-        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(mail);
+        self.0.queue.lock().push_back(mail);
         if self.0.asleep.swap(false, Ordering::SeqCst) {
             // The counter cannot overflow: it is written once for each sleep.
             let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
@@ -47,13 +48,13 @@ impl<T> Mailbox<T> {
 
     /// Moves all mail to `into`.
     pub(crate) fn take(&self, into: &mut VecDeque<T>) {
-        into.append(&mut self.0.queue.lock().unwrap_or_else(PoisonError::into_inner));
+        into.append(&mut self.0.queue.lock());
     }
 
     /// Says that the reader is about to sleep on [`Mailbox::fd`]; `false` when there is mail and it must not.
     pub(crate) fn about_to_sleep(&self) -> bool {
         self.0.asleep.store(true, Ordering::SeqCst);
-        if self.0.queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+        if self.0.queue.lock().is_empty() {
             return true;
         }
         self.0.asleep.store(false, Ordering::SeqCst);

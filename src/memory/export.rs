@@ -5,12 +5,13 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc,
         atomic::{Ordering, fence},
     },
 };
 
 use kvferry_proto::{block::Nonce, group::PoolLayout, offer::OfferGroup};
+use parking_lot::RwLock;
 
 use super::{FenceWords, Memory};
 
@@ -40,20 +41,19 @@ impl Export {
 
     /// The offer in `slot` may be read from now on. Its word is set last, once everything that it vouches for is in place.
     pub(crate) fn publish(&self, slot: u32, nonce: Nonce, groups: Arc<[OfferGroup]>) {
-        // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
-        self.live.write().unwrap_or_else(PoisonError::into_inner).insert(slot, Live { nonce, groups });
+        self.live.write().insert(slot, Live { nonce, groups });
         self.words.set(slot, nonce);
     }
 
     /// The offer in `slot` may be read no more. The word is cleared first, and when this returns the blocks may be written.
     pub(crate) fn withdraw(&self, slot: u32) {
         self.words.clear(slot);
-        self.live.write().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+        self.live.write().remove(&slot);
     }
 
     /// The blocks of the offer in `slot`, if it is live and its nonce is this one.
     pub(crate) fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<[OfferGroup]>> {
-        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        let live = self.live.read();
         live.get(&slot).filter(|l| l.nonce.get() == nonce).map(|l| l.groups.clone())
     }
 
@@ -104,7 +104,6 @@ mod tests {
             panic!("on purpose");
         })
         .join();
-        assert!(e.live.is_poisoned());
         let n = Nonce::random();
         e.publish(0, n, [].into());
         assert!(e.resolve(0, n.get()).is_some());

@@ -5,10 +5,11 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use super::{OfferSpec, Ready};
@@ -86,10 +87,6 @@ pub(super) struct Session {
     lanes: VecDeque<(LaneKind, u64)>,
 }
 
-pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Which lane of a session goes for another one of this kind, if one must: never one of another kind, which may be all that
 /// the consumer reads over.
 fn superfluous(lanes: &VecDeque<(LaneKind, u64)>, kind: LaneKind) -> Option<usize> {
@@ -100,7 +97,7 @@ fn superfluous(lanes: &VecDeque<(LaneKind, u64)>, kind: LaneKind) -> Option<usiz
 
 impl Core {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        self.state.lock()
     }
 
     pub(super) fn name(&self, spec: OfferSpec) -> Offer {
@@ -172,7 +169,7 @@ impl Core {
                         tracing::warn!(offer = %f.offer, why = ?f.why, "offer ended without a release; its blocks are freed");
                     }
                     self.metrics.freed(f.why);
-                    lock(&self.freed).push_back(f);
+                    self.freed.lock().push_back(f);
                     freed += 1;
                 }
                 books::Out::Send(to, frame) => {

@@ -6,11 +6,12 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use kvferry_proto::{block::Incarnation, config::Limits};
+use parking_lot::Mutex;
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -97,15 +98,7 @@ enum State {
     Open { _close: oneshot::Sender<()> },
 }
 
-#[derive(Debug, Default)]
-struct Lanes(Mutex<HashMap<u64, State>>);
-
-impl Lanes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, State>> {
-        // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+type Lanes = Mutex<HashMap<u64, State>>;
 
 struct Shared {
     export: Arc<Export>,

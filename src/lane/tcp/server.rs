@@ -10,7 +10,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -18,6 +18,7 @@ use std::{
 };
 
 use kvferry_proto::{block::Incarnation, config::Limits};
+use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     event::{EventfdFlags, Timespec, epoll, eventfd},
     io::Errno,
@@ -67,9 +68,9 @@ struct Lanes {
 }
 
 impl Common {
-    fn lanes(&self) -> std::sync::MutexGuard<'_, Lanes> {
+    fn lanes(&self) -> MutexGuard<'_, Lanes> {
         // Each change is one call on a map: whole, whatever happened to the thread that made it.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.lanes.lock()
     }
 
     fn wake(&self) {

@@ -80,7 +80,21 @@ impl Memory {
         })))
     }
 
-    /// Allocates zeroed memory that nobody else can map: what an engine's own allocation looks like to kvferry.
+    /// The engine's memory, or memory of kvferry's own with every page backed. Checked against the layout.
+    pub(crate) fn for_layout(given: Option<Self>, layout: &PoolLayout) -> Result<Self, StartError> {
+        let memory = match given {
+            Some(memory) => memory,
+            None => {
+                let memory = Self::alloc(&layout.segments)?;
+                memory.touch()?;
+                memory
+            }
+        };
+        memory.check(layout)?;
+        Ok(memory)
+    }
+
+    /// Allocates zeroed memory that no other process can map: what an engine's own allocation looks like to kvferry.
     pub fn anonymous(segments: &[u64]) -> Result<Self, StartError> {
         let bytes = segments.iter().fold(0u64, |sum, &s| sum.saturating_add(s));
         let maps = segments.iter().map(|&len| Mapping::anonymous(len)).collect::<io::Result<Vec<_>>>();

@@ -8,7 +8,7 @@ use kvferry_proto::{
     plan::ChunkSize,
 };
 
-use crate::lane::faults::Faults;
+use crate::{error::StartError, faults::Faults};
 
 /// What to do when the ladder's last rung fails and blocks stay in quarantine for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -200,8 +200,8 @@ impl std::fmt::Debug for TlsConfig {
 
 impl Config {
     /// Checks what cannot work.
-    pub fn check(&self) -> Result<(), crate::error::StartError> {
-        let bad = |field, why: &str| Err(crate::error::StartError::Config { field, why: why.into() });
+    pub fn check(&self) -> Result<(), StartError> {
+        let bad = |field, why: &str| Err(StartError::Config { field, why: why.into() });
         let s = &self.session;
         if s.heartbeat.is_zero() || s.idle_heartbeat.is_zero() {
             return bad("session.heartbeat", "must be longer than zero");

@@ -60,6 +60,7 @@ mod consumer;
 mod control;
 mod driver;
 mod error;
+mod faults;
 mod lane;
 mod memory;
 pub mod metrics;
@@ -70,6 +71,7 @@ pub use config::{Config, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig}
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
+pub use faults::{BadFault, Faults};
 pub use kvferry_proto::{
     block::{BadEngineId, Block, BlockId, EngineId, GroupId, Incarnation, OfferId, PositionSet, Rank},
     config::{LeaseConfig, Limits, SessionConfig},
@@ -86,10 +88,7 @@ pub use kvferry_proto::{
     shard::Shard,
     table::Freed,
 };
-pub use lane::{
-    built as built_lanes,
-    faults::{BadFault, Faults},
-};
+pub use lane::built as built_lanes;
 pub use memory::{Memory, Span};
 pub use producer::{Builder as ProducerBuilder, OfferSpec, Producer, Ready};
 

@@ -19,11 +19,10 @@ use tonic::{
 use tonic_health::ServingStatus;
 
 use super::{
-    DESCRIPTORS,
     desk::Desk,
     guard::{ConnInfo, Guard, Incoming},
     health,
-    proto::ferry_server::FerryServer,
+    proto::{DESCRIPTORS, ferry_server::FerryServer},
     service::{FerryService, Hub},
     tls,
 };
@@ -72,12 +71,12 @@ impl Server {
         config: &Config,
         extra: Option<Extra>,
     ) -> Result<Self, StartError> {
-        let os = |what| move |source| StartError::Os { what, source };
-        let addr = listener.local_addr().map_err(os("cannot learn the listening address"))?;
-        listener.set_nonblocking(true).map_err(os("cannot make the listening socket non-blocking"))?;
+        let addr = listener.local_addr().map_err(StartError::os("cannot learn the listening address"))?;
+        listener.set_nonblocking(true).map_err(StartError::os("cannot make the listening socket non-blocking"))?;
         let listener = {
             let _in_runtime = handle.enter();
-            tokio::net::TcpListener::from_std(listener).map_err(os("cannot register the listening socket"))?
+            tokio::net::TcpListener::from_std(listener)
+                .map_err(StartError::os("cannot register the listening socket"))?
         };
         // A consumer that dials anew holds two connections for a moment; health and reflection need a few more.
         let guard = Guard::new(config.limits.sessions.saturating_mul(2).saturating_add(64));

@@ -20,7 +20,7 @@ use rustix::{
     time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
 };
 
-use crate::lane::{WakingLane, faults::Faults};
+use crate::{faults::Faults, lane::WakingLane};
 
 /// A lane that breaks.
 pub(crate) struct Faulty {

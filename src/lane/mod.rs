@@ -5,7 +5,6 @@ use std::{io, os::fd::BorrowedFd};
 use kvferry_proto::lane::{Lane, LaneKind};
 
 pub(crate) mod error;
-pub(crate) mod faults;
 pub(crate) mod faulty;
 pub(crate) mod local;
 pub(crate) mod tcp;

@@ -29,7 +29,7 @@ use crate::{
     config::Config,
     control::{
         client::{PeerHandle, PeerTask},
-        connect::{Connecting, LaneConnector},
+        connect::{Connecting, LaneConnector, Prepared},
         desk::{Desk, SessionId},
         events::{Connected, Events},
         outbox::Outbox,
@@ -270,7 +270,7 @@ impl Rig {
 pub(super) struct NoLanes;
 
 impl LaneConnector for NoLanes {
-    fn connect(&self, ticket: LaneTicket, _: Arc<Welcome>, _: SocketAddr) -> Connecting<'_> {
+    fn connect(&self, ticket: LaneTicket, _: Prepared, _: Arc<Welcome>, _: SocketAddr) -> Connecting<'_> {
         Box::pin(async move { Err(LaneError::Refused { why: format!("no {} lane in this test", ticket.kind()) }) })
     }
 }

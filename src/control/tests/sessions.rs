@@ -18,7 +18,7 @@ use kvferry_proto::{
 use super::rig::{Consumer, Rig, Seen, config, hello, run, want};
 use crate::{
     control::{
-        connect::{Connecting, LaneConnector},
+        connect::{Connecting, LaneConnector, Prepared},
         refusal::Refusal,
     },
     lane::{LaneError, ticket::LaneTicket},
@@ -199,7 +199,7 @@ fn a_server_that_shuts_down_closes_its_port_and_its_sessions() {
 struct Tickets(Mutex<Vec<(LaneTicket, SocketAddr)>>);
 
 impl LaneConnector for Tickets {
-    fn connect(&self, ticket: LaneTicket, _: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
+    fn connect(&self, ticket: LaneTicket, _: Prepared, _: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
         self.0.lock().unwrap().push((ticket, peer));
         Box::pin(async { Err(LaneError::Refused { why: "this is a test".into() }) })
     }

@@ -20,7 +20,7 @@ use rustix::{
     net::RecvFlags,
 };
 
-use super::source::Source;
+use super::source::{QueuedRead, Source};
 use crate::{lane::WakingLane, memory::Memory};
 
 /// Reads that may be queued: the batch of one `process_vm_readv`.
@@ -31,18 +31,6 @@ const WINDOW_BYTES: u64 = 4 << 20;
 const POLL_BYTES: usize = 2 << 20;
 /// Fences that may be queued, and are read in one go.
 const WINDOW_FENCES: usize = 64;
-
-/// A read that waits for its copy, or what is left of it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Waiting {
-    attempt: Attempt,
-    chunk: u32,
-    pub src_segment: u16,
-    pub dst_segment: u16,
-    pub src_offset: u64,
-    pub dst_offset: u64,
-    pub len: u64,
-}
 
 /// The process at the other end.
 #[derive(Debug)]
@@ -101,9 +89,9 @@ pub(crate) struct LocalLane {
     source: Source,
     remote: Arc<PoolLayout>,
     memory: Memory,
-    attempts: Vec<Try>,
+    attempts: Vec<AttemptState>,
     /// Copies to do, in the order that they were posted in.
-    queue: VecDeque<Waiting>,
+    queue: VecDeque<QueuedRead>,
     /// Bytes of them.
     queued: u64,
     fences: VecDeque<(Attempt, FenceSlot)>,
@@ -116,7 +104,7 @@ pub(crate) struct LocalLane {
 }
 
 #[derive(Debug)]
-struct Try {
+struct AttemptState {
     attempt: Attempt,
     failed: bool,
 }
@@ -262,7 +250,7 @@ impl Lane for LocalLane {
         if let Some(cause) = self.down {
             self.pending.extend([LaneEvent::Failed { attempt: a, cause }, LaneEvent::Quiet { attempt: a }]);
         } else if !self.attempts.iter().any(|t| t.attempt == a) {
-            self.attempts.push(Try { attempt: a, failed: false });
+            self.attempts.push(AttemptState { attempt: a, failed: false });
         }
     }
 
@@ -279,7 +267,7 @@ impl Lane for LocalLane {
                 return reads.len();
             }
             self.queued += r.len;
-            self.queue.push_back(Waiting {
+            self.queue.push_back(QueuedRead {
                 attempt: a,
                 chunk: r.chunk,
                 src_segment: r.src_segment,

@@ -9,13 +9,24 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use kvferry_proto::group::PoolLayout;
+use kvferry_proto::{group::PoolLayout, lane::Attempt};
 
-use super::reader::Waiting;
 use crate::memory::{Mapping, Memory};
 
+/// A queued read, or its remaining part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct QueuedRead {
+    pub attempt: Attempt,
+    pub chunk: u32,
+    pub src_segment: u16,
+    pub dst_segment: u16,
+    pub src_offset: u64,
+    pub dst_offset: u64,
+    pub len: u64,
+}
+
 /// Most pieces of one `process_vm_readv`: the kernel's UIO_MAXIOV.
-pub(super) const MAX_PIECES: usize = 1024;
+const MAX_PIECES: usize = 1024;
 
 /// Where the peer's bytes come from.
 #[derive(Debug)]
@@ -36,7 +47,7 @@ impl Source {
 
     /// Copies from the front of the queue, at most `budget` bytes, and returns how many. They may end in the middle of a
     /// read. Every read was checked against `layout`, the peer's, and against `memory` when it was queued.
-    pub(super) fn copy(&self, queue: &VecDeque<Waiting>, memory: &Memory, budget: usize) -> io::Result<usize> {
+    pub(super) fn copy(&self, queue: &VecDeque<QueuedRead>, memory: &Memory, budget: usize) -> io::Result<usize> {
         match self {
             Self::Mapped { segments, .. } => {
                 let mut done = 0;
@@ -134,7 +145,7 @@ impl Source {
 ///
 /// # Safety
 /// All pieces are initialised, and those of `here` are valid for writes.
-pub(super) unsafe fn read_process(
+unsafe fn read_process(
     pid: i32,
     here: &[MaybeUninit<libc::iovec>],
     there: &[MaybeUninit<libc::iovec>],

@@ -14,7 +14,6 @@ use std::{
 };
 
 use kvferry_proto::{
-    Machine,
     block::OfferId,
     error::OfferError,
     frame::PeerId,

@@ -1,6 +1,5 @@
-//! The calls of Ferry and Bench, and a session's stream. Frames are read and answered in one place, the task that writes
-//! the answer, so that a claim's round trip has no hand-over between tasks on this side; and nothing is read from a
-//! consumer that does not read.
+//! The calls of Ferry, and a session's stream. One task reads a session's frames and writes the answers: a claim's round
+//! trip has no hand-over between tasks, and no frame is read from a consumer that does not read its answers.
 
 use std::{
     collections::HashMap,
@@ -32,15 +31,15 @@ use super::{
 };
 use crate::config::Config;
 
-/// Frames of one session that are dealt with before others have their turn.
+/// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
 
-/// What all calls of a server share.
+/// Shared by all calls of a server.
 pub(crate) struct Hub {
     desk: Arc<dyn Desk>,
     guard: Arc<Guard>,
     sessions: Mutex<Sessions>,
-    /// Most session streams, opened or not.
+    /// Most session streams, including those without an Open.
     limit: usize,
     frame_bytes: usize,
     open_within: Duration,
@@ -52,7 +51,7 @@ pub(crate) struct Hub {
 #[derive(Default)]
 struct Sessions {
     next: u64,
-    on: HashMap<u64, Arc<Mailbox>>,
+    live: HashMap<u64, Arc<Mailbox>>,
 }
 
 impl Hub {
@@ -78,15 +77,15 @@ impl Hub {
 
     #[cfg(test)]
     pub(crate) fn sessions(&self) -> usize {
-        self.sessions.lock().on.len()
+        self.sessions.lock().live.len()
     }
 
-    /// How often [`Hub::sweep`] is due: often enough for the shortest time-out, and never so often that it is felt.
+    /// Time between two calls of [`Hub::sweep`]: short enough for the shortest timeout, long enough to cost nothing.
     pub(crate) fn sweep_every(&self) -> Duration {
         (self.silence.min(self.open_within) / 4).clamp(Duration::from_millis(10), Duration::from_secs(1))
     }
 
-    /// Ends what is silent, half open or not read.
+    /// Ends sessions and connections that are silent, half open or not read.
     pub(crate) fn sweep(&self, now: Instant) {
         self.guard.sweep(now, self.open_within);
         for m in self.mailboxes() {
@@ -94,7 +93,7 @@ impl Hub {
         }
     }
 
-    /// Ends all sessions; none begins any more.
+    /// Ends all sessions and accepts no new ones.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         for m in self.mailboxes() {
@@ -103,7 +102,7 @@ impl Hub {
     }
 
     fn mailboxes(&self) -> Vec<Arc<Mailbox>> {
-        self.sessions.lock().on.values().cloned().collect()
+        self.sessions.lock().live.values().cloned().collect()
     }
 
     fn enter(
@@ -115,13 +114,13 @@ impl Hub {
         if self.stopping.load(Ordering::Acquire) {
             return Err(Refusal::Stopping.status());
         }
-        if sessions.on.len() >= self.limit {
+        if sessions.live.len() >= self.limit {
             return Err(Refusal::Limit { what: "sessions", limit: self.limit }.status());
         }
         let number = sessions.next;
         sessions.next += 1;
         let mailbox = Mailbox::new(conn);
-        sessions.on.insert(number, mailbox.clone());
+        sessions.live.insert(number, mailbox.clone());
         Ok(Session { inbound: Some(inbound), mailbox, number, opened: None, hub: self.clone() })
     }
 }
@@ -155,8 +154,10 @@ impl Ferry for FerryService {
             Some(ends) if kind == LaneKind::Verbs => {
                 let desk = self.0.desk.clone();
                 let make = move || desk.connect_verbs(&wanted.from, wanted.expect, &ends);
-                // Queue pairs are made by the device's firmware: other calls go on meanwhile.
-                tokio::task::spawn_blocking(make).await.map_err(|_| Status::internal("the lane could not be made"))?
+                // The device's firmware creates queue pairs slowly: other calls go on meanwhile.
+                tokio::task::spawn_blocking(make)
+                    .await
+                    .map_err(|_| Status::internal("the thread that creates the lane panicked"))?
             }
             _ => self.0.desk.connect_lane(&wanted.from, wanted.expect, kind),
         };
@@ -168,7 +169,7 @@ impl Ferry for FerryService {
 
     async fn session(&self, request: Request<Streaming<proto::ClientFrame>>) -> Result<Response<Session>, Status> {
         let Some(ConnInfo(conn)) = request.extensions().get().cloned() else {
-            return Err(Status::internal("this connection is not known"));
+            return Err(Status::internal("unknown connection"));
         };
         Ok(Response::new(self.0.enter(request.into_inner(), conn)?))
     }
@@ -180,7 +181,7 @@ impl Ferry for FerryService {
     }
 }
 
-/// The stream of one session: polled for what goes to the consumer, it deals with what comes from it.
+/// The stream of one session. Polling it for the next frame to the consumer also handles the frames from the consumer.
 pub(crate) struct Session {
     inbound: Option<Streaming<proto::ClientFrame>>,
     mailbox: Arc<Mailbox>,
@@ -211,7 +212,7 @@ impl Session {
         }
     }
 
-    /// What a stream that broke, or carried what is no frame, is answered.
+    /// The status for a stream that broke or carried a malformed frame.
     fn unreadable(&self, status: Status) -> Status {
         match status.code() {
             Code::OutOfRange => Status::resource_exhausted(format!(
@@ -224,11 +225,11 @@ impl Session {
         }
     }
 
-    /// The session is over; said once.
+    /// Ends the session; tells the desk once.
     fn close(&mut self) {
         self.inbound = None;
         self.mailbox.close();
-        self.hub.sessions.lock().on.remove(&self.number);
+        self.hub.sessions.lock().live.remove(&self.number);
         if let Some((id, from)) = self.opened.take() {
             tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
             self.hub.desk.closed(id, &from);
@@ -262,7 +263,7 @@ impl Stream for Session {
                     this.mailbox.heard();
                     if let Err(status) = this.frame(frame) {
                         if let Some((_, from)) = &this.opened {
-                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "a consumer's frame was refused: session closed");
+                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "refused a consumer's frame: closed its session");
                         }
                         this.mailbox.end(status);
                     }

@@ -19,7 +19,7 @@ const MAX_TIME: Duration = Duration::from_secs(86_400);
 /// A message that breaks a bound of the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {what}")]
-pub(crate) struct BadMessage {
+pub struct BadMessage {
     /// The field's path: `welcome.pool.groups`.
     pub field: String,
     /// What is wrong with it.

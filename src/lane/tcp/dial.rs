@@ -1,6 +1,6 @@
-//! The consumer's half of the handshake: connects, proves itself, and has the producer prove itself.
+//! The consumer's half of the handshake: it connects, proves that it has the lane's key, and checks the producer's proof.
 //!
-//! Bounded in time as a whole, whatever the other side does or does not send.
+//! Bounded in time as a whole, whatever the other side sends.
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
 
@@ -17,9 +17,9 @@ use super::{
 use crate::lane::LaneError;
 
 /// Longest time for a connection and its handshake.
-pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection that is ready for requests. It does not block, and no runtime knows of it any more.
+/// A connection that is ready for requests. It does not block, and is registered with no runtime.
 pub(super) async fn dial(
     addr: SocketAddr,
     lane: u64,
@@ -51,11 +51,11 @@ async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarn
     let answer = Answer::decode(&bytes).map_err(|e| LaneError::protocol(e.to_string()))?;
     match answer.verdict {
         Verdict::Welcome if keyed.is_producer(&answer.mac) => {}
-        Verdict::Welcome => return refused("it has not this lane's key: another process has taken the port"),
-        Verdict::Refused => return refused("it does not know this lane: it was restarted, or the session ended"),
-        Verdict::Full => return refused("it has as many data connections as it may: raise limits.lanes there"),
+        Verdict::Welcome => return refused("it does not have this lane's key: another process has taken the port"),
+        Verdict::Refused => return refused("it does not know this lane: it has restarted, or the session has ended"),
+        Verdict::Full => return refused("it is at its limit of data connections: raise limits.lanes there"),
         Verdict::TooLate => {
-            return refused("the proof came too late: this host is overloaded, or the network slow");
+            return refused("the proof came too late: this host is overloaded, or the network is slow");
         }
     }
     let stream = stream.into_std().map_err(connect)?;

@@ -167,7 +167,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn rubbish_is_refused_and_never_a_panic(
+        fn malformed_messages_are_refused_without_a_panic(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..200), like_a_reply: bool,
         ) {
             if like_a_reply && bytes.len() >= 12 {

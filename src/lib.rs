@@ -56,6 +56,8 @@
 // Every build decodes the messages of the verbs lane; most of their fields are used with the feature only.
 #![cfg_attr(not(feature = "verbs"), allow(dead_code, unreachable_pub))]
 
+#[cfg(test)]
+mod api;
 mod config;
 mod consumer;
 mod control;

@@ -6,7 +6,7 @@
 //! session and no other) and carries promise 8 (every dial is answered by one incarnation).
 //!
 //! - [`wire`]: protobuf to domain types and back, with every bound checked on the way in.
-//! - [`server`]: what a producer serves; it asks the producer through the [`desk::Desk`] trait. Its parts: [`outbox`], the
+//! - [`server`]: a producer's services; it asks the producer through the [`desk::Desk`] trait. Its parts: [`outbox`], the
 //!   frames to a session; [`guard`], bounds on connections; [`service`], the calls.
 //! - [`client`]: one task for each peer address, which runs a [`kvferry_proto::session::PeerSession`]. [`dial`] connects and
 //!   says Hello, [`connect`] sets up lanes; [`call`] has the calls that need no session.

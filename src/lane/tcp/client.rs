@@ -65,8 +65,8 @@ struct AttemptState {
 }
 
 impl TcpLane {
-    /// Connects to a producer rank's data port, and proves that both sides have the lane's key. `lane` and `key` come from
-    /// `ConnectLane`; `incarnation` is the one that the rank had at Hello. Takes 5 s at most for each connection.
+    /// Connects to a producer rank's data port; both sides prove to have the lane's key. `lane` and `key` come from
+    /// `ConnectLane`; `incarnation` comes from the rank's Hello. Takes 5 s at most for each connection.
     pub(crate) async fn connect(
         addr: SocketAddr,
         lane: u64,

@@ -101,7 +101,13 @@ impl Memory {
     }
 
     /// Receives into spans and then into `tail`. 0 with bytes left means that the peer has closed.
-    pub fn readv_with(&self, fd: BorrowedFd<'_>, spans: &[Span], skip: u64, tail: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn readv_with(
+        &self,
+        fd: BorrowedFd<'_>,
+        spans: &[Span],
+        skip: u64,
+        tail: &mut [u8],
+    ) -> io::Result<usize> {
         let mut pieces = Pieces::new(skip);
         pieces.spans(self, spans)?;
         pieces.bytes(tail.as_mut_ptr(), tail.len());
@@ -115,22 +121,14 @@ impl Memory {
 
     /// Sends spans. The descriptor must be a socket; a closed peer is an error, never a signal.
     pub fn writev(&self, fd: BorrowedFd<'_>, spans: &[Span], skip: u64) -> io::Result<usize> {
-        self.writev_with(fd, &[], spans, &[], skip)
+        self.writev_with(fd, &[], spans, skip)
     }
 
-    /// Sends `head`, then spans, then `tail`; see [`Memory::writev`].
-    pub fn writev_with(
-        &self,
-        fd: BorrowedFd<'_>,
-        head: &[u8],
-        spans: &[Span],
-        tail: &[u8],
-        skip: u64,
-    ) -> io::Result<usize> {
+    /// Sends `head`, then spans; see [`Memory::writev`].
+    pub(crate) fn writev_with(&self, fd: BorrowedFd<'_>, head: &[u8], spans: &[Span], skip: u64) -> io::Result<usize> {
         let mut pieces = Pieces::new(skip);
         pieces.bytes(head.as_ptr().cast_mut(), head.len());
         pieces.spans(self, spans)?;
-        pieces.bytes(tail.as_ptr().cast_mut(), tail.len());
         if pieces.used == 0 {
             return Ok(0);
         }
@@ -139,7 +137,7 @@ impl Memory {
         msg.msg_iov = pieces.list.as_mut_ptr().cast();
         msg.msg_iovlen = pieces.used as _;
         // SAFETY: the first `used` pieces are initialised. Each lies in a checked span of memory that `self` keeps alive, or
-        // in `head` or `tail`, which are borrowed for the call; the kernel only reads them.
+        // in `head`, which is borrowed for the call; the kernel only reads them.
         retry(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL) })
     }
 }
@@ -169,23 +167,24 @@ mod tests {
     fn spans_arrive_in_order_however_the_calls_are_cut() {
         let (from, to) = (filled(1 << 17), Memory::alloc(&[1 << 17, 1 << 17]).unwrap());
         let spans = spans(3000);
-        let total = spans.iter().map(|s| s.len).sum::<u64>() + 9;
+        let total = spans.iter().map(|s| s.len).sum::<u64>();
         let (a, b) = UnixStream::pair().unwrap();
         let sender = std::thread::spawn({
             let spans = spans.clone();
             move || {
                 let mut done = 0;
-                while done < total {
-                    done += from.writev_with(a.as_fd(), b"head", &spans, b"trail", done).unwrap() as u64;
+                while done < total + 4 {
+                    done += from.writev_with(a.as_fd(), b"head", &spans, done).unwrap() as u64;
                 }
-                assert_eq!(from.writev_with(a.as_fd(), b"head", &spans, b"trail", done).unwrap(), 0);
+                assert_eq!(from.writev_with(a.as_fd(), b"head", &spans, done).unwrap(), 0);
+                (&a).write_all(b"trail").unwrap();
                 from
             }
         });
         let mut head = [0; 4];
         (&b).read_exact(&mut head).unwrap();
         let (mut done, mut tail) = (0, [0; 5]);
-        while done < total - 4 {
+        while done < total + 5 {
             done += to.readv_with(b.as_fd(), &spans, done, &mut tail).unwrap() as u64;
         }
         let from = sender.join().unwrap();

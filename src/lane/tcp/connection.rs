@@ -246,7 +246,7 @@ impl Connection {
         let cut = sum.saturating_sub(*bytes + self.skip);
         let Some(last) = n.checked_sub(1) else { return Err(Halt::Over) };
         rest[last].len -= cut;
-        let sent = export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], &[], self.skip);
+        let sent = export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip);
         rest[last].len += cut;
         let sent = match sent {
             Ok(sent) => sent,

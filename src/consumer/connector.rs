@@ -12,7 +12,7 @@ use kvferry_proto::{hello::Welcome, lane::LaneKind};
 
 use crate::{
     config::{Config, TcpConfig},
-    control::connect::{Connecting, LaneConnector, Prepared, Preparing},
+    control::lanes::{Connecting, LaneConnector, Prepared, Preparing},
     faults::Faults,
     lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
     memory::Memory,
@@ -114,7 +114,7 @@ mod verbs {
 
     use crate::{
         config::VerbsConfig,
-        control::connect::Prepared,
+        control::lanes::Prepared,
         lane::{
             LaneError, WakingLane,
             verbs::{Opening, Rails, Role, VerbsError, VerbsTicket},

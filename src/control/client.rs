@@ -22,9 +22,9 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
 use super::{
-    connect::{LaneCall, LaneConnector, Skipped},
     dial::{Connection, Dialer, random, said},
     events::{Connected, Events},
+    lanes::{LaneCall, LaneConnector, Skipped},
     proto,
 };
 use crate::config::Config;
@@ -42,8 +42,7 @@ use kvferry_proto::{
 const TICK: Duration = Duration::from_millis(1);
 
 enum Command {
-    Claim(Want),
-    Release(Incarnation, Release),
+    Session(session::In),
     Connect(LaneWish),
 }
 
@@ -63,12 +62,12 @@ impl std::fmt::Debug for PeerHandle {
 impl PeerHandle {
     /// Makes a claim; [`Events::granted`] or [`Events::lost`] answers it.
     pub(crate) fn claim(&self, want: Want) {
-        self.tell(Command::Claim(want));
+        self.tell(Command::Session(session::In::Claim(want)));
     }
 
     /// Releases a claim or an offer; sent until acknowledged.
     pub(crate) fn release(&self, expect: Incarnation, release: Release) {
-        self.tell(Command::Release(expect, release));
+        self.tell(Command::Session(session::In::Release { expect, release }));
     }
 
     /// Connects a lane of the first of these kinds that works; [`Events::connected`] answers, once.
@@ -225,19 +224,16 @@ impl PeerTask {
                 end = dialled(&mut self.dialing) => Event::Dialled(end),
                 () = tokio::time::sleep_until(wakes.unwrap_or_else(Instant::now).into()), if wakes.is_some() => Event::Time,
             };
-            self.deal(event);
+            self.handle(event);
             self.carry_out();
             self.up.store(!self.over && self.machine.is_up(), Ordering::Relaxed);
         }
     }
 
-    fn deal(&mut self, event: Event) {
+    fn handle(&mut self, event: Event) {
         let now = Instant::now();
         match event {
-            Event::Command(Some(Command::Claim(want))) => self.machine.handle(now, session::In::Claim(want)),
-            Event::Command(Some(Command::Release(expect, release))) => {
-                self.machine.handle(now, session::In::Release { expect, release });
-            }
+            Event::Command(Some(Command::Session(event))) => self.machine.handle(now, event),
             Event::Command(Some(Command::Connect(wish))) => self.connect_lane(wish),
             Event::Command(None) => {
                 self.orphan = true;

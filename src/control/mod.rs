@@ -9,18 +9,18 @@
 //! - [`server`]: a producer's services; it asks the producer through the [`desk::Desk`] trait. Its parts: [`outbox`], the
 //!   frames to a session; [`guard`], bounds on connections; [`service`], the calls.
 //! - [`client`]: one task for each peer address, which runs a [`kvferry_proto::session::PeerSession`]. [`dial`] connects and
-//!   says Hello, [`connect`] sets up lanes; [`call`] has the calls that need no session.
+//!   says Hello, [`lanes`] sets up lanes; [`call`] has the calls that need no session.
 //! - [`tls`], [`host`]: certificates of both ends; the identity by which two ranks learn that they share a host.
 
 pub(crate) mod call;
 pub(crate) mod client;
-pub(crate) mod connect;
 pub(crate) mod desk;
 mod dial;
 pub(crate) mod events;
 mod guard;
 pub(crate) mod health;
 pub(crate) mod host;
+pub(crate) mod lanes;
 pub(crate) mod outbox;
 pub(crate) mod proto;
 pub(crate) mod refusal;

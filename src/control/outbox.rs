@@ -23,11 +23,11 @@ pub(crate) const MAX_QUEUED: usize = 1 << 14;
 
 /// Sends frames to one session, in order. Cheap to clone; does not keep the session open.
 #[derive(Clone)]
-pub(crate) struct Outbox(Arc<Mailbox>);
+pub(crate) struct Outbox(Arc<FrameQueue>);
 
 impl Outbox {
-    pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
-        Self(mailbox)
+    pub(crate) fn new(queue: Arc<FrameQueue>) -> Self {
+        Self(queue)
     }
 
     /// Queues a frame; never blocks. `false`: the session is over, or was ended just now because its queue is full.
@@ -44,13 +44,13 @@ impl Outbox {
     /// Whether the session is over.
     #[cfg(test)]
     pub(crate) fn is_over(&self) -> bool {
-        let q = self.0.queue.lock();
+        let q = self.0.state.lock();
         q.closed || q.end.is_some() || q.ended.is_some()
     }
 }
 
 #[derive(Default)]
-struct Queue {
+struct QueueState {
     frames: VecDeque<ServerFrame>,
     /// The status that ends the stream, after the frames.
     end: Option<Status>,
@@ -62,8 +62,8 @@ struct Queue {
 }
 
 /// Shared by a session's stream, its outboxes, and the server's sweep.
-pub(crate) struct Mailbox {
-    queue: Mutex<Queue>,
+pub(crate) struct FrameQueue {
+    state: Mutex<QueueState>,
     conn: Arc<ConnState>,
     started: Instant,
     /// When the consumer's last frame came, in milliseconds after `started`.
@@ -78,10 +78,10 @@ pub(crate) enum Next {
     Nothing,
 }
 
-impl Mailbox {
+impl FrameQueue {
     pub(crate) fn new(conn: Arc<ConnState>) -> Arc<Self> {
         Arc::new(Self {
-            queue: Mutex::default(),
+            state: Mutex::default(),
             conn,
             started: Instant::now(),
             heard: AtomicU64::new(0),
@@ -90,7 +90,7 @@ impl Mailbox {
     }
 
     fn send(&self, frame: ServerFrame) -> bool {
-        let mut q = self.queue.lock();
+        let mut q = self.state.lock();
         if q.closed || q.ended.is_some() {
             return false;
         }
@@ -115,12 +115,12 @@ impl Mailbox {
 
     /// Queues a frame before all others.
     pub(crate) fn send_first(&self, frame: ServerFrame) {
-        self.queue.lock().frames.push_front(frame);
+        self.state.lock().frames.push_front(frame);
     }
 
     /// Ends the stream after the queued frames. The first end counts.
     pub(crate) fn end(&self, status: Status) {
-        let mut q = self.queue.lock();
+        let mut q = self.state.lock();
         if q.closed || q.ended.is_some() {
             return;
         }
@@ -135,14 +135,14 @@ impl Mailbox {
 
     /// The stream is gone.
     pub(crate) fn close(&self) {
-        let mut q = self.queue.lock();
+        let mut q = self.state.lock();
         q.closed = true;
         q.frames = VecDeque::new();
         q.waker = None;
     }
 
     pub(crate) fn next(&self) -> Next {
-        let mut q = self.queue.lock();
+        let mut q = self.state.lock();
         if let Some(frame) = q.frames.pop_front() {
             // Free the memory of a burst: sessions are idle most of the time.
             if q.frames.is_empty() && q.frames.capacity() > 64 {
@@ -155,7 +155,7 @@ impl Mailbox {
 
     /// Registers the stream to be woken by the next item. `false`: an item is already queued.
     pub(crate) fn park(&self, cx: &Context<'_>) -> bool {
-        let mut q = self.queue.lock();
+        let mut q = self.state.lock();
         if !q.frames.is_empty() || q.end.is_some() {
             return false;
         }
@@ -177,7 +177,7 @@ impl Mailbox {
 
     /// Ends a session that is silent or was never opened; closes the connection of one that was ended and did not go.
     pub(crate) fn sweep(&self, now: Instant, open_within: Duration, silence: Duration, linger: Duration) {
-        let ended = self.queue.lock().ended;
+        let ended = self.state.lock().ended;
         if let Some(ended) = ended {
             if now.saturating_duration_since(ended) >= linger {
                 self.conn.kill();
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_session_that_is_not_read_is_ended_and_its_frames_are_dropped() {
-        let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
+        let outbox = Outbox::new(FrameQueue::new(ConnState::for_test()));
         assert!((0..MAX_QUEUED as u64).all(|n| outbox.send(pong(n))));
         assert!(!outbox.is_over());
         assert!(!outbox.send(pong(0)));
@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn queued_frames_are_sent_before_the_end() {
-        let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
+        let outbox = Outbox::new(FrameQueue::new(ConnState::for_test()));
         outbox.send(pong(7));
         outbox.end(&crate::control::refusal::Refusal::Stopping);
         outbox.end(&crate::control::refusal::Refusal::Unsupported { what: "a second end".into() });

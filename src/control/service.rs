@@ -24,7 +24,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::{
     desk::{Desk, SessionId},
     guard::{ConnInfo, ConnState, Guard},
-    outbox::{Mailbox, Next, Outbox},
+    outbox::{FrameQueue, Next, Outbox},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
@@ -51,7 +51,7 @@ pub(crate) struct Hub {
 #[derive(Default)]
 struct Sessions {
     next: u64,
-    live: HashMap<u64, Arc<Mailbox>>,
+    live: HashMap<u64, Arc<FrameQueue>>,
 }
 
 impl Hub {
@@ -88,20 +88,20 @@ impl Hub {
     /// Ends sessions and connections that are silent, half open or not read.
     pub(crate) fn sweep(&self, now: Instant) {
         self.guard.sweep(now, self.open_within);
-        for m in self.mailboxes() {
-            m.sweep(now, self.open_within, self.silence, self.linger);
+        for q in self.queues() {
+            q.sweep(now, self.open_within, self.silence, self.linger);
         }
     }
 
     /// Ends all sessions and accepts no new ones.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        for m in self.mailboxes() {
-            m.end(Refusal::Stopping.status());
+        for q in self.queues() {
+            q.end(Refusal::Stopping.status());
         }
     }
 
-    fn mailboxes(&self) -> Vec<Arc<Mailbox>> {
+    fn queues(&self) -> Vec<Arc<FrameQueue>> {
         self.sessions.lock().live.values().cloned().collect()
     }
 
@@ -119,9 +119,9 @@ impl Hub {
         }
         let number = sessions.next;
         sessions.next += 1;
-        let mailbox = Mailbox::new(conn);
-        sessions.live.insert(number, mailbox.clone());
-        Ok(Session { inbound: Some(inbound), mailbox, number, opened: None, hub: self.clone() })
+        let queue = FrameQueue::new(conn);
+        sessions.live.insert(number, queue.clone());
+        Ok(Session { inbound: Some(inbound), queue, number, opened: None, hub: self.clone() })
     }
 }
 
@@ -184,7 +184,7 @@ impl Ferry for FerryService {
 /// The stream of one session. Polling it for the next frame to the consumer also handles the frames from the consumer.
 pub(crate) struct Session {
     inbound: Option<Streaming<proto::ClientFrame>>,
-    mailbox: Arc<Mailbox>,
+    queue: Arc<FrameQueue>,
     number: u64,
     opened: Option<(SessionId, PeerId)>,
     hub: Arc<Hub>,
@@ -195,10 +195,10 @@ impl Session {
         let frame = ClientFrame::try_from(frame).map_err(invalid)?;
         match (&self.opened, frame.body) {
             (None, ClientBody::Open { from, expect }) => {
-                let outbox = Outbox::new(self.mailbox.clone());
+                let outbox = Outbox::new(self.queue.clone());
                 let id = self.hub.desk.open(&from, expect, outbox).map_err(|r| r.status())?;
-                self.mailbox.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
-                self.mailbox.opened();
+                self.queue.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
+                self.queue.opened();
                 tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session opened");
                 self.opened = Some((id, from));
                 Ok(())
@@ -228,7 +228,7 @@ impl Session {
     /// Ends the session; tells the desk once.
     fn close(&mut self) {
         self.inbound = None;
-        self.mailbox.close();
+        self.queue.close();
         self.hub.sessions.lock().live.remove(&self.number);
         if let Some((id, from)) = self.opened.take() {
             tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
@@ -249,7 +249,7 @@ impl Stream for Session {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         for _ in 0..BUDGET {
-            match this.mailbox.next() {
+            match this.queue.next() {
                 Next::Frame(frame) => return Poll::Ready(Some(Ok(frame.into()))),
                 Next::End(status) => {
                     this.close();
@@ -260,24 +260,24 @@ impl Stream for Session {
             let Some(inbound) = &mut this.inbound else { return Poll::Ready(None) };
             match Pin::new(inbound).poll_next(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    this.mailbox.heard();
+                    this.queue.heard();
                     if let Err(status) = this.frame(frame) {
                         if let Some((_, from)) = &this.opened {
                             tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "refused a consumer's frame: closed its session");
                         }
-                        this.mailbox.end(status);
+                        this.queue.end(status);
                     }
                 }
                 Poll::Ready(Some(Err(status))) => {
                     let status = this.unreadable(status);
-                    this.mailbox.end(status);
+                    this.queue.end(status);
                 }
                 Poll::Ready(None) => {
                     this.close();
                     return Poll::Ready(None);
                 }
                 Poll::Pending => {
-                    if this.mailbox.park(cx) {
+                    if this.queue.park(cx) {
                         return Poll::Pending;
                     }
                 }

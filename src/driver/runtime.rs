@@ -31,17 +31,13 @@ impl Runtime {
         Ok(Self { handle, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Waits until its tasks have ended by themselves, for `limit` at most; whether they have.
-    pub(crate) fn wait_idle(&self, limit: Duration) -> bool {
+    /// Waits until its tasks have ended by themselves, for `limit` at most.
+    pub(crate) fn wait_idle(&self, limit: Duration) {
         let until = Instant::now() + limit;
         // Polled every millisecond, during a shutdown only: tokio has no event for the end of the last task.
-        while self.handle.metrics().num_alive_tasks() > 0 {
-            if Instant::now() >= until {
-                return false;
-            }
+        while self.handle.metrics().num_alive_tasks() > 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
-        true
     }
 
     /// To spawn tasks on it.

@@ -29,9 +29,9 @@ use crate::{
     config::Config,
     control::{
         client::{PeerHandle, PeerTask},
-        connect::{Connecting, LaneConnector, Prepared},
         desk::{Desk, SessionId},
         events::{Connected, Events},
+        lanes::{Connecting, LaneConnector, Prepared},
         outbox::Outbox,
         refusal::Refusal,
         server::{Extra, Server},

@@ -18,7 +18,7 @@ use kvferry_proto::{
 use super::rig::{Consumer, Rig, Seen, config, hello, run, want};
 use crate::{
     control::{
-        connect::{Connecting, LaneConnector, Prepared},
+        lanes::{Connecting, LaneConnector, Prepared},
         refusal::Refusal,
     },
     lane::{LaneError, ticket::LaneTicket},

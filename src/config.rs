@@ -22,6 +22,7 @@ pub enum OnWedge {
 
 /// Settings of pulls. A [`Pull`](crate::Pull) can replace its deadline and lanes.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct PullConfig {
     /// From the call to the decision.
     pub deadline: Duration,
@@ -64,6 +65,7 @@ impl Default for PullConfig {
 
 /// Settings of the TCP lane.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct TcpConfig {
     /// Connections of one lane. One is best on a small machine; several help where one core cannot fill the network.
     pub connections: usize,
@@ -79,6 +81,7 @@ impl Default for TcpConfig {
 
 /// Settings of the verbs lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct VerbsConfig {
     /// Rails to use, each `DEVICE` or `DEVICE:PORT`; empty: every port that is up.
     pub rails: Vec<String>,
@@ -160,8 +163,17 @@ impl VerbsConfig {
     }
 }
 
-/// All settings of one rank, as producer and as consumer.
+/// All settings of one rank, as producer and as consumer. A new version may add settings, so start from the defaults:
+///
+/// ```
+/// let mut config = kvferry::Config::default();
+/// config.pull.attempts = 11;
+/// config.tcp.connections = 4;
+/// # config.check()?;
+/// # Ok::<(), kvferry::StartError>(())
+/// ```
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct Config {
     /// Leases of offers.
     pub lease: LeaseConfig,
@@ -179,8 +191,9 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
 }
 
-/// Certificates and keys of one rank, in PEM. Both sides prove their identity.
-#[derive(Clone)]
+/// Certificates and keys of one rank, in PEM. Both sides prove their identity. Every field is required; the default is empty.
+#[derive(Clone, Default)]
+#[non_exhaustive]
 pub struct TlsConfig {
     /// This rank's certificate chain.
     pub certificate: Vec<u8>,

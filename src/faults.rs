@@ -4,6 +4,7 @@ use std::{fmt, str::FromStr};
 
 /// Faults to inject into lanes. Parsed from text such as `down@64M`, `throttle=200M`, `silent@10M,noquiet`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Faults {
     /// Bytes a second, at most.
     pub throttle: Option<u64>,

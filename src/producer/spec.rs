@@ -4,6 +4,7 @@ use kvferry_proto::{block::OfferId, offer::OfferGroup};
 
 /// The blocks to offer.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct OfferSpec {
     /// The offer's id, if a scheduler has already chosen one; `None`: a random one.
     pub id: Option<OfferId>,
@@ -27,9 +28,9 @@ impl OfferSpec {
         self
     }
 
-    /// Sets the offer's id, which a scheduler has chosen.
-    pub fn id(mut self, id: OfferId) -> Self {
-        self.id = Some(id);
+    /// Sets the offer's id, if a scheduler has chosen one.
+    pub fn id(mut self, id: impl Into<Option<OfferId>>) -> Self {
+        self.id = id.into();
         self
     }
 }

@@ -63,7 +63,7 @@ impl LaneConnector for Connector {
         {
             return Box::pin(verbs.clone().prepare(peer));
         }
-        let _ = peer;
+        let _ = (kind, peer);
         Box::pin(async { Ok(Prepared::default()) })
     }
 

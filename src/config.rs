@@ -8,41 +8,42 @@ use kvferry_proto::{
     plan::ChunkSize,
 };
 
-use crate::lane::faults::Faults;
+use crate::{error::StartError, faults::Faults};
 
-/// What to do when the ladder's last rung fails and blocks stay in quarantine for ever.
+/// What to do when a lane wedges: its last teardown stage failed, so a device may still write local blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnWedge {
-    /// Keep them out of use, and turn the health red.
+    /// Withhold the blocks, and report NOT_SERVING by the gRPC health of this process.
     #[default]
     Withhold,
-    /// End the process: a restart is the only cure, and an orchestrator may prefer it at once.
+    /// Exit the process. Only a restart frees the blocks, and an orchestrator may prefer it at once.
     Exit,
 }
 
-/// Settings of a pull that a consumer uses unless the pull says otherwise.
+/// Settings of pulls. A [`Pull`](crate::Pull) can replace its deadline and lanes.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct PullConfig {
     /// From the call to the decision.
     pub deadline: Duration,
-    /// How chunks are cut.
+    /// The size of chunks.
     pub chunk: ChunkSize,
-    /// Tries on lanes of one pull, the first included, before it gives up ahead of its deadline.
-    /// With the usual waits 8 of them take 0.6 s: who would rather wait for a port that flaps than compute takes 11, for 5 s.
+    /// Attempts of one pull, the first included, before it gives up ahead of its deadline. With the default waits, 8
+    /// attempts take 0.6 s. Set 11, which take 5 s, to wait out a flapping port rather than recompute the blocks.
     pub attempts: u32,
-    /// Wait before a lane of the same kind is tried again; doubles with each try.
+    /// Wait before the next attempt on a lane of the same kind; doubles with each attempt.
     pub retry_wait: Duration,
-    /// How long a peer is read over a worse lane than might be had (one of a kind that is not the first choice, one that
-    /// lost a rail) before a better one is looked for; doubles with each look up to `look_max`.
+    /// How long a peer is read over a lane that is not the best possible (of a kind that is not the first choice, or
+    /// without a rail that failed) before the first search for a better lane. Doubles with each search, up to `look_max`.
     pub look_min: Duration,
-    /// Longest time between two looks for a better lane. Each costs both sides milliseconds, and a path that is looked for in
-    /// vain, or fails again, costs those who read over it more.
+    /// Longest time between two searches for a better lane. Each costs both sides milliseconds, and a better lane that
+    /// fails again costs its pulls more.
     pub look_max: Duration,
-    /// Which lanes may be used, best first. Those that a peer does not offer are left out.
+    /// Which lanes may be used, best first. Lanes that a peer does not serve are skipped.
     pub lanes: Vec<LaneKind>,
-    /// See [`OnWedge`].
+    /// What to do when a lane wedges.
     pub on_wedge: OnWedge,
-    /// Break lanes on purpose: for disconnect tests.
+    /// Break lanes on purpose, for tests.
     pub faults: Option<Faults>,
 }
 
@@ -64,10 +65,11 @@ impl Default for PullConfig {
 
 /// Settings of the TCP lane.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct TcpConfig {
-    /// Connections of one lane. One is best on a small machine; several pay where one core cannot fill the wire.
+    /// Connections of one lane. One is best on a small machine; several help where one core cannot fill the network.
     pub connections: usize,
-    /// Bytes asked for and not yet received, over all connections of a lane. Enough to keep the wire full.
+    /// Most bytes requested and not yet received, over all connections of a lane. The default keeps the network busy.
     pub window: u64,
 }
 
@@ -79,38 +81,39 @@ impl Default for TcpConfig {
 
 /// Settings of the verbs lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct VerbsConfig {
     /// Rails to use, each `DEVICE` or `DEVICE:PORT`; empty: every port that is up.
     pub rails: Vec<String>,
-    /// Index of the GID to use on every rail; `None`: the best one, by type and reach.
+    /// Index of the GID to use on every rail; `None`: the best one, by type and scope.
     pub gid_index: Option<u8>,
-    /// Queue pairs to a peer on each rail, 1 to 4. Two keep a NIC's engines busy; more only cost.
+    /// Queue pairs to a peer on each rail, 1 to 4. Two keep a NIC's engines busy; more only cost memory.
     pub queue_pairs: usize,
     /// Requests of a queue pair that may be in flight: a power of two, at most 4096.
     pub depth: u32,
-    /// Every how many requests one reports its completion, long ones at every 256 KiB.
+    /// One of this many requests reports its completion; of long requests, one every 256 KiB.
     pub signal_every: u32,
-    /// Bytes in flight on a rail. More than 400 Gbit/s hold in 100 us, and little enough to drain in time.
+    /// Most bytes in flight on a rail. The default is more than 400 Gbit/s carry in 100 us, and drains in time.
     pub window: u64,
-    /// Longest READ, in bytes. Longer ones are cut, so that several are in flight and a lost packet costs little.
+    /// Longest READ, in bytes. Longer reads are cut, so that several are in flight and a lost packet costs little.
     pub max_read: u32,
-    /// How long the end of little data (64 KiB at most) is looked for before the thread sleeps, from when something of it
-    /// last came or was posted: to be woken takes longer than a short READ. Zero sleeps at once. A NIC answers in some
-    /// microseconds; soft-RoCE in an emulated machine takes up to half a millisecond, and so the default is more than that.
+    /// How long the data thread spins for the completion of little data (64 KiB at most) before it sleeps, since the last
+    /// completion or post. A wake-up takes longer than a short READ. Zero sleeps at once. A NIC answers in some
+    /// microseconds; soft-RoCE in an emulated machine takes up to half a millisecond, so the default is longer than that.
     pub spin: Duration,
-    /// READs that a queue pair has in flight on the wire; what the devices take is less at times.
+    /// READs that a queue pair has in flight on the wire, if both devices support as many.
     pub rd_atomic: u8,
-    /// Transport timeout: an answer is waited for 4.096 us * 2^timeout; 1 to 20. 0 would be for ever.
+    /// Transport timeout, 1 to 20: the device waits 4.096 us * 2^timeout for an answer. 0 would wait indefinitely.
     pub timeout: u8,
-    /// How often a request is sent again, 0 to 6. 7 is for ever on some devices.
+    /// How often a request is sent again, 0 to 6. 7 means without limit on some devices.
     pub retry: u8,
-    /// The wait that a receiver that is not ready asks for: a code of the specification; 12 is 0.64 ms.
+    /// The wait that a receiver requests while it is not ready, as a code of the specification; 12 is 0.64 ms.
     pub min_rnr_timer: u8,
-    /// InfiniBand's service level.
+    /// Service level, InfiniBand only.
     pub service_level: u8,
     /// Traffic class of packets with a global header: DSCP and ECN on RoCE.
     pub traffic_class: u8,
-    /// Let devices write in any order where they can. Never used for the fence table.
+    /// Let devices write in any order, where they support it. Never used for the fence table.
     pub relaxed_ordering: bool,
 }
 
@@ -137,7 +140,7 @@ impl Default for VerbsConfig {
 }
 
 impl VerbsConfig {
-    /// The longest that the transport takes to give a request up.
+    /// How long the transport takes, at most, to fail a request.
     pub fn gives_up_after(&self) -> Duration {
         Duration::from_nanos(4096 << self.timeout.min(31)) * (u32::from(self.retry) + 1)
     }
@@ -151,8 +154,8 @@ impl VerbsConfig {
             Self { signal_every: 0, .. } => Err("signal_every must be at least 1"),
             Self { window: 0, .. } | Self { max_read: 0, .. } => Err("window and max_read must not be 0"),
             Self { rd_atomic: 0, .. } => Err("rd_atomic must be at least 1"),
-            Self { timeout: 0 | 21.., .. } => Err("timeout must be 1 to 20: 0 waits for ever"),
-            Self { retry: 7.., .. } => Err("retry must be 0 to 6: 7 is for ever on some devices"),
+            Self { timeout: 0 | 21.., .. } => Err("timeout must be 1 to 20: 0 waits indefinitely"),
+            Self { retry: 7.., .. } => Err("retry must be 0 to 6: 7 has no limit on some devices"),
             Self { min_rnr_timer: 32.., .. } => Err("min_rnr_timer must be 0 to 31"),
             Self { service_level: 16.., .. } => Err("service_level must be 0 to 15"),
             _ => Ok(()),
@@ -160,8 +163,17 @@ impl VerbsConfig {
     }
 }
 
-/// All settings of one rank, as producer and as consumer.
+/// All settings of one rank, as producer and as consumer. A new version may add settings, so start from the defaults:
+///
+/// ```
+/// let mut config = kvferry::Config::default();
+/// config.pull.attempts = 11;
+/// config.tcp.connections = 4;
+/// # config.check()?;
+/// # Ok::<(), kvferry::StartError>(())
+/// ```
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct Config {
     /// Leases of offers.
     pub lease: LeaseConfig,
@@ -179,16 +191,17 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
 }
 
-/// Certificates and keys, PEM, of one rank. With a client CA both sides prove who they are.
-#[derive(Clone)]
+/// Certificates and keys of one rank, in PEM. Both sides prove their identity. Every field is required; the default is empty.
+#[derive(Clone, Default)]
+#[non_exhaustive]
 pub struct TlsConfig {
     /// This rank's certificate chain.
     pub certificate: Vec<u8>,
     /// Its private key.
     pub key: Vec<u8>,
-    /// The authority that peers' certificates must come from, in both directions.
+    /// The authority that must have signed the peers' certificates, in both directions.
     pub ca: Vec<u8>,
-    /// Name that producers' certificates carry, whatever address they are reached at.
+    /// The name in producers' certificates, whatever their address.
     pub server_name: String,
 }
 
@@ -199,9 +212,9 @@ impl std::fmt::Debug for TlsConfig {
 }
 
 impl Config {
-    /// Checks what cannot work.
-    pub fn check(&self) -> Result<(), crate::error::StartError> {
-        let bad = |field, why: &str| Err(crate::error::StartError::Config { field, why: why.into() });
+    /// Checks every setting; the error names the first bad one.
+    pub fn check(&self) -> Result<(), StartError> {
+        let bad = |field, why: &str| Err(StartError::Config { field, why: why.into() });
         let s = &self.session;
         if s.heartbeat.is_zero() || s.idle_heartbeat.is_zero() {
             return bad("session.heartbeat", "must be longer than zero");
@@ -225,7 +238,7 @@ impl Config {
             return bad("pull.lanes", "must name at least one lane");
         }
         if self.pull.look_min.is_zero() {
-            return bad("pull.look_min", "must not be 0: every pull would look; Duration::MAX turns looking off");
+            return bad("pull.look_min", "must not be 0: every pull would search; Duration::MAX turns the search off");
         }
         if self.pull.look_max < self.pull.look_min {
             return bad("pull.look_max", "must not be shorter than look_min");

@@ -1,220 +1,72 @@
 //! The consumer: what a decode engine's rank holds to pull offered blocks into its own memory.
 //!
-//! A pull is started with [`Consumer::pull`] and heard of again when it has *ended*: every wanted block is then either
+//! [`Consumer::pull`] starts a pull. The engine hears of it again when it has *ended*: every wanted block is then either
 //! loaded or invalid, and nothing writes local memory any more. A synchronous engine loop calls [`Consumer::poll`] once a
 //! step; async code awaits [`Consumer::pull_async`].
 
+mod builder;
 mod connector;
 mod directory;
+mod pull;
+mod pulls;
 
 use std::{
-    collections::{HashMap, VecDeque},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use kvferry_proto::{
-    block::{EngineId, Incarnation, Marks, Rank},
     error::{Cause, PullError},
     frame::{PeerId, Reader, Release},
     group::PoolLayout,
-    hello::{self, Hello},
-    lane::LaneKind,
-    model::Model,
     offer::Offer,
-    plan::LocalBlocks,
     pull::Retry,
-    puller::{Ended, In, Progress, PullId, Puller, Start, better::Waits},
-    quarantine::Quarantine,
+    puller::{Ended, In, PullId, Start},
     shard::Shard,
 };
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use self::{
-    connector::Connector,
-    directory::{Directory, ToPuller},
-};
+use self::{directory::Sessions, pulls::Pulls};
 use crate::{
-    config::{Config, OnWedge},
-    control::{health, host},
-    driver::{
-        mailbox::Mailbox,
-        runtime::Runtime,
-        thread::{self, Mail, Reports},
-    },
-    error::StartError,
+    config::Config,
+    driver::{mailbox::Mailbox, runtime::Runtime, thread::Mail},
     memory::Memory,
     metrics::ConsumerMetrics,
 };
 
-/// A pull to start. Only the offer and the blocks are needed; the rest has defaults.
-#[derive(Debug, Clone)]
-pub struct Pull {
-    /// What to read.
-    pub offer: Arc<Offer>,
-    /// Which positions are wanted, and the local blocks that they go into.
-    pub blocks: Vec<LocalBlocks>,
-    /// From now to the decision; `None`: the configured one.
-    pub deadline: Option<Duration>,
-    /// Which lanes may be used, best first; `None`: the configured ones.
-    pub lanes: Option<Vec<LaneKind>>,
-    /// Earlier work on the local blocks is done. If not, say so later with [`Consumer::local_ready`]: nothing is read before.
-    pub local_ready: bool,
-}
+pub use self::{builder::Builder, pull::Pull};
 
-impl Pull {
-    /// A pull of these blocks, with the defaults.
-    pub fn new(offer: impl Into<Arc<Offer>>, blocks: Vec<LocalBlocks>) -> Self {
-        Self { offer: offer.into(), blocks, deadline: None, lanes: None, local_ready: true }
-    }
-
-    /// With this time from now to the decision.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = Some(deadline);
-        self
-    }
-
-    /// Over these lanes only, best first.
-    pub fn lanes(mut self, lanes: Vec<LaneKind>) -> Self {
-        self.lanes = Some(lanes);
-        self
-    }
-}
-
-/// How a consumer is built.
-pub struct Builder {
-    engine: EngineId,
-    rank: Rank,
-    model: Model,
-    shard: Shard,
-    layout: PoolLayout,
-    memory: Option<Memory>,
-    config: Config,
-}
-
-impl Builder {
-    /// Which rank of the engine this is, and its part of the model. By default the only one.
-    pub fn rank(mut self, rank: Rank, shard: Shard) -> Self {
-        (self.rank, self.shard) = (rank, shard);
-        self
-    }
-
-    /// The engine's own memory. Without it, kvferry allocates what the layout needs.
-    pub fn memory(mut self, memory: Memory) -> Self {
-        self.memory = Some(memory);
-        self
-    }
-
-    /// Other settings than the defaults.
-    pub fn config(mut self, config: Config) -> Self {
-        self.config = config;
-        self
-    }
-
-    /// Starts the consumer's two threads: one moves data, one talks to peers. Nothing is dialled yet.
-    pub fn build(self) -> Result<Consumer, StartError> {
-        self.layout.check()?;
-        self.shard.check().map_err(|why| StartError::Config { field: "shard", why: why.into() })?;
-        self.config.check()?;
-        let memory = match self.memory {
-            Some(m) => m,
-            None => {
-                let memory = Memory::alloc(&self.layout.segments)?;
-                memory.touch()?;
-                memory
-            }
-        };
-        memory.check(&self.layout)?;
-        let me = PeerId { engine: self.engine, rank: self.rank, incarnation: Incarnation::random() };
-        let os = |what| move |source| StartError::Os { what, source };
-        let runtime = Runtime::start("kvferry-control").map_err(os("cannot start the control thread"))?;
-        let mailbox = Mailbox::new().map_err(os("cannot create an eventfd"))?;
-        let layout = Arc::new(self.layout);
-        let shared = Arc::new(Shared {
-            quarantine: Mutex::new(Quarantine::new(&layout)),
-            done: Mutex::new(Done::default()),
-            ended: Condvar::new(),
-            pulls: AtomicUsize::new(0),
-            wedged: AtomicUsize::new(0),
-            metrics: ConsumerMetrics::default(),
-            up: Mutex::default(),
-            on_wedge: self.config.pull.on_wedge,
-        });
-        let hello = Hello {
-            versions: hello::VERSIONS,
-            features: hello::features::ALL,
-            peer: me.clone(),
-            model: self.model,
-            shard: self.shard,
-            host: host::identity().to_owned(),
-        };
-        let connector = Connector::new(memory.clone(), self.config.tcp.clone(), self.config.pull.faults.clone());
-        #[cfg(feature = "verbs")]
-        let connector = match self.config.pull.lanes.contains(&LaneKind::Verbs) {
-            true => connector.with_verbs(&self.config.verbs),
-            false => connector,
-        };
-        let directory = Directory {
-            handle: runtime.handle().clone(),
-            hello: Arc::new(hello),
-            config: Arc::new(self.config.clone()),
-            events: Arc::new(ToPuller(mailbox.clone())),
-            connector: Arc::new(connector),
-            peers: HashMap::new(),
-            shared: shared.clone(),
-        };
-        let waits = Waits { first: self.config.pull.look_min, longest: self.config.pull.look_max };
-        let puller = Puller::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer, waits);
-        let rail = thread::spawn("kvferry-data", puller, mailbox.clone(), Box::new(directory), shared.clone())
-            .map_err(os("cannot start the data thread"))?;
-        Ok(Consumer {
-            me,
-            layout,
-            memory,
-            shard: self.shard,
-            config: self.config,
-            shared,
-            mailbox,
-            next_pull: AtomicU64::new(1),
-            stopped: AtomicBool::new(false),
-            rail: Mutex::new(Some(rail)),
-            runtime,
-        })
-    }
-}
-
-/// A decode engine's rank, pulling. Dropping it cancels every pull and waits until memory is quiet, or for a bounded time.
+/// A decode engine's rank. Dropping it calls [`Consumer::shutdown`].
 pub struct Consumer {
     me: PeerId,
     layout: Arc<PoolLayout>,
     memory: Memory,
     shard: Shard,
     config: Config,
-    shared: Arc<Shared>,
+    pulls: Arc<Pulls>,
+    sessions: Arc<Sessions>,
     mailbox: Mailbox<Mail>,
     next_pull: AtomicU64,
     stopped: AtomicBool,
-    rail: Mutex<Option<JoinHandle<()>>>,
+    data_thread: Mutex<Option<JoinHandle<()>>>,
     runtime: Runtime,
 }
+
+/// A month: long enough for any pull, short enough to add to an `Instant`.
+const MAX_DEADLINE: Duration = Duration::from_secs(30 * 86_400);
 
 impl Consumer {
     /// How long a shutdown waits for lanes to become quiet.
     const SHUTDOWN: Duration = Duration::from_secs(2);
-    /// And then, for releases to be acknowledged.
+    /// How long it then waits for releases to be acknowledged.
     const GOODBYE: Duration = Duration::from_millis(500);
 
-    /// Starts building a consumer: the engine, what its KV means, and how its memory is laid out.
-    pub fn builder(engine: EngineId, model: Model, layout: PoolLayout) -> Builder {
-        let shard = Shard::whole(1, 1);
-        Builder { engine, rank: Rank(0), model, shard, layout, memory: None, config: Config::default() }
-    }
-
-    /// Who this is.
+    /// This rank's identity.
     pub fn me(&self) -> &PeerId {
         &self.me
     }
@@ -224,12 +76,12 @@ impl Consumer {
         &self.memory
     }
 
-    /// How it is laid out.
+    /// The layout of that memory.
     pub fn layout(&self) -> &Arc<PoolLayout> {
         &self.layout
     }
 
-    /// Starts a pull. Its local blocks belong to it until [`Consumer::poll`] (or `wait`) hands out its end; the engine may
+    /// Starts a pull. Its local blocks belong to it until [`Consumer::poll`] (or `wait`) returns its end; the engine may
     /// neither read nor write them before.
     pub fn pull(&self, pull: Pull) -> Result<PullId, PullError> {
         self.start(pull, None)
@@ -245,44 +97,18 @@ impl Consumer {
         if self.stopped.load(Ordering::Acquire) {
             return Err(PullError::Shutdown);
         }
-        // Before all else: blocks that a dead thread withholds are busy for ever, and that is not what is wrong.
-        if lock(&self.shared.done).died {
+        // Checked first: otherwise the caller sees `BlockBusy` instead of the real cause, `Died`.
+        if self.pulls.died() {
             return Err(PullError::Died);
         }
         let started = Instant::now();
         let limits = &self.config.limits;
-        pull.offer.check(limits.blocks_per_offer)?;
-        check_wanted(&self.layout, &pull.blocks, limits.blocks_per_offer)?;
+        pull.check(&self.layout, limits.blocks_per_offer)?;
         let (sources, reader) = self.sources(&pull.offer);
         let id = PullId(self.next_pull.fetch_add(1, Ordering::Relaxed));
-        if self.shared.pulls.fetch_add(1, Ordering::AcqRel) >= limits.pulls {
-            self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
-            return Err(PullError::TooManyPulls { limit: limits.pulls });
-        }
-        let blocks = pull.blocks.iter().flat_map(LocalBlocks::wanted_blocks);
-        if let Err(busy) = lock(&self.shared.quarantine).take(id.0, blocks) {
-            self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
-            return Err(busy);
-        }
-        let progress = Arc::new(Progress::default());
-        let died = {
-            let mut done = lock(&self.shared.done);
-            if !done.died {
-                done.progress.insert(id, progress.clone());
-                if let Some(tx) = waiter {
-                    done.waiters.insert(id, tx);
-                }
-            }
-            done.died
-        };
-        if died {
-            let blocks = pull.blocks.iter().flat_map(LocalBlocks::wanted_blocks);
-            lock(&self.shared.quarantine).give_back(id.0, blocks);
-            self.shared.pulls.fetch_sub(1, Ordering::AcqRel);
-            return Err(PullError::Died);
-        }
-        self.shared.metrics.running.inc();
-        let deadline = pull.deadline.unwrap_or(self.config.pull.deadline).min(MAX_DEADLINE);
+        let progress = self.pulls.begin(id, &pull.blocks, limits.pulls, waiter)?;
+        let settings = &self.config.pull;
+        let deadline = pull.deadline.unwrap_or(settings.deadline).min(MAX_DEADLINE);
         self.mailbox.send(Mail::Puller(In::Start(Box::new(Start {
             id,
             offer: pull.offer,
@@ -291,17 +117,18 @@ impl Consumer {
             reader,
             started,
             deadline: started + deadline,
-            retry: Retry { attempts: self.config.pull.attempts, wait: self.config.pull.retry_wait },
-            chunk: self.config.pull.chunk,
-            lanes: pull.lanes.unwrap_or_else(|| self.config.pull.lanes.clone()),
+            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait },
+            chunk: settings.chunk,
+            lanes: pull.lanes.unwrap_or_else(|| settings.lanes.clone()),
             local_ready: pull.local_ready,
             progress,
         }))));
         Ok(id)
     }
 
-    /// Which of the offer's ranks this rank reads from, and which of their readers it is. An engine of the same shape is
-    /// read rank by rank; of another shape, every rank is asked, and the plan takes what it needs of each.
+    /// Which of the offer's ranks this rank reads from, and which of their readers it is. From an engine of the same shape
+    /// a rank reads its counterpart only. From an engine of another shape it claims every rank, and the plan selects what
+    /// to read from each.
     fn sources(&self, offer: &Offer) -> (Vec<usize>, Reader) {
         let here = self.shard.tp_size.saturating_mul(self.shard.pp_size);
         if offer.ranks.len() == 1 {
@@ -315,18 +142,18 @@ impl Consumer {
         ((0..offer.ranks.len()).collect(), Reader { index: self.me.rank.0.min(here - 1), of: here })
     }
 
-    /// Earlier work on the pull's local blocks is done: it may write them.
+    /// Tells a pull that earlier work on its local blocks is done, so that it may write them.
     pub fn local_ready(&self, pull: PullId) {
         self.tell(Mail::Puller(In::LocalReady(pull)));
     }
 
-    /// Gives a pull up. What is loaded by now stays loaded; its end is reported as always, once memory is quiet.
+    /// Cancels a pull. Loaded blocks stay loaded; its end is reported as always, once memory is quiet.
     pub fn cancel(&self, pull: PullId) {
         self.tell(Mail::Puller(In::Cancel(pull, Cause::Cancelled)));
     }
 
-    /// Lets go of an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
-    /// producer's blocks go back at once. Sent again until it is acknowledged.
+    /// Releases an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
+    /// producer gets its blocks back at once. Sent again until it is acknowledged.
     pub fn release(&self, offer: &Offer) {
         for rank in &offer.ranks {
             let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: true };
@@ -334,7 +161,7 @@ impl Consumer {
         }
     }
 
-    /// Mail that nobody reads any more would only pile up.
+    /// Sends mail, unless its reader has ended: nothing would empty the mailbox.
     fn tell(&self, mail: Mail) {
         if self.is_alive() {
             self.mailbox.send(mail);
@@ -343,70 +170,60 @@ impl Consumer {
 
     /// The next pull that has ended, if there is one. Never blocks.
     pub fn poll(&self) -> Option<Ended> {
-        lock(&self.shared.done).queue.pop_front()
+        self.pulls.poll()
     }
 
     /// Waits for the next pull to end, for `timeout` at most.
     pub fn wait(&self, timeout: Duration) -> Option<Ended> {
-        let until = Instant::now() + timeout.min(MAX_DEADLINE);
-        let mut done = lock(&self.shared.done);
-        loop {
-            if let Some(e) = done.queue.pop_front() {
-                return Some(e);
-            }
-            let left = until.checked_duration_since(Instant::now())?;
-            done = self.shared.ended.wait_timeout(done, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+        self.pulls.wait(timeout.min(MAX_DEADLINE))
     }
 
-    /// How far a pull is: loaded chunks, and all chunks (0 until its peers have answered). `None` when it has ended.
+    /// A pull's loaded chunks, and all its chunks (0 until its peers have answered). `None` when it has ended.
     pub fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
-        lock(&self.shared.done).progress.get(&pull).map(|p| p.get())
+        self.pulls.progress(pull)
     }
 
-    /// Pulls that have not ended.
+    /// Number of pulls that have not ended.
     pub fn pulls(&self) -> usize {
-        self.shared.pulls.load(Ordering::Acquire)
+        self.pulls.running()
     }
 
-    /// Peers whose sessions are up.
+    /// Number of peers whose sessions are up.
     pub fn peers(&self) -> usize {
-        let mut up = lock(&self.shared.up);
-        up.retain(|u| u.strong_count() > 0);
-        up.iter().filter_map(Weak::upgrade).filter(|u| u.load(Ordering::Relaxed)).count()
+        self.sessions.up()
     }
 
-    /// Local blocks that pulls hold now, the withheld ones included.
+    /// Number of local blocks that pulls hold now, withheld blocks included.
     pub fn blocks_held(&self) -> usize {
-        lock(&self.shared.quarantine).len()
+        self.pulls.blocks_held()
     }
 
-    /// Pulls whose lanes wedged, or which were on when the data thread died: their blocks are withheld until this process
-    /// restarts. Not zero: health is red.
+    /// Number of pulls whose lanes wedged, or which were running when the data thread panicked. Their blocks are withheld
+    /// until this process restarts. While it is not zero, the gRPC health of this process is NOT_SERVING.
     pub fn wedged(&self) -> usize {
-        self.shared.wedged.load(Ordering::Acquire)
+        self.pulls.wedged()
     }
 
-    /// Whether pulls are taken: not after [`Consumer::shutdown`], and not after the data thread has died of a bug.
+    /// Whether new pulls are accepted: not after [`Consumer::shutdown`], and not after the data thread has panicked.
     pub fn is_alive(&self) -> bool {
-        !self.stopped.load(Ordering::Acquire) && !lock(&self.shared.done).died
+        !self.stopped.load(Ordering::Acquire) && !self.pulls.died()
     }
 
-    /// Its metrics, to register where the engine's are.
+    /// This consumer's metrics, to register in the engine's registry.
     pub fn metrics(&self) -> &ConsumerMetrics {
-        &self.shared.metrics
+        &self.pulls.metrics
     }
 
-    /// Cancels every pull, ends the data thread within two seconds, and waits another half for releases to be acknowledged.
-    /// Pulls that ended meanwhile can still be polled.
+    /// Cancels every pull and waits up to two seconds for memory to be quiet, then up to half a second for releases to be
+    /// acknowledged. Pulls that ended meanwhile can still be polled.
     pub fn shutdown(&self) {
         self.stopped.store(true, Ordering::Release);
-        let Some(rail) = lock(&self.rail).take() else { return };
+        let Some(data_thread) = self.data_thread.lock().take() else { return };
         self.mailbox.send(Mail::Stop(Instant::now() + Self::SHUTDOWN));
-        // A panic in there was printed already.
-        let _ = rail.join();
-        // Sessions go when their releases are acknowledged, so that a producer need not wait for the lease of a consumer that
-        // has said goodbye. A peer that does not answer is left to its leases.
+        // The panic hook has already printed a panic of that thread.
+        let _ = data_thread.join();
+        // Sessions end when their releases are acknowledged: then a producer need not wait for this consumer's leases to
+        // expire. For a peer that does not answer, they expire.
         self.runtime.wait_idle(Self::GOODBYE);
     }
 }
@@ -414,126 +231,5 @@ impl Consumer {
 impl Drop for Consumer {
     fn drop(&mut self) {
         self.shutdown();
-    }
-}
-
-/// A month: far enough to mean "for ever", near enough to add to an `Instant`.
-const MAX_DEADLINE: Duration = Duration::from_secs(30 * 86_400);
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What can be said of the wanted blocks before a peer is asked.
-fn check_wanted(layout: &PoolLayout, wanted: &[LocalBlocks], limit: usize) -> Result<(), PullError> {
-    use kvferry_proto::plan::PlanError;
-    let blocks = wanted.iter().map(|l| l.blocks.len()).sum();
-    if blocks > limit {
-        return Err(PlanError::TooManyBlocks { blocks, limit }.into());
-    }
-    for (i, l) in wanted.iter().enumerate() {
-        let group = layout
-            .group(l.group)
-            .filter(|_| wanted[..i].iter().all(|o| o.group != l.group))
-            .ok_or(PlanError::LocalGroup(l.group.0))?;
-        let mut seen = Marks::new(group.blocks);
-        for (_, id) in l.wants() {
-            if id.0 >= group.blocks {
-                return Err(PlanError::LocalBlock { group: l.group.0, block: id.0, blocks: group.blocks }.into());
-            }
-            if !seen.insert(id) {
-                return Err(PlanError::LocalBlockTwice { group: l.group.0, block: id.0 }.into());
-            }
-        }
-    }
-    Ok(())
-}
-
-#[derive(Default)]
-struct Done {
-    queue: VecDeque<Ended>,
-    waiters: HashMap<PullId, oneshot::Sender<Ended>>,
-    progress: HashMap<PullId, Arc<Progress>>,
-    /// The data thread panicked: what has not ended never will.
-    died: bool,
-}
-
-struct Shared {
-    quarantine: Mutex<Quarantine>,
-    done: Mutex<Done>,
-    ended: Condvar,
-    pulls: AtomicUsize,
-    wedged: AtomicUsize,
-    metrics: ConsumerMetrics,
-    /// Which sessions are up.
-    up: Mutex<Vec<Weak<AtomicBool>>>,
-    on_wedge: OnWedge,
-}
-
-impl Reports for Shared {
-    fn decided(&self, _: PullId) {}
-
-    fn ended(&self, ended: Ended) {
-        let blocks = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied();
-        lock(&self.quarantine).give_back(ended.pull.0, blocks);
-        self.pulls.fetch_sub(1, Ordering::AcqRel);
-        self.metrics.running.dec();
-        self.metrics.ended(&ended.outcome);
-        if !ended.outcome.complete() {
-            tracing::warn!(
-                request = %ended.offer.request, peer = %ended.offer.engine, incarnation = %ended.offer.incarnation,
-                loaded = ended.outcome.loaded(), invalid = ended.outcome.invalid(),
-                cause = ended.outcome.cause().map_or("none", Cause::as_str), "pull ended with invalid blocks"
-            );
-        }
-        let mut done = lock(&self.done);
-        done.progress.remove(&ended.pull);
-        let unclaimed = match done.waiters.remove(&ended.pull) {
-            Some(tx) => tx.send(ended).err(),
-            None => Some(ended),
-        };
-        if let Some(ended) = unclaimed {
-            done.queue.push_back(ended);
-            self.ended.notify_one();
-        }
-    }
-
-    fn wedged(&self, pull: PullId) {
-        self.wedged.fetch_add(1, Ordering::AcqRel);
-        self.metrics.wedged.inc();
-        health::turn_bad();
-        tracing::error!(
-            pull = pull.0,
-            "a pull's blocks are withheld: its lane wedged; restart this process to get them back"
-        );
-        self.after_wedge();
-    }
-
-    fn died(&self) {
-        let on = {
-            let mut done = lock(&self.done);
-            done.died = true;
-            let on = done.progress.len();
-            self.wedged.store(on, Ordering::Release);
-            self.metrics.wedged.set(on as i64);
-            health::turn_bad();
-            // Their receivers learn of it, as they would of a consumer that is gone; and find it counted.
-            done.waiters.clear();
-            on
-        };
-        tracing::error!(
-            pulls = on,
-            "the data thread died: these pulls' blocks are withheld, and no pull is taken; restart this process"
-        );
-        self.after_wedge();
-    }
-}
-
-impl Shared {
-    fn after_wedge(&self) {
-        if self.on_wedge == OnWedge::Exit {
-            tracing::error!("on_wedge = exit");
-            std::process::exit(70);
-        }
     }
 }

@@ -14,7 +14,7 @@ pub enum StartError {
         /// The system's error.
         source: std::io::Error,
     },
-    /// The memory could not be had.
+    /// The memory could not be allocated.
     #[error("cannot allocate a pool of {bytes} bytes: {source}; ask for fewer blocks or regions")]
     Memory {
         /// Bytes asked for.
@@ -25,7 +25,7 @@ pub enum StartError {
     /// The layout is not usable.
     #[error(transparent)]
     Layout(#[from] BadLayout),
-    /// A setting is not usable.
+    /// A setting is out of range.
     #[error("{field}: {why}")]
     Config {
         /// The setting's name.
@@ -36,7 +36,7 @@ pub enum StartError {
     /// A certificate or key is not usable.
     #[error("tls: {0}")]
     Tls(String),
-    /// Something of the operating system failed.
+    /// A system call failed.
     #[error("{what}: {source}")]
     Os {
         /// What was tried.
@@ -44,4 +44,10 @@ pub enum StartError {
         /// The system's error.
         source: std::io::Error,
     },
+}
+
+impl StartError {
+    pub(crate) fn os(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Os { what, source }
+    }
 }

@@ -1,20 +1,21 @@
-//! kvferry moves KV-cache blocks from a prefill engine to a decode engine, and says, block by block, what arrived.
+//! kvferry moves KV-cache blocks from a prefill engine to a decode engine, and reports, block by block, which ones arrived.
 //!
 //! One side **offers** blocks, the other **pulls** them: inside one host, over TCP, or over RDMA. A gRPC control plane
-//! does the handshake and notices when a peer dies. It is built around the bad day: a prefill process restarts, a lease
-//! runs out, a link stalls.
+//! does the handshake and detects dead peers. It is built around the bad day: a prefill process restarts, a lease runs
+//! out, a link stalls.
 //!
 //! # The contract
 //! 1. **Exact.** Every block of a pull ends in exactly one of two sets, `loaded` or `invalid`. A loaded block holds the
 //!    bytes that the producer held in it while the offer was live.
-//! 2. **Fresh.** Bytes read under an expired, revoked or re-used offer, or from an earlier incarnation of the peer, are
+//! 2. **Fresh.** Bytes read under an expired, revoked or reused offer, or from an earlier incarnation of the peer, are
 //!    never `loaded`.
 //! 3. **Timely.** Every pull *decides* (its two sets are frozen) by its deadline, whatever the network does.
-//! 4. **Quiet.** A pull *ends*, and only then does the engine hear of it, when nothing can write its local blocks any more.
-//! 5. **Frugal.** What did arrive is kept, prefix first; a failed lane is replaced, and only what is missing is read again.
-//! 6. **Leak-free.** The producer's blocks come back: released, or revoked at the end of the lease.
-//! 7. **Isolated.** A peer's failure, or its bad input, touches that peer's pulls only.
-//! 8. **Healing.** A peer that comes back at the same address is served again by both sides without a restart.
+//! 4. **Quiet.** A pull *ends* only when nothing can write its local blocks any more; only then is the engine told.
+//! 5. **Frugal.** Blocks that arrived are kept, prefix first; a failed lane is replaced, and only missing blocks are read
+//!    again.
+//! 6. **Leak-free.** The producer gets its blocks back: released, or revoked at the end of the lease.
+//! 7. **Isolated.** A peer's failure, or its bad input, affects that peer's pulls only.
+//! 8. **Healing.** A peer that returns at the same address is served again by both sides without a restart.
 //!
 //! # In one page
 //! ```
@@ -28,38 +29,41 @@
 //! let producer = Producer::builder("prefill".parse()?, model.clone(), layout.clone()).build()?;
 //! producer.memory().write_from(0, layout.groups[0].regions[0].block_offset(5), b"KV of the first 16 tokens")?;
 //! let blocks = vec![Some(BlockId(5)), Some(BlockId(2))];
-//! let spec = OfferSpec { tokens: 32, groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }], ..Default::default() };
-//! let offer = producer.offer(spec, Ready::Now)?;
+//! let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }];
+//! let offer = producer.offer(OfferSpec::new(32, groups), Ready::Now)?;
 //!
-//! // Its name travels through the router, and the decode side pulls it into its own blocks 0 and 1.
+//! // The offer travels through the router, and the decode side pulls it into its own blocks 0 and 1.
 //! let consumer = Consumer::builder("decode".parse()?, model, layout).build()?;
 //! let blocks = vec![Some(BlockId(0)), Some(BlockId(1))];
 //! let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
 //! consumer.pull(Pull::new(offer, vec![wanted]).deadline(Duration::from_secs(5)))?;
-//! let ended = consumer.wait(Duration::from_secs(10)).expect("it ends soon after its deadline at the latest");
+//! let ended = consumer.wait(Duration::from_secs(10)).expect("a pull ends soon after its deadline at the latest");
 //! assert!(ended.outcome.complete());
 //! let mut bytes = [0; 25];
 //! consumer.memory().read_into(0, 0, &mut bytes)?;
 //! assert_eq!(&bytes, b"KV of the first 16 tokens");
 //!
-//! // The producer's blocks come back.
+//! // The producer gets its blocks back.
 //! assert!(producer.wait_freed(Duration::from_secs(5)).is_some());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # Where to read on
-//! - [`Producer`] and [`Consumer`]: what an engine holds. [`Config`]: every setting.
-//! - [`scheduler`]: what a decode scheduler does with invalid blocks, and where prompt tokens came from.
-//! - [`metrics`]: what both sides count.
+//! - [`Producer`] and [`Consumer`]: the two sides. [`Config`]: every setting.
+//! - [`scheduler`]: how a decode scheduler handles invalid blocks, and accounts for the source of prompt tokens.
+//! - [`metrics`]: the counters of both sides.
 
-// Every build reads the messages of the verbs lane; much of what they carry is used with the feature only.
+// Every build decodes the messages of the verbs lane; most of their fields are used with the feature only.
 #![cfg_attr(not(feature = "verbs"), allow(dead_code, unreachable_pub))]
 
+#[cfg(test)]
+mod api;
 mod config;
 mod consumer;
 mod control;
 mod driver;
 mod error;
+mod faults;
 mod lane;
 mod memory;
 pub mod metrics;
@@ -70,6 +74,7 @@ pub use config::{Config, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig}
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
+pub use faults::{BadFault, Faults};
 pub use kvferry_proto::{
     block::{BadEngineId, Block, BlockId, EngineId, GroupId, Incarnation, OfferId, PositionSet, Rank},
     config::{LeaseConfig, Limits, SessionConfig},
@@ -86,21 +91,18 @@ pub use kvferry_proto::{
     shard::Shard,
     table::Freed,
 };
-pub use lane::{
-    built as built_lanes,
-    faults::{BadFault, Faults},
-};
+pub use lane::built as built_lanes;
 pub use memory::{Memory, Span};
 pub use producer::{Builder as ProducerBuilder, OfferSpec, Producer, Ready};
 
-/// What RDMA devices this host has, and what they can do.
+/// The RDMA devices of this host, and their capabilities.
 #[cfg(feature = "verbs")]
 pub mod verbs {
     pub use crate::lane::verbs::{
         DeviceLimits, DeviceReport, Dmabuf, Gid, GidEntry, GidType, LinkLayer, Port, PortReport, VerbsError, survey,
     };
 
-    /// Checks that rails can be opened as `config` names them. Slow: it opens every device that it names.
+    /// Checks that the rails of `config` can be opened. Slow: it opens every device that they name.
     pub fn check(config: &crate::VerbsConfig) -> Result<(), VerbsError> {
         crate::lane::verbs::Rails::check(config)
     }

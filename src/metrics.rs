@@ -1,7 +1,7 @@
-//! What an operator watches, as Prometheus metrics. Counters are counted when something is final, so none ever goes down.
+//! Prometheus metrics. A counter counts final results, so it never goes down.
 //!
-//! Register a consumer's or a producer's metrics in your own registry and serve it as you serve yours; kvferry opens no
-//! port for it.
+//! Register a consumer's or a producer's metrics in the engine's registry and serve it with the engine's own; kvferry opens
+//! no port for it.
 
 use kvferry_proto::{frame::Gone, outcome::Outcome};
 use prometheus_client::{
@@ -10,30 +10,26 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// One label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Cause {
-    /// Why a block is invalid: see [`kvferry_proto::error::Cause`].
+struct CauseLabel {
+    /// Why a block is invalid: see [`Cause`](crate::Cause).
     cause: &'static str,
 }
 
-/// One label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Lane {
+struct LaneLabel {
     /// `local`, `tcp`, …
     lane: &'static str,
 }
 
-/// One label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Result {
+struct ResultLabel {
     /// `loaded`: all blocks; `partial`: some; `failed`: none.
     result: &'static str,
 }
 
-/// One label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct End {
+struct GoneLabel {
     /// Why an offer ended: `released`, `expired`, `revoked`, `hard_cap`.
     why: &'static str,
 }
@@ -41,10 +37,10 @@ pub struct End {
 /// A consumer's metrics.
 #[derive(Debug, Clone)]
 pub struct ConsumerMetrics {
-    pulls: Family<Result, Counter>,
+    pulls: Family<ResultLabel, Counter>,
     loaded: Counter,
-    invalid: Family<Cause, Counter>,
-    bytes: Family<Lane, Counter>,
+    invalid: Family<CauseLabel, Counter>,
+    bytes: Family<LaneLabel, Counter>,
     retries: Counter,
     decided: Histogram,
     ended: Histogram,
@@ -52,7 +48,7 @@ pub struct ConsumerMetrics {
     pub(crate) wedged: Gauge,
 }
 
-/// 100 µs to 30 s: from one small block inside a host to a long prompt over a slow wire.
+/// 100 µs to 30 s: from one small block inside a host to a long prompt over a slow network.
 const SECONDS: [f64; 12] = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];
 
 impl Default for ConsumerMetrics {
@@ -85,7 +81,7 @@ impl ConsumerMetrics {
         r.register("pulls_running", "Pulls that have not ended", self.running.clone());
         r.register("pulls_wedged", "Pulls whose blocks are withheld until a restart", self.wedged.clone());
         #[cfg(feature = "verbs")]
-        r.register_collector(Box::new(ladder::Rungs));
+        r.register_collector(Box::new(teardown::Stages));
     }
 
     pub(crate) fn ended(&self, o: &Outcome) {
@@ -94,13 +90,13 @@ impl ConsumerMetrics {
             (false, 0) => "failed",
             (false, _) => "partial",
         };
-        self.pulls.get_or_create(&Result { result }).inc();
+        self.pulls.get_or_create(&ResultLabel { result }).inc();
         self.loaded.inc_by(o.loaded());
         for (cause, set) in o.groups.iter().flat_map(|g| &g.causes) {
-            self.invalid.get_or_create(&Cause { cause: cause.as_str() }).inc_by(set.len());
+            self.invalid.get_or_create(&CauseLabel { cause: cause.as_str() }).inc_by(set.len());
         }
         if let Some(lane) = o.lanes.last() {
-            self.bytes.get_or_create(&Lane { lane: lane.as_str() }).inc_by(o.bytes);
+            self.bytes.get_or_create(&LaneLabel { lane: lane.as_str() }).inc_by(o.bytes);
         }
         self.retries.inc_by(u64::from(o.retries));
         for (h, t) in [(&self.decided, o.times.decided), (&self.ended, o.times.ended)] {
@@ -115,7 +111,7 @@ impl ConsumerMetrics {
 #[derive(Debug, Clone, Default)]
 pub struct ProducerMetrics {
     pub(crate) offers: Counter,
-    ends: Family<End, Counter>,
+    ends: Family<GoneLabel, Counter>,
     pub(crate) live: Gauge,
     pub(crate) claims: Gauge,
     pub(crate) sessions: Gauge,
@@ -134,13 +130,13 @@ impl ProducerMetrics {
 
     pub(crate) fn freed(&self, why: Gone) {
         let why = why.as_str();
-        self.ends.get_or_create(&End { why }).inc();
+        self.ends.get_or_create(&GoneLabel { why }).inc();
     }
 }
 
 #[cfg(feature = "verbs")]
-mod ladder {
-    //! What became of verbs rails that failed: of this whole process.
+mod teardown {
+    //! How verbs reads were stopped and failed rails torn down, in this whole process.
 
     use prometheus_client::{
         collector::Collector,
@@ -151,20 +147,20 @@ mod ladder {
     use crate::lane::verbs::COUNTERS;
 
     #[derive(Debug)]
-    pub(super) struct Rungs;
+    pub(super) struct Stages;
 
-    impl Collector for Rungs {
+    impl Collector for Stages {
         fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-            let help = "Verbs reads that were stopped (drain) and rails that failed, by the rung of the ladder that made them quiet";
-            let mut ends = encoder.encode_descriptor("verbs_rungs", help, None, MetricType::Counter)?;
-            for (rung, n, _) in COUNTERS.rungs() {
-                ConstCounter::new(n).encode(ends.encode_family(&[("rung", rung)])?)?;
+            let help = "Stopped verbs reads (drain) and failed rails, by the teardown stage that made them quiet";
+            let mut ends = encoder.encode_descriptor("verbs_teardowns", help, None, MetricType::Counter)?;
+            for (stage, n, _) in COUNTERS.rungs() {
+                ConstCounter::new(n).encode(ends.encode_family(&[("stage", stage)])?)?;
             }
-            let help = "Seconds that was stood on each rung of the ladder";
-            let mut times = encoder.encode_descriptor("verbs_rung_seconds", help, None, MetricType::Counter)?;
-            for (rung, _, time) in COUNTERS.rungs() {
+            let help = "Seconds spent in each teardown stage";
+            let mut times = encoder.encode_descriptor("verbs_teardown_seconds", help, None, MetricType::Counter)?;
+            for (stage, _, time) in COUNTERS.rungs() {
                 if let Some(time) = time {
-                    ConstCounter::new(time.as_secs_f64()).encode(times.encode_family(&[("rung", rung)])?)?;
+                    ConstCounter::new(time.as_secs_f64()).encode(times.encode_family(&[("stage", stage)])?)?;
                 }
             }
             Ok(())
@@ -209,9 +205,9 @@ mod tests {
             "kvferry_bytes_loaded_total{lane=\"tcp\"} 24576",
             "kvferry_pull_retries_total 1",
             #[cfg(feature = "verbs")]
-            "kvferry_verbs_rungs_total{rung=\"wedged\"}",
+            "kvferry_verbs_teardowns_total{stage=\"wedged\"}",
             #[cfg(feature = "verbs")]
-            "kvferry_verbs_rung_seconds_total{rung=\"destroy\"}",
+            "kvferry_verbs_teardown_seconds_total{stage=\"destroy\"}",
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");
         }

@@ -1,4 +1,4 @@
-//! Connects the lane that a producer's ticket is for.
+//! Connects lanes with the tickets that producers issue.
 
 use std::{
     net::SocketAddr,
@@ -11,13 +11,14 @@ use std::{
 use kvferry_proto::{hello::Welcome, lane::LaneKind};
 
 use crate::{
-    config::TcpConfig,
-    control::client::{Connecting, LaneConnector, Prepared, Preparing},
-    lane::{LaneError, WakingLane, faults::Faults, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
+    config::{Config, TcpConfig},
+    control::lanes::{Connecting, LaneConnector, Prepared, Preparing},
+    faults::Faults,
+    lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
     memory::Memory,
 };
 
-/// What connecting takes on this side: the memory that lanes write, and their settings.
+/// The memory that lanes write, and the lanes' settings.
 pub(super) struct Connector {
     memory: Memory,
     tcp: TcpConfig,
@@ -29,32 +30,25 @@ pub(super) struct Connector {
 }
 
 impl Connector {
-    /// A connector of lanes into `memory`.
-    pub(super) fn new(memory: Memory, tcp: TcpConfig, faults: Option<Faults>) -> Self {
+    /// A connector of lanes into `memory`. Verbs rails are opened in the background: registering a large pool takes a while.
+    pub(super) fn new(memory: Memory, config: &Config) -> Self {
         Self {
-            memory,
-            tcp,
-            faults,
-            lanes: AtomicU32::new(0),
             #[cfg(feature = "verbs")]
-            verbs: None,
+            verbs: (config.pull.lanes.contains(&LaneKind::Verbs))
+                .then(|| verbs::Verbs::new(config.verbs.clone(), memory.clone())),
+            memory,
+            tcp: config.tcp.clone(),
+            faults: config.pull.faults.clone(),
+            lanes: AtomicU32::new(0),
         }
     }
 
-    /// With verbs, whose rails are opened now, in the background: registering a large pool takes a while.
-    #[cfg(feature = "verbs")]
-    pub(super) fn with_verbs(mut self, config: &crate::config::VerbsConfig) -> Self {
-        self.verbs = Some(verbs::Verbs::new(config.clone(), self.memory.clone()));
-        self
-    }
-
-    /// Breaks a lane, if it is to be broken.
-    fn break_it(&self, lane: Box<dyn WakingLane>) -> Result<Box<dyn WakingLane>, LaneError> {
+    /// Wraps a lane in the configured faults, if any.
+    fn add_faults(&self, lane: Box<dyn WakingLane>) -> Result<Box<dyn WakingLane>, LaneError> {
         let before = self.lanes.fetch_add(1, Ordering::Relaxed);
         match &self.faults {
             Some(f) if f.lanes.is_none_or(|n| before < n) => {
-                let broken = Faulty::new(lane, f.clone());
-                Ok(Box::new(broken.map_err(|source| LaneError::Io { what: "cannot break the lane", source })?))
+                Ok(Box::new(Faulty::new(lane, f.clone()).map_err(LaneError::io("cannot add faults to the lane"))?))
             }
             _ => Ok(lane),
         }
@@ -73,7 +67,7 @@ impl LaneConnector for Connector {
         Box::pin(async { Ok(Prepared::default()) })
     }
 
-    fn connect_prepared(
+    fn connect(
         &self,
         ticket: LaneTicket,
         prepared: Prepared,
@@ -100,30 +94,27 @@ impl LaneConnector for Connector {
                 #[cfg(not(feature = "verbs"))]
                 LaneTicket::Verbs(_) => {
                     drop(prepared);
-                    return Err(LaneError::protocol("a verbs lane, which this build cannot have asked for"));
+                    return Err(LaneError::protocol(
+                        "it sent a ticket for a verbs lane, which this build never requests",
+                    ));
                 }
             };
-            self.break_it(lane)
+            self.add_faults(lane)
         })
-    }
-
-    fn connect(&self, ticket: LaneTicket, welcome: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
-        self.connect_prepared(ticket, Prepared::default(), welcome, peer)
     }
 }
 
 #[cfg(feature = "verbs")]
 mod verbs {
-    //! Verbs calls block for milliseconds, so they run on threads that may.
+    //! The consumer's rails. Verbs calls block for milliseconds, so they run on threads that may block.
 
-    use std::{
-        net::SocketAddr,
-        sync::{Arc, Mutex, PoisonError},
-    };
+    use std::{net::SocketAddr, sync::Arc};
+
+    use parking_lot::Mutex;
 
     use crate::{
         config::VerbsConfig,
-        control::client::Prepared,
+        control::lanes::Prepared,
         lane::{
             LaneError, WakingLane,
             verbs::{Opening, Rails, Role, VerbsError, VerbsTicket},
@@ -132,7 +123,7 @@ mod verbs {
     };
     use kvferry_proto::hello::Welcome;
 
-    /// This side's rails, opened when they are needed first, and again when that failed.
+    /// This side's rails, opened at first use, and again at the next use if that failed.
     pub(super) struct Verbs {
         config: VerbsConfig,
         memory: Memory,
@@ -145,16 +136,16 @@ mod verbs {
             let early = it.clone();
             let open = move || {
                 if let Err(error) = early.rails() {
-                    tracing::debug!(%error, "no verbs here");
+                    tracing::debug!(%error, "no verbs rails");
                 }
             };
-            // Without the thread they are opened when they are needed.
+            // Without the thread, the first use opens them.
             let _ = std::thread::Builder::new().name("kvferry-rails".into()).spawn(open);
             it
         }
 
         fn rails(&self) -> Result<Arc<Rails>, VerbsError> {
-            let mut rails = self.rails.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut rails = self.rails.lock();
             match &*rails {
                 Some(rails) => Ok(rails.clone()),
                 None => Ok(rails.insert(Rails::open(&self.config, self.memory.clone(), Role::Reader)?).clone()),
@@ -173,18 +164,21 @@ mod verbs {
         welcome: &Welcome,
     ) -> Result<Box<dyn WakingLane>, LaneError> {
         let opening = prepared.state.and_then(|s| s.downcast::<Opening>().ok());
-        let opening = opening.ok_or_else(|| LaneError::protocol("a verbs lane that was not asked for"))?;
+        let opening =
+            opening.ok_or_else(|| LaneError::protocol("it sent a ticket for a verbs lane that was not requested"))?;
         let (pool, incarnation) = (welcome.pool.clone(), welcome.peer.incarnation);
         let lane = blocking(move || opening.finish(&ticket, pool, incarnation)).await??;
         Ok(Box::new(lane))
     }
 
     async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LaneError> {
-        tokio::task::spawn_blocking(work).await.map_err(|_| LaneError::protocol("it could not be connected"))
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|_| LaneError::protocol("the thread that connects the lane panicked"))
     }
 }
 
-/// The data server's address, where it is not on the host of the control plane.
+/// Resolves the data server's address, for a data server on another host than the control plane.
 async fn resolve(host: &str, port: u16) -> Result<SocketAddr, LaneError> {
     let connect = |source| LaneError::Connect { to: format!("{host}:{port}"), source };
     let mut found = tokio::net::lookup_host((host, port)).await.map_err(connect)?;

@@ -1,6 +1,13 @@
 //! The sessions of a consumer with its peers.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
 
 use kvferry_proto::{
     block::Incarnation,
@@ -11,8 +18,10 @@ use kvferry_proto::{
     puller::{Addr, In, LaneWish},
     session::Want,
 };
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
 
-use super::{Shared, connector::Connector, lock};
+use super::connector::Connector;
 use crate::{
     config::Config,
     control::{
@@ -25,25 +34,53 @@ use crate::{
     },
 };
 
-/// The sessions with peers, by address.
-pub(super) struct Directory {
-    pub(super) handle: tokio::runtime::Handle,
-    pub(super) hello: Arc<Hello>,
-    pub(super) config: Arc<Config>,
-    pub(super) events: Arc<dyn Events>,
-    pub(super) connector: Arc<Connector>,
-    pub(super) peers: HashMap<Addr, Known>,
-    pub(super) shared: Arc<Shared>,
+/// Whether each peer's session is up.
+#[derive(Default)]
+pub(super) struct Sessions(Mutex<Vec<Weak<AtomicBool>>>);
+
+impl Sessions {
+    fn add(&self, up: Weak<AtomicBool>) {
+        let mut all = self.0.lock();
+        all.retain(|u| u.strong_count() > 0);
+        all.push(up);
+    }
+
+    /// Number of sessions that are up.
+    pub(super) fn up(&self) -> usize {
+        self.0.lock().iter().filter_map(Weak::upgrade).filter(|u| u.load(Ordering::Relaxed)).count()
+    }
 }
 
-pub(super) struct Known {
+/// The peers' tasks, by address. Lives on the data thread.
+pub(super) struct Directory {
+    handle: Handle,
+    hello: Arc<Hello>,
+    config: Arc<Config>,
+    events: Arc<dyn Events>,
+    connector: Arc<Connector>,
+    sessions: Arc<Sessions>,
+    peers: HashMap<Addr, Known>,
+}
+
+struct Known {
     handle: PeerHandle,
-    /// When something was last wanted of it.
+    /// When this peer was last used.
     used: Instant,
 }
 
 impl Directory {
-    /// Whether this would be one peer too many.
+    pub(super) fn new(
+        handle: Handle,
+        hello: Arc<Hello>,
+        config: Arc<Config>,
+        events: Arc<dyn Events>,
+        connector: Arc<Connector>,
+        sessions: Arc<Sessions>,
+    ) -> Self {
+        Self { handle, hello, config, events, connector, sessions, peers: HashMap::new() }
+    }
+
+    /// Whether this peer is unknown and the limit of known peers is reached.
     fn is_full(&self, peer: &Addr) -> bool {
         self.peers.len() >= self.config.limits.peers && !self.peers.contains_key(peer)
     }
@@ -58,9 +95,7 @@ impl Directory {
                 self.events.clone(),
                 self.connector.clone(),
             );
-            let mut up = lock(&self.shared.up);
-            up.retain(|u| u.strong_count() > 0);
-            up.push(handle.up());
+            self.sessions.add(handle.up());
             Known { handle, used: Instant::now() }
         });
         known.used = Instant::now();
@@ -72,14 +107,14 @@ impl Peers for Directory {
     fn claim(&mut self, peer: &Addr, want: Want) {
         if self.is_full(peer) {
             let limit = self.config.limits.peers;
-            tracing::warn!(%peer, limit, "as many peers as the limits allow are known: raise limits.peers");
+            tracing::warn!(%peer, limit, "the limit of known peers is reached: raise limits.peers");
             return self.events.lost(want.claim, Cause::Limit);
         }
         self.peer(peer).claim(want);
     }
 
     fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release) {
-        // What could not be claimed has nothing to be let go; a mere release is left to the lease.
+        // A peer over the limit has no claim of ours to release; a release without a claim is left to the lease.
         if !self.is_full(peer) {
             self.peer(peer).release(expect, release);
         }
@@ -90,7 +125,7 @@ impl Peers for Directory {
     }
 
     fn dropped(&mut self, peer: &Addr) -> bool {
-        // What was sent to it since is still carried out: its task ends when its handle is gone and it has nothing to do.
+        // Commands sent since are still carried out: the task ends when its handle is gone and its work is done.
         let idle = self.peers.get(peer).is_none_or(|k| k.used.elapsed() >= self.config.session.idle / 2);
         if idle {
             self.peers.remove(peer);
@@ -99,7 +134,7 @@ impl Peers for Directory {
     }
 }
 
-/// Passes what peers' tasks tell on to the data thread.
+/// Passes the events of the peers' tasks on to the data thread.
 pub(super) struct ToPuller(pub(super) Mailbox<Mail>);
 
 impl Events for ToPuller {

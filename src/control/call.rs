@@ -1,5 +1,5 @@
-//! Calls that need no session: a Hello to see who is there, and a release by a scheduler or router. Each makes a connection
-//! of its own, and nothing is kept.
+//! Calls that need no session: a Hello, to learn the peer's identity, and a release by a scheduler or router. Each makes a
+//! connection of its own and closes it afterwards.
 
 use std::time::Duration;
 
@@ -26,24 +26,24 @@ pub enum CallError {
     /// The producer cannot be reached.
     #[error(transparent)]
     Dial(#[from] HelloError),
-    /// It answered, and refused.
+    /// The producer answered, and refused.
     #[error("{addr} refused: {why}")]
     Refused {
         /// The address.
         addr: String,
-        /// In its words.
+        /// The peer's reason.
         why: String,
     },
-    /// It did not answer in time.
+    /// The producer did not answer in time.
     #[error("{addr} did not answer within {after:?}; is its process stopped?")]
     Silent {
         /// The address.
         addr: String,
-        /// How long it had.
+        /// The time limit.
         after: Duration,
     },
-    /// What it answered breaks the protocol's bounds.
-    #[error("{addr} sent rubbish: {what}; is it a kvferry of this version?")]
+    /// The answer breaks the protocol's bounds.
+    #[error("{addr} sent a malformed message: {what}; is it a kvferry of this version?")]
     Protocol {
         /// The address.
         addr: String,
@@ -75,8 +75,8 @@ impl Caller {
         Ok(Dialer::new(addr.into(), &self.config).hello(me).await?.1)
     }
 
-    /// Lets go of an offer at the rank that serves `addr`. `from`: on whose behalf; `expect`: the incarnation that
-    /// offered, when it is known. `true`: the offer was freed by this; `false`: it was gone already, or others read it.
+    /// Releases an offer at the rank that serves `addr`, on behalf of `from`. `expect`: the incarnation that offered, if it
+    /// is known. `true`: this call freed the offer; `false`: it was gone already, or other readers hold it.
     pub async fn release(
         &self,
         addr: &str,
@@ -87,17 +87,17 @@ impl Caller {
         let request = proto::ReleaseRequest::from(&ReleaseWanted { from, offer, expect });
         let reply = self
             .call(addr, async {
-                let line = Dialer::new(addr.into(), &self.config).connect().await?;
-                line.ferry().release(request).await.map_err(|s| refused(addr, &s))
+                let connection = Dialer::new(addr.into(), &self.config).connect().await?;
+                connection.ferry().release(request).await.map_err(|s| refused(addr, &s))
             })
             .await?;
         Ok(reply.into_inner().freed)
     }
 
-    async fn call<T>(&self, addr: &str, what: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+    async fn call<T>(&self, addr: &str, work: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
         let after = self.config.session.hello_timeout;
         let silent = || Err(CallError::Silent { addr: addr.into(), after });
-        tokio::time::timeout(after, what).await.unwrap_or_else(|_| silent())
+        tokio::time::timeout(after, work).await.unwrap_or_else(|_| silent())
     }
 }
 
@@ -111,7 +111,7 @@ fn within(limit: Duration) -> Caller {
     Caller::new(config)
 }
 
-/// Says Hello in plain text as rank 0 of `engine`, to see who is at `addr` and where its memory lies.
+/// Says Hello in plain text as rank 0 of `engine`, to learn the identity and the memory layout of the rank at `addr`.
 pub async fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Welcome, HelloError> {
     let me = Hello {
         versions: VERSIONS,
@@ -124,7 +124,7 @@ pub async fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration
     within(limit).hello(addr, &me).await
 }
 
-/// Lets go of an offer without a session, in plain text: for a scheduler that refuses a request at admission, or a router.
+/// Releases an offer without a session, in plain text: for a scheduler that refuses a request at admission, or a router.
 /// See [`Caller::release`].
 pub async fn release(
     addr: &str,

@@ -1,9 +1,9 @@
-//! A consumer's side of the control plane: one task for each peer address, which runs a [`PeerSession`] and does what it
-//! says.
+//! A consumer's side of the control plane: one task for each peer address, which runs a [`PeerSession`] and carries out its
+//! actions.
 //!
-//! Owns the connections to that peer and its session's stream. The machine decides when to dial, what to resend and what a
-//! broken stream means. Peers never wait for each other, since nothing is shared between their
-//! tasks (promise 7). A new dial leaves the running stream alone until the machine opens a new one on it.
+//! Owns the connections to that peer and the session's stream. The machine decides when to dial, what to resend and what a
+//! broken stream means. Peers never wait for each other, since their tasks share no state (promise 7). A new dial leaves
+//! the running stream alone until the machine opens a new stream on it.
 
 use std::{
     pin::Pin,
@@ -21,11 +21,10 @@ use tokio::{
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-pub(crate) use super::connect::{Connecting, LaneConnector, Prepared, Preparing};
 use super::{
-    connect::{LaneCall, Skipped},
-    dial::{Dialer, Line, said},
+    dial::{Connection, Dialer, random, said},
     events::{Connected, Events},
+    lanes::{LaneCall, LaneConnector, Skipped},
     proto,
 };
 use crate::config::Config;
@@ -39,17 +38,16 @@ use kvferry_proto::{
     session::{self, Health, Out, PeerSession, Want},
 };
 
-/// Between two looks at the clock. Nothing that the machine times is finer than this.
+/// Shortest time between two ticks of the machine, whose times are not finer than this.
 const TICK: Duration = Duration::from_millis(1);
 
 enum Command {
-    Claim(Want),
-    Release(Incarnation, Release),
+    Session(session::In),
     Connect(LaneWish),
 }
 
-/// Tells a peer's task what is wanted. No call blocks. Dropping it closes the session: claims end with
-/// [`Cause::Shutdown`], and the task ends when its releases are acknowledged, or at once when the peer is not there.
+/// Sends commands to a peer's task. No call blocks. Dropping it closes the session: claims end with
+/// [`Cause::Shutdown`], and the task ends when its releases are acknowledged, or at once if the peer is unreachable.
 pub(crate) struct PeerHandle {
     commands: UnboundedSender<Command>,
     up: Arc<AtomicBool>,
@@ -62,17 +60,17 @@ impl std::fmt::Debug for PeerHandle {
 }
 
 impl PeerHandle {
-    /// Makes a claim; `Granted` or `Lost` comes for it.
+    /// Makes a claim; [`Events::granted`] or [`Events::lost`] answers it.
     pub(crate) fn claim(&self, want: Want) {
-        self.tell(Command::Claim(want));
+        self.tell(Command::Session(session::In::Claim(want)));
     }
 
-    /// Lets go of a claim or an offer; sent until acknowledged.
+    /// Releases a claim or an offer; sent until acknowledged.
     pub(crate) fn release(&self, expect: Incarnation, release: Release) {
-        self.tell(Command::Release(expect, release));
+        self.tell(Command::Session(session::In::Release { expect, release }));
     }
 
-    /// Connects a lane of the first of these kinds that can be had; `Lane` comes, once.
+    /// Connects a lane of the first of these kinds that works; [`Events::connected`] answers, once.
     pub(crate) fn connect_lane(&self, wish: LaneWish) {
         self.tell(Command::Connect(wish));
     }
@@ -83,7 +81,7 @@ impl PeerHandle {
     }
 
     fn tell(&self, command: Command) {
-        // The task outlives its handles, unless the runtime is gone: then there is nobody to tell any more.
+        // Fails only when the runtime has ended, and the task with it.
         let _ = self.commands.send(command);
     }
 }
@@ -103,10 +101,10 @@ pub(crate) struct PeerTask {
     orphan: bool,
     over: bool,
     dialing: Option<BoxFuture<Dialled>>,
-    /// What the last dial brought, until the machine has decided about it.
-    dialled: Option<(Line, Arc<Welcome>)>,
-    /// What the stream is on.
-    current: Option<(Line, Arc<Welcome>)>,
+    /// The result of the last dial, until the machine has decided about it.
+    dialled: Option<(Connection, Arc<Welcome>)>,
+    /// The connection of the stream.
+    current: Option<(Connection, Arc<Welcome>)>,
     /// The stream's number, as the machine counts streams.
     number: u64,
     stream: SessionStream,
@@ -118,7 +116,7 @@ pub(crate) struct PeerTask {
 }
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-type Dialled = Result<(Line, Arc<Welcome>), HelloError>;
+type Dialled = Result<(Connection, Arc<Welcome>), HelloError>;
 type Frames = Streaming<proto::ServerFrame>;
 
 /// The stream of a session, from the producer.
@@ -129,8 +127,8 @@ enum SessionStream {
 }
 
 impl SessionStream {
-    /// The next frame, or why there is no other: `None` when the producer ended the stream. Waits indefinitely while the
-    /// stream is closed. Losing the returned future loses no frame.
+    /// The next frame, or the error that ended the stream; `None`: the producer ended it. Waits indefinitely while the
+    /// stream is closed. Cancel-safe: dropping the returned future loses no frame.
     async fn next(&mut self) -> Result<proto::ServerFrame, Option<Status>> {
         loop {
             match self {
@@ -142,7 +140,7 @@ impl SessionStream {
     }
 }
 
-/// Texts of a log line that may come again and again: the same one is news once a minute.
+/// Suppresses repeated log lines: the same text is news once a minute.
 #[derive(Default)]
 struct Repeats(Option<(String, Instant)>);
 
@@ -163,7 +161,7 @@ enum Event {
     Time,
 }
 
-/// The end of a dial. Waits indefinitely while there is none.
+/// The result of the running dial. Waits indefinitely while no dial is running.
 async fn dialled<T>(dialing: &mut Option<BoxFuture<T>>) -> T {
     let Some(dial) = dialing else { return std::future::pending().await };
     let end = dial.await;
@@ -171,14 +169,9 @@ async fn dialled<T>(dialing: &mut Option<BoxFuture<T>>) -> T {
     end
 }
 
-/// Random bits for jitter. Without a random source there is none, which does no harm here.
-fn random() -> u64 {
-    getrandom::u64().unwrap_or(u64::MAX / 2)
-}
-
 impl PeerTask {
-    /// Starts the task of a peer; nothing is dialled before something is wanted. When nothing was wanted for long,
-    /// [`Events::dropped`] is called: drop the handle then, or keep it if something is wanted after all.
+    /// Starts the task of a peer. The first command dials. After a long time without commands the task calls
+    /// [`Events::dropped`]: drop the handle then, or keep it if it is about to be used again.
     pub(crate) fn spawn(
         handle: &Handle,
         addr: Addr,
@@ -223,7 +216,7 @@ impl PeerTask {
 
     async fn run(mut self) {
         while !self.over {
-            // A time that has come and brings nothing must not become a spin.
+            // A timeout in the past must not make this loop spin.
             let wakes = self.machine.next_timeout().map(|at| at.max(self.ticked + TICK));
             let event = tokio::select! {
                 command = self.commands.recv(), if !self.orphan => Event::Command(command),
@@ -231,27 +224,24 @@ impl PeerTask {
                 end = dialled(&mut self.dialing) => Event::Dialled(end),
                 () = tokio::time::sleep_until(wakes.unwrap_or_else(Instant::now).into()), if wakes.is_some() => Event::Time,
             };
-            self.deal(event);
+            self.handle(event);
             self.carry_out();
             self.up.store(!self.over && self.machine.is_up(), Ordering::Relaxed);
         }
     }
 
-    fn deal(&mut self, event: Event) {
+    fn handle(&mut self, event: Event) {
         let now = Instant::now();
         match event {
-            Event::Command(Some(Command::Claim(want))) => self.machine.handle(now, session::In::Claim(want)),
-            Event::Command(Some(Command::Release(expect, release))) => {
-                self.machine.handle(now, session::In::Release { expect, release });
-            }
+            Event::Command(Some(Command::Session(event))) => self.machine.handle(now, event),
             Event::Command(Some(Command::Connect(wish))) => self.connect_lane(wish),
             Event::Command(None) => {
                 self.orphan = true;
                 self.machine.handle(now, session::In::Close);
             }
-            Event::Dialled(Ok((line, welcome))) => {
+            Event::Dialled(Ok((connection, welcome))) => {
                 let peer = welcome.peer.clone();
-                self.dialled = Some((line, welcome));
+                self.dialled = Some((connection, welcome));
                 self.machine.handle(now, session::In::Welcomed(peer));
             }
             Event::Dialled(Err(error)) => {
@@ -306,14 +296,14 @@ impl PeerTask {
                 Out::Dial => {
                     let (dialer, me) = (self.dialer.clone(), self.me.clone());
                     self.dialing = Some(Box::pin(async move {
-                        let (line, welcome) = dialer.hello(&me).await?;
-                        Ok((line, Arc::new(welcome)))
+                        let (connection, welcome) = dialer.hello(&me).await?;
+                        Ok((connection, Arc::new(welcome)))
                     }));
                 }
                 Out::Open(n) => self.open(n),
                 Out::Send(frame) => {
                     if let Some(frames) = &self.frames {
-                        // It fails when the stream broke, which its end tells.
+                        // Fails only when the stream broke, which `SessionStream::next` reports.
                         let _ = frames.send(frame.into());
                     }
                 }
@@ -338,21 +328,21 @@ impl PeerTask {
                 }
             }
         }
-        // A dial that only looked who is there: the stream goes on as it is.
+        // This dial only checked the peer's identity: the stream stays as it is.
         self.dialled = None;
     }
 
     fn open(&mut self, n: u64) {
         self.number = n;
         self.current = self.dialled.take();
-        let Some((line, _)) = &self.current else {
-            // The machine opens streams on what a dial brought; without it, this one is broken from the start.
+        let Some((connection, _)) = &self.current else {
+            // The machine opens a stream after a dial. Without its connection the stream is broken from the start.
             self.stream = SessionStream::Opening(Box::pin(async { Err(Status::unavailable("no connection")) }));
             return;
         };
         let (tx, rx) = mpsc::unbounded_channel();
         self.frames = Some(tx);
-        let mut ferry = line.ferry();
+        let mut ferry = connection.ferry();
         let open = async move { ferry.session(UnboundedReceiverStream::new(rx)).await };
         self.stream = SessionStream::Opening(Box::pin(open));
     }
@@ -360,23 +350,25 @@ impl PeerTask {
     fn connect_lane(&mut self, wish: LaneWish) {
         let (incarnation, need) = (wish.expect, wish.need);
         let lane = match &self.current {
-            Some((line, welcome)) if welcome.peer.incarnation == incarnation => Ok((line.clone(), welcome.clone())),
-            // The session finds out what became of the peer; the pull may ask again.
+            Some((connection, welcome)) if welcome.peer.incarnation == incarnation => {
+                Ok((connection.clone(), welcome.clone()))
+            }
+            // The session finds out what became of the peer; the pull may try again.
             _ => Err(Cause::Unreachable),
         };
         match lane {
-            Ok((line, welcome)) => {
+            Ok((connection, welcome)) => {
                 let call = LaneCall {
                     peer: self.addr.clone(),
                     me: self.me.clone(),
-                    line,
+                    connection,
                     welcome,
                     connector: self.connector.clone(),
                     timeout: self.config.session.hello_timeout,
                     skipped: self.skipped.clone(),
                 };
                 let events = self.events.clone();
-                // On its own: a lane that takes long to connect must not delay heartbeats and claims.
+                // A task of its own: a lane that takes long to connect must not delay heartbeats and claims.
                 tokio::spawn(async move { events.connected(&call.peer.clone(), call.run(wish).await) });
             }
             Err(cause) => {

@@ -1,5 +1,5 @@
-//! Reaching a producer: connect, prove who one is, say Hello. Each dial is a connection of its own, and a connection never
-//! comes back by itself once it broke: what is on the other end may be another process then, and only a new Hello tells.
+//! Reaching a producer: connect, prove one's identity, say Hello. Each dial makes a connection of its own. A broken
+//! connection is never reopened silently: another process may serve the address by then, and only a new Hello tells.
 
 use std::{
     future::{Ready, ready},
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::config::Config;
 
-/// HTTP/2 windows. The largest message that comes this way is a Welcome, some kilobytes for each hundred regions.
+/// HTTP/2 windows. The largest message to a consumer is a Welcome: some kilobytes for each hundred regions.
 const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 512 << 10;
 
@@ -43,15 +43,15 @@ pub(crate) struct Dialer {
     tls: bool,
 }
 
-/// A connection, and where it leads.
+/// A connection to a producer.
 #[derive(Clone)]
-pub(crate) struct Line {
-    pub(crate) channel: Channel,
+pub(crate) struct Connection {
+    channel: Channel,
     pub(crate) to: SocketAddr,
     frame_bytes: usize,
 }
 
-impl Line {
+impl Connection {
     pub(crate) fn ferry(&self) -> FerryClient<Channel> {
         FerryClient::new(self.channel.clone())
             .max_decoding_message_size(self.frame_bytes)
@@ -60,7 +60,7 @@ impl Line {
 }
 
 impl Dialer {
-    /// A dialer of `addr`, `HOST:PORT`. What is wrong with the address or the certificates is told by each dial.
+    /// A dialer of `addr`, `HOST:PORT`. A bad address or certificate fails each dial.
     pub(crate) fn new(addr: Arc<str>, config: &Config) -> Self {
         let endpoint = endpoint(&addr, config);
         Self {
@@ -73,7 +73,7 @@ impl Dialer {
     }
 
     /// Connects.
-    pub(crate) async fn connect(&self) -> Result<Line, HelloError> {
+    pub(crate) async fn connect(&self) -> Result<Connection, HelloError> {
         let unreachable = |why: String, refused| HelloError::Unreachable { addr: self.addr.to_string(), why, refused };
         let endpoint = self.endpoint.as_ref().map_err(|why| unreachable(why.clone(), false))?;
         let connect = async {
@@ -85,24 +85,24 @@ impl Dialer {
             let _ = io.set_nodelay(true);
             let channel =
                 endpoint.connect_with_connector(Once(Some(io))).await.map_err(|e| unreachable(tls::why(&e), false))?;
-            Ok(Line { channel, to, frame_bytes: self.frame_bytes })
+            Ok(Connection { channel, to, frame_bytes: self.frame_bytes })
         };
         self.in_time(connect).await
     }
 
     /// Connects and says Hello.
-    pub(crate) async fn hello(&self, me: &Hello) -> Result<(Line, Welcome), HelloError> {
+    pub(crate) async fn hello(&self, me: &Hello) -> Result<(Connection, Welcome), HelloError> {
         let call = async {
-            let line = self.connect().await?;
-            let reply = line.ferry().hello(proto::HelloRequest::from(me)).await.map_err(|s| self.failed(&s))?;
+            let connection = self.connect().await?;
+            let reply = connection.ferry().hello(proto::HelloRequest::from(me)).await.map_err(|s| self.failed(&s))?;
             let welcome = self.answer(me, reply.into_inner())?;
-            Ok((line, welcome))
+            Ok((connection, welcome))
         };
         self.in_time(call).await
     }
 
-    async fn in_time<T>(&self, what: impl Future<Output = Result<T, HelloError>>) -> Result<T, HelloError> {
-        tokio::time::timeout(self.timeout, what).await.unwrap_or_else(|_| {
+    async fn in_time<T>(&self, work: impl Future<Output = Result<T, HelloError>>) -> Result<T, HelloError> {
+        tokio::time::timeout(self.timeout, work).await.unwrap_or_else(|_| {
             Err(HelloError::Unreachable {
                 addr: self.addr.to_string(),
                 why: format!("no answer within {:?}", self.timeout),
@@ -112,17 +112,17 @@ impl Dialer {
     }
 
     fn answer(&self, me: &Hello, reply: proto::HelloReply) -> Result<Welcome, HelloError> {
-        let rubbish = |what: String| HelloError::Protocol { addr: self.addr.to_string(), what };
+        let malformed = |what: String| HelloError::Protocol { addr: self.addr.to_string(), what };
         let version =
             |there: String| HelloError::Version { here: format!("{} to {}", me.versions.0, me.versions.1), there };
         match reply.result {
-            None => Err(rubbish("result: is missing".into())),
+            None => Err(malformed("result: is missing".into())),
             Some(proto::hello_reply::Result::Mismatch(m)) => {
                 let m = Mismatch::from(m);
                 Err(if m.field == "version" { version(m.producer) } else { m.into() })
             }
             Some(proto::hello_reply::Result::Welcome(w)) => {
-                let w = Welcome::try_from(w).map_err(|e| rubbish(format!("welcome.{e}")))?;
+                let w = Welcome::try_from(w).map_err(|e| malformed(format!("welcome.{e}")))?;
                 if !(me.versions.0..=me.versions.1).contains(&w.version) {
                     return Err(version(w.version.to_string()));
                 }
@@ -131,15 +131,15 @@ impl Dialer {
         }
     }
 
-    /// What a failed call says about the peer.
+    /// The error of a failed call.
     fn failed(&self, status: &Status) -> HelloError {
         let addr = self.addr.to_string();
         match status.code() {
-            // What is no HTTP/2 at all, where plain text is spoken, is mostly a handshake that was expected.
+            // Plain text was sent and the answer is not HTTP/2: the peer most likely expected a TLS handshake.
             Code::Internal if !self.tls && std::error::Error::source(status).is_some() => {
                 HelloError::Protocol { addr, what: format!("{} (is tls on at both ends?)", said(status)) }
             }
-            // It answers, but not as a kvferry of this version does.
+            // The peer answers, but not as a kvferry of this version does.
             Code::Unimplemented | Code::InvalidArgument | Code::Internal | Code::OutOfRange | Code::DataLoss => {
                 HelloError::Protocol { addr, what: said(status) }
             }
@@ -148,7 +148,7 @@ impl Dialer {
     }
 }
 
-/// A status on one line, with what is behind it, and of a length that a log bears.
+/// A status as one line for a log: with its sources, without control characters, at most 1024 bytes.
 pub(crate) fn said(status: &Status) -> String {
     let mut text = status.message().to_owned();
     if let Some(e) = std::error::Error::source(status) {
@@ -165,15 +165,20 @@ pub(crate) fn said(status: &Status) -> String {
     text.replace(char::is_control, " ")
 }
 
+/// Random bits for jitter. Without a random source there is no jitter, which is harmless.
+pub(crate) fn random() -> u64 {
+    getrandom::u64().unwrap_or(u64::MAX / 2)
+}
+
 fn endpoint(addr: &str, config: &Config) -> Result<Endpoint, String> {
-    // An address comes with an offer, from anywhere: nothing but HOST:PORT may get into the URI.
+    // An address comes with an offer, from an untrusted source: only HOST:PORT may get into the URI.
     let well_formed = addr.rsplit_once(':').is_some_and(|(host, port)| {
         port.parse::<u16>().is_ok_and(|p| p != 0)
             && !host.is_empty()
             && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._:[]".contains(c))
     });
     if !well_formed {
-        return Err("this is no HOST:PORT".into());
+        return Err("this is not a HOST:PORT".into());
     }
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let mut endpoint = Endpoint::from_shared(format!("{scheme}://{addr}"))
@@ -183,7 +188,7 @@ fn endpoint(addr: &str, config: &Config) -> Result<Endpoint, String> {
         .http2_keep_alive_interval(config.session.idle_heartbeat)
         .keep_alive_timeout(config.session.down)
         .keep_alive_while_idle(true)
-        // One session and a call or two wait in it at a time.
+        // It holds one session and a call or two at a time.
         .buffer_size(16);
     if let Some(t) = &config.tls {
         let with_tls = tls::client(t, config.session.hello_timeout).map_err(|e| e.to_string())?;
@@ -192,7 +197,7 @@ fn endpoint(addr: &str, config: &Config) -> Result<Endpoint, String> {
     Ok(endpoint)
 }
 
-/// Gives out a connection that is made already, once.
+/// A connector that returns an existing TCP connection, once.
 struct Once(Option<TcpStream>);
 
 impl Service<Uri> for Once {

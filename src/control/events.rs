@@ -1,4 +1,4 @@
-//! What a peer's task tells the consumer that it works for.
+//! The events of a peer's task, for the consumer.
 
 use std::sync::Arc;
 
@@ -15,24 +15,24 @@ use crate::lane::WakingLane;
 
 /// Receives the events of all peers. Called on tokio threads; no call blocks.
 pub(crate) trait Events: Send + Sync + 'static {
-    /// A peer answered Hello; anything of another incarnation of it is void.
+    /// A peer answered Hello. State of its other incarnations is void.
     fn welcomed(&self, peer: &Addr, welcome: Arc<Welcome>);
     /// A claim was granted.
     fn granted(&self, claim: ClaimId, grant: Grant);
-    /// A claim is gone.
+    /// A claim was lost.
     fn lost(&self, claim: ClaimId, cause: Cause);
     /// The answer to a request for a lane.
     fn connected(&self, peer: &Addr, connected: Connected);
-    /// Nothing was wanted of this peer for a long time: its owner may drop the handle.
+    /// This peer was unused for a long time: the owner may drop its handle.
     fn dropped(&self, peer: &Addr);
 }
 
-/// A lane that was asked for, or the reason why there is none.
+/// The answer to a request for a lane.
 pub(crate) struct Connected {
-    /// The peer's incarnation that it was connected to.
+    /// The peer's incarnation.
     pub(crate) incarnation: Incarnation,
-    /// What it was asked for.
+    /// The request's urgency.
     pub(crate) need: Need,
-    /// The lane.
+    /// The lane, or why there is none.
     pub(crate) lane: Result<Box<dyn WakingLane>, Cause>,
 }

@@ -1,5 +1,5 @@
-//! The connections of a server: how many there may be, how long one may be silent before its first call, and how one is
-//! cut off. What a stranger sends to the port costs a bounded number of connections for a bounded time (promise 7).
+//! The connections of a server: a limit on their number, a time limit for the first call of each, and a way to close one.
+//! A stranger at the port costs a bounded number of connections for a bounded time (promise 7).
 
 use std::{
     collections::HashMap,
@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -15,6 +15,7 @@ use std::{
 };
 
 use futures_core::Stream;
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -22,13 +23,8 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-/// Wait after an accept that failed for want of something (descriptors, memory): trying again at once would spin.
+/// Wait after an accept that failed for lack of descriptors or memory: an immediate retry would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Locks, also when a thread panicked with the lock: what is kept under it is whole between any two statements.
-pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// All connections of one server.
 pub(crate) struct Guard {
@@ -40,7 +36,7 @@ pub(crate) struct Guard {
 struct Held {
     next: u64,
     conns: HashMap<u64, Arc<ConnState>>,
-    /// Connections turned away since the last one that was not.
+    /// Connections turned away since the last accepted one.
     turned_away: u64,
 }
 
@@ -51,16 +47,16 @@ impl Guard {
 
     #[cfg(test)]
     pub(crate) fn count(&self) -> usize {
-        lock(&self.held).conns.len()
+        self.held.lock().conns.len()
     }
 
-    /// Takes a connection in; `None`: there are too many.
+    /// Admits a connection; `None`: the limit is reached.
     fn admit(self: &Arc<Self>, io: TcpStream, from: SocketAddr) -> Option<Conn> {
-        let mut held = lock(&self.held);
+        let mut held = self.held.lock();
         if held.conns.len() >= self.limit {
             held.turned_away += 1;
             if held.turned_away == 1 {
-                tracing::warn!(%from, limit = self.limit, "too many connections: turned away; raise limits.sessions if all of them are wanted");
+                tracing::warn!(%from, limit = self.limit, "too many connections: turned one away; raise limits.sessions if they are legitimate");
             }
             return None;
         }
@@ -70,7 +66,7 @@ impl Guard {
         let state = Arc::new(ConnState {
             from,
             accepted: Instant::now(),
-            asked: AtomicBool::new(false),
+            called: AtomicBool::new(false),
             dead: AtomicBool::new(false),
             reader: Mutex::new(None),
         });
@@ -78,10 +74,10 @@ impl Guard {
         Some(Conn { io, number, state, guard: self.clone() })
     }
 
-    /// Cuts off connections that made no call for `limit` since they were accepted.
+    /// Closes connections that have made no call within `limit` of their accept.
     pub(crate) fn sweep(&self, now: Instant, limit: Duration) {
         for c in self.all() {
-            if !c.asked.load(Ordering::Relaxed) && now.saturating_duration_since(c.accepted) >= limit {
+            if !c.called.load(Ordering::Relaxed) && now.saturating_duration_since(c.accepted) >= limit {
                 tracing::debug!(from = %c.from, "no call on this connection in time: closed");
                 c.kill();
             }
@@ -92,35 +88,35 @@ impl Guard {
         self.all().iter().for_each(|c| c.kill());
     }
 
-    /// Wakers run outside the lock.
+    /// A copy, so that wakers run outside the lock.
     fn all(&self) -> Vec<Arc<ConnState>> {
-        lock(&self.held).conns.values().cloned().collect()
+        self.held.lock().conns.values().cloned().collect()
     }
 }
 
-/// What is known of one connection. Found in the extensions of its requests.
+/// The state of one connection. A request's extensions hold it.
 pub(crate) struct ConnState {
     from: SocketAddr,
     accepted: Instant,
-    asked: AtomicBool,
+    called: AtomicBool,
     dead: AtomicBool,
     reader: Mutex<Option<Waker>>,
 }
 
 impl ConnState {
-    /// It made a call: somebody is there who speaks the protocol.
-    pub(crate) fn asked(&self) {
-        self.asked.store(true, Ordering::Relaxed);
+    /// The connection made a call: its peer speaks the protocol.
+    pub(crate) fn called(&self) {
+        self.called.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn from(&self) -> SocketAddr {
         self.from
     }
 
-    /// Cuts it off, with everything on it.
+    /// Closes the connection and every stream on it.
     pub(crate) fn kill(&self) {
         self.dead.store(true, Ordering::Release);
-        let waker = lock(&self.reader).take();
+        let waker = self.reader.lock().take();
         if let Some(w) = waker {
             w.wake();
         }
@@ -147,7 +143,7 @@ pub(crate) struct Conn {
 
 impl Drop for Conn {
     fn drop(&mut self) {
-        lock(&self.guard.held).conns.remove(&self.number);
+        self.guard.held.lock().conns.remove(&self.number);
     }
 }
 
@@ -163,7 +159,7 @@ impl AsyncRead for Conn {
         self.state.check()?;
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
         if read.is_pending() {
-            let mut reader = lock(&self.state.reader);
+            let mut reader = self.state.reader.lock();
             match &mut *reader {
                 Some(w) => w.clone_from(cx.waker()),
                 none => *none = Some(cx.waker().clone()),
@@ -204,7 +200,7 @@ impl AsyncWrite for Conn {
     }
 }
 
-/// Accepts connections for a server. Never ends by itself, and never spins on an accept that fails.
+/// Accepts connections for a server. Never ends by itself, and never spins on a failing accept.
 pub(crate) struct Incoming {
     pub(crate) listener: TcpListener,
     pub(crate) guard: Arc<Guard>,
@@ -222,7 +218,7 @@ impl Stream for Incoming {
             }
             match ready!(self.listener.poll_accept(cx)) {
                 Ok((io, from)) => {
-                    // Small frames must not wait for each other.
+                    // Without this, small frames wait for each other.
                     let _ = io.set_nodelay(true);
                     if let Some(conn) = self.guard.admit(io, from) {
                         return Poll::Ready(Some(Ok(conn)));
@@ -230,7 +226,7 @@ impl Stream for Incoming {
                 }
                 Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection: trying again; is the limit of open files too low?");
+                    tracing::warn!(%error, "cannot accept a connection: trying again; raise the limit of open files if it is reached");
                     self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
                 }
             }
@@ -244,7 +240,7 @@ impl ConnState {
         Arc::new(Self {
             from: SocketAddr::from(([127, 0, 0, 1], 1)),
             accepted: Instant::now(),
-            asked: AtomicBool::new(false),
+            called: AtomicBool::new(false),
             dead: AtomicBool::new(false),
             reader: Mutex::new(None),
         })

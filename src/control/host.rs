@@ -1,13 +1,13 @@
-//! Which host a rank runs on, as one string that two ranks compare: equal means that a `local` lane between them can work.
-//! It is a hint, not a proof: the lane itself checks credentials and finds out what the kernel permits.
+//! The identity of a rank's host, as one string. If the strings of two ranks are equal, a `local` lane between them can
+//! work. It is a hint, not a proof: the lane itself checks credentials and what the kernel permits.
 
 use std::{fs, sync::OnceLock};
 
-/// This host's identity: the boot, and the pid and network namespaces. `process_vm_readv` takes a pid, which means the same
-/// process in the same pid namespace only; the lane's socket has an abstract name, which is seen in the same network
-/// namespace only. Two hosts, and two boots of one, differ in the boot id.
+/// This host's identity: the boot id, and the pid and network namespaces. `process_vm_readv` takes a pid, which names the
+/// same process only within one pid namespace; the lane's socket has an abstract name, which is visible only within one
+/// network namespace. Two hosts, and two boots of one host, differ in the boot id.
 ///
-/// Where /proc does not tell, the string is one that no other process has, so that `local` is not tried in vain.
+/// If /proc is unreadable, the string is unique to this process, so that `local` is never tried in vain.
 pub(crate) fn identity() -> &'static str {
     static IDENTITY: OnceLock<String> = OnceLock::new();
     IDENTITY.get_or_init(|| read().unwrap_or_else(|| format!("unknown-{}", kvferry_proto::block::OfferId::random())))
@@ -25,7 +25,7 @@ mod tests {
     use crate::control::wire;
 
     #[test]
-    fn a_host_is_the_same_one_twice_and_fits_the_wire() {
+    fn a_host_identity_is_stable_and_fits_the_wire() {
         assert_eq!(identity(), identity());
         assert!(!identity().is_empty() && identity().len() <= wire::MAX_HOST, "{}", identity());
         assert!(!identity().chars().any(char::is_control));

@@ -1,10 +1,10 @@
-//! Frames on their way to one session. Bounded: a consumer that does not read its stream loses its session, and what waited
-//! for it is dropped, so that memory never grows with a peer's slowness (promises 6 and 7).
+//! Queued frames to one session. Bounded: a consumer that does not read its stream loses its session and the queued frames,
+//! so that a slow peer never makes memory grow (promises 6 and 7).
 
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Waker},
@@ -12,29 +12,30 @@ use std::{
 };
 
 use kvferry_proto::frame::ServerFrame;
+use parking_lot::Mutex;
 use tonic::Status;
 
-use super::guard::{ConnState, lock};
+use super::guard::ConnState;
 
-/// Most frames that wait for a session. Answers wait for their question's sender by themselves; only what nobody asked
-/// for (claims that run out, offers that are revoked) can pile up, and 16,384 of it is under a megabyte.
-pub(crate) const MAX_WAITING: usize = 1 << 14;
+/// Most queued frames of a session. A consumer that does not read gets no new answers, so only unsolicited frames (lost
+/// claims, revoked offers) pile up; 16,384 of them take less than a megabyte.
+pub(crate) const MAX_QUEUED: usize = 1 << 14;
 
 /// Sends frames to one session, in order. Cheap to clone; does not keep the session open.
 #[derive(Clone)]
-pub(crate) struct Outbox(Arc<Mailbox>);
+pub(crate) struct Outbox(Arc<FrameQueue>);
 
 impl Outbox {
-    pub(crate) fn new(mailbox: Arc<Mailbox>) -> Self {
-        Self(mailbox)
+    pub(crate) fn new(queue: Arc<FrameQueue>) -> Self {
+        Self(queue)
     }
 
-    /// Queues a frame; never blocks. `false`: the session is over, or has just been ended because too much waits.
+    /// Queues a frame; never blocks. `false`: the session is over, or was ended just now because its queue is full.
     pub(crate) fn send(&self, frame: ServerFrame) -> bool {
         self.0.send(frame)
     }
 
-    /// Ends the session, once what waits is sent.
+    /// Ends the session after the queued frames.
     #[cfg(test)]
     pub(crate) fn end(&self, why: &super::refusal::Refusal) {
         self.0.end(why.status());
@@ -43,44 +44,44 @@ impl Outbox {
     /// Whether the session is over.
     #[cfg(test)]
     pub(crate) fn is_over(&self) -> bool {
-        let q = lock(&self.0.queue);
+        let q = self.0.state.lock();
         q.closed || q.end.is_some() || q.ended.is_some()
     }
 }
 
 #[derive(Default)]
-struct Queue {
+struct QueueState {
     frames: VecDeque<ServerFrame>,
-    /// What the stream ends with, after the frames.
+    /// The status that ends the stream, after the frames.
     end: Option<Status>,
-    /// When it was told to end.
+    /// When the end was requested.
     ended: Option<Instant>,
     /// The stream is gone.
     closed: bool,
     waker: Option<Waker>,
 }
 
-/// What is shared by a session's stream, its outboxes, and the server's sweep.
-pub(crate) struct Mailbox {
-    queue: Mutex<Queue>,
+/// Shared by a session's stream, its outboxes, and the server's sweep.
+pub(crate) struct FrameQueue {
+    state: Mutex<QueueState>,
     conn: Arc<ConnState>,
     started: Instant,
-    /// When the consumer was heard last, in milliseconds after `started`.
+    /// When the consumer's last frame came, in milliseconds after `started`.
     heard: AtomicU64,
     opened: AtomicBool,
 }
 
-/// What comes next for the stream.
+/// The stream's next item.
 pub(crate) enum Next {
     Frame(ServerFrame),
     End(Status),
     Nothing,
 }
 
-impl Mailbox {
+impl FrameQueue {
     pub(crate) fn new(conn: Arc<ConnState>) -> Arc<Self> {
         Arc::new(Self {
-            queue: Mutex::default(),
+            state: Mutex::default(),
             conn,
             started: Instant::now(),
             heard: AtomicU64::new(0),
@@ -89,20 +90,20 @@ impl Mailbox {
     }
 
     fn send(&self, frame: ServerFrame) -> bool {
-        let mut q = lock(&self.queue);
+        let mut q = self.state.lock();
         if q.closed || q.ended.is_some() {
             return false;
         }
-        let fits = q.frames.len() < MAX_WAITING;
+        let fits = q.frames.len() < MAX_QUEUED;
         if fits {
             q.frames.push_back(frame);
         } else {
             q.frames = VecDeque::new();
             q.ended = Some(Instant::now());
             q.end = Some(Status::resource_exhausted(format!(
-                "this session's stream is not being read: {MAX_WAITING} frames wait"
+                "this session's stream is not being read: {MAX_QUEUED} frames are queued"
             )));
-            tracing::warn!(from = %self.conn.from(), "a consumer does not read its session: closed");
+            tracing::warn!(from = %self.conn.from(), "a consumer does not read its session: closed it");
         }
         let waker = q.waker.take();
         drop(q);
@@ -112,14 +113,14 @@ impl Mailbox {
         fits
     }
 
-    /// Puts a frame before all others.
+    /// Queues a frame before all others.
     pub(crate) fn send_first(&self, frame: ServerFrame) {
-        lock(&self.queue).frames.push_front(frame);
+        self.state.lock().frames.push_front(frame);
     }
 
-    /// Ends the stream once what waits is sent. The first end counts.
+    /// Ends the stream after the queued frames. The first end counts.
     pub(crate) fn end(&self, status: Status) {
-        let mut q = lock(&self.queue);
+        let mut q = self.state.lock();
         if q.closed || q.ended.is_some() {
             return;
         }
@@ -134,16 +135,16 @@ impl Mailbox {
 
     /// The stream is gone.
     pub(crate) fn close(&self) {
-        let mut q = lock(&self.queue);
+        let mut q = self.state.lock();
         q.closed = true;
         q.frames = VecDeque::new();
         q.waker = None;
     }
 
     pub(crate) fn next(&self) -> Next {
-        let mut q = lock(&self.queue);
+        let mut q = self.state.lock();
         if let Some(frame) = q.frames.pop_front() {
-            // A burst's memory is given back: sessions are idle most of their life.
+            // Free the memory of a burst: sessions are idle most of the time.
             if q.frames.is_empty() && q.frames.capacity() > 64 {
                 q.frames = VecDeque::new();
             }
@@ -152,9 +153,9 @@ impl Mailbox {
         q.end.take().map_or(Next::Nothing, Next::End)
     }
 
-    /// Has the stream woken when something comes. `false`: something is there already.
+    /// Registers the stream to be woken by the next item. `false`: an item is already queued.
     pub(crate) fn park(&self, cx: &Context<'_>) -> bool {
-        let mut q = lock(&self.queue);
+        let mut q = self.state.lock();
         if !q.frames.is_empty() || q.end.is_some() {
             return false;
         }
@@ -174,9 +175,9 @@ impl Mailbox {
         u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Ends a session that is silent or was never opened; cuts off one that was told to end and is still there.
+    /// Ends a session that is silent or was never opened; closes the connection of one that was ended and did not go.
     pub(crate) fn sweep(&self, now: Instant, open_within: Duration, silence: Duration, linger: Duration) {
-        let ended = lock(&self.queue).ended;
+        let ended = self.state.lock().ended;
         if let Some(ended) = ended {
             if now.saturating_duration_since(ended) >= linger {
                 self.conn.kill();
@@ -189,7 +190,7 @@ impl Mailbox {
                 self.end(Status::deadline_exceeded("a session begins with Open, and none came in time"));
             }
         } else if silent >= silence {
-            tracing::info!(from = %self.conn.from(), ?silent, "a consumer fell silent: session closed");
+            tracing::info!(from = %self.conn.from(), ?silent, "a consumer fell silent: closed its session");
             self.end(Status::deadline_exceeded(format!("this session was silent for {silent:?}")));
         }
     }
@@ -206,19 +207,19 @@ mod tests {
 
     #[test]
     fn a_session_that_is_not_read_is_ended_and_its_frames_are_dropped() {
-        let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
-        assert!((0..MAX_WAITING as u64).all(|n| outbox.send(pong(n))));
+        let outbox = Outbox::new(FrameQueue::new(ConnState::for_test()));
+        assert!((0..MAX_QUEUED as u64).all(|n| outbox.send(pong(n))));
         assert!(!outbox.is_over());
         assert!(!outbox.send(pong(0)));
         assert!(outbox.is_over());
-        assert!(!outbox.send(pong(0)), "and it stays so");
+        assert!(!outbox.send(pong(0)), "and it stays ended");
         let Next::End(status) = outbox.0.next() else { panic!("frames were kept") };
         assert_eq!(status.code(), tonic::Code::ResourceExhausted);
     }
 
     #[test]
-    fn what_waits_is_sent_before_the_end() {
-        let outbox = Outbox::new(Mailbox::new(ConnState::for_test()));
+    fn queued_frames_are_sent_before_the_end() {
+        let outbox = Outbox::new(FrameQueue::new(ConnState::for_test()));
         outbox.send(pong(7));
         outbox.end(&crate::control::refusal::Refusal::Stopping);
         outbox.end(&crate::control::refusal::Refusal::Unsupported { what: "a second end".into() });

@@ -1,38 +1,38 @@
-//! Why a producer turns a call down.
+//! A producer's refusal of a call.
 
 use kvferry_proto::block::Incarnation;
 use tonic::{Code, Status};
 
-/// Why a producer turns something down; the text goes to the peer.
+/// A refusal; its text goes to the peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum Refusal {
-    /// It was meant for another process life of this rank. FAILED_PRECONDITION.
+    /// The call was meant for another incarnation of this rank. FAILED_PRECONDITION.
     #[error("this rank is incarnation {here}, not {expected}: it has restarted; say Hello again")]
     OtherIncarnation {
-        /// This rank's.
+        /// This rank's incarnation.
         here: Incarnation,
-        /// The one that was asked for.
+        /// The incarnation in the call.
         expected: Incarnation,
     },
-    /// Something that must come before is missing, such as a session. FAILED_PRECONDITION.
+    /// A precondition does not hold, such as an open session. FAILED_PRECONDITION.
     #[error("{0}")]
     Precondition(String),
-    /// Not now, but soon: ask again. ABORTED.
+    /// Not ready yet, but soon: the peer may ask again. ABORTED.
     #[error("{0}")]
     NotYet(String),
     /// A limit is reached. RESOURCE_EXHAUSTED.
     #[error("too many {what}: the limit here is {limit}")]
     Limit {
-        /// What there is too much of.
+        /// The limited thing.
         what: &'static str,
         /// The limit.
         limit: usize,
     },
-    /// Not served here. UNIMPLEMENTED.
+    /// Not served by this producer. UNIMPLEMENTED.
     #[error("{what} is not served here")]
     Unsupported {
-        /// What was asked for.
+        /// The requested thing.
         what: String,
     },
     /// The producer is shutting down. UNAVAILABLE.
@@ -41,7 +41,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    /// The status that the peer gets.
+    /// The status for the peer.
     pub(crate) fn status(&self) -> Status {
         let code = match self {
             Self::OtherIncarnation { .. } | Self::Precondition(_) => Code::FailedPrecondition,

@@ -1,8 +1,8 @@
-//! What a producer serves: Ferry, the standard health and reflection services, and services that its owner adds.
+//! The control server of a producer: Ferry, the standard health and reflection services, and services that its owner adds.
 //!
-//! Owns the listening socket, its connections and the sessions' streams. It decides nothing about offers: the producer is
-//! asked through [`Desk`]. A peer that breaks a bound, sends rubbish, falls silent or does not read loses its own session,
-//! with a text that says why (promise 7).
+//! Owns the listening socket, its connections and the sessions' streams. It decides nothing about offers: it asks the
+//! producer through [`Desk`]. A peer that breaks a bound, sends a malformed message, falls silent or does not read loses its
+//! own session, with a text that names the reason (promise 7).
 
 use std::{
     fmt,
@@ -19,30 +19,29 @@ use tonic::{
 use tonic_health::ServingStatus;
 
 use super::{
-    DESCRIPTORS,
     desk::Desk,
     guard::{ConnInfo, Guard, Incoming},
     health,
-    proto::ferry_server::FerryServer,
+    proto::{DESCRIPTORS, ferry_server::FerryServer},
     service::{FerryService, Hub},
     tls,
 };
 use crate::{config::Config, error::StartError};
 
-/// gRPC services beside the control plane's own, on the same port.
+/// Additional gRPC services on the control plane's port.
 #[derive(Default)]
 pub(crate) struct Extra {
     /// The services.
     pub(crate) routes: Routes,
-    /// Their names, such as `package.Service`, and their encoded descriptors, for the reflection service.
+    /// Their names, such as `package.Service`, with their encoded descriptors, for the reflection service.
     pub(crate) described: Vec<(String, Vec<u8>)>,
 }
 
-/// How long sessions have to end by themselves in a shutdown, before their connections are cut.
+/// How long sessions have to end by themselves in a shutdown, before their connections are closed.
 const GRACE: Duration = Duration::from_millis(500);
-/// Streams of one connection at a time. A consumer needs a session and a few calls.
+/// Most concurrent streams of a connection. A consumer needs a session and a few calls.
 const STREAMS: u32 = 64;
-/// HTTP/2 windows. What arrives here is small; a small window bounds what a bad peer can make this side hold.
+/// HTTP/2 windows. Messages to a producer are small; small windows bound the memory that a bad peer can occupy.
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
 
@@ -52,7 +51,7 @@ pub(crate) struct Server {
     hub: Arc<Hub>,
     stop: watch::Sender<bool>,
     addr: SocketAddr,
-    /// Closed once everything of the server is gone, also when its runtime is dropped under it.
+    /// Closed when the server's task has ended, also when its runtime was dropped.
     #[cfg(test)]
     running: watch::Receiver<()>,
 }
@@ -64,7 +63,7 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// Serves on `listener`, on the runtime of `handle`. The certificates, limits and times are those of `config`.
+    /// Serves on `listener`, on the runtime of `handle`, with the certificates, limits and times of `config`.
     pub(crate) fn start(
         handle: &Handle,
         listener: TcpListener,
@@ -72,14 +71,14 @@ impl Server {
         config: &Config,
         extra: Option<Extra>,
     ) -> Result<Self, StartError> {
-        let os = |what| move |source| StartError::Os { what, source };
-        let addr = listener.local_addr().map_err(os("cannot learn the listening address"))?;
-        listener.set_nonblocking(true).map_err(os("cannot make the listening socket non-blocking"))?;
+        let addr = listener.local_addr().map_err(StartError::os("cannot learn the listening address"))?;
+        listener.set_nonblocking(true).map_err(StartError::os("cannot make the listening socket non-blocking"))?;
         let listener = {
             let _in_runtime = handle.enter();
-            tokio::net::TcpListener::from_std(listener).map_err(os("cannot register the listening socket"))?
+            tokio::net::TcpListener::from_std(listener)
+                .map_err(StartError::os("cannot register the listening socket"))?
         };
-        // A consumer that dials anew holds two connections for a moment; health and reflection need a few more.
+        // A consumer that dials again holds two connections for a moment; health and reflection need a few more.
         let guard = Guard::new(config.limits.sessions.saturating_mul(2).saturating_add(64));
         let hub = Hub::new(desk, guard.clone(), config);
 
@@ -129,7 +128,7 @@ impl Server {
             let now = *good.borrow_and_update();
             report(&reporter, now).await;
             let serve = router.serve_with_incoming_shutdown(incoming, async move {
-                // An error means that the server was dropped, which is a stop too.
+                // An error means that the server was dropped, which also stops it.
                 let _ = signal.wait_for(|s| *s).await;
             });
             tokio::pin!(serve);
@@ -164,7 +163,7 @@ impl Server {
                 }
             }
         });
-        tracing::info!(%addr, tls = config.tls.is_some(), "control plane listens");
+        tracing::info!(%addr, tls = config.tls.is_some(), "the control plane is listening");
         Ok(Self {
             #[cfg(test)]
             hub,
@@ -181,20 +180,20 @@ impl Server {
         self.addr
     }
 
-    /// Session streams that are on, those included that did not say Open yet.
+    /// Number of session streams, including those without an Open yet.
     #[cfg(test)]
     pub(crate) fn sessions(&self) -> usize {
         self.hub.sessions()
     }
 
-    /// Connections that are on.
+    /// Number of connections.
     #[cfg(test)]
     pub(crate) fn connections(&self) -> usize {
         self.hub.guard().count()
     }
 
-    /// Begins to shut down, and returns at once: the port closes, sessions end with UNAVAILABLE, and what is left after
-    /// half a second is cut off.
+    /// Begins to shut down, and returns at once: the port closes, sessions end with UNAVAILABLE, and after half a second the
+    /// remaining connections are closed.
     pub(crate) fn shutdown(&self) {
         self.stop.send_replace(true);
     }
@@ -202,7 +201,7 @@ impl Server {
     /// Waits until a shutdown is complete.
     #[cfg(test)]
     pub(crate) async fn stopped(&self) {
-        // Nothing is ever sent: it ends when the sender is dropped.
+        // No value is ever sent: the wait ends when the sender is dropped.
         let _ = self.running.clone().changed().await;
     }
 }
@@ -222,10 +221,10 @@ async fn report(reporter: &tonic_health::server::HealthReporter, good: bool) {
     reporter.set_service_status(FERRY, status).await;
 }
 
-/// A call was made on the connection: it is no half-open one.
+/// Records that the connection made a call, so that the sweep keeps it.
 fn note_call(request: Request<()>) -> Result<Request<()>, Status> {
     if let Some(ConnInfo(conn)) = request.extensions().get() {
-        conn.asked();
+        conn.called();
     }
     Ok(request)
 }

@@ -1,12 +1,11 @@
-//! The calls of Ferry and Bench, and a session's stream. Frames are read and answered in one place, the task that writes
-//! the answer, so that a claim's round trip has no hand-over between tasks on this side; and nothing is read from a
-//! consumer that does not read.
+//! The calls of Ferry, and a session's stream. One task reads a session's frames and writes the answers: a claim's round
+//! trip has no hand-over between tasks, and no frame is read from a consumer that does not read its answers.
 
 use std::{
     collections::HashMap,
     pin::Pin,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -19,27 +18,28 @@ use kvferry_proto::{
     hello::Hello,
     lane::LaneKind,
 };
+use parking_lot::Mutex;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{
     desk::{Desk, SessionId},
-    guard::{ConnInfo, ConnState, Guard, lock},
-    outbox::{Mailbox, Next, Outbox},
+    guard::{ConnInfo, ConnState, Guard},
+    outbox::{FrameQueue, Next, Outbox},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
 use crate::config::Config;
 
-/// Frames of one session that are dealt with before others have their turn.
+/// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
 
-/// What all calls of a server share.
+/// Shared by all calls of a server.
 pub(crate) struct Hub {
     desk: Arc<dyn Desk>,
     guard: Arc<Guard>,
     sessions: Mutex<Sessions>,
-    /// Most session streams, opened or not.
+    /// Most session streams, including those without an Open.
     limit: usize,
     frame_bytes: usize,
     open_within: Duration,
@@ -51,7 +51,7 @@ pub(crate) struct Hub {
 #[derive(Default)]
 struct Sessions {
     next: u64,
-    on: HashMap<u64, Arc<Mailbox>>,
+    live: HashMap<u64, Arc<FrameQueue>>,
 }
 
 impl Hub {
@@ -77,32 +77,32 @@ impl Hub {
 
     #[cfg(test)]
     pub(crate) fn sessions(&self) -> usize {
-        lock(&self.sessions).on.len()
+        self.sessions.lock().live.len()
     }
 
-    /// How often [`Hub::sweep`] is due: often enough for the shortest time-out, and never so often that it is felt.
+    /// Time between two calls of [`Hub::sweep`]: short enough for the shortest timeout, long enough to cost nothing.
     pub(crate) fn sweep_every(&self) -> Duration {
         (self.silence.min(self.open_within) / 4).clamp(Duration::from_millis(10), Duration::from_secs(1))
     }
 
-    /// Ends what is silent, half open or not read.
+    /// Ends sessions and connections that are silent, half open or not read.
     pub(crate) fn sweep(&self, now: Instant) {
         self.guard.sweep(now, self.open_within);
-        for m in self.mailboxes() {
-            m.sweep(now, self.open_within, self.silence, self.linger);
+        for q in self.queues() {
+            q.sweep(now, self.open_within, self.silence, self.linger);
         }
     }
 
-    /// Ends all sessions; none begins any more.
+    /// Ends all sessions and accepts no new ones.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        for m in self.mailboxes() {
-            m.end(Refusal::Stopping.status());
+        for q in self.queues() {
+            q.end(Refusal::Stopping.status());
         }
     }
 
-    fn mailboxes(&self) -> Vec<Arc<Mailbox>> {
-        lock(&self.sessions).on.values().cloned().collect()
+    fn queues(&self) -> Vec<Arc<FrameQueue>> {
+        self.sessions.lock().live.values().cloned().collect()
     }
 
     fn enter(
@@ -110,18 +110,18 @@ impl Hub {
         inbound: Streaming<proto::ClientFrame>,
         conn: Arc<ConnState>,
     ) -> Result<Session, Status> {
-        let mut sessions = lock(&self.sessions);
+        let mut sessions = self.sessions.lock();
         if self.stopping.load(Ordering::Acquire) {
             return Err(Refusal::Stopping.status());
         }
-        if sessions.on.len() >= self.limit {
+        if sessions.live.len() >= self.limit {
             return Err(Refusal::Limit { what: "sessions", limit: self.limit }.status());
         }
         let number = sessions.next;
         sessions.next += 1;
-        let mailbox = Mailbox::new(conn);
-        sessions.on.insert(number, mailbox.clone());
-        Ok(Session { inbound: Some(inbound), mailbox, number, opened: None, hub: self.clone() })
+        let queue = FrameQueue::new(conn);
+        sessions.live.insert(number, queue.clone());
+        Ok(Session { inbound: Some(inbound), queue, number, opened: None, hub: self.clone() })
     }
 }
 
@@ -154,8 +154,10 @@ impl Ferry for FerryService {
             Some(ends) if kind == LaneKind::Verbs => {
                 let desk = self.0.desk.clone();
                 let make = move || desk.connect_verbs(&wanted.from, wanted.expect, &ends);
-                // Queue pairs are made by the device's firmware: other calls go on meanwhile.
-                tokio::task::spawn_blocking(make).await.map_err(|_| Status::internal("the lane could not be made"))?
+                // The device's firmware creates queue pairs slowly: other calls go on meanwhile.
+                tokio::task::spawn_blocking(make)
+                    .await
+                    .map_err(|_| Status::internal("the thread that creates the lane panicked"))?
             }
             _ => self.0.desk.connect_lane(&wanted.from, wanted.expect, kind),
         };
@@ -167,7 +169,7 @@ impl Ferry for FerryService {
 
     async fn session(&self, request: Request<Streaming<proto::ClientFrame>>) -> Result<Response<Session>, Status> {
         let Some(ConnInfo(conn)) = request.extensions().get().cloned() else {
-            return Err(Status::internal("this connection is not known"));
+            return Err(Status::internal("unknown connection"));
         };
         Ok(Response::new(self.0.enter(request.into_inner(), conn)?))
     }
@@ -179,10 +181,10 @@ impl Ferry for FerryService {
     }
 }
 
-/// The stream of one session: polled for what goes to the consumer, it deals with what comes from it.
+/// The stream of one session. Polling it for the next frame to the consumer also handles the frames from the consumer.
 pub(crate) struct Session {
     inbound: Option<Streaming<proto::ClientFrame>>,
-    mailbox: Arc<Mailbox>,
+    queue: Arc<FrameQueue>,
     number: u64,
     opened: Option<(SessionId, PeerId)>,
     hub: Arc<Hub>,
@@ -193,10 +195,10 @@ impl Session {
         let frame = ClientFrame::try_from(frame).map_err(invalid)?;
         match (&self.opened, frame.body) {
             (None, ClientBody::Open { from, expect }) => {
-                let outbox = Outbox::new(self.mailbox.clone());
+                let outbox = Outbox::new(self.queue.clone());
                 let id = self.hub.desk.open(&from, expect, outbox).map_err(|r| r.status())?;
-                self.mailbox.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
-                self.mailbox.opened();
+                self.queue.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
+                self.queue.opened();
                 tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session opened");
                 self.opened = Some((id, from));
                 Ok(())
@@ -210,7 +212,7 @@ impl Session {
         }
     }
 
-    /// What a stream that broke, or carried what is no frame, is answered.
+    /// The status for a stream that broke or carried a malformed frame.
     fn unreadable(&self, status: Status) -> Status {
         match status.code() {
             Code::OutOfRange => Status::resource_exhausted(format!(
@@ -223,11 +225,11 @@ impl Session {
         }
     }
 
-    /// The session is over; said once.
+    /// Ends the session; tells the desk once.
     fn close(&mut self) {
         self.inbound = None;
-        self.mailbox.close();
-        lock(&self.hub.sessions).on.remove(&self.number);
+        self.queue.close();
+        self.hub.sessions.lock().live.remove(&self.number);
         if let Some((id, from)) = self.opened.take() {
             tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
             self.hub.desk.closed(id, &from);
@@ -247,7 +249,7 @@ impl Stream for Session {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         for _ in 0..BUDGET {
-            match this.mailbox.next() {
+            match this.queue.next() {
                 Next::Frame(frame) => return Poll::Ready(Some(Ok(frame.into()))),
                 Next::End(status) => {
                     this.close();
@@ -258,24 +260,24 @@ impl Stream for Session {
             let Some(inbound) = &mut this.inbound else { return Poll::Ready(None) };
             match Pin::new(inbound).poll_next(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    this.mailbox.heard();
+                    this.queue.heard();
                     if let Err(status) = this.frame(frame) {
                         if let Some((_, from)) = &this.opened {
-                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "a consumer's frame was refused: session closed");
+                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "refused a consumer's frame: closed its session");
                         }
-                        this.mailbox.end(status);
+                        this.queue.end(status);
                     }
                 }
                 Poll::Ready(Some(Err(status))) => {
                     let status = this.unreadable(status);
-                    this.mailbox.end(status);
+                    this.queue.end(status);
                 }
                 Poll::Ready(None) => {
                     this.close();
                     return Poll::Ready(None);
                 }
                 Poll::Pending => {
-                    if this.mailbox.park(cx) {
+                    if this.queue.park(cx) {
                         return Poll::Pending;
                     }
                 }

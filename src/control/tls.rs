@@ -1,4 +1,4 @@
-//! Certificates of the control plane: both ends prove who they are, to each other, under one authority.
+//! Certificates of the control plane: both ends prove their identity under one authority.
 
 use std::{error::Error, time::Duration};
 
@@ -6,7 +6,7 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
 use crate::{config::TlsConfig, error::StartError};
 
-/// What a producer serves with: its own certificate, and none but clients of the authority.
+/// A producer's settings: its own certificate, and only clients of the authority.
 pub(crate) fn server(tls: &TlsConfig, handshake: Duration) -> Result<ServerTlsConfig, StartError> {
     check(tls)?;
     Ok(ServerTlsConfig::new()
@@ -16,7 +16,7 @@ pub(crate) fn server(tls: &TlsConfig, handshake: Duration) -> Result<ServerTlsCo
         .timeout(handshake))
 }
 
-/// What a consumer dials with: its own certificate, and none but producers of the authority.
+/// A consumer's settings: its own certificate, and only producers of the authority.
 pub(crate) fn client(tls: &TlsConfig, handshake: Duration) -> Result<ClientTlsConfig, StartError> {
     check(tls)?;
     Ok(ClientTlsConfig::new()
@@ -26,7 +26,7 @@ pub(crate) fn client(tls: &TlsConfig, handshake: Duration) -> Result<ClientTlsCo
         .timeout(handshake))
 }
 
-/// The library behind takes an empty file for an empty list and says so much later, if at all.
+/// Checks the PEM files. The TLS library takes an empty file for an empty list, and reports that late or never.
 fn check(tls: &TlsConfig) -> Result<(), StartError> {
     let has = |pem: &[u8], label: &str| pem.windows(label.len()).any(|w| w == label.as_bytes());
     let bad = |what: &str| Err(StartError::Tls(what.into()));
@@ -45,7 +45,7 @@ fn check(tls: &TlsConfig) -> Result<(), StartError> {
     Ok(())
 }
 
-/// An error with all that is behind it, on one line: the libraries' outermost text is "transport error".
+/// An error with its sources on one line: the outermost text alone is "transport error".
 pub(crate) fn why(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut inner = error.source();

@@ -1,11 +1,11 @@
-//! Protobuf to the protocol's words and back. Every bound on a peer's message is checked here, on the way in, and the error
-//! names the field; past this file nothing needs to be doubted any more. Pure: no I/O, no panic on any input.
+//! Protobuf to the protocol's types and back. Every bound on a peer's message is checked here, on the way in, and the error
+//! names the field; code behind this module can rely on the bounds. Pure: no I/O, no panic on any input.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use kvferry_proto::{
     block::{EngineId, GroupId, Incarnation, OfferId, Rank},
-    frame::{ClaimId, PeerId, Reader},
+    frame::PeerId,
     group::{Group, GroupKind, PoolLayout, Region},
     hello::{Hello, Welcome},
     lane::LaneKind,
@@ -13,104 +13,20 @@ use kvferry_proto::{
     shard::Shard,
 };
 
+use self::check::{Checked, bad, incarnation, millis, narrow, offer_id, peer, present, shortened, text, time, within};
 use super::proto;
 use crate::lane::{ticket::LaneTicket, verbs::VerbsRequest};
 
+pub(super) use self::check::BadMessage;
+
+mod check;
 mod frame;
 mod verbs;
 
-/// Most claims in one `Renew`; a session with more sends several.
-pub(crate) const MAX_RENEW: usize = 4096;
-/// Most readers of an offer in one engine.
-pub(crate) const MAX_READERS: u32 = 1 << 16;
 /// Longest host identity, in bytes.
 pub(crate) const MAX_HOST: usize = 256;
 /// Most lane kinds in a `Welcome`.
 pub(crate) const MAX_LANES: usize = 32;
-/// Longest text of a mismatch that is kept, in bytes; longer ones are cut.
-const MAX_SAID: usize = 1024;
-/// Longest time that is believed; longer ones are cut. Keeps sums of times far from overflow.
-const MAX_TIME: Duration = Duration::from_secs(86_400);
-
-/// A message that breaks a bound of the protocol.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {what}")]
-pub struct BadMessage {
-    /// The field, with the ones around it: `welcome.pool.groups`.
-    pub field: String,
-    /// What is wrong with it.
-    pub what: String,
-}
-
-type Checked<T> = Result<T, BadMessage>;
-
-fn bad<T>(field: &str, what: impl Into<String>) -> Checked<T> {
-    Err(BadMessage { field: field.into(), what: what.into() })
-}
-
-/// Puts the outer field's name before the inner one's.
-fn within<T>(outer: &str, inner: Checked<T>) -> Checked<T> {
-    inner.map_err(|e| BadMessage { field: format!("{outer}.{}", e.field), what: e.what })
-}
-
-fn present<T>(field: &str, value: Option<T>) -> Checked<T> {
-    value.map_or_else(|| bad(field, "is missing"), Ok)
-}
-
-fn text(field: &str, value: String, max: usize) -> Checked<String> {
-    if value.len() > max {
-        return bad(field, format!("{} bytes, over the limit of {max}", value.len()));
-    }
-    if value.chars().any(char::is_control) {
-        return bad(field, "has control characters");
-    }
-    Ok(value)
-}
-
-/// Text that is only shown: cut rather than refused.
-fn said(mut value: String) -> String {
-    if value.len() > MAX_SAID {
-        let end = (0..=MAX_SAID).rev().find(|&i| value.is_char_boundary(i)).unwrap_or(0);
-        value.truncate(end);
-    }
-    value
-}
-
-fn incarnation(field: &str, raw: u64) -> Checked<Incarnation> {
-    Incarnation::from_wire(raw).map_or_else(|| bad(field, "is zero"), Ok)
-}
-
-fn claim_id(field: &str, raw: u64) -> Checked<ClaimId> {
-    if raw == 0 { bad(field, "is zero") } else { Ok(ClaimId(raw)) }
-}
-
-fn offer_id(field: &str, raw: Option<proto::OfferId>) -> Checked<OfferId> {
-    let proto::OfferId { high, low } = present(field, raw)?;
-    if low == 0 { bad(field, "its lower half is zero") } else { Ok(OfferId { high, low }) }
-}
-
-fn narrow<T: TryFrom<u32>>(field: &str, raw: u32) -> Checked<T> {
-    T::try_from(raw).or_else(|_| bad(field, format!("{raw} is too large")))
-}
-
-fn reader(index: u32, of: u32) -> Checked<Reader> {
-    if of == 0 || of > MAX_READERS {
-        return bad("readers", format!("{of}, where 1 to {MAX_READERS} are possible"));
-    }
-    if index >= of {
-        return bad("reader", format!("{index}, which is not below readers, {of}"));
-    }
-    Ok(Reader { index, of })
-}
-
-fn millis(d: Duration) -> u64 {
-    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn time(ms: u64) -> Duration {
-    Duration::from_millis(ms).min(MAX_TIME)
-}
-
 impl From<OfferId> for proto::OfferId {
     fn from(o: OfferId) -> Self {
         Self { high: o.high, low: o.low }
@@ -129,11 +45,6 @@ impl TryFrom<proto::Peer> for PeerId {
         let engine: EngineId = p.engine.parse().or_else(|e| bad("engine", format!("{e}")))?;
         Ok(Self { engine, rank: Rank(p.rank), incarnation: incarnation("incarnation", p.incarnation)? })
     }
-}
-
-/// A peer that must be there.
-fn peer(field: &str, p: Option<proto::Peer>) -> Checked<PeerId> {
-    within(field, present(field, p)?.try_into())
 }
 
 impl From<&Model> for proto::Model {
@@ -224,7 +135,7 @@ fn group(g: proto::Group) -> Checked<Group> {
         proto::GroupKind::Full => GroupKind::Full,
         proto::GroupKind::SlidingWindow => GroupKind::SlidingWindow,
         proto::GroupKind::State => GroupKind::State,
-        // What an unknown kind may leave out is unknown too.
+        // Whether a group of an unknown kind may have null blocks is unknown too.
         proto::GroupKind::Unspecified => return bad("kind", format!("{} is not known here", g.kind)),
     };
     let mut regions = Vec::with_capacity(g.regions.len().min(PoolLayout::MAX_REGIONS));
@@ -247,13 +158,13 @@ impl From<LaneKind> for proto::LaneKind {
             LaneKind::Tcp => Self::Tcp,
             LaneKind::Local => Self::Local,
             LaneKind::Verbs => Self::Verbs,
-            // A kind that this version of the wire has no number for: no peer can ask for it.
+            // This version of the wire has no number for the kind, so no peer can request it.
             _ => Self::Unspecified,
         }
     }
 }
 
-/// A lane kind from the wire; `None`: none that this build knows.
+/// A lane kind from the wire; `None`: this build does not know it.
 pub(crate) fn lane_kind(raw: i32) -> Option<LaneKind> {
     match proto::LaneKind::try_from(raw).ok()? {
         proto::LaneKind::Unspecified => None,
@@ -281,7 +192,7 @@ impl TryFrom<proto::HelloRequest> for Hello {
     type Error = BadMessage;
     fn try_from(h: proto::HelloRequest) -> Checked<Self> {
         Ok(Self {
-            // An empty range is a mismatch, which the answer names; it is not malformed.
+            // An empty range is not malformed: the answer names it as a mismatch.
             versions: (h.min_version, h.max_version),
             features: h.features,
             peer: peer("peer", h.peer)?,
@@ -331,7 +242,7 @@ impl TryFrom<proto::Welcome> for Welcome {
             shard: present("shard", w.shard)?.try_into()?,
             pool: Arc::new(present("pool", w.pool)?.try_into()?),
             fence_slots: w.fence_slots,
-            // A newer producer may have kinds that this build does not know; the others still work.
+            // A newer producer may serve kinds that this build does not know; the others still work.
             lanes: w.lanes.into_iter().filter_map(lane_kind).collect(),
             host: text("host", w.host, MAX_HOST)?,
             silence: time(w.silence_ms),
@@ -340,7 +251,7 @@ impl TryFrom<proto::Welcome> for Welcome {
 }
 
 impl From<Mismatch> for proto::Mismatch {
-    /// `here` is the producer's side, which sends it.
+    /// `here` is the producer, which sends it.
     fn from(m: Mismatch) -> Self {
         Self { field: m.field, here: m.producer, there: m.consumer }
     }
@@ -348,7 +259,7 @@ impl From<Mismatch> for proto::Mismatch {
 
 impl From<proto::Mismatch> for Mismatch {
     fn from(m: proto::Mismatch) -> Self {
-        Self { field: said(m.field), consumer: said(m.there), producer: said(m.here) }
+        Self { field: shortened(m.field), consumer: shortened(m.there), producer: shortened(m.here) }
     }
 }
 
@@ -394,14 +305,14 @@ impl TryFrom<proto::LaneReply> for LaneTicket {
     }
 }
 
-/// A lane that a consumer rank asks for.
+/// A consumer rank's request for a lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LaneWanted {
-    /// Who asks.
+    /// The consumer rank.
     pub from: PeerId,
-    /// The producer's incarnation that it knows.
+    /// The producer's incarnation that the consumer knows.
     pub expect: Incarnation,
-    /// The kind; `None`: one that this build does not know.
+    /// The kind; `None`: this build does not know it.
     pub kind: Option<LaneKind>,
     /// For a verbs lane: the caller's ends.
     pub verbs: Option<VerbsRequest>,
@@ -425,11 +336,11 @@ impl TryFrom<proto::LaneRequest> for LaneWanted {
 /// A release without a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReleaseWanted {
-    /// On whose behalf; `None`: a router's.
+    /// The consumer on whose behalf; `None`: a router's call.
     pub from: Option<PeerId>,
     /// The offer.
     pub offer: OfferId,
-    /// The producer's incarnation that offered; `None`: any.
+    /// The incarnation that offered; `None`: any.
     pub expect: Option<Incarnation>,
 }
 

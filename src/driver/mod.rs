@@ -1,7 +1,8 @@
-//! The rail: one thread that owns a consumer's lanes and pull trackers, and the queues between it and the sessions.
+//! The threads of a consumer or producer: the data thread, which owns a consumer's lanes and pull trackers, and the control
+//! thread, which runs a rank's gRPC sessions.
 //!
-//! [`rail`] is the part without a thread: it is told what happened and what time it is, like the protocol's machines, and
-//! the simulation runs it as it is. [`thread`] gives it a clock, a place to sleep, and its mail.
+//! [`kvferry_proto::puller::Puller`] is the data thread's logic, without a thread or a clock: the simulation runs it
+//! unchanged. [`thread`] gives it a clock, mail, and sleep; [`mailbox`] is the queue between the sessions and it.
 
 pub(crate) mod mailbox;
 pub(crate) mod runtime;

@@ -1,5 +1,5 @@
 //! A thread with a tokio runtime for the control plane of one rank. One thread is enough: it carries heartbeats and claims,
-//! never blocks of KV.
+//! never KV blocks.
 
 use std::{
     io,
@@ -9,7 +9,7 @@ use std::{
 
 use tokio::{runtime::Handle, sync::oneshot};
 
-/// A running runtime; dropped, it ends with all its tasks.
+/// A running runtime. Dropping it ends all its tasks.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     handle: Handle,
@@ -18,30 +18,26 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    /// Starts one under this thread name.
+    /// Starts a runtime on a thread of this name.
     pub(crate) fn start(name: &str) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
-            // Either the sender says stop, or it is gone: both end it.
+            // Ends when the sender is dropped.
             let _ = runtime.block_on(stopped);
             runtime.shutdown_background();
         })?;
         Ok(Self { handle, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Waits until its tasks have ended by themselves, for `limit` at most; whether they have.
-    pub(crate) fn wait_idle(&self, limit: Duration) -> bool {
+    /// Waits until its tasks have ended by themselves, for `limit` at most.
+    pub(crate) fn wait_idle(&self, limit: Duration) {
         let until = Instant::now() + limit;
-        // A millisecond at a time, only ever in a shutdown: tasks have no common place to say that they have ended.
-        while self.handle.metrics().num_alive_tasks() > 0 {
-            if Instant::now() >= until {
-                return false;
-            }
+        // Polled every millisecond, during a shutdown only: tokio has no event for the end of the last task.
+        while self.handle.metrics().num_alive_tasks() > 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
-        true
     }
 
     /// To spawn tasks on it.
@@ -56,7 +52,7 @@ impl Drop for Runtime {
         if let Some(t) = self.thread.take()
             && t.thread().id() != std::thread::current().id()
         {
-            // A panic in there was printed already; there is nobody to tell.
+            // The panic hook has already printed a panic of that thread.
             let _ = t.join();
         }
     }

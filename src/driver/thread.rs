@@ -1,4 +1,5 @@
-//! The puller's thread: mail in, turns, actions out, and sleep when there is nothing to do.
+//! The data thread: it runs a consumer's [`Puller`], gives it mail and a clock, carries out its actions, and sleeps when
+//! there is nothing to do.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -23,43 +24,40 @@ use crate::{driver::mailbox::Mailbox, lane::WakingLane};
 /// The puller with the lanes of this crate.
 pub(crate) type LanePuller = Puller<Box<dyn WakingLane>>;
 
-/// What is sent to the puller's thread.
+/// Mail to the data thread.
 pub(crate) enum Mail {
-    /// For the puller.
+    /// An event for the puller.
     Puller(In<Box<dyn WakingLane>>),
-    /// Let go of an offer without a pull.
+    /// Release an offer without a pull.
     Release(Addr, Incarnation, Release),
     /// Cancel everything, and end when all pulls have ended or this moment has come.
     Stop(Instant),
 }
 
-/// Sessions with peers, as the puller's thread needs them. No call blocks.
+/// Sessions with peers, as the data thread uses them. No call blocks.
 pub(crate) trait Peers: Send {
     /// Make a claim.
     fn claim(&mut self, peer: &Addr, want: Want);
-    /// Let go.
+    /// Release a claim or an offer.
     fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release);
     /// Connect a lane.
     fn connect(&mut self, peer: &Addr, wish: LaneWish);
-    /// Nothing was wanted of this peer for long. `false`: something was, just now; keep it.
+    /// This peer was unused for a long time. `false`: it has just been used again, and is kept.
     fn dropped(&mut self, peer: &Addr) -> bool;
 }
 
-/// Who hears of decided and ended pulls. Called on the puller's thread; no call blocks.
+/// Receives the events of pulls, on the data thread. No call blocks.
 pub(crate) trait Reports: Send + Sync {
-    /// The pull's sets are frozen.
-    fn decided(&self, pull: PullId);
     /// The pull has ended.
     fn ended(&self, ended: Ended);
-    /// The pull's blocks may be written for ever.
+    /// The pull's lane wedged: its blocks may be written at any time.
     fn wedged(&self, pull: PullId);
-    /// The thread panicked: no pull will end any more, and whether their blocks are still written is not known.
+    /// The thread panicked: no pull will end any more, and their blocks may still be written.
     fn died(&self);
 }
 
-/// Starts the thread.
+/// Starts the data thread.
 pub(crate) fn spawn(
-    name: &str,
     puller: LanePuller,
     mailbox: Mailbox<Mail>,
     peers: Box<dyn Peers>,
@@ -67,8 +65,8 @@ pub(crate) fn spawn(
 ) -> io::Result<JoinHandle<()>> {
     let sleeper = Sleeper::new(&mailbox)?;
     let mut this = Driver { puller, mailbox, peers, reports, sleeper, stop: None, mail: VecDeque::new() };
-    std::thread::Builder::new().name(name.into()).spawn(move || {
-        // Everything in it is dropped after a panic, and nothing of it used: lanes that are not quiet keep their memory.
+    std::thread::Builder::new().name("kvferry-data".into()).spawn(move || {
+        // After a panic the driver is only dropped, never used: lanes that are not quiet keep their memory.
         if std::panic::catch_unwind(AssertUnwindSafe(|| this.run())).is_err() {
             this.reports.died();
         }
@@ -100,7 +98,7 @@ impl Driver {
             }
             let timeout = [self.puller.next_timeout(), self.stop].into_iter().flatten().min();
             if let Err(error) = self.sleeper.sleep(&mut self.puller, &self.mailbox, timeout) {
-                // Nothing to be done about it but to go on slowly: deadlines still hold.
+                // Go on slowly: deadlines still hold.
                 tracing::error!(%error, "epoll failed");
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -136,7 +134,7 @@ impl Driver {
                 Out::Claim(peer, want) => self.peers.claim(&peer, want),
                 Out::Release(peer, expect, release) => self.peers.release(&peer, expect, release),
                 Out::Connect(peer, wish) => self.peers.connect(&peer, wish),
-                Out::Decided(pull) => self.reports.decided(pull),
+                Out::Decided(_) => {}
                 Out::Ended(ended) => self.reports.ended(*ended),
                 Out::Wedged(pull) => self.reports.wedged(pull),
             }
@@ -145,7 +143,7 @@ impl Driver {
     }
 }
 
-/// Where the thread sleeps: on its mail, and on every lane that can wake it.
+/// Sleeps until mail arrives, a lane has something to do, or a time has come.
 struct Sleeper {
     epoll: std::os::fd::OwnedFd,
     /// Lanes in the epoll set. A closed descriptor leaves the set by itself.
@@ -186,7 +184,7 @@ impl Sleeper {
         Ok(())
     }
 
-    /// Arms every lane that has work, and those that are new. `false` when one can go on at once.
+    /// Arms every lane that has work, and every new lane. `false` when one can go on at once.
     fn arm(&mut self, puller: &mut LanePuller) -> bool {
         self.lanes.clear();
         self.lanes.extend(puller.busy_lanes());
@@ -217,7 +215,7 @@ impl Sleeper {
                                 self.known.insert(n);
                             }
                             Err(error) => {
-                                tracing::error!(lane = n, %error, "lane cannot be waited for: closing it");
+                                tracing::error!(lane = n, %error, "cannot wait for a lane: closing it");
                                 lane.kill();
                                 sleep = false;
                             }
@@ -225,7 +223,7 @@ impl Sleeper {
                     }
                 }
                 Ok(None) => {}
-                // To arm the others would be for nothing.
+                // No sleep will follow, so the other lanes need not be armed.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     puller.stir(n);
                     return false;
@@ -234,7 +232,7 @@ impl Sleeper {
                     let seen = self.failures.entry(n).or_default();
                     *seen += 1;
                     if *seen == 1 {
-                        tracing::error!(lane = n, %error, "lane cannot be armed: closing it");
+                        tracing::error!(lane = n, %error, "cannot arm a lane: closing it");
                         lane.kill();
                         puller.stir(n);
                         sleep = false;

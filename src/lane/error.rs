@@ -1,4 +1,5 @@
-//! Why a lane could not be set up. Each message says what to do about it; the pull goes on over another lane if there is one.
+//! The error of a lane that could not be set up. Each message names the next step; the pull goes on over another lane if
+//! there is one.
 
 use std::{io, time::Duration};
 
@@ -19,28 +20,28 @@ pub(crate) enum LaneError {
     /// The peer answered, and refused.
     #[error("the peer refused the lane: {why}")]
     Refused {
-        /// In its words.
+        /// The peer's reason.
         why: String,
     },
-    /// Another process life of the peer answers.
-    #[error("the peer has restarted since its Hello; its offers of before are gone")]
+    /// Another incarnation of the peer answers.
+    #[error("the peer has restarted since its Hello; its earlier offers are gone")]
     Restarted,
     /// The system does not let this process read the peer's memory.
     #[error("not permitted to read the peer's memory: {why}")]
     Forbidden {
-        /// The reason as far as it can be known, and what to set.
+        /// The likely reason, and the setting to change.
         why: String,
     },
     /// The peer is not on this host, or not in the namespaces that the lane needs.
     #[error("the peer is on another host or in another namespace: {what}")]
     Elsewhere {
-        /// What shows it, and what to set.
+        /// The evidence, and the setting to change.
         what: String,
     },
-    /// No path of the data's network leads from one side to the other.
+    /// No path of the data network connects the two sides.
     #[error("{what}")]
     NoPath {
-        /// What was tried, and what to do.
+        /// The paths that were tried, and the next step.
         what: String,
     },
     /// The peer's process ended while the lane was set up.
@@ -49,25 +50,25 @@ pub(crate) enum LaneError {
     /// The peer did not answer in time.
     #[error("the peer did not answer the lane's first frame within {after:?}; is its process stopped?")]
     Silent {
-        /// How long it had.
+        /// The time limit.
         after: Duration,
     },
-    /// Not now, but soon.
+    /// The peer is not ready yet, and expects to be soon.
     #[error("{what}")]
     NotYet {
-        /// What is not ready.
+        /// The part that is not ready.
         what: String,
     },
-    /// What the peer sent makes no sense.
+    /// The peer's message was malformed.
     #[error("the peer broke the lane's protocol: {what}; are both ends kvferry of the same version?")]
     Protocol {
-        /// What was wrong.
+        /// What is wrong with it.
         what: String,
     },
     /// A system call failed on this side.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// The call.
         what: &'static str,
         /// The system's error.
         source: io::Error,

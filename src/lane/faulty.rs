@@ -1,7 +1,7 @@
-//! Breaks any lane on purpose: for disconnect tests, and for whoever wants to see what a bad day does to an engine.
+//! Breaks any lane on purpose: for disconnect tests, and to show the effect of a bad day on an engine.
 //!
-//! The wrapped lane moves real bytes; what is broken is what its owner hears, and when. Faults count bytes from the lane's
-//! connection on, over all attempts.
+//! The wrapped lane moves real bytes; only its events to the owner are changed or delayed. Faults count bytes from the
+//! lane's connection on, over all attempts.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -20,9 +20,9 @@ use rustix::{
     time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
 };
 
-use crate::lane::{WakingLane, faults::Faults};
+use crate::{faults::Faults, lane::WakingLane};
 
-/// A lane that breaks.
+/// A lane with faults.
 pub(crate) struct Faulty {
     inner: Box<dyn WakingLane>,
     faults: Faults,
@@ -32,12 +32,12 @@ pub(crate) struct Faulty {
     watched: bool,
     /// Bytes accepted.
     accepted: u64,
-    /// When the throttle lets the next bytes in,
+    /// When the throttle accepts the next bytes.
     free_at: Instant,
-    /// and whether it kept any out since the owner last slept.
-    kept_out: bool,
+    /// Whether the throttle refused reads since the owner last slept.
+    throttled: bool,
     nonces: HashMap<Attempt, u64>,
-    /// Quiet events that are kept back.
+    /// Quiet events that are held back until the lane is killed.
     withheld: VecDeque<LaneEvent>,
     down: bool,
     killed: bool,
@@ -46,7 +46,7 @@ pub(crate) struct Faulty {
 }
 
 impl Faulty {
-    /// Breaks `inner` as told.
+    /// Adds `faults` to `inner`.
     pub(crate) fn new(inner: Box<dyn WakingLane>, faults: Faults) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
@@ -59,7 +59,7 @@ impl Faulty {
             watched: false,
             accepted: 0,
             free_at: Instant::now(),
-            kept_out: false,
+            throttled: false,
             nonces: HashMap::new(),
             withheld: VecDeque::new(),
             down: false,
@@ -73,7 +73,7 @@ impl Faulty {
         at.is_some_and(|at| self.accepted >= at)
     }
 
-    /// What the owner hears of an event of the inner lane.
+    /// Passes an event of the inner lane on to the owner, as the faults change it.
     fn pass(&mut self, event: LaneEvent, out: &mut Vec<LaneEvent>) {
         match event {
             LaneEvent::Quiet { attempt } if self.faults.no_quiet && !self.killed => {
@@ -98,7 +98,7 @@ impl Faulty {
 
 impl Lane for Faulty {
     fn caps(&self) -> LaneCaps {
-        // Room for the ladder, so that a lane that does not become quiet is killed inside of a short deadline.
+        // Time for the teardown stages, so that a lane that does not become quiet is killed within a short deadline.
         let inner = self.inner.caps();
         LaneCaps { quiet_bound: inner.quiet_bound.max(Duration::from_millis(50)), ..inner }
     }
@@ -116,10 +116,10 @@ impl Lane for Faulty {
         if self.down || self.past(self.faults.down_at) || self.past(self.faults.silent_at) {
             return 0;
         }
-        assert!(!self.past(self.faults.panic_at), "the fault panic@ was asked for");
+        assert!(!self.past(self.faults.panic_at), "the injected fault panic@");
         let now = Instant::now();
         if self.free_at > now {
-            self.kept_out = true;
+            self.throttled = true;
             return 0;
         }
         let taken = self.inner.post(a, reads);
@@ -170,7 +170,7 @@ impl Lane for Faulty {
             out.push(LaneEvent::Down { cause: Cause::LaneFailed });
         }
         let mut expired = [0; 8];
-        // Nothing there: the timer has not run out.
+        // Fails while the timer has not run out.
         let _ = rustix::io::read(&self.timer, &mut expired);
     }
 }
@@ -183,10 +183,10 @@ impl WakingLane for Faulty {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
             self.watched = true;
         }
-        if std::mem::take(&mut self.kept_out) {
+        if std::mem::take(&mut self.throttled) {
             let left = self.free_at.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // It lets them in by now, and no timer would say so.
+                // Reads are accepted again by now, so no timer is needed.
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
     use kvferry_proto::lane::{FenceKind, LaneKind};
 
-    /// Takes everything and never says anything.
+    /// Accepts every read and reports no event.
     struct Still;
 
     impl Lane for Still {
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_throttle_that_lets_in_again_before_its_owner_sleeps_keeps_the_owner_awake() {
+    fn a_throttle_that_opens_before_its_owner_sleeps_keeps_the_owner_awake() {
         let mut lane = Faulty::new(Box::new(Still), "throttle=1M".parse().unwrap()).unwrap();
         let read = Read::between(0, (0, 0), (0, 0), 64);
         lane.free_at = Instant::now() + Duration::from_secs(3600);

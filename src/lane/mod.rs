@@ -5,7 +5,6 @@ use std::{io, os::fd::BorrowedFd};
 use kvferry_proto::lane::{Lane, LaneKind};
 
 pub(crate) mod error;
-pub(crate) mod faults;
 pub(crate) mod faulty;
 pub(crate) mod local;
 pub(crate) mod tcp;
@@ -25,8 +24,8 @@ pub fn built() -> &'static [LaneKind] {
 
 /// A lane with a descriptor to sleep on.
 pub(crate) trait WakingLane: Lane {
-    /// Before the owner sleeps. `Ok(None)`: nothing to wait for. `Ok(Some(fd))`: readable when `poll` has something to do;
-    /// level-triggered, and the same descriptor for the lane's whole life. A lane that can go on at once answers
-    /// [`io::ErrorKind::WouldBlock`]: do not sleep, poll.
+    /// Called before the owner sleeps. `Ok(None)`: no event will come. `Ok(Some(fd))`: readable when `poll` has something to
+    /// do; level-triggered, and the same descriptor for the lane's whole life. A lane that can go on at once returns
+    /// [`io::ErrorKind::WouldBlock`]: the owner must poll it rather than sleep.
     fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>>;
 }

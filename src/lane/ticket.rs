@@ -1,4 +1,4 @@
-//! What a producer hands out for a lane: where to connect, and how to prove oneself there.
+//! A producer's ticket for a lane: where to connect, and the key that proves the right to.
 
 use std::fmt;
 
@@ -6,12 +6,12 @@ use kvferry_proto::lane::LaneKind;
 
 use crate::lane::verbs::VerbsTicket;
 
-/// The answer to ConnectLane. Valid for the session of the rank that asked.
+/// The answer to ConnectLane. Valid for the session of the requesting rank.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum LaneTicket {
     /// A TCP lane.
     Tcp {
-        /// Host to connect to; `None`: the one that serves the control plane.
+        /// Host to connect to; `None`: the host of the control plane.
         host: Option<String>,
         /// Port of the data server, not 0.
         port: u16,
@@ -32,7 +32,7 @@ pub(crate) enum LaneTicket {
 }
 
 impl LaneTicket {
-    /// Longest path of a unix socket, in bytes: what `sockaddr_un` holds.
+    /// Longest path of a unix socket, in bytes: the size of `sockaddr_un`'s path.
     pub(crate) const MAX_UDS: usize = 108;
     /// Longest host name, in bytes.
     pub(crate) const MAX_HOST: usize = 255;

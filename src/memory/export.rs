@@ -1,16 +1,17 @@
-//! What the data servers of a producer rank share: its pool, its fence words, and which offers are live.
+//! Shared by the data servers of a producer rank: its pool, its fence words, and its live offers.
 //!
-//! Owns the table of live offers. Never decides which those are: the producer publishes and withdraws them.
+//! Owns the map of live offers. Never decides which offers are live: the producer publishes and withdraws them.
 
 use std::{
     collections::HashMap,
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc,
         atomic::{Ordering, fence},
     },
 };
 
 use kvferry_proto::{block::Nonce, group::PoolLayout, offer::OfferGroup};
+use parking_lot::RwLock;
 
 use super::{FenceWords, Memory};
 
@@ -38,29 +39,28 @@ impl Export {
         Self { layout, memory, words, live: RwLock::default() }
     }
 
-    /// The offer in `slot` may be read from now on. Its word is set last, once everything that it vouches for is in place.
+    /// The offer in `slot` may be read from now on. Its word is set last, once its blocks are known here.
     pub(crate) fn publish(&self, slot: u32, nonce: Nonce, groups: Arc<[OfferGroup]>) {
-        // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
-        self.live.write().unwrap_or_else(PoisonError::into_inner).insert(slot, Live { nonce, groups });
+        self.live.write().insert(slot, Live { nonce, groups });
         self.words.set(slot, nonce);
     }
 
-    /// The offer in `slot` may be read no more. The word is cleared first, and when this returns the blocks may be written.
+    /// The offer in `slot` may no longer be read. The word is cleared first; when this returns, the blocks may be written.
     pub(crate) fn withdraw(&self, slot: u32) {
         self.words.clear(slot);
-        self.live.write().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+        self.live.write().remove(&slot);
     }
 
     /// The blocks of the offer in `slot`, if it is live and its nonce is this one.
     pub(crate) fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<[OfferGroup]>> {
-        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        let live = self.live.read();
         live.get(&slot).filter(|l| l.nonce.get() == nonce).map(|l| l.groups.clone())
     }
 
-    /// The check after the copy: the nonce if the offer in `slot` is still live under it, else 0. What was read from the
-    /// pool before this call was read while the offer was live. Another offer's nonce is never told.
+    /// The check after the copy: the nonce if the offer in `slot` is still live under it, else 0. If it is, every earlier
+    /// read of the pool happened while the offer was live. Never returns another offer's nonce.
     pub(crate) fn still(&self, slot: u32, nonce: u64) -> u64 {
-        // The copy's loads may not pass the word's: they would read bytes newer than the word vouches for.
+        // The copy's loads must not move after the word's load: they could read bytes that are newer than the word.
         fence(Ordering::SeqCst);
         let word = self.words.load(slot);
         if word == nonce { word } else { 0 }
@@ -84,17 +84,17 @@ mod tests {
         assert_eq!(e.resolve(2, a.get()).as_deref(), Some(&groups[..]));
         assert_eq!(e.still(2, a.get()), a.get());
         assert!(e.resolve(2, b.get()).is_none() && e.resolve(1, a.get()).is_none());
-        assert_eq!(e.still(2, b.get()), 0, "the live nonce is not told to who does not know it");
+        assert_eq!(e.still(2, b.get()), 0, "a caller with a wrong nonce does not learn the live one");
         e.withdraw(2);
         assert!(e.resolve(2, a.get()).is_none() && e.resolve(2, 0).is_none());
         assert_eq!(e.still(2, a.get()), 0);
         e.publish(2, b, groups);
-        assert!(e.resolve(2, a.get()).is_none(), "a re-used slot is dead to its former offer");
+        assert!(e.resolve(2, a.get()).is_none(), "a reused slot does not serve its former offer");
         assert_eq!(e.still(2, a.get()), 0);
     }
 
     #[test]
-    fn a_thread_that_panicked_does_not_take_the_table_along() {
+    fn a_thread_that_panicked_leaves_the_live_offers_usable() {
         let layout = Arc::new(PoolLayout::uniform(4, 1, 4096, 16));
         let memory = Memory::alloc(&layout.segments).unwrap();
         let e = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(4).unwrap())));
@@ -104,7 +104,6 @@ mod tests {
             panic!("on purpose");
         })
         .join();
-        assert!(e.live.is_poisoned());
         let n = Nonce::random();
         e.publish(0, n, [].into());
         assert!(e.resolve(0, n.get()).is_some());

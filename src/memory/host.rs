@@ -1,7 +1,7 @@
-//! Host memory of a rank: segments that kvferry allocates as sealed memfds, or that the engine brings.
+//! Host memory of a rank: segments that kvferry allocates as sealed memfds, or segments of the engine.
 //!
-//! Owns the mappings of its own segments, and keeps whatever the engine gave along with its segments. Never frees a
-//! segment while a clone is held, and never allocates in an access.
+//! Owns the mappings of its own segments, and keeps the engine's `keep` value alive with the engine's segments. Never frees
+//! a segment while a clone is held, and never allocates in an access.
 
 use std::{
     any::Any,
@@ -16,7 +16,7 @@ use kvferry_proto::group::{BadLayout, PoolLayout};
 use super::{Mapping, mapping};
 use crate::error::StartError;
 
-/// A rank's memory, as segments that its pool's regions lie in. A clone is another handle to the same memory.
+/// A rank's memory: the segments that hold its pool's regions. A clone is another handle to the same memory.
 ///
 /// ```
 /// # use kvferry::{Memory, PoolLayout};
@@ -55,12 +55,12 @@ unsafe impl Sync for Inner {}
 
 impl Memory {
     /// Allocates zeroed memory: one sealed memfd for each segment, so that a consumer on the same host can map it. Lengths
-    /// are in bytes. Pages are backed when they are first used; see [`Memory::touch`].
+    /// are in bytes. A page is backed at its first access; see [`Memory::touch`].
     pub fn alloc(segments: &[u64]) -> Result<Self, StartError> {
         let bytes = segments.iter().fold(0u64, |sum, &s| sum.saturating_add(s));
         let fail = |source: io::Error| StartError::Memory { bytes, source };
         if let Some(free) = available().filter(|&free| bytes > free) {
-            // Without this check the pool would be granted now, and the process killed when the pages are used.
+            // Without this check the allocation succeeds, and the process is killed when it uses the pages.
             return Err(fail(io::Error::new(
                 io::ErrorKind::OutOfMemory,
                 format!("only {free} bytes of memory are available"),
@@ -80,7 +80,21 @@ impl Memory {
         })))
     }
 
-    /// Allocates zeroed memory that nobody else can map: what an engine's own allocation looks like to kvferry.
+    /// The engine's memory, or memory of kvferry's own with every page backed. Checked against the layout.
+    pub(crate) fn for_layout(given: Option<Self>, layout: &PoolLayout) -> Result<Self, StartError> {
+        let memory = match given {
+            Some(memory) => memory,
+            None => {
+                let memory = Self::alloc(&layout.segments)?;
+                memory.touch()?;
+                memory
+            }
+        };
+        memory.check(layout)?;
+        Ok(memory)
+    }
+
+    /// Allocates zeroed memory that no other process can map: to kvferry it looks like an engine's own allocation.
     pub fn anonymous(segments: &[u64]) -> Result<Self, StartError> {
         let bytes = segments.iter().fold(0u64, |sum, &s| sum.saturating_add(s));
         let maps = segments.iter().map(|&len| Mapping::anonymous(len)).collect::<io::Result<Vec<_>>>();
@@ -99,9 +113,9 @@ impl Memory {
     /// covered by a Rust reference.
     ///
     /// Other threads, other processes and devices (the engine's own kernels among them) may read and write the same bytes
-    /// at any time. Such races are part of this contract: kvferry copies bytes and never gives them a meaning, and what
-    /// raced is thrown away by the fence. Apart from that the engine keeps offered blocks unchanged until they are freed,
-    /// and leaves the local blocks of a pull alone until the pull has ended.
+    /// at any time. Such races are part of this contract: kvferry copies bytes without interpreting them, and the fence
+    /// discards bytes that raced. Apart from that the engine keeps offered blocks unchanged until they are freed, and does
+    /// not touch the local blocks of a pull until the pull has ended.
     pub unsafe fn from_raw(segments: &[(NonNull<u8>, u64)], keep: Option<Arc<dyn Any + Send + Sync>>) -> Self {
         Self(Arc::new(Inner {
             base: segments.iter().map(|s| s.0).collect(),
@@ -111,9 +125,9 @@ impl Memory {
         }))
     }
 
-    /// Backs every page of allocated memory now, with huge pages where the system has them, and keeps its contents. The
-    /// first pull does not pay for page faults then, and copies of small blocks run about twice as fast. Takes about 0.3 s
-    /// for a GiB. Does nothing for memory of the engine.
+    /// Backs every page of allocated memory now, with huge pages where the system has them, and keeps the contents. Then
+    /// the first pull causes no page faults, and copies of small blocks run about twice as fast. Takes about 0.3 s for a
+    /// GiB. Does nothing for memory of the engine.
     pub fn touch(&self) -> Result<(), StartError> {
         let fail = |source| StartError::Memory { bytes: self.0.lengths.iter().sum(), source };
         self.0.owned.iter().flat_map(|o| &o.mappings).try_for_each(|m| m.touch().map_err(fail))
@@ -124,7 +138,7 @@ impl Memory {
         &self.0.lengths
     }
 
-    /// Checks the layout's own bounds, and that it describes this memory.
+    /// Checks the layout's bounds, and that its segments are those of this memory.
     pub fn check(&self, layout: &PoolLayout) -> Result<(), BadLayout> {
         layout.check()?;
         let (here, there) = (self.segments(), &layout.segments[..]);
@@ -202,7 +216,7 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// Bytes of memory that can still be had, as far as the system tells.
+/// Bytes of memory that are still available, as far as the system reports it.
 fn available() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let field = |name: &str| {
@@ -210,7 +224,7 @@ fn available() -> Option<u64> {
         line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
     };
     let host = field("MemAvailable:")?.saturating_add(field("SwapFree:").unwrap_or(0));
-    // Inside a container its own limit is at this path, and nothing is on the host.
+    // A container's own limit is at this path; on the host there is no such file.
     let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|t| t.trim().parse().ok());
     Some(group.map_or(host, |g: u64| host.min(g)))
 }
@@ -232,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn the_layout_must_be_the_memorys() {
+    fn a_layout_must_match_its_memory() {
         let layout = PoolLayout::uniform(4, 2, 4096, 16);
         assert!(Memory::alloc(&layout.segments).unwrap().check(&layout).is_ok());
         assert!(Memory::alloc(&[4 * 4096]).unwrap().check(&layout).is_err());

@@ -1,15 +1,15 @@
-//! How many bytes a socket must have before it says that it is readable.
+//! How many bytes a socket must hold before it is readable.
 
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-/// Has a stream socket be readable only when `bytes` or more have come, or nothing more can come. The kernel keeps it within
-/// what its buffer holds. Here because the call takes a pointer, and no crate that we have wraps it.
+/// Makes a stream socket readable only when it holds `bytes` or more, or is at its end. The kernel limits the value to the
+/// socket's buffer. It lies in this module because the call needs unsafe code; no crate in use wraps it.
 pub(crate) fn set_low_water(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-    // SAFETY: the kernel reads one int at the pointer, which is that of a local one, and keeps nothing of it.
+    // SAFETY: the kernel reads one int at the pointer, which is a local variable's, and does not keep the pointer.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),

@@ -23,9 +23,9 @@ pub(crate) struct Mapping {
     len: usize,
 }
 
-// SAFETY: a mapping is an address range that this value alone unmaps; it has no tie to the thread that made it.
+// SAFETY: a mapping is an address range that only this value unmaps, from whichever thread.
 unsafe impl Send for Mapping {}
-// SAFETY: shared access hands out the address only; accesses through it answer for themselves.
+// SAFETY: shared access returns only the address; an access through it needs a SAFETY reason of its own.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -35,7 +35,7 @@ impl Mapping {
         if len == 0 {
             return Ok(Self { base: NonNull::dangling(), len });
         }
-        // SAFETY: no address is asked for, so no existing mapping is touched.
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let at = unsafe {
             rustix::mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
         };
@@ -57,14 +57,14 @@ impl Mapping {
         }
         let prot = if write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         if len < HUGE {
-            // SAFETY: no address is asked for, so no existing mapping is touched.
+            // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
             let at = unsafe { rustix::mm::mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0)? };
             return Self::own(at, len);
         }
-        // The kernel aligns mappings of shared memory to huge pages only under some settings, and an unaligned one never
-        // gets any: reserve more than needed, and map at the aligned place inside.
+        // The kernel aligns mappings of shared memory to huge pages only under some settings, and an unaligned mapping never
+        // gets huge pages: reserve more than needed, and map at the aligned place inside.
         let reserve = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: no address is asked for, so no existing mapping is touched.
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let space = unsafe {
             rustix::mm::mmap_anonymous(
                 ptr::null_mut(),
@@ -85,12 +85,12 @@ impl Mapping {
         let end = head + len.next_multiple_of(rustix::param::page_size());
         for (from, len) in [(0, head), (end, reserve.saturating_sub(end))] {
             if len > 0 {
-                // SAFETY: the two rests of `space` around the mapping, ours and unused. Failing leaves address space taken.
+                // SAFETY: the parts of `space` around the mapping are ours and unused. A failure leaves address space reserved.
                 let _ = unsafe { rustix::mm::munmap(space.wrapping_byte_add(from), len) };
             }
         }
         let it = Self::own(at, len)?;
-        // Without huge pages the mapping is as good, only slower.
+        // Without huge pages the mapping only is slower.
         it.advise(0, len, Advice::LinuxHugepage).ok();
         Ok(it)
     }
@@ -106,19 +106,19 @@ impl Mapping {
         Ok(())
     }
 
-    /// Backs every page now rather than at its first access, with huge pages where that can be had. Keeps the contents.
-    /// Writable mappings only.
+    /// Backs every page now rather than at its first access, with huge pages where possible. Keeps the contents. Writable
+    /// mappings only.
     ///
-    /// Shared memory gets no huge pages by itself under the usual setting (`shmem_enabled` is `never`), but asking for them
-    /// one by one works under any. It is also the faster way: 256 MiB take 0.07 s, against 0.48 s in small pages.
+    /// Under the usual setting (`shmem_enabled` is `never`) shared memory gets no huge pages by itself, but MADV_COLLAPSE
+    /// works under every setting. It is also faster: 256 MiB take 0.07 s, and 0.48 s in small pages.
     pub(crate) fn touch(&self) -> io::Result<()> {
         const MADV_COLLAPSE: libc::c_int = 25;
         let page = rustix::param::page_size();
         let mut from = 0;
         while self.len - from >= HUGE {
-            // A range without any page is not collapsed.
+            // MADV_COLLAPSE fails on a range without a backed page.
             self.populate(from, page)?;
-            // SAFETY: the range is a part of this mapping; its contents stay.
+            // SAFETY: the range is a part of this mapping; the call keeps its contents.
             let rc = unsafe { libc::madvise(self.base.as_ptr().wrapping_add(from).cast(), HUGE, MADV_COLLAPSE) };
             if rc != 0 {
                 break;
@@ -130,7 +130,7 @@ impl Mapping {
 
     fn populate(&self, from: usize, len: usize) -> io::Result<()> {
         match self.advise(from, len, Advice::LinuxPopulateWrite) {
-            // A kernel before 5.14 backs pages at their first access and no earlier.
+            // A kernel before 5.14 backs pages only at their first access.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             done => done,
         }
@@ -151,7 +151,7 @@ impl Drop for Mapping {
     }
 }
 
-/// The seals of a file that nobody can make smaller or larger any more: mapping it can never fault for want of bytes.
+/// The seals of a file whose size can never change: an access to its mapping cannot fault for lack of bytes.
 pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// A memfd of at least `len` bytes (whole pages), sealed at that size, and its mapping.

@@ -1,8 +1,8 @@
-//! A rank's memory: the segments that its pool lies in, its fence words, and what its data servers share.
+//! A rank's memory: the segments of its pool, its fence words, and the state that its data servers share.
 //!
 //! Owns mappings and their lifetime; knows blocks only by segment and offset, and never decides what is read. Every
 //! access is checked against the segment's length, so an offset that a peer made up cannot leave the pool. The bytes
-//! themselves race with the engine on purpose: whether they were good is what the fence says afterwards (promise *fresh*).
+//! themselves race with the engine on purpose: the fence says afterwards whether they were good (promise *fresh*).
 
 mod export;
 mod host;

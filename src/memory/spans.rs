@@ -8,7 +8,7 @@ use std::{
 
 use super::Memory;
 
-/// Some bytes of a segment.
+/// A range of bytes of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Span {
     /// The segment.
@@ -26,7 +26,7 @@ const MAX_PIECES: usize = 1024;
 struct Pieces {
     list: [MaybeUninit<libc::iovec>; MAX_PIECES],
     used: usize,
-    /// Bytes that were moved by earlier calls and are not wanted again.
+    /// Bytes, from the front, that earlier calls moved.
     skip: u64,
 }
 
@@ -35,7 +35,7 @@ impl Pieces {
         Self { list: [const { MaybeUninit::uninit() }; MAX_PIECES], used: 0, skip }
     }
 
-    /// How many bytes of the next `len` to leave out; `None` for all of them.
+    /// How many of the next `len` bytes to skip; `None`: all of them.
     fn cut(&mut self, len: u64) -> Option<u64> {
         let cut = self.skip.min(len);
         self.skip -= cut;
@@ -51,7 +51,7 @@ impl Pieces {
         self.used == MAX_PIECES
     }
 
-    /// Adds bytes that are not in the memory.
+    /// Adds bytes that lie outside the memory.
     fn bytes(&mut self, base: *mut u8, len: usize) {
         if !self.full()
             && let Some(cut) = self.cut(len as u64)
@@ -60,7 +60,7 @@ impl Pieces {
         }
     }
 
-    /// Adds as many spans as fit. Each is checked against its segment before a piece of it goes in.
+    /// Adds as many spans as fit. Each is checked against its segment first.
     fn spans(&mut self, memory: &Memory, spans: &[Span]) -> io::Result<()> {
         for s in spans {
             if self.full() {
@@ -90,18 +90,24 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     }
 }
 
-/// In all four calls `skip` is the number of bytes, from the front of everything listed, that earlier calls moved. Each
-/// makes one system call of at most 1024 pieces, so it may move less than everything; with nothing left it makes none and
-/// returns 0. `WouldBlock` is returned as it comes. A span that leaves its segment fails the call before any byte moves,
-/// if it is among those 1024.
+/// In all four calls, `skip` is the number of bytes, from the front of all pieces, that earlier calls moved. Each makes one
+/// system call of at most 1024 pieces, so it may move only a part; with no bytes left it makes none and returns 0.
+/// `WouldBlock` is returned to the caller. A span that leaves its segment fails the call before any byte moves, if it is
+/// among those 1024.
 impl Memory {
     /// Receives into spans.
     pub fn readv(&self, fd: BorrowedFd<'_>, spans: &[Span], skip: u64) -> io::Result<usize> {
         self.readv_with(fd, spans, skip, &mut [])
     }
 
-    /// Receives into spans and then into `tail`. 0 with something left means that the peer has closed.
-    pub fn readv_with(&self, fd: BorrowedFd<'_>, spans: &[Span], skip: u64, tail: &mut [u8]) -> io::Result<usize> {
+    /// Receives into spans and then into `tail`. 0 with bytes left means that the peer has closed.
+    pub(crate) fn readv_with(
+        &self,
+        fd: BorrowedFd<'_>,
+        spans: &[Span],
+        skip: u64,
+        tail: &mut [u8],
+    ) -> io::Result<usize> {
         let mut pieces = Pieces::new(skip);
         pieces.spans(self, spans)?;
         pieces.bytes(tail.as_mut_ptr(), tail.len());
@@ -113,24 +119,16 @@ impl Memory {
         retry(|| unsafe { libc::readv(fd.as_raw_fd(), pieces.list.as_ptr().cast(), pieces.used as libc::c_int) })
     }
 
-    /// Sends spans. The descriptor must be a socket; a peer that has closed is an error, never a signal.
+    /// Sends spans. The descriptor must be a socket; a closed peer is an error, never a signal.
     pub fn writev(&self, fd: BorrowedFd<'_>, spans: &[Span], skip: u64) -> io::Result<usize> {
-        self.writev_with(fd, &[], spans, &[], skip)
+        self.writev_with(fd, &[], spans, skip)
     }
 
-    /// Sends `head`, then spans, then `tail`; see [`Memory::writev`].
-    pub fn writev_with(
-        &self,
-        fd: BorrowedFd<'_>,
-        head: &[u8],
-        spans: &[Span],
-        tail: &[u8],
-        skip: u64,
-    ) -> io::Result<usize> {
+    /// Sends `head`, then spans; see [`Memory::writev`].
+    pub(crate) fn writev_with(&self, fd: BorrowedFd<'_>, head: &[u8], spans: &[Span], skip: u64) -> io::Result<usize> {
         let mut pieces = Pieces::new(skip);
         pieces.bytes(head.as_ptr().cast_mut(), head.len());
         pieces.spans(self, spans)?;
-        pieces.bytes(tail.as_ptr().cast_mut(), tail.len());
         if pieces.used == 0 {
             return Ok(0);
         }
@@ -139,7 +137,7 @@ impl Memory {
         msg.msg_iov = pieces.list.as_mut_ptr().cast();
         msg.msg_iovlen = pieces.used as _;
         // SAFETY: the first `used` pieces are initialised. Each lies in a checked span of memory that `self` keeps alive, or
-        // in `head` or `tail`, which are borrowed for the call; the kernel only reads them.
+        // in `head`, which is borrowed for the call; the kernel only reads them.
         retry(|| unsafe { libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL) })
     }
 }
@@ -169,23 +167,24 @@ mod tests {
     fn spans_arrive_in_order_however_the_calls_are_cut() {
         let (from, to) = (filled(1 << 17), Memory::alloc(&[1 << 17, 1 << 17]).unwrap());
         let spans = spans(3000);
-        let total = spans.iter().map(|s| s.len).sum::<u64>() + 9;
+        let total = spans.iter().map(|s| s.len).sum::<u64>();
         let (a, b) = UnixStream::pair().unwrap();
         let sender = std::thread::spawn({
             let spans = spans.clone();
             move || {
                 let mut done = 0;
-                while done < total {
-                    done += from.writev_with(a.as_fd(), b"head", &spans, b"trail", done).unwrap() as u64;
+                while done < total + 4 {
+                    done += from.writev_with(a.as_fd(), b"head", &spans, done).unwrap() as u64;
                 }
-                assert_eq!(from.writev_with(a.as_fd(), b"head", &spans, b"trail", done).unwrap(), 0);
+                assert_eq!(from.writev_with(a.as_fd(), b"head", &spans, done).unwrap(), 0);
+                (&a).write_all(b"trail").unwrap();
                 from
             }
         });
         let mut head = [0; 4];
         (&b).read_exact(&mut head).unwrap();
         let (mut done, mut tail) = (0, [0; 5]);
-        while done < total - 4 {
+        while done < total + 5 {
             done += to.readv_with(b.as_fd(), &spans, done, &mut tail).unwrap() as u64;
         }
         let from = sender.join().unwrap();
@@ -217,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn sending_to_a_closed_socket_is_an_error_and_no_signal() {
+    fn sending_to_a_closed_socket_is_an_error_without_a_signal() {
         let m = filled(4096);
         let (a, b) = UnixStream::pair().unwrap();
         drop(b);

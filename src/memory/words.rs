@@ -29,9 +29,9 @@ impl FenceWords {
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping holds `slots` words of 8 bytes, page-aligned and zeroed at first, for as long as `self` lives
-        // (with none, the pointer is dangling but for an empty slice any aligned one will do, which `empty` sees to). They
-        // are only ever accessed as atomics; other processes map them read-only.
+        // SAFETY: the mapping holds `slots` words of 8 bytes, page-aligned and zeroed at first, for as long as `self` lives.
+        // Without slots the mapping's base is dangling and aligned to a byte only, so an aligned dangling pointer replaces it
+        // for the empty slice. The words are accessed only as atomics; other processes map them read-only.
         unsafe {
             let base = self.mapping.base().cast::<AtomicU64>();
             let base = if self.slots == 0 { std::ptr::NonNull::dangling() } else { base };
@@ -42,18 +42,18 @@ impl FenceWords {
     /// The offer in this slot is live from now on. A slot past the table's end is never live.
     pub(crate) fn set(&self, slot: u32, nonce: Nonce) {
         if let Some(w) = self.words().get(slot as usize) {
-            // Release: what was written to the blocks before is seen by whoever sees the nonce.
+            // Release: a reader that sees the nonce also sees every earlier write to the blocks.
             w.store(nonce.get(), Ordering::Release);
         }
     }
 
-    /// The offer in this slot is live no more. When this returns, the blocks may be written again.
+    /// The offer in this slot is no longer live. When this returns, the blocks may be written again.
     pub(crate) fn clear(&self, slot: u32) {
         if let Some(w) = self.words().get(slot as usize) {
             w.store(0, Ordering::SeqCst);
         }
-        // A full fence: the zero must be seen before anything that the engine writes to the blocks afterwards. Without it
-        // those stores could pass this one, and a reader could copy new bytes and still find the old nonce after them.
+        // A full fence: the zero must be visible before any later write of the engine to the blocks. Without the fence those
+        // stores could pass this one, and a reader could copy new bytes and still find the old nonce afterwards.
         fence(Ordering::SeqCst);
     }
 

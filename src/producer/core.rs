@@ -1,20 +1,21 @@
-//! What stands behind a producer: its books, its sessions and its data servers, and what the control plane asks of them.
+//! The state of a producer: its offer table, sessions and data servers. It is the [`Desk`] that the control server asks.
 //!
-//! The books' lock is held while what they want is carried out, so that "word cleared, then freed" is one step for
-//! everybody else (promise 2).
+//! The table's lock is held while its actions are carried out, so that "word cleared, then freed" is one step for every
+//! other thread (promise 2).
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
-use super::{OfferSpec, Ready};
+use super::spec::{OfferSpec, Ready};
 
 #[cfg(feature = "verbs")]
-use crate::lane::verbs::{VerbsError, VerbsRequest};
+use crate::lane::verbs::{self, VerbsError, VerbsRequest};
 use crate::{
     config::Config,
     control::{
@@ -24,7 +25,7 @@ use crate::{
         refusal::Refusal,
     },
     lane::{local, tcp, ticket::LaneTicket},
-    memory::{Export, Memory},
+    memory::Export,
     metrics::ProducerMetrics,
 };
 use kvferry_proto::{
@@ -32,51 +33,76 @@ use kvferry_proto::{
     block::{Incarnation, OfferId},
     error::OfferError,
     frame::{ClientFrame, Gone, PeerId},
-    group::PoolLayout,
     hello::{self, Hello, Welcome},
     lane::LaneKind,
     model::{Mismatch, Model},
     offer::{BadOffer, Offer, OfferGroup, OfferRank},
     shard::Shard,
-    table::{self as books, Freed, OfferTable},
+    table::{self, Freed, OfferTable},
 };
 
 pub(super) struct Core {
     pub(super) me: PeerId,
     pub(super) addr: String,
-    pub(super) model: Model,
-    pub(super) shard: Shard,
-    pub(super) layout: Arc<PoolLayout>,
+    model: Model,
+    shard: Shard,
     pub(super) export: Arc<Export>,
-    pub(super) memory: Memory,
-    pub(super) tcp: Option<tcp::Server>,
-    pub(super) local: Option<local::Server>,
-    #[cfg(feature = "verbs")]
-    pub(super) verbs: Option<crate::lane::verbs::Server>,
+    servers: Servers,
     pub(super) config: Config,
-    pub(super) state: Mutex<State>,
+    state: Mutex<State>,
     pub(super) freed: Mutex<VecDeque<Freed>>,
     pub(super) freed_now: Condvar,
     pub(super) freed_notify: Notify,
-    /// The books' next timeout may have changed.
+    /// The offer table's next timeout may have changed.
     pub(super) rearm: Arc<Notify>,
     pub(super) metrics: ProducerMetrics,
 }
 
-pub(super) struct State {
-    pub(super) table: OfferTable,
-    /// The blocks of offers that are live.
-    pub(super) groups: HashMap<OfferId, Arc<[OfferGroup]>>,
-    pub(super) sessions: HashMap<SessionId, Session>,
-    /// The newest session of each consumer incarnation.
-    pub(super) by_consumer: HashMap<Incarnation, SessionId>,
-    /// Lanes of all sessions.
-    pub(super) lanes: usize,
-    pub(super) next_session: u64,
+/// The data servers; `None`: that lane is not served.
+pub(super) struct Servers {
+    pub(super) tcp: Option<tcp::Server>,
+    pub(super) local: Option<local::Server>,
+    #[cfg(feature = "verbs")]
+    pub(super) verbs: Option<verbs::Server>,
 }
 
-/// Lanes of one session and kind. A consumer reads over the newest; older ones finish what they have. One that looks for a
-/// better lane has eight of them after four minutes, and its pulls none on the first any more.
+impl Servers {
+    /// The lanes that are served, best first.
+    fn kinds(&self) -> Vec<LaneKind> {
+        #[cfg(feature = "verbs")]
+        let verbs = self.verbs.as_ref().map(|_| LaneKind::Verbs);
+        #[cfg(not(feature = "verbs"))]
+        let verbs = None;
+        let (local, tcp) = (self.local.as_ref().map(|_| LaneKind::Local), self.tcp.as_ref().map(|_| LaneKind::Tcp));
+        [verbs, local, tcp].into_iter().flatten().collect()
+    }
+
+    /// Closes a lane.
+    fn dismiss(&self, (kind, lane): (LaneKind, u64)) {
+        match kind {
+            LaneKind::Tcp => self.tcp.iter().for_each(|s| s.dismiss(lane)),
+            LaneKind::Local => self.local.iter().for_each(|s| s.dismiss(lane)),
+            #[cfg(feature = "verbs")]
+            LaneKind::Verbs => self.verbs.iter().for_each(|s| s.dismiss(lane)),
+            _ => {}
+        }
+    }
+}
+
+pub(super) struct State {
+    pub(super) table: OfferTable,
+    /// The blocks of live offers.
+    groups: HashMap<OfferId, Arc<[OfferGroup]>>,
+    pub(super) sessions: HashMap<SessionId, Session>,
+    /// The newest session of each consumer incarnation.
+    by_consumer: HashMap<Incarnation, SessionId>,
+    /// Lanes of all sessions.
+    lanes: usize,
+    next_session: u64,
+}
+
+/// Most lanes of one session and kind. A consumer starts pulls on the newest; older lanes finish their pulls. A consumer
+/// that searches for a better lane opens its eighth after four minutes, when no pull uses the first any more.
 const LANES_OF_A_KIND: usize = 8;
 
 pub(super) struct Session {
@@ -86,12 +112,8 @@ pub(super) struct Session {
     lanes: VecDeque<(LaneKind, u64)>,
 }
 
-pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Which lane of a session goes for another one of this kind, if one must: never one of another kind, which may be all that
-/// the consumer reads over.
+/// Which lane of a session must close for a new one of this kind, if any. Never one of another kind: the consumer may have
+/// only that one to read over.
 fn superfluous(lanes: &VecDeque<(LaneKind, u64)>, kind: LaneKind) -> Option<usize> {
     let mut same = lanes.iter().enumerate().filter(|(_, (k, _))| *k == kind).map(|(i, _)| i);
     let oldest = same.next()?;
@@ -99,8 +121,43 @@ fn superfluous(lanes: &VecDeque<(LaneKind, u64)>, kind: LaneKind) -> Option<usiz
 }
 
 impl Core {
+    pub(super) fn new(
+        me: PeerId,
+        addr: String,
+        model: Model,
+        shard: Shard,
+        export: Arc<Export>,
+        servers: Servers,
+        config: Config,
+    ) -> Self {
+        let random = Box::new(|| Incarnation::random().get());
+        let state = State {
+            table: OfferTable::new(config.lease.clone(), config.limits.clone(), random),
+            groups: HashMap::new(),
+            sessions: HashMap::new(),
+            by_consumer: HashMap::new(),
+            lanes: 0,
+            next_session: 1,
+        };
+        Self {
+            me,
+            addr,
+            model,
+            shard,
+            export,
+            servers,
+            config,
+            state: Mutex::new(state),
+            freed: Mutex::default(),
+            freed_now: Condvar::new(),
+            freed_notify: Notify::new(),
+            rearm: Arc::default(),
+            metrics: ProducerMetrics::default(),
+        }
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        self.state.lock()
     }
 
     pub(super) fn name(&self, spec: OfferSpec) -> Offer {
@@ -119,7 +176,7 @@ impl Core {
     pub(super) fn enter(&self, offer: &Offer, ready: Ready) -> Result<(), OfferError> {
         offer.check(self.config.limits.blocks_per_offer)?;
         for g in &offer.groups {
-            let blocks = self.layout.group(g.group).map_or(0, |l| l.blocks);
+            let blocks = self.export.layout.group(g.group).map_or(0, |l| l.blocks);
             if let Some(b) = g.blocks.iter().flatten().find(|b| b.0 >= blocks) {
                 let (block, group) = (b.0, g.group.0);
                 return Err(BadOffer::Malformed(format!(
@@ -129,7 +186,7 @@ impl Core {
             }
         }
         let mut state = self.lock();
-        // The books speak of it in the same breath, so its blocks must be there before.
+        // The table publishes a ready offer at once, so its blocks must be known before.
         let known = state.groups.insert(offer.id, offer.groups.clone().into());
         let entered = state.table.offer(Instant::now(), offer.id, ready == Ready::Now);
         match (&entered, known) {
@@ -144,7 +201,7 @@ impl Core {
         entered
     }
 
-    pub(super) fn tell(&self, event: books::In) {
+    pub(super) fn tell(&self, event: table::In) {
         let mut state = self.lock();
         let before = state.table.next_timeout();
         state.table.handle(Instant::now(), event);
@@ -154,34 +211,42 @@ impl Core {
         }
     }
 
-    /// Does what the books want. Holding their lock makes "word cleared, then freed" one step for everybody else.
-    pub(super) fn carry_out(&self, state: &mut State) {
+    /// Ends the leases that have run out by `now`; returns the table's next timeout.
+    pub(super) fn tick(&self, now: Instant) -> Option<Instant> {
+        let mut state = self.lock();
+        state.table.tick(now);
+        self.carry_out(&mut state);
+        state.table.next_timeout()
+    }
+
+    /// Carries out the table's actions.
+    fn carry_out(&self, state: &mut State) {
         let mut freed = 0;
         while let Some(out) = state.table.poll() {
             match out {
-                books::Out::Publish { offer, slot, nonce } => {
+                table::Out::Publish { offer, slot, nonce } => {
                     if let Some(groups) = state.groups.get(&offer) {
                         self.export.publish(slot, nonce, groups.clone());
                     }
                     self.rearm.notify_one();
                 }
-                books::Out::Withdraw { slot, .. } => self.export.withdraw(slot),
-                books::Out::Freed(f) => {
+                table::Out::Withdraw { slot, .. } => self.export.withdraw(slot),
+                table::Out::Freed(f) => {
                     state.groups.remove(&f.offer);
                     if !matches!(f.why, Gone::Released) {
                         tracing::warn!(offer = %f.offer, why = ?f.why, "offer ended without a release; its blocks are freed");
                     }
                     self.metrics.freed(f.why);
-                    lock(&self.freed).push_back(f);
+                    self.freed.lock().push_back(f);
                     freed += 1;
                 }
-                books::Out::Send(to, frame) => {
+                table::Out::Send(to, frame) => {
                     let session = state.by_consumer.get(&to).and_then(|id| state.sessions.get(id));
                     if let Some(s) = session {
                         s.outbox.send(frame);
                     }
                 }
-                books::Out::Broadcast(frame) => {
+                table::Out::Broadcast(frame) => {
                     for s in state.sessions.values() {
                         s.outbox.send(frame.clone());
                     }
@@ -196,25 +261,15 @@ impl Core {
         }
     }
 
-    pub(super) fn dismiss(&self, (kind, lane): (LaneKind, u64)) {
-        match kind {
-            LaneKind::Tcp => self.tcp.iter().for_each(|s| s.dismiss(lane)),
-            LaneKind::Local => self.local.iter().for_each(|s| s.dismiss(lane)),
-            #[cfg(feature = "verbs")]
-            LaneKind::Verbs => self.verbs.iter().for_each(|s| s.dismiss(lane)),
-            _ => {}
-        }
-    }
-
     /// The open session of a consumer.
     fn session<'a>(&self, state: &'a mut State, from: &PeerId) -> Result<&'a mut Session, Refusal> {
         let id = state.by_consumer.get(&from.incarnation).copied();
         id.and_then(|id| state.sessions.get_mut(&id)).filter(|s| s.from == *from).ok_or_else(|| {
-            Refusal::Precondition("no session of this consumer is open: open one before asking for a lane".into())
+            Refusal::Precondition("no session of this consumer is open: open one before requesting a lane".into())
         })
     }
 
-    /// Makes sure that a consumer may have one lane more. Returns one of its lanes that must go for it, if one must.
+    /// Checks that a consumer may have one more lane. Returns the lane that must close for it, if any.
     fn room(&self, state: &mut State, from: &PeerId, kind: LaneKind) -> Result<Option<(LaneKind, u64)>, Refusal> {
         let (lanes, limit) = (state.lanes, self.config.limits.lanes);
         let session = self.session(state, from)?;
@@ -225,7 +280,7 @@ impl Core {
         Ok(oldest)
     }
 
-    /// Enters a lane that `room` was made for.
+    /// Enters a lane after [`Core::room`].
     fn keep(
         &self,
         mut state: MutexGuard<'_, State>,
@@ -241,11 +296,11 @@ impl Core {
         }
         drop(state);
         if let Some(oldest) = oldest {
-            self.dismiss(oldest);
+            self.servers.dismiss(oldest);
         }
     }
 
-    pub(super) fn expects_me(&self, expect: Incarnation) -> Result<(), Refusal> {
+    fn expects_me(&self, expect: Incarnation) -> Result<(), Refusal> {
         if expect == self.me.incarnation {
             return Ok(());
         }
@@ -256,17 +311,6 @@ impl Core {
 impl Desk for Core {
     fn hello(&self, hello: &Hello) -> Result<Welcome, Mismatch> {
         let version = hello::answer(hello, &self.model)?;
-        let mut lanes = Vec::new();
-        #[cfg(feature = "verbs")]
-        if self.verbs.is_some() {
-            lanes.push(LaneKind::Verbs);
-        }
-        if self.local.is_some() {
-            lanes.push(LaneKind::Local);
-        }
-        if self.tcp.is_some() {
-            lanes.push(LaneKind::Tcp);
-        }
         Ok(Welcome {
             version,
             features: hello.features & hello::features::ALL,
@@ -274,9 +318,9 @@ impl Desk for Core {
             engine_incarnation: self.me.incarnation,
             model: self.model.clone(),
             shard: self.shard,
-            pool: self.layout.clone(),
+            pool: self.export.layout.clone(),
             fence_slots: self.config.limits.offers as u32,
-            lanes,
+            lanes: self.servers.kinds(),
             host: host::identity().to_owned(),
             silence: self.config.session.silence,
         })
@@ -297,7 +341,7 @@ impl Desk for Core {
     }
 
     fn frame(&self, _: SessionId, from: &PeerId, frame: ClientFrame) {
-        self.tell(books::In::Frame(from.clone(), frame));
+        self.tell(table::In::Frame(from.clone(), frame));
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {
@@ -314,25 +358,20 @@ impl Desk for Core {
             gone
         };
         for lane in gone.into_iter().flat_map(|s| s.lanes) {
-            self.dismiss(lane);
+            self.servers.dismiss(lane);
         }
     }
 
     fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
-        let served = match kind {
-            LaneKind::Tcp => self.tcp.is_some(),
-            LaneKind::Local => self.local.is_some(),
-            _ => false,
-        };
-        // Before room is made: what is refused costs no other lane.
-        if !served {
-            return Err(Refusal::Unsupported { what: format!("lane {kind}, asked for like this") });
+        // Before `room`: a refused request must not close another lane. A verbs lane needs `connect_verbs`.
+        if kind == LaneKind::Verbs || !self.servers.kinds().contains(&kind) {
+            return Err(Refusal::Unsupported { what: format!("lane {kind} by this request") });
         }
         let mut state = self.lock();
         let oldest = self.room(&mut state, from, kind)?;
         let lane = Incarnation::random().get();
-        let ticket = match (kind, &self.tcp, &self.local) {
+        let ticket = match (kind, &self.servers.tcp, &self.servers.local) {
             (LaneKind::Tcp, Some(server), _) => {
                 let mut key = [0; 32];
                 for part in key.chunks_exact_mut(8) {
@@ -354,10 +393,10 @@ impl Desk for Core {
     #[cfg(feature = "verbs")]
     fn connect_verbs(&self, from: &PeerId, expect: Incarnation, ends: &VerbsRequest) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
-        let Some(server) = &self.verbs else {
+        let Some(server) = &self.servers.verbs else {
             return Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) });
         };
-        // Before queue pairs are made for it; and after, for sessions end meanwhile.
+        // Checked before queue pairs are created, and again afterwards, since the session may have ended meanwhile.
         self.session(&mut self.lock(), from)?;
         let lane = Incarnation::random().get();
         let ticket = server.admit(lane, ends).map_err(|e| match e {
@@ -383,22 +422,19 @@ impl Desk for Core {
             self.expects_me(expect)?;
         }
         let before = self.lock().groups.contains_key(&offer);
-        self.tell(books::In::Release(from, offer));
+        self.tell(table::In::Release(from, offer));
         Ok(before && !self.lock().groups.contains_key(&offer))
     }
 }
 
-/// Has the books look at the clock when a lease may have run out.
+/// Ends leases when they run out.
 pub(super) async fn keep_time(core: Weak<Core>, rearm: Arc<Notify>) {
     loop {
         let next = {
             let Some(core) = core.upgrade() else { return };
-            let mut state = core.lock();
-            state.table.tick(Instant::now());
-            core.carry_out(&mut state);
-            state.table.next_timeout()
+            core.tick(Instant::now())
         };
-        // Without leases it looks once an hour, and sooner when told to.
+        // Without leases it wakes once an hour, or when notified.
         let until = next.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
         tokio::select! {
             () = tokio::time::sleep_until(until.into()) => {}
@@ -412,7 +448,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kind_that_is_asked_for_again_and_again_takes_no_other_kinds_lane() {
+    fn a_lane_kind_that_is_requested_repeatedly_closes_only_lanes_of_its_own_kind() {
         let mut lanes = VecDeque::from([(LaneKind::Tcp, 0)]);
         for n in 1..=LANES_OF_A_KIND as u64 {
             assert_eq!(superfluous(&lanes, LaneKind::Verbs), None);

@@ -1,4 +1,4 @@
-//! Hello: who is there, and who must not exchange KV.
+//! Hello: the peers' identity, and which engines must not exchange KV.
 
 use std::{
     io::{Read, Write},
@@ -16,7 +16,7 @@ use super::rig::{Consumer, Rig, config, hello, model, peer_id, run};
 use crate::control::call::Caller;
 
 fn say(addr: &str, hello: &Hello) -> HelloError {
-    run(Caller::new(config()).hello(addr, hello)).expect_err("it was let in")
+    run(Caller::new(config()).hello(addr, hello)).expect_err("a Hello that must fail")
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn a_claim_at_a_peer_of_another_model_is_refused() {
 }
 
 #[test]
-fn peers_without_a_common_version_say_which_ones_they_speak() {
+fn peers_without_a_common_version_name_both_ranges() {
     let rig = Rig::new(&config());
     let error = say(&rig.addr.to_string(), &Hello { versions: (7, 9), ..hello() });
     let HelloError::Version { here, there } = &error else { panic!("{error}") };
@@ -47,7 +47,7 @@ fn peers_without_a_common_version_say_which_ones_they_speak() {
 }
 
 #[test]
-fn nobody_there_is_told_from_somebody_who_does_not_answer() {
+fn a_closed_port_is_distinguished_from_a_silent_peer() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let mut short = config();
@@ -60,7 +60,7 @@ fn nobody_there_is_told_from_somebody_who_does_not_answer() {
 }
 
 #[test]
-fn an_address_that_is_none_is_an_error_and_nothing_else() {
+fn a_malformed_address_is_an_error() {
     for addr in ["", "host", "host:", ":1", "host:0", "host:99999", "a b:1", "evil/path?q:80", "[::1", "user@host:1"] {
         let error = say(addr, &hello());
         assert!(matches!(error, HelloError::Unreachable { refused: false, .. }), "{addr:?}: {error}");
@@ -68,13 +68,13 @@ fn an_address_that_is_none_is_an_error_and_nothing_else() {
 }
 
 #[test]
-fn a_server_that_speaks_something_else_is_refused() {
+fn a_server_of_another_protocol_is_refused() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let server = std::thread::spawn(move || {
         let (mut io, _) = listener.accept().unwrap();
         let _ =
-            io.write_all(b"SSH-2.0-OpenSSH_9.6\r\nthis is no HTTP/2 at all, and long enough to be a frame header\r\n");
+            io.write_all(b"SSH-2.0-OpenSSH_9.6\r\nthis is not HTTP/2, and it is long enough to be a frame header\r\n");
         // Until the other side hangs up.
         let _ = io.read_to_end(&mut Vec::new());
     });

@@ -1,4 +1,4 @@
-//! The control plane alone, over real sockets: a real server before a desk that keeps no books, and real peers' tasks.
+//! The control plane alone, over real sockets: a real server with a desk without an offer table, and real peers' tasks.
 
 mod handshake;
 mod rig;

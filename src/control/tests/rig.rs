@@ -1,4 +1,4 @@
-//! A server with a desk that writes down what it is asked, and a consumer whose events can be waited for.
+//! A server with a desk that records its calls, and a consumer whose events a test can wait for.
 
 use std::{
     collections::HashMap,
@@ -29,9 +29,9 @@ use crate::{
     config::Config,
     control::{
         client::{PeerHandle, PeerTask},
-        connect::{Connecting, LaneConnector},
         desk::{Desk, SessionId},
         events::{Connected, Events},
+        lanes::{Connecting, LaneConnector, Prepared},
         outbox::Outbox,
         refusal::Refusal,
         server::{Extra, Server},
@@ -40,7 +40,7 @@ use crate::{
     lane::{LaneError, WakingLane, ticket::LaneTicket},
 };
 
-/// How long anything may take before a test gives up.
+/// Longest wait of a test.
 pub(super) const LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn model() -> Model {
@@ -68,7 +68,7 @@ pub(super) fn hello() -> Hello {
     }
 }
 
-/// Short times, so that what is waited for comes soon.
+/// Short times, so that tests wait little.
 pub(super) fn config() -> Config {
     let mut c = Config::default();
     c.session.heartbeat = Duration::from_millis(100);
@@ -78,7 +78,7 @@ pub(super) fn config() -> Config {
     c
 }
 
-/// What the desk was asked.
+/// A call of the desk.
 #[derive(Debug)]
 pub(super) enum Seen {
     Hello,
@@ -87,14 +87,14 @@ pub(super) enum Seen {
     Closed(SessionId),
 }
 
-/// Keeps no books: grants every claim at once, and acknowledges every release, unless told otherwise.
+/// A desk without an offer table: it grants every claim at once and acknowledges every release, unless told otherwise.
 pub(super) struct TestDesk {
     pub me: PeerId,
     pub grants: AtomicBool,
     pub acknowledges: AtomicBool,
     pub refuses_sessions: AtomicBool,
     pub lanes: Mutex<Vec<LaneKind>>,
-    /// How often a lane is not to be had yet.
+    /// How many requests for a lane are still answered with `NotYet`.
     pub not_yet: AtomicU64,
     pub outboxes: Mutex<HashMap<SessionId, Outbox>>,
     next: AtomicU64,
@@ -178,7 +178,7 @@ impl Desk for TestDesk {
         self.expects_me(expect)?;
         let less = |n: u64| n.checked_sub(1);
         if self.not_yet.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
-            return Err(Refusal::NotYet("half of it is there".into()));
+            return Err(Refusal::NotYet("not all rails are open".into()));
         }
         match kind {
             LaneKind::Tcp => Ok(LaneTicket::Tcp { host: None, port: 9, lane: 5, key: [3; 32] }),
@@ -227,12 +227,12 @@ impl Rig {
         Self { server, desk, seen, addr, runtime }
     }
 
-    /// What the desk is asked next of which `pick` makes something.
+    /// The first of the desk's next calls for which `pick` returns a value.
     pub(super) fn seen<T>(&self, mut pick: impl FnMut(Seen) -> Option<T>) -> T {
         let until = Instant::now() + LIMIT;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let seen = self.seen.recv_timeout(left).expect("the desk was not asked in time");
+            let seen = self.seen.recv_timeout(left).expect("no such call of the desk in time");
             if let Some(t) = pick(seen) {
                 return t;
             }
@@ -260,22 +260,22 @@ impl Rig {
         })
     }
 
-    /// The process is gone: nothing is said any more, and its sockets are closed by the system.
+    /// The process dies: it sends nothing more, and the system closes its sockets.
     pub(super) fn die(self) {
         drop(self.runtime);
     }
 }
 
-/// Connects no lane, and says so.
+/// Refuses to connect any lane.
 pub(super) struct NoLanes;
 
 impl LaneConnector for NoLanes {
-    fn connect(&self, ticket: LaneTicket, _: Arc<Welcome>, _: SocketAddr) -> Connecting<'_> {
+    fn connect(&self, ticket: LaneTicket, _: Prepared, _: Arc<Welcome>, _: SocketAddr) -> Connecting<'_> {
         Box::pin(async move { Err(LaneError::Refused { why: format!("no {} lane in this test", ticket.kind()) }) })
     }
 }
 
-/// An event of a peer's task, as the data thread gets it.
+/// An event of a peer's task, as the data thread receives it.
 pub(super) type LaneIn = In<Box<dyn WakingLane>>;
 
 /// Keeps the events of a peer's task.
@@ -338,7 +338,7 @@ impl Consumer {
         ClaimId(claim)
     }
 
-    /// The next event of which `pick` makes something.
+    /// The first of the next events for which `pick` returns a value.
     pub(super) fn event<T>(&self, mut pick: impl FnMut(LaneIn) -> Option<T>) -> T {
         let until = Instant::now() + LIMIT;
         loop {
@@ -348,20 +348,20 @@ impl Consumer {
                         return t;
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => panic!("nothing came in time"),
+                Err(RecvTimeoutError::Timeout) => panic!("no such event in time"),
                 Err(RecvTimeoutError::Disconnected) => panic!("the task is gone"),
             }
         }
     }
 
-    /// Drops the handle, and waits until the task is gone. Returns the events that nobody asked for.
+    /// Drops the handle, and waits until the task has ended. Returns the remaining events.
     pub(crate) fn close(self) -> Vec<LaneIn> {
         let Consumer { handle, events, runtime: _runtime, .. } = self;
         drop(handle);
         events.iter().collect()
     }
 
-    /// The next end of a question: granted, or lost and why.
+    /// The next answer to a claim: granted, or lost with its cause.
     pub(super) fn answer(&self) -> (ClaimId, Option<Cause>) {
         self.event(|e| match e {
             In::Granted(claim, grant) => {
@@ -395,7 +395,7 @@ pub(super) fn want(claim: u64, of: &PeerId) -> Want {
 }
 
 /// Runs a call to its end, within the limit.
-pub(super) fn run<T>(what: impl Future<Output = T>) -> T {
+pub(super) fn run<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(LIMIT, what).await.expect("not done in time") })
+    runtime.block_on(async { tokio::time::timeout(LIMIT, work).await.expect("not done in time") })
 }

@@ -1,4 +1,4 @@
-//! The services beside the session: health, reflection, Bench, and the release without a session.
+//! The services beside the session: reflection, additional services, probes, and the release without a session.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ fn reflection_lists_the_services_and_knows_their_messages() {
         let file = replies.message().await.unwrap().unwrap().message_response;
         assert!(matches!(file, Some(MessageResponse::FileDescriptorResponse(_))), "{file:?}");
 
-        // Older tools still ask the older service.
+        // Older tools use the older service.
         let mut client = v1alpha::server_reflection_client::ServerReflectionClient::new(channel(&rig).await);
         let list = v1alpha::server_reflection_request::MessageRequest::ListServices(String::new());
         let asked = v1alpha::ServerReflectionRequest { host: String::new(), message_request: Some(list) };
@@ -60,14 +60,14 @@ fn an_offer_is_released_without_a_session() {
 }
 
 #[test]
-fn a_probe_says_who_serves() {
+fn a_probe_returns_the_identity_of_the_server() {
     let rig = Rig::new(&config());
     let welcome = run(probe(&rig.addr.to_string(), &"probe".parse().unwrap(), &model(), LIMIT)).unwrap();
     assert_eq!(welcome.peer, rig.desk.me);
 }
 
 #[test]
-fn a_call_to_nobody_fails_in_time() {
+fn a_call_to_a_silent_or_closed_port_fails_in_time() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let short = Duration::from_millis(200);

@@ -18,7 +18,7 @@ use kvferry_proto::{
 use super::rig::{Consumer, Rig, Seen, config, hello, run, want};
 use crate::{
     control::{
-        connect::{Connecting, LaneConnector},
+        lanes::{Connecting, LaneConnector, Prepared},
         refusal::Refusal,
     },
     lane::{LaneError, ticket::LaneTicket},
@@ -73,7 +73,7 @@ fn a_release_is_sent_again_after_the_stream_broke_until_it_is_acknowledged() {
         }
     };
     assert_eq!((again.1, again.2), (seq, sent), "the same release under the same number");
-    // Closing waits for the acknowledgement; it is here, or comes.
+    // Closing waits for the acknowledgement.
     consumer.close();
 }
 
@@ -88,7 +88,7 @@ fn a_peer_that_dies_loses_its_claims_soon() {
 }
 
 #[test]
-fn a_peer_reborn_at_the_same_address_is_served_again_and_old_claims_are_lost() {
+fn a_peer_restarted_at_the_same_address_is_served_again_and_old_claims_are_lost() {
     let rig = Rig::new(&config());
     let (addr, old) = (rig.addr, rig.desk.me.clone());
     let consumer = Consumer::new(addr, config());
@@ -108,13 +108,13 @@ fn a_peer_reborn_at_the_same_address_is_served_again_and_old_claims_are_lost() {
 }
 
 #[test]
-fn a_look_at_who_is_there_leaves_the_running_session_alone() {
+fn a_second_hello_leaves_the_running_session_alone() {
     let rig = Rig::new(&config());
     let consumer = Consumer::new(rig.addr, config());
     let held = consumer.claim(1, &rig.desk.me);
     assert_eq!(consumer.answer(), (held, None));
     let session = rig.opened();
-    // A claim on another life of the peer makes the session look again.
+    // A claim on another incarnation of the peer makes the session dial again.
     let mut other = rig.desk.me.clone();
     other.incarnation = Incarnation::random();
     let stale = consumer.claim(2, &other);
@@ -128,7 +128,7 @@ fn a_look_at_who_is_there_leaves_the_running_session_alone() {
     assert_eq!(consumer.answer(), (next, None));
     rig.seen(|s| match s {
         Seen::Frame(id, f) if matches!(f.body, kvferry_proto::frame::ClientBody::Claim { claim, .. } if claim == next) => {
-            assert_eq!(id, session, "on the session of before");
+            assert_eq!(id, session, "on the same session");
             Some(())
         }
         Seen::Opened(_) | Seen::Closed(_) => panic!("the session was touched: {s:?}"),
@@ -137,7 +137,7 @@ fn a_look_at_who_is_there_leaves_the_running_session_alone() {
 }
 
 #[test]
-fn a_peer_that_refuses_every_session_is_not_hammered() {
+fn a_peer_that_refuses_every_session_is_dialled_with_backoff() {
     let mut c = config();
     c.session.redial_min = Duration::from_millis(40);
     let rig = Rig::new(&c);
@@ -148,15 +148,15 @@ fn a_peer_that_refuses_every_session_is_not_hammered() {
     for _ in 0..6 {
         rig.opened();
     }
-    // Between the second and the sixth there are four waits of at least 20, 40, 50 and 50 ms: half of the doubling one,
-    // up to the longest. A slow machine makes it longer, never shorter.
+    // Between the second and the sixth dial there are four waits of at least 20, 40, 50 and 50 ms: half of the doubling
+    // wait, up to the longest. A slow machine makes the sum longer, never shorter.
     assert!(began.elapsed() >= Duration::from_millis(160), "{:?}", began.elapsed());
     rig.desk.refuses_sessions.store(false, Ordering::SeqCst);
-    assert_eq!(consumer.answer(), (claim, None), "and it is served as soon as it may");
+    assert_eq!(consumer.answer(), (claim, None), "and the claim is granted once sessions are accepted");
 }
 
 #[test]
-fn a_session_that_nobody_uses_is_dropped_and_can_be_used_again() {
+fn an_unused_session_is_dropped_and_can_be_used_again() {
     let mut c = config();
     c.session.idle = Duration::from_millis(300);
     let rig = Rig::new(&c);
@@ -178,7 +178,7 @@ fn dropping_the_handle_ends_the_session() {
     assert_eq!(consumer.answer(), (claim, None));
     let rest = consumer.close();
     rig.closed();
-    assert!(matches!(rest[..], [In::Lost(c, Cause::Shutdown)] if c == claim), "and its task is gone");
+    assert!(matches!(rest[..], [In::Lost(c, Cause::Shutdown)] if c == claim), "and its task has ended");
 }
 
 #[test]
@@ -195,11 +195,11 @@ fn a_server_that_shuts_down_closes_its_port_and_its_sessions() {
     assert_eq!(consumer.answer(), (claim, Some(Cause::PeerDown)));
 }
 
-/// Writes down the tickets it gets, and fails.
+/// Records its tickets, and fails.
 struct Tickets(Mutex<Vec<(LaneTicket, SocketAddr)>>);
 
 impl LaneConnector for Tickets {
-    fn connect(&self, ticket: LaneTicket, _: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
+    fn connect(&self, ticket: LaneTicket, _: Prepared, _: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
         self.0.lock().unwrap().push((ticket, peer));
         Box::pin(async { Err(LaneError::Refused { why: "this is a test".into() }) })
     }
@@ -211,7 +211,7 @@ fn no_lane(consumer: &Consumer, incarnation: Incarnation, kinds: &[LaneKind]) ->
     consumer.event(|e| match e {
         In::Lane { incarnation: i, lane, .. } => {
             assert_eq!(i, incarnation);
-            Some(lane.err().expect("a lane where there can be none"))
+            Some(lane.err().expect("an error"))
         }
         _ => None,
     })
@@ -231,11 +231,11 @@ fn lanes_that_cannot_work_are_skipped_and_the_others_are_tried_in_order() {
     assert_eq!(no_lane(&consumer, me, &kinds), Cause::LaneFailed);
     let got = tickets.0.lock().unwrap().clone();
     assert_eq!(got, [(LaneTicket::Tcp { host: None, port: 9, lane: 5, key: [3; 32] }, rig.addr)]);
-    assert_eq!(no_lane(&consumer, Incarnation::random(), &kinds), Cause::Unreachable, "of another life");
+    assert_eq!(no_lane(&consumer, Incarnation::random(), &kinds), Cause::Unreachable, "another incarnation");
 }
 
 #[test]
-fn a_lane_that_is_not_ready_yet_is_waited_for() {
+fn a_consumer_waits_for_a_lane_that_is_not_ready_yet() {
     let rig = Rig::new(&config());
     let tickets = Arc::new(Tickets(Mutex::default()));
     let consumer = Consumer::with(rig.addr, config(), hello(), tickets.clone());
@@ -244,7 +244,7 @@ fn a_lane_that_is_not_ready_yet_is_waited_for() {
     rig.desk.not_yet.store(3, Ordering::SeqCst);
     assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &[LaneKind::Tcp]), Cause::LaneFailed);
     assert_eq!(tickets.0.lock().unwrap().len(), 1, "the fourth answer was a ticket, in the same call");
-    // Not for ever: whoever waits hears that it cannot be reached now.
+    // The wait is bounded: the pull is told that the lane is unreachable.
     rig.desk.not_yet.store(u64::MAX, Ordering::SeqCst);
     assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &[LaneKind::Tcp]), Cause::Unreachable);
 }

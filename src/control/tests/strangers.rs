@@ -1,4 +1,4 @@
-//! What strangers and broken peers send, and what it costs them.
+//! Input from strangers and broken peers: it costs them their own connection or session.
 
 use std::{
     io::{Read, Write},
@@ -23,7 +23,7 @@ use crate::{
     driver::runtime::Runtime,
 };
 
-/// A peer that sends what it likes.
+/// A peer that can send any frame.
 struct Raw {
     frames: UnboundedSender<proto::ClientFrame>,
     replies: Streaming<proto::ServerFrame>,
@@ -64,7 +64,7 @@ impl Raw {
         loop {
             match self.replies.message().await {
                 Ok(Some(_)) => {}
-                Ok(None) => panic!("it ended well"),
+                Ok(None) => panic!("the session ended without an error"),
                 Err(status) => return status,
             }
         }
@@ -112,14 +112,14 @@ fn random_bytes_and_half_open_connections_do_no_harm() {
     for i in 0..60 {
         let mut io = TcpStream::connect(rig.addr).unwrap();
         let bytes: Vec<u8> = match i % 4 {
-            // Half open: nothing, or the beginning of a conversation.
+            // Half open: no bytes, or a valid beginning.
             0 => Vec::new(),
             1 => preface.to_vec(),
-            // Rubbish, at once or after a good beginning.
+            // Random bytes, at once or after a valid beginning.
             2 => (0..500).map(|_| random()).collect(),
             _ => preface.iter().copied().chain((0..500).map(|_| random())).collect(),
         };
-        // It may be closed already.
+        // Fails if the server has closed already.
         let _ = io.write_all(&bytes);
         connections.push(io);
     }
@@ -129,13 +129,13 @@ fn random_bytes_and_half_open_connections_do_no_harm() {
 }
 
 #[test]
-fn connections_past_the_limit_are_turned_away_and_come_back_later() {
+fn connections_over_the_limit_are_closed_and_can_return_later() {
     let mut c = config();
     c.limits.sessions = 1;
     let rig = Rig::new(&c);
     let mut held: Vec<_> = (0..66).map(|_| TcpStream::connect(rig.addr).unwrap()).collect();
     until_closed(TcpStream::connect(rig.addr).unwrap());
-    // Those that are there were not harmed by it: one is let go of, and there is room.
+    // The others are unharmed. Closing them makes room.
     drop(held.split_off(1));
     serves(&rig);
 }
@@ -226,14 +226,14 @@ fn a_consumer_that_does_not_read_is_closed_and_no_other() {
     let claim = other.claim(1, &rig.desk.me);
     assert_eq!(other.answer(), (claim, None));
     rig.opened();
-    // Its connection lives, but nothing of its stream is read past the first few frames: the server's side is stuck.
-    // It answers HTTP/2's pings all the while.
+    // Its connection lives and answers HTTP/2 pings, but it reads only the first few frames of its stream: the server's
+    // side is stuck.
     let runtime = Runtime::start("test-raw").unwrap();
     let raw = runtime.handle().block_on(async { Raw::with_window(&rig, 64).await.opened(&rig).await });
     let id = rig.opened();
     let outbox = rig.desk.outbox(id);
     let frame = ServerFrame { ack: 0, body: Some(ServerBody::Draining) };
-    // Not all in one burst, so that the server gets stuck on the way rather than hear of the end first.
+    // Not in one burst, so that the server is stuck in the middle before the queue overflows.
     while (0..256).all(|_| outbox.send(frame.clone())) {
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -1,4 +1,4 @@
-//! Certificates: both ends prove who they are.
+//! Certificates: both ends prove their identity.
 
 use kvferry_proto::error::HelloError;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -38,14 +38,14 @@ fn with(tls: TlsConfig) -> Config {
 }
 
 fn refused(rig: &Rig, as_client: Config) -> String {
-    let error = run(Caller::new(as_client).hello(&rig.addr.to_string(), &hello())).expect_err("it was let in");
-    let turned_down = matches!(error, HelloError::Unreachable { refused: false, .. } | HelloError::Protocol { .. });
-    assert!(turned_down, "{error:?}");
+    let error = run(Caller::new(as_client).hello(&rig.addr.to_string(), &hello())).expect_err("a Hello that must fail");
+    let refused = matches!(error, HelloError::Unreachable { refused: false, .. } | HelloError::Protocol { .. });
+    assert!(refused, "{error:?}");
     error.to_string()
 }
 
 #[test]
-fn ranks_of_one_authority_meet_whatever_the_address() {
+fn ranks_of_one_authority_trust_each_other_at_any_address() {
     let authority = Authority::new();
     let rig = Rig::new(&with(authority.issue()));
     let consumer = Consumer::new(rig.addr, with(authority.issue()));
@@ -54,16 +54,16 @@ fn ranks_of_one_authority_meet_whatever_the_address() {
 }
 
 #[test]
-fn a_client_that_cannot_prove_who_it_is_is_refused() {
+fn a_client_without_a_trusted_certificate_is_refused() {
     let authority = Authority::new();
     let rig = Rig::new(&with(authority.issue()));
-    // In plain text: the connection is closed, or answered with what is no HTTP/2; whichever is read first.
+    // In plain text: the consumer sees the close, or bytes that are not HTTP/2, whichever comes first.
     refused(&rig, config());
-    // Its producer is known to it, but its own certificate is another authority's.
+    // It trusts the producer, but its own certificate is another authority's.
     let mut stranger = Authority::new().issue();
     stranger.ca = authority.issue().ca;
     refused(&rig, with(stranger));
-    // And one without any certificate.
+    // Without any certificate.
     let error = run(async {
         let tls = tonic::transport::ClientTlsConfig::new()
             .ca_certificate(tonic::transport::Certificate::from_pem(authority.issue().ca))
@@ -92,7 +92,7 @@ fn a_producer_of_another_authority_or_name_is_not_trusted() {
 fn a_bad_certificate_or_key_is_a_clear_error_at_the_start() {
     let good = Authority::new().issue();
     let bad = [
-        ("the certificate", TlsConfig { certificate: b"rubbish".to_vec(), ..good.clone() }),
+        ("the certificate", TlsConfig { certificate: b"not PEM".to_vec(), ..good.clone() }),
         ("the key", TlsConfig { key: Vec::new(), ..good.clone() }),
         ("authority", TlsConfig { ca: good.key.clone(), ..good.clone() }),
         ("server_name", TlsConfig { server_name: String::new(), ..good.clone() }),

@@ -6,8 +6,8 @@ use kvferry_proto::{
     lane::Grant,
 };
 
-use super::{
-    BadMessage, Checked, MAX_RENEW, bad, claim_id, incarnation, millis, offer_id, peer, present, reader, time, within,
+use super::check::{
+    BadMessage, Checked, bad, claim_id, incarnation, millis, offer_id, peer, present, reader, time, within,
 };
 use crate::control::proto::{self, client_frame::Frame as C, server_frame::Frame as S};
 
@@ -56,6 +56,9 @@ impl TryFrom<proto::ClientFrame> for ClientFrame {
     }
 }
 
+/// Most claims in one `Renew`; a session with more sends several.
+pub(super) const MAX_RENEW: usize = 4096;
+
 fn open(o: proto::Open) -> Checked<ClientBody> {
     Ok(ClientBody::Open {
         from: peer("from", o.from)?,
@@ -88,7 +91,7 @@ fn unclaim(u: proto::Unclaim) -> Checked<Release> {
     })
 }
 
-impl From<Gone> for proto::GoneWhy {
+impl From<Gone> for proto::GoneReason {
     fn from(g: Gone) -> Self {
         match g {
             Gone::Unknown => Self::Unknown,
@@ -102,14 +105,14 @@ impl From<Gone> for proto::GoneWhy {
 }
 
 fn gone(raw: i32) -> Gone {
-    match proto::GoneWhy::try_from(raw) {
-        Ok(proto::GoneWhy::Expired) => Gone::Expired,
-        Ok(proto::GoneWhy::Released) => Gone::Released,
-        Ok(proto::GoneWhy::Revoked) => Gone::Revoked,
-        Ok(proto::GoneWhy::HardCap) => Gone::HardCap,
-        Ok(proto::GoneWhy::Limit) => Gone::Limit,
-        // Gone for a reason that this build has no word for: gone all the same.
-        Ok(proto::GoneWhy::Unspecified | proto::GoneWhy::Unknown) | Err(_) => Gone::Unknown,
+    match proto::GoneReason::try_from(raw) {
+        Ok(proto::GoneReason::Expired) => Gone::Expired,
+        Ok(proto::GoneReason::Released) => Gone::Released,
+        Ok(proto::GoneReason::Revoked) => Gone::Revoked,
+        Ok(proto::GoneReason::HardCap) => Gone::HardCap,
+        Ok(proto::GoneReason::Limit) => Gone::Limit,
+        // A reason that this build does not know.
+        Ok(proto::GoneReason::Unspecified | proto::GoneReason::Unknown) | Err(_) => Gone::Unknown,
     }
 }
 
@@ -129,10 +132,10 @@ impl From<ServerFrame> for proto::ServerFrame {
                 retry_ms: u32::try_from(retry.as_millis()).unwrap_or(u32::MAX),
             }),
             ServerBody::Gone { claim, why } => {
-                S::Gone(proto::Gone { claim: claim.0, why: proto::GoneWhy::from(why).into() })
+                S::Gone(proto::Gone { claim: claim.0, why: proto::GoneReason::from(why).into() })
             }
             ServerBody::Revoked { offer, why } => {
-                S::Revoked(proto::Revoked { offer: Some(offer.into()), why: proto::GoneWhy::from(why).into() })
+                S::Revoked(proto::Revoked { offer: Some(offer.into()), why: proto::GoneReason::from(why).into() })
             }
             ServerBody::Draining => S::Draining(proto::Draining {}),
         });

@@ -1,14 +1,18 @@
-use std::fmt::Debug;
+use std::{fmt::Debug, time::Duration};
 
 use kvferry_proto::{
     block::Nonce,
-    frame::{ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
+    frame::{ClaimId, ClientBody, ClientFrame, Gone, Reader, Release, ServerBody, ServerFrame},
     lane::Grant,
 };
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
 
-use super::*;
+use super::{
+    check::{MAX_READERS, MAX_SAID},
+    frame::MAX_RENEW,
+    *,
+};
 use crate::{
     control::proto::client_frame::Frame as C,
     lane::verbs::{Gid, LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsTicket},
@@ -207,7 +211,7 @@ fn arrives<D: PartialEq + Debug>(sent: &D, got: Result<D, BadMessage>) {
 
 proptest! {
     #[test]
-    fn what_is_sent_is_what_arrives(
+    fn every_message_arrives_as_it_was_sent(
         hello in hellos(), welcome in welcomes(), ticket in tickets(), c in client_frames(), s in server_frames(),
         release in (option::of(peers()), offer_ids(), option::of(incarnations())),
     ) {
@@ -221,9 +225,9 @@ proptest! {
         arrives(&release, again(proto::ReleaseRequest::from(&release)).try_into());
     }
 
-    /// Nearly all random bytes are no message at all, so the ones that are come from a message with some bytes changed.
+    /// Random bytes hardly ever form a message, so most inputs here are messages with some bytes changed.
     #[test]
-    fn no_bytes_make_it_panic(
+    fn no_input_panics(
         raw in vec(any::<u8>(), 0..200), welcome in welcomes(), c in client_frames(), s in server_frames(),
         changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
     ) {
@@ -317,7 +321,7 @@ fn a_bad_welcome_is_refused_by_the_name_of_its_field() {
     };
     refused(region(&|r| r.segment = 1 << 16), "groups.regions.segment");
     refused(region(&|r| r.offset = 1), "pool");
-    // Lanes that a newer producer has are left out; the others are used.
+    // Lane kinds of a newer producer are left out.
     assert_eq!(with(&|w| w.lanes = vec![99, 1]).unwrap().lanes, [LaneKind::Tcp]);
 }
 

@@ -1,14 +1,15 @@
 //! The ends of a verbs lane.
 
-use super::{BadMessage, Checked, bad, narrow, present, proto, text, within};
-use crate::lane::verbs::{
-    Gid, LinkLayer, MAX_NAME, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket,
+use super::check::{BadMessage, Checked, bad, narrow, present, text, within};
+use crate::{
+    control::proto,
+    lane::verbs::{Gid, LinkLayer, MAX_NAME, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket},
 };
 
-/// Most segments of a pool: what a segment's index can count.
+/// Most segments of a pool: a segment's index has 16 bits.
 const MAX_SEGMENTS: usize = 1 << 16;
 
-/// A request's ends; `None` when it has none.
+/// The ends of a request; `None`: it names none.
 pub(super) fn request(ends: Vec<proto::VerbsEnd>) -> Checked<Option<VerbsRequest>> {
     if ends.is_empty() {
         return Ok(None);
@@ -93,7 +94,7 @@ impl From<VerbsTicket> for proto::VerbsLane {
 
 impl TryFrom<proto::VerbsLane> for VerbsTicket {
     type Error = BadMessage;
-    /// That it answers its request is checked where the request is known.
+    /// The caller checks that it answers the request.
     fn try_from(t: proto::VerbsLane) -> Checked<Self> {
         if t.rails.is_empty() || t.rails.len() > MAX_RAILS {
             return bad("verbs.rails", format!("{}, where 1 to {MAX_RAILS} are possible", t.rails.len()));

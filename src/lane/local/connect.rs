@@ -1,4 +1,4 @@
-//! Sets up the consumer's end: finds the process, makes sure that it is the one that answers, and gets at its memory.
+//! Sets up the consumer's end: finds the producer's process, checks that this process answers, and maps its memory.
 
 use std::{
     io,
@@ -26,13 +26,13 @@ use crate::{
     memory::{Mapping, Memory},
 };
 
-/// How long the producer has to answer. It does so from a thread that never waits for its engine.
+/// How long the producer has to answer. Its answer comes from a thread that never waits for the engine.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait before connecting again while the producer's backlog is full.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
-/// Sets up a local lane: `name` and `lane` are what the producer's ConnectLane answered, `incarnation` and `remote` what
-/// its Hello said, and `memory` is where blocks will go. Runs on a tokio runtime; the lane itself needs none.
+/// Sets up a local lane into `memory`: `name` and `lane` come from the producer's answer to ConnectLane, `incarnation` and
+/// `remote` from its Hello. Runs on a tokio runtime; the lane itself needs none.
 pub(crate) async fn connect(
     name: &[u8],
     lane: u64,
@@ -47,7 +47,7 @@ pub(crate) async fn connect(
         Err(_) => return Err(LaneError::Silent { after: ANSWER_TIMEOUT }),
     };
     if packet.cut {
-        return Err(LaneError::protocol("an answer that is too long"));
+        return Err(LaneError::protocol("its answer is too long"));
     }
     let (words, slots, files, segments) = match Reply::decode(&bytes).map_err(LaneError::protocol)? {
         Reply::Granted { incarnation: i, .. } if i != incarnation => return Err(LaneError::Restarted),
@@ -65,18 +65,18 @@ pub(crate) async fn connect(
         }
     };
     if !source.fits(&remote) {
-        return Err(LaneError::protocol("its segments are not those of its Hello"));
+        return Err(LaneError::protocol("its segments differ from its Hello"));
     }
     Ok(LocalLane::new(owner, source, remote, memory))
 }
 
-/// Connects, holds on to the process, and only then asks: the answer comes from the process that the pidfd stands for.
+/// Connects, opens a pidfd, and only then sends the request: the answer comes from the process of that pidfd.
 async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packet, Vec<u8>), LaneError> {
     let address = match name {
         [0, rest @ ..] => SocketAddrUnix::new_abstract_name(rest),
         path => SocketAddrUnix::new(path),
     }
-    .map_err(|_| LaneError::protocol("a socket name that cannot be one"))?;
+    .map_err(|_| LaneError::protocol("its socket name is malformed"))?;
     let fd = socket::new().map_err(LaneError::io("socket"))?;
     rustix::net::sockopt::set_socket_passcred(&fd, true).map_err(|e| LaneError::io("SO_PASSCRED")(e.into()))?;
     loop {
@@ -86,9 +86,10 @@ async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packe
             Err(Errno::INTR) => {}
             Err(Errno::CONNREFUSED | Errno::NOENT) => {
                 return Err(LaneError::Elsewhere {
-                    what: "nobody listens at its socket here; for the local lane both processes must run on one host \
+                    what:
+                        "no process listens on its socket here; for the local lane both processes must run on one host \
                            and share the network namespace (hostNetwork, or one pod)"
-                        .into(),
+                            .into(),
                 });
             }
             Err(e) => return Err(LaneError::Connect { to: "the producer's socket".into(), source: e.into() }),
@@ -106,7 +107,7 @@ async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packe
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(LaneError::Died),
         Err(e) => return Err(LaneError::io("pidfd_open")(e)),
     };
-    // A refusal may have come before the request went out, and then the request cannot be sent: the answer tells.
+    // Fails if the producer has refused and closed already: then its answer names the reason.
     let _ = rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     let fd = socket::watch(fd).map_err(LaneError::io("epoll"))?;
     let mut bytes = vec![0; wire::MAX_REPLY];
@@ -115,17 +116,17 @@ async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packe
         Err(e) if e.kind() != io::ErrorKind::ConnectionReset => {
             return Err(LaneError::Connect { to: "the producer's socket".into(), source: e });
         }
-        // Closed, or closed with the request unread.
+        // Closed, with or without having read the request.
         Ok(_) | Err(_) => {
             let why = "it closed the connection: it may be at its limit of lanes (limits.lanes)".into();
             return Err(LaneError::Refused { why });
         }
     };
     bytes.truncate(packet.len);
-    // The number that answered must be the one that listened, and still belong to the process that the pidfd holds.
+    // The pid that answered must be the pid that listened, and still belong to the process of the pidfd.
     let same = packet.from.is_some_and(|c: Credentials| c.pid == peer.pid);
     if !same {
-        return Err(LaneError::protocol("another process answers than the one that listened"));
+        return Err(LaneError::protocol("another process answers on its socket"));
     }
     let owner = Owner::new(fd.into_inner(), pidfd).map_err(LaneError::io("epoll"))?;
     if alive(&owner) { Ok((owner, peer.pid, packet, bytes)) } else { Err(LaneError::Died) }
@@ -137,41 +138,41 @@ fn alive(owner: &Owner) -> bool {
     matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
 }
 
-/// Maps the peer's segments and words; `None` when this process may not open or map that many. A file that its owner could
-/// still make smaller is refused: a read past its end would kill this process.
+/// Maps the peer's segments and words; `None` if this process may not open or map as many files. Refuses a file that can
+/// still shrink: a read past its end would kill this process.
 fn map(files: Vec<OwnedFd>, slots: u32, remote: &PoolLayout) -> Result<Option<Source>, LaneError> {
     if files.len() < remote.segments.len() + 1 {
-        tracing::warn!("this process may not open as many files as the peer's pool has: copying by process_vm_readv");
+        tracing::warn!("this process may not open as many files as the peer's pool has: copying with process_vm_readv");
         return Ok(None);
     }
     if files.len() > remote.segments.len() + 1 {
-        return Err(LaneError::protocol("more files than its pool has segments"));
+        return Err(LaneError::protocol("it sent more files than its pool has segments"));
     }
     let lengths = remote.segments.iter().copied().chain([u64::from(slots) * 8]);
     let mut mappings = Vec::with_capacity(files.len());
     for (fd, len) in files.iter().zip(lengths) {
         let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
         if !seals.contains(SealFlags::SHRINK) {
-            return Err(LaneError::protocol("a file that is not sealed against shrinking"));
+            return Err(LaneError::protocol("it sent a file that is not sealed against shrinking"));
         }
         let size = rustix::fs::fstat(fd).map_err(|e| LaneError::io("fstat")(e.into()))?.st_size;
         if u64::try_from(size).is_ok_and(|size| size >= len) {
             match Mapping::new(fd.as_fd(), len, false) {
                 Ok(m) => mappings.push(m),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot map the peer's pool: copying by process_vm_readv");
+                    tracing::warn!(%error, "cannot map the peer's pool: copying with process_vm_readv");
                     return Ok(None);
                 }
             }
         } else {
-            return Err(LaneError::protocol("a file that is shorter than its segment"));
+            return Err(LaneError::protocol("it sent a file that is shorter than its segment"));
         }
     }
     let words = mappings.pop();
     Ok(words.map(|words| Source::Mapped { segments: mappings, words, slots }))
 }
 
-/// Tries to read the peer's memory once, so that a lane that cannot work is never used.
+/// Reads a fence word once, so that a lane without the permission is never used.
 fn probe(pid: i32, source: &Source) -> Result<(), LaneError> {
     if pid == 0 {
         return Err(elsewhere());
@@ -182,7 +183,7 @@ fn probe(pid: i32, source: &Source) -> Result<(), LaneError> {
     source.words([0].into_iter(), &mut [0]).map_err(|e| match e.raw_os_error() {
         Some(libc::EPERM | libc::EACCES | libc::ENOSYS) => LaneError::Forbidden { why: forbidden() },
         Some(libc::ESRCH) => LaneError::Died,
-        Some(libc::EFAULT) => LaneError::protocol("a fence table that is not in its memory"),
+        Some(libc::EFAULT) => LaneError::protocol("its fence table is not in its memory"),
         _ => LaneError::io("process_vm_readv")(e),
     })
 }
@@ -232,7 +233,7 @@ mod tests {
         assert!(refused(vec![file(4 * 4096 - 1, SealFlags::SHRINK), words()]), "too short");
         assert!(refused(vec![good(), file(63, SealFlags::SHRINK)]), "words too short");
         assert!(refused(vec![good(), good(), words()]), "too many");
-        assert!(matches!(map(vec![words()], 8, &layout), Ok(None)), "some did not come through");
+        assert!(matches!(map(vec![words()], 8, &layout), Ok(None)), "some files were not received");
         let disk: OwnedFd = std::fs::File::open("/proc/self/exe").unwrap().into();
         assert!(refused(vec![disk, words()]), "a file on disk cannot be sealed");
     }

@@ -1,4 +1,4 @@
-//! The consumer's end of the local lane: copies what is asked for, a bounded number of bytes a poll.
+//! The consumer's end of the local lane: it copies queued reads, a bounded number of bytes in each poll.
 
 use std::{
     collections::VecDeque,
@@ -20,36 +20,24 @@ use rustix::{
     net::RecvFlags,
 };
 
-use super::source::Source;
+use super::source::{QueuedRead, Source};
 use crate::{lane::WakingLane, memory::Memory};
 
-/// Reads that may be queued: the batch of one `process_vm_readv`.
+/// Most queued reads: the batch of one `process_vm_readv`.
 const WINDOW_READS: usize = 1024;
-/// Bytes that may be queued before no more are taken: two polls' worth, so that there is always one to go on with.
+/// Queued bytes above which no read is accepted: two polls' worth, so that a poll never runs out of work.
 const WINDOW_BYTES: u64 = 4 << 20;
-/// Bytes that one poll copies: a few hundred microseconds' worth, so that stops, other lanes and fences get their turn.
+/// Bytes that one poll copies, in a few hundred microseconds, so that stops, other lanes and fences get their turn.
 const POLL_BYTES: usize = 2 << 20;
-/// Fences that may be queued, and are read in one go.
+/// Most queued fences; one poll reads all of them.
 const WINDOW_FENCES: usize = 64;
-
-/// A read that waits for its copy, or what is left of it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Waiting {
-    attempt: Attempt,
-    chunk: u32,
-    pub src_segment: u16,
-    pub dst_segment: u16,
-    pub src_offset: u64,
-    pub dst_offset: u64,
-    pub len: u64,
-}
 
 /// The process at the other end.
 #[derive(Debug)]
 pub(super) struct Owner {
     /// Closed by either side to end the lane.
     pub socket: OwnedFd,
-    /// Of the process that answered on `socket`.
+    /// The pidfd of the process that answered on `socket`.
     pub pidfd: OwnedFd,
     /// Readable when one of both is.
     pub either: OwnedFd,
@@ -64,7 +52,7 @@ impl Owner {
         Ok(Self { socket, pidfd, either })
     }
 
-    /// Why the lane is at its end, if it is: the process died, or the producer closed it.
+    /// Why the lane has ended, if it has: the process died, or the producer closed the lane.
     pub(super) fn ended(&self) -> Option<Cause> {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN), PollFd::new(&self.socket, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -75,7 +63,7 @@ impl Owner {
             }
         };
         if seen.is_err() {
-            // Without an answer the owner cannot be taken for alive.
+            // Without an answer the owner must not count as alive.
             return Some(Cause::LaneFailed);
         }
         if !fds[0].revents().is_empty() {
@@ -85,10 +73,10 @@ impl Owner {
             return None;
         }
         match rustix::net::recv(&self.socket, &mut [0u8; 8], RecvFlags::DONTWAIT) {
-            // It said that it would close.
+            // The message that announces the close.
             Ok((_, 1..)) => Some(Cause::LaneFailed),
             Err(Errno::AGAIN | Errno::INTR) => None,
-            // A process that dies closes its sockets a moment before its pidfd tells.
+            // A dying process closes its sockets a moment before its pidfd becomes readable.
             Ok(_) | Err(_) => Some(Cause::PeerDown),
         }
     }
@@ -101,13 +89,13 @@ pub(crate) struct LocalLane {
     source: Source,
     remote: Arc<PoolLayout>,
     memory: Memory,
-    attempts: Vec<Try>,
-    /// Copies to do, in the order that they were posted in.
-    queue: VecDeque<Waiting>,
-    /// Bytes of them.
+    attempts: Vec<AttemptState>,
+    /// Reads to copy, in the order in which they were posted.
+    queue: VecDeque<QueuedRead>,
+    /// Bytes in `queue`.
     queued: u64,
     fences: VecDeque<(Attempt, FenceSlot)>,
-    /// Events that calls other than `poll` brought about.
+    /// Events of calls other than `poll`.
     pending: Vec<LaneEvent>,
     /// Set once the lane is down.
     down: Option<Cause>,
@@ -116,7 +104,7 @@ pub(crate) struct LocalLane {
 }
 
 #[derive(Debug)]
-struct Try {
+struct AttemptState {
     attempt: Attempt,
     failed: bool,
 }
@@ -161,7 +149,7 @@ impl LocalLane {
         r.len > 0 && there && self.memory.at(r.dst_segment, r.dst_offset, r.len).is_ok()
     }
 
-    /// Forgets what is queued for an attempt. A copy is never under way between two calls, so it is quiet then.
+    /// Drops an attempt's queued work. No copy runs between two calls, so the attempt is quiet afterwards.
     fn forget(&mut self, a: Attempt) {
         self.queue.retain(|c| c.attempt != a);
         self.queued = self.queue.iter().map(|c| c.len).sum();
@@ -190,7 +178,7 @@ impl LocalLane {
         self.pending.extend(self.attempts.drain(..).map(|t| LaneEvent::Quiet { attempt: t.attempt }));
     }
 
-    /// A system call on the peer's memory failed, in a copy for `a` if it was one.
+    /// A system call on the peer's memory failed: a copy for attempt `a`, or a read of fence words (`None`).
     fn broke(&mut self, error: &io::Error, a: Option<Attempt>) {
         if error.raw_os_error() == Some(libc::ESRCH) {
             return self.go_down(Cause::PeerDown);
@@ -199,16 +187,16 @@ impl LocalLane {
             return self.go_down(cause);
         }
         match (error.raw_os_error(), a) {
-            // The memory is not there, on either side: another attempt may well read other blocks.
+            // These pages are unmapped on one side; another attempt may read other blocks.
             (Some(libc::EFAULT | libc::ENOMEM), Some(a)) => self.fail(a, Cause::LaneFailed),
             _ => {
-                tracing::warn!(%error, "the local lane cannot read the peer's memory any more");
+                tracing::warn!(%error, "the local lane can no longer read the peer's memory");
                 self.go_down(Cause::LaneFailed);
             }
         }
     }
 
-    /// Reads the words of all queued fences, and then makes sure that their owner is alive.
+    /// Reads the words of all queued fences, and then checks that their owner is alive.
     fn check_fences(&mut self, out: &mut Vec<LaneEvent>) {
         let mut words = [0; WINDOW_FENCES];
         let words = &mut words[..self.fences.len()];
@@ -223,7 +211,7 @@ impl LocalLane {
         out.extend(fences.map(|((attempt, f), word)| LaneEvent::Fence { attempt, chunk: f.chunk, word: *word }));
     }
 
-    /// `bytes` more from the front of the queue are copied.
+    /// Removes `bytes` copied bytes from the front of the queue.
     fn advance(&mut self, bytes: usize, out: &mut Vec<LaneEvent>) {
         let mut bytes = bytes as u64;
         while let Some(c) = self.queue.front_mut() {
@@ -250,9 +238,9 @@ impl Lane for LocalLane {
     fn caps(&self) -> LaneCaps {
         LaneCaps {
             kind: LaneKind::Local,
-            // Longer ones would do as well: a poll stops in the middle of a read.
+            // Not a hard limit: a poll can stop in the middle of a read.
             max_read: 1 << 30,
-            // One poll's copy, with a wide margin for a machine that is busy.
+            // One poll's copy, with a wide margin for a busy machine.
             quiet_bound: Duration::from_millis(5),
             fence: FenceKind::Posted,
         }
@@ -262,7 +250,7 @@ impl Lane for LocalLane {
         if let Some(cause) = self.down {
             self.pending.extend([LaneEvent::Failed { attempt: a, cause }, LaneEvent::Quiet { attempt: a }]);
         } else if !self.attempts.iter().any(|t| t.attempt == a) {
-            self.attempts.push(Try { attempt: a, failed: false });
+            self.attempts.push(AttemptState { attempt: a, failed: false });
         }
     }
 
@@ -279,7 +267,7 @@ impl Lane for LocalLane {
                 return reads.len();
             }
             self.queued += r.len;
-            self.queue.push_back(Waiting {
+            self.queue.push_back(QueuedRead {
                 attempt: a,
                 chunk: r.chunk,
                 src_segment: r.src_segment,
@@ -322,7 +310,7 @@ impl Lane for LocalLane {
         if !self.fences.is_empty() {
             self.check_fences(out);
         } else if (std::mem::take(&mut self.slept) || self.queue.is_empty())
-            // Whoever polls a lane that has nothing to do was woken by it, and would be again: an idle lane is armed once.
+            // An idle lane is polled only when its descriptor woke the owner, and it would wake the owner again.
             && let Some(cause) = self.owner.ended()
         {
             self.go_down(cause);

@@ -1,4 +1,4 @@
-//! The producer's end of the local lane: hands out where the pool is, to admitted lanes of the same user.
+//! The producer's end of the local lane: it tells admitted lanes of the same user where the pool is.
 //!
 //! Owns the listening socket and one idle connection for each lane. Never touches the pool, and moves no block.
 
@@ -6,11 +6,12 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use kvferry_proto::{block::Incarnation, config::Limits};
+use parking_lot::Mutex;
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -25,10 +26,10 @@ use super::{
 };
 use crate::memory::Export;
 
-/// How long a connection has for its request. It comes in the same breath as the connect.
+/// How long a connection has for its request. Consumers send it right after the connect.
 const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(5) };
 
-/// Wait before accepting again when it failed, for want of descriptors as a rule.
+/// Wait after a failed accept, which mostly fails for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A producer rank's socket for local lanes. Dropping it closes them all.
@@ -70,14 +71,14 @@ impl Server {
         self.name.clone()
     }
 
-    /// Lets one connection in under this number.
+    /// Admits one connection under this number.
     pub(crate) fn admit(&self, lane: u64) {
         self.lanes.lock().entry(lane).or_insert(State::Expected);
     }
 
-    /// Closes the lane's connection, or lets none in any more.
+    /// Closes the lane's connection, or cancels its admission.
     pub(crate) fn dismiss(&self, lane: u64) {
-        // Dropping the state's sender is what its connection waits for.
+        // Dropping the state's sender ends the task of its connection.
         self.lanes.lock().remove(&lane);
     }
 }
@@ -91,21 +92,13 @@ impl Drop for Server {
 /// A lane as the server knows it.
 #[derive(Debug)]
 enum State {
-    /// Admitted, and not there yet.
+    /// Admitted, and not connected yet.
     Expected,
     /// Connected. Dropping it closes the connection.
     Open { _close: oneshot::Sender<()> },
 }
 
-#[derive(Debug, Default)]
-struct Lanes(Mutex<HashMap<u64, State>>);
-
-impl Lanes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, State>> {
-        // Every entry is whole at any time, so the table of a thread that panicked is as good as any other.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+type Lanes = Mutex<HashMap<u64, State>>;
 
 struct Shared {
     export: Arc<Export>,
@@ -146,7 +139,7 @@ async fn serve(fd: AsyncFd<OwnedFd>, shared: Arc<Shared>) {
             return;
         }
     };
-    // From here on the lane is open: whatever ends this task takes it from the table, and tells the consumer if it can.
+    // From here on the lane is open. However this task ends, `Open` removes the lane and tells the consumer if it can.
     let open = Open { fd, lane, lanes: &shared.lanes };
     if let Err(error) = shared.grant(open.fd.as_fd()) {
         tracing::warn!(%error, "cannot answer a local lane");
@@ -154,7 +147,7 @@ async fn serve(fd: AsyncFd<OwnedFd>, shared: Arc<Shared>) {
     }
     tokio::select! {
         _ = closed => {}
-        // A consumer has nothing more to say: it has closed, or sends rubbish.
+        // A consumer sends nothing more: it has closed, or sent a malformed message.
         _ = receive(&open.fd, &mut packet) => {}
     }
 }
@@ -176,29 +169,33 @@ struct Open<'a> {
 impl Drop for Open<'_> {
     fn drop(&mut self) {
         let _ = rustix::net::send(&self.fd, wire::BYE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        // A lane is used once: its number opens nothing any more.
+        // A lane is used once: its number is not admitted again.
         self.lanes.lock().remove(&self.lane);
     }
 }
 
 impl Shared {
-    /// Whether this connection may have its lane. If so, the lane is taken, and its number is returned with what becomes
-    /// ready when the lane is dismissed.
+    /// Opens the connection's lane, or refuses it. Returns the lane's number, and a receiver that ends when the lane is
+    /// dismissed.
     fn decide(&self, fd: BorrowedFd<'_>, packet: &[u8]) -> Result<(u64, oneshot::Receiver<()>), (Refusal, String)> {
         let other = |why: String| (Refusal::Other, why);
-        let peer = socket::peer(fd).map_err(|e| other(format!("cannot tell who asks: {e}")))?;
+        let peer = socket::peer(fd).map_err(|e| other(format!("cannot read the peer's credentials: {e}")))?;
         if !peer.may_share() {
             let here = rustix::process::geteuid().as_raw();
-            return Err(other(format!("asked by user {}, but the producer runs as user {here}", peer.uid)));
+            return Err(other(format!(
+                "the consumer runs as user {}, the producer as user {here}; use one user for both",
+                peer.uid
+            )));
         }
-        let request = Request::decode(packet).map_err(|what| other(format!("it received {what}")))?;
+        let request = Request::decode(packet).map_err(|what| other(format!("malformed request: {what}")))?;
         if request.incarnation != self.incarnation.get() {
-            let why = format!("incarnation {:016x} was asked for, this is {}", request.incarnation, self.incarnation);
+            let why =
+                format!("the request is for incarnation {:016x}, this is {}", request.incarnation, self.incarnation);
             return Err((Refusal::Restarted, why));
         }
         match self.lanes.lock().get_mut(&request.lane) {
-            None => Err(other("the lane was not admitted, or is dismissed: ask for a new one".into())),
-            Some(State::Open { .. }) => Err(other("the lane is in use: ask for a new one".into())),
+            None => Err(other("the lane was not admitted, or was dismissed: request a new one".into())),
+            Some(State::Open { .. }) => Err(other("the lane is in use: request a new one".into())),
             Some(state) => {
                 let (close, closed) = oneshot::channel();
                 *state = State::Open { _close: close };
@@ -207,12 +204,12 @@ impl Shared {
         }
     }
 
-    /// Tells the consumer where everything is.
+    /// Sends the consumer the addresses and files.
     fn grant(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         let e = &self.export;
         let mut files = e.memory.memfds().unwrap_or_default();
         files.push(e.words.fd());
-        // More files than a packet holds, or memory of the engine: it is read by process_vm_readv.
+        // Without files (too many for a packet, or memory of the engine) the consumer reads with process_vm_readv.
         let with_files = files.len() <= wire::MAX_FILES && e.memory.memfds().is_some();
         let reply = |files| {
             Reply::Granted {
@@ -226,7 +223,7 @@ impl Shared {
         };
         if with_files {
             match socket::send(fd, &reply(true), &files) {
-                // Too many files in flight for this user's limit: they are only the faster way.
+                // Too many files in flight for this user's limit: send the slower way to read.
                 Err(e) if e.raw_os_error() == Some(libc::ETOOMANYREFS) => {}
                 sent => return sent,
             }

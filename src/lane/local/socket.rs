@@ -1,5 +1,5 @@
-//! The unix socket's system calls that no crate offers in a form that bears every answer: credentials of a process in
-//! another namespace (pid 0) and received files.
+//! System calls on the unix socket for which no crate has a form that handles every answer: credentials of a process in
+//! another pid namespace (pid 0), and received files.
 
 use std::{
     io,
@@ -12,7 +12,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::wire;
 
-/// Who is at the other end. `pid` is 0 for a process that this pid namespace does not see.
+/// The process at the other end. `pid` is 0 if it is outside this pid namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Credentials {
     pub pid: i32,
@@ -20,20 +20,20 @@ pub(super) struct Credentials {
 }
 
 impl Credentials {
-    /// Whether a process of this user may share a lane with that one: the same user, or root on either side.
+    /// Whether this process may share a lane with that one: the same user, or root on either side.
     pub(super) fn may_share(self) -> bool {
         let here = rustix::process::geteuid().as_raw();
         here == 0 || self.uid == 0 || self.uid == here
     }
 }
 
-/// A socket that keeps packets whole.
+/// A new socket of type SEQPACKET, which preserves packet boundaries.
 pub(super) fn new() -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Joins the current tokio runtime, to be told of packets. Panics outside of one that has its I/O driver on.
+/// Registers with the current tokio runtime. Panics outside of a runtime with an I/O driver.
 pub(super) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` owns a valid descriptor, and nothing replaces or closes it while `AsyncFd` holds it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE)? })
@@ -50,21 +50,21 @@ fn option<T>(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<T> {
     if len as usize != size_of::<T>() {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    // SAFETY: the kernel has written all of it. Only called for plain integers and structs of them.
+    // SAFETY: the kernel has written all of it, and `T` is a plain integer or a struct of integers at every caller.
     Ok(unsafe { value.assume_init() })
 }
 
-/// Credentials of the peer: of who listened, asked by who connected, and the other way round.
+/// Credentials of the process at the other end, at the time of its listen or connect.
 pub(super) fn peer(fd: BorrowedFd<'_>) -> io::Result<Credentials> {
     let c: libc::ucred = option(fd, libc::SO_PEERCRED)?;
     Ok(Credentials { pid: c.pid, uid: c.uid })
 }
 
-/// A pidfd of the peer. Kernels from 6.5 on keep the process itself with the socket; before, only its number is known.
+/// A pidfd of the peer. Kernels from 6.5 on keep the process with the socket; earlier ones know only its pid.
 pub(super) fn peer_pidfd(fd: BorrowedFd<'_>, pid: i32) -> io::Result<OwnedFd> {
     const SO_PEERPIDFD: libc::c_int = 77;
     match option::<RawFd>(fd, SO_PEERPIDFD) {
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just created this descriptor for this process.
         Ok(raw) if raw >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(raw) }),
         _ => {
             let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
@@ -84,16 +84,16 @@ pub(super) fn send(fd: BorrowedFd<'_>, packet: &[u8], files: &[BorrowedFd<'_>]) 
     Ok(())
 }
 
-/// A packet that came in.
+/// A received packet.
 #[derive(Debug)]
 pub(super) struct Packet {
-    /// Bytes of it in the buffer.
+    /// Number of its bytes in the buffer.
     pub len: usize,
-    /// It was longer than the buffer.
+    /// The packet was longer than the buffer.
     pub cut: bool,
-    /// Its files. Fewer than were sent when this process may open no more.
+    /// Its files. Fewer than were sent if this process may not open more.
     pub files: Vec<OwnedFd>,
-    /// Who sent it, if the socket passes credentials.
+    /// Its sender, if the socket passes credentials.
     pub from: Option<Credentials>,
 }
 
@@ -119,11 +119,11 @@ pub(super) fn receive(fd: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<Packet>
         let header = unsafe { at.read() };
         // SAFETY: as above; the data follows the header.
         let data = unsafe { libc::CMSG_DATA(at) };
-        // SAFETY: a plain computation.
+        // SAFETY: CMSG_LEN only computes a number.
         let bytes = (header.cmsg_len as usize).saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
         if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
             for i in 0..bytes / size_of::<RawFd>() {
-                // SAFETY: the kernel put `bytes` bytes of descriptors here, which are ours from now on.
+                // SAFETY: the kernel put `bytes` bytes of descriptors here, which this process owns from now on.
                 packet.files.push(unsafe { OwnedFd::from_raw_fd(data.cast::<RawFd>().add(i).read_unaligned()) });
             }
         } else if header.cmsg_level == libc::SOL_SOCKET

@@ -1,4 +1,4 @@
-//! The two ways to copy out of another process: from its memfds, mapped here, or by `process_vm_readv`.
+//! The two ways to copy out of another process: from its memfds, mapped here, or with `process_vm_readv`.
 //!
 //! Owns the mappings. Knows no attempts and no chunks.
 
@@ -9,13 +9,24 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use kvferry_proto::group::PoolLayout;
+use kvferry_proto::{group::PoolLayout, lane::Attempt};
 
-use super::reader::Waiting;
 use crate::memory::{Mapping, Memory};
 
+/// A queued read, or its remaining part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct QueuedRead {
+    pub attempt: Attempt,
+    pub chunk: u32,
+    pub src_segment: u16,
+    pub dst_segment: u16,
+    pub src_offset: u64,
+    pub dst_offset: u64,
+    pub len: u64,
+}
+
 /// Most pieces of one `process_vm_readv`: the kernel's UIO_MAXIOV.
-pub(super) const MAX_PIECES: usize = 1024;
+const MAX_PIECES: usize = 1024;
 
 /// Where the peer's bytes come from.
 #[derive(Debug)]
@@ -27,16 +38,16 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Words of the peer's fence table.
+    /// Number of words in the peer's fence table.
     pub(super) fn slots(&self) -> u32 {
         match self {
             Self::Mapped { slots, .. } | Self::Process { slots, .. } => *slots,
         }
     }
 
-    /// Copies from the front of the queue, at most `budget` bytes, and returns how many. They may end in the middle of a
-    /// read. Every read was checked against `layout`, the peer's, and against `memory` when it was queued.
-    pub(super) fn copy(&self, queue: &VecDeque<Waiting>, memory: &Memory, budget: usize) -> io::Result<usize> {
+    /// Copies from the front of the queue, at most `budget` bytes, and returns how many. The copy may end in the middle of a
+    /// read. Every read was checked against the peer's layout and against `memory` when it was queued.
+    pub(super) fn copy(&self, queue: &VecDeque<QueuedRead>, memory: &Memory, budget: usize) -> io::Result<usize> {
         match self {
             Self::Mapped { segments, .. } => {
                 let mut done = 0;
@@ -49,7 +60,7 @@ impl Source {
                     let from = segments[usize::from(c.src_segment)].base();
                     // SAFETY: `to` is valid for `len` bytes of local memory. The source lies in its segment by the check when
                     // it was queued, and the mapping is as long as the segment. The file is sealed, so the mapping has no
-                    // hole. The producer may write these bytes meanwhile; they are bytes without meaning until the fence.
+                    // hole. The producer may write these bytes meanwhile; they are not interpreted before the fence.
                     unsafe {
                         std::ptr::copy_nonoverlapping(from.as_ptr().add(c.src_offset as usize), to.as_ptr(), len);
                     }
@@ -79,12 +90,12 @@ impl Source {
         }
     }
 
-    /// Reads fence words, after the data: the copies before this call are complete when it reads. A slot past the table
-    /// reads as 0. `words` is as long as `slots`.
+    /// Reads fence words, after all earlier copies are complete. A slot past the table reads as 0. `words` is as long as
+    /// `slots`.
     pub(super) fn words(&self, slots: impl Iterator<Item = u32>, words: &mut [u64]) -> io::Result<()> {
         match self {
             Self::Mapped { words: table, slots: len, .. } => {
-                // The data's loads may not pass those of the words.
+                // The data's loads must not move after the words' loads.
                 fence(Ordering::SeqCst);
                 let table = table.base().cast::<AtomicU64>();
                 for (word, slot) in words.iter_mut().zip(slots) {
@@ -107,7 +118,7 @@ impl Source {
                     let here = MaybeUninit::new(libc::iovec { iov_base: (&raw mut *word).cast(), iov_len: 8 });
                     let from = std::ptr::without_provenance_mut(from);
                     let there = MaybeUninit::new(libc::iovec { iov_base: from, iov_len: 8 });
-                    // SAFETY: both pieces are initialised, and `here` is one word that is ours.
+                    // SAFETY: both pieces are initialised, and `here` is one word of our own slice.
                     let n = unsafe { read_process(*pid, &[here], &[there])? };
                     if n != 8 {
                         return Err(io::Error::from_raw_os_error(libc::EFAULT));
@@ -118,7 +129,7 @@ impl Source {
         }
     }
 
-    /// Whether all of the peer's segments are here, with room for what `layout` says.
+    /// Whether the segments match the peer's `layout`.
     pub(super) fn fits(&self, layout: &PoolLayout) -> bool {
         match self {
             Self::Mapped { segments, .. } => segments.len() == layout.segments.len(),
@@ -134,7 +145,7 @@ impl Source {
 ///
 /// # Safety
 /// All pieces are initialised, and those of `here` are valid for writes.
-pub(super) unsafe fn read_process(
+unsafe fn read_process(
     pid: i32,
     here: &[MaybeUninit<libc::iovec>],
     there: &[MaybeUninit<libc::iovec>],

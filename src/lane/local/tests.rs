@@ -1,4 +1,4 @@
-//! The lane against producers in processes of their own: this test binary, started again.
+//! The lane against producers in other processes, which run this test binary.
 
 use std::{
     io::{BufRead, BufReader, Read as _, Write},
@@ -44,7 +44,7 @@ fn stamp(segment: u16, i: u64) -> u8 {
     (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8 ^ segment as u8
 }
 
-/// Memory as kvferry allocates it, or as an engine brings it.
+/// Memory that kvferry allocates, or memory of an engine.
 fn pool(layout: &PoolLayout, ours: bool) -> Memory {
     let memory = if ours {
         Memory::alloc(&layout.segments).unwrap()
@@ -77,7 +77,7 @@ fn runtime() -> Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// A runtime in a thread of its own, until `until` is dropped.
+/// A runtime on a thread of its own, until the sender is dropped.
 fn background() -> (Handle, tokio::sync::oneshot::Sender<()>) {
     let runtime = runtime();
     let handle = runtime.handle().clone();
@@ -86,8 +86,8 @@ fn background() -> (Handle, tokio::sync::oneshot::Sender<()>) {
     (handle, until)
 }
 
-/// Not a test by itself: what [`Producer::start`] starts.
-#[expect(clippy::zombie_processes, reason = "the one process that it starts outlives this one on purpose")]
+/// Not a test by itself: [`Producer::start`] starts it as a process.
+#[expect(clippy::zombie_processes, reason = "the process that it starts outlives this one on purpose")]
 #[test]
 #[ignore = "a role: other tests start it"]
 fn as_a_producer() {
@@ -164,7 +164,7 @@ impl Producer {
         self.hear("done");
     }
 
-    /// A lane to it, with an attempt begun.
+    /// A lane to this producer, with attempt `A` begun.
     fn lane(&self, memory: &Memory) -> LocalLane {
         let mut lane = dial(&self.name, 1, self.incarnation, memory).unwrap();
         lane.begin(A, Grant { slot: SLOT, nonce: Nonce::from_wire(self.nonce).unwrap() });
@@ -215,7 +215,7 @@ fn done(events: &[LaneEvent], of: u32) -> u32 {
     reads.sum()
 }
 
-/// Posts reads as the window lets it, and waits for all of them.
+/// Posts reads as far as the window allows, and waits for all of them.
 fn pull(lane: &mut LocalLane, reads: &[Read]) -> Vec<LaneEvent> {
     let (mut posted, mut all) = (0, vec![]);
     while posted < reads.len() {
@@ -335,7 +335,7 @@ fn a_death_is_noticed_while_the_lane_sleeps() {
         assert_eq!(
             drive(&mut lane, |e| !e.is_empty()),
             [LaneEvent::Failed { attempt, cause }, LaneEvent::Quiet { attempt }],
-            "an attempt that comes too late is told"
+            "a new attempt on a dead lane fails at once"
         );
     }
 }
@@ -348,7 +348,7 @@ fn a_death_is_noticed_by_a_lane_that_was_armed_before_its_last_work() {
     lane.arm().unwrap();
     pull(&mut lane, &[Read::between(0, (0, 0), (0, 0), 100)]);
     p.kill();
-    // Its descriptor is in its owner's epoll set by now, which wakes whoever sleeps there until the lane says why.
+    // Its descriptor is in its owner's epoll set by now, and wakes the owner until the lane reports the death.
     let mut events = vec![];
     lane.poll(&mut events);
     assert!(events.contains(&LaneEvent::Down { cause: Cause::PeerDown }), "{events:?}");
@@ -373,7 +373,7 @@ fn a_stopped_owner_still_serves_reads_and_fences() {
 }
 
 #[test]
-fn a_process_that_may_not_be_read_is_refused_with_the_reason_unless_its_pool_is_shared() {
+fn without_permission_the_lane_is_refused_with_the_reason_unless_the_pool_is_shared() {
     let memory = Memory::alloc(&[1 << 20]).unwrap();
     let mut lane = Producer::start("undumpable memfd").lane(&memory);
     assert!(lane.mapped());
@@ -405,7 +405,7 @@ fn a_dismissed_lane_ends_without_a_death() {
     assert!(matches!(dial(&p.name, 1, p.incarnation, &memory), Err(LaneError::Refused { .. })));
 }
 
-/// A producer inside this process, for what needs no death.
+/// A producer inside this process, for tests without a death.
 struct Inside {
     _until: tokio::sync::oneshot::Sender<()>,
     server: Server,
@@ -446,7 +446,7 @@ fn only_an_admitted_lane_gets_in_and_only_once() {
     p.server.dismiss(4);
     assert!(refused(4).contains("not admitted"));
     p.server.admit(5);
-    assert!(matches!(p.dial(5, Incarnation::random()), Err(LaneError::Restarted)), "for another process life");
+    assert!(matches!(p.dial(5, Incarnation::random()), Err(LaneError::Restarted)), "for another incarnation");
     let lane = p.dial(5, p.incarnation).unwrap();
     assert!(refused(5).contains("in use"));
     drop(lane);
@@ -460,7 +460,7 @@ fn only_an_admitted_lane_gets_in_and_only_once() {
 }
 
 #[test]
-fn a_server_that_goes_takes_its_lanes_along() {
+fn dropping_the_server_ends_its_lanes() {
     let p = inside(&Limits::default());
     p.server.admit(1);
     let mut lane = p.dial(1, p.incarnation).unwrap();
@@ -474,27 +474,27 @@ fn a_server_that_goes_takes_its_lanes_along() {
     }
 }
 
-/// Waits for the next packet; 0 when the other end closed.
+/// Waits for the next packet; 0 when the other end has closed.
 fn packet(fd: &OwnedFd, into: &mut [u8]) -> usize {
     poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
     match rustix::net::recv(fd, into, RecvFlags::DONTWAIT) {
         Ok((n, _)) => n,
-        // Closed with something of ours unread.
+        // Closed without having read our packets.
         Err(Errno::CONNRESET) => 0,
         Err(e) => panic!("{e}"),
     }
 }
 
 #[test]
-fn rubbish_and_silence_are_turned_away_and_harm_nobody() {
+fn malformed_requests_and_silent_connections_are_closed_and_harm_no_other() {
     let p = inside(&Limits { lanes: 4, ..Limits::default() });
     let mut answer = vec![0; wire::MAX_REPLY];
     let good = wire::Request { lane: 1, incarnation: p.incarnation.get() }.encode();
     let mut long = good.to_vec();
     long.push(0);
-    for rubbish in [&b"x"[..], &[0xff; 32], &good[..31], &long, &[0x55; 70_000]] {
+    for malformed in [&b"x"[..], &[0xff; 32], &good[..31], &long, &[0x55; 70_000]] {
         let fd = p.raw();
-        rustix::net::send(&fd, rubbish, SendFlags::NOSIGNAL).unwrap();
+        rustix::net::send(&fd, malformed, SendFlags::NOSIGNAL).unwrap();
         let n = packet(&fd, &mut answer);
         assert!(matches!(wire::Reply::decode(&answer[..n]), Ok(wire::Reply::Refused { .. })), "{n}");
         assert_eq!(packet(&fd, &mut answer), 0, "and closed");
@@ -512,7 +512,7 @@ fn rubbish_and_silence_are_turned_away_and_harm_nobody() {
 }
 
 #[test]
-fn a_consumer_that_talks_on_an_open_lane_loses_it() {
+fn a_consumer_that_sends_on_an_open_lane_loses_it() {
     let p = inside(&Limits::default());
     p.server.admit(1);
     let fd = p.raw();
@@ -528,7 +528,7 @@ fn a_consumer_that_talks_on_an_open_lane_loses_it() {
 }
 
 #[test]
-fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
+fn a_stopped_attempt_is_quiet_and_reports_no_more_events() {
     let p = inside(&Limits::default());
     p.server.admit(1);
     let mut lane = p.dial(1, p.incarnation).unwrap();
@@ -545,7 +545,7 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
     assert_eq!(events, [LaneEvent::Quiet { attempt: A }, LaneEvent::Done { attempt: b, chunk: 9, reads: 1 }]);
     let mut bytes = [1; 100];
     p.memory.read_into(0, 0, &mut bytes).unwrap();
-    assert_eq!(bytes, [0; 100], "what was queued was not copied");
+    assert_eq!(bytes, [0; 100], "queued reads are not copied");
     assert_eq!(lane.post(A, &[Read::between(0, (0, 0), (0, 0), 50)]), 1);
     lane.stop(A);
     lane.poll(&mut events);
@@ -562,7 +562,7 @@ fn a_stopped_attempt_is_quiet_and_says_nothing_more() {
 }
 
 #[test]
-fn a_pool_of_more_segments_than_files_fit_in_a_packet_is_read_without_them() {
+fn a_pool_with_more_segments_than_a_packet_has_files_is_read_without_files() {
     for (segments, mapped) in [(wire::MAX_FILES as u64 - 1, true), (wire::MAX_FILES as u64, false), (4096, false)] {
         let layout = Arc::new(PoolLayout { segments: vec![64; segments as usize], groups: vec![] });
         let last = segments as u16 - 1;
@@ -619,7 +619,7 @@ fn a_read_outside_of_either_pool_fails_its_attempt_only() {
 }
 
 #[test]
-fn a_child_that_holds_the_socket_does_not_hide_its_owners_death() {
+fn a_child_that_holds_the_socket_does_not_hide_its_parents_death() {
     let mut p = Producer::start("memfd");
     let memory = Memory::alloc(&[1 << 20]).unwrap();
     let mut lane = p.lane(&memory);

@@ -7,8 +7,8 @@
 //!          then, if status is 0, an address:u64 for each segment; else the reason, in UTF-8
 //! ```
 //! `words` is the address of the fence table and `slots` its length in words. With `files` = 1 the packet carries the
-//! segments' memfds and, last, the fence table's. A later packet from the server, of any content, says that it is about to
-//! close the lane on purpose; closing without one means that the process died.
+//! segments' memfds and, last, the fence table's. A later packet from the server, of any content, announces that it closes
+//! the lane on purpose; a close without one means that the process died.
 
 use kvferry_proto::{block::Incarnation, group::PoolLayout};
 
@@ -24,10 +24,10 @@ pub(super) const MAX_REPLY: usize = REPLY_HEAD + PoolLayout::MAX_SEGMENTS * 8;
 const MAX_WHY: usize = 512;
 /// Most files in one packet: the kernel's SCM_MAX_FD.
 pub(super) const MAX_FILES: usize = 253;
-/// What the server sends before it closes a lane on purpose.
+/// The server's packet before it closes a lane on purpose.
 pub(super) const BYE: &[u8] = b"bye";
 
-/// What a consumer asks for.
+/// A consumer's request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Request {
     pub lane: u64,
@@ -55,16 +55,16 @@ impl Request {
     }
 }
 
-/// Why a lane is refused.
+/// The kind of a refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// For a reason in words.
+    /// Any other reason.
     Other = 1,
-    /// The incarnation asked for is not this process.
+    /// The request names another incarnation.
     Restarted = 2,
 }
 
-/// What a producer answers.
+/// A producer's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Reply {
     Granted { incarnation: Incarnation, words: u64, slots: u32, files: bool, segments: Vec<u64> },
@@ -105,7 +105,7 @@ impl Reply {
                 return Err("a refusal that is too long");
             }
             let refusal = if status == Refusal::Restarted as u32 { Refusal::Restarted } else { Refusal::Other };
-            // It will stand in a log line: no control characters.
+            // It goes into a log line: no control characters.
             let why = String::from_utf8_lossy(r.0).replace(char::is_control, " ");
             return Ok(Self::Refused { refusal, why });
         }
@@ -138,7 +138,7 @@ impl Fields<'_> {
 
     fn head(&mut self) -> Result<(), &'static str> {
         if self.take()? != MAGIC {
-            return Err("something that is no message of a local lane");
+            return Err("a message without the magic of a local lane");
         }
         if self.u32()? != VERSION { Err("another version of the local lane") } else { Ok(()) }
     }
@@ -167,7 +167,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn rubbish_is_refused_and_never_a_panic(
+        fn malformed_messages_are_refused_without_a_panic(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..200), like_a_reply: bool,
         ) {
             if like_a_reply && bytes.len() >= 12 {

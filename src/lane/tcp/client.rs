@@ -1,9 +1,8 @@
 //! The consumer's end of a TCP lane.
 //!
-//! Owns the connections to one producer rank, the window of bytes that may be on their way, and which attempts are on. A
-//! chunk stays on one connection: its replies come in order, so the last one's trailer vouches for all of them. Writes
-//! local blocks only inside [`Lane::poll`], in the owner's thread, so an attempt is quiet the moment it is given up
-//! (promise 4).
+//! Owns the connections to one producer rank, the window of bytes in flight, and the running attempts. A chunk stays on one
+//! connection: its replies come in order, so the last reply's trailer is the fence of all of them. Writes local blocks only
+//! inside [`Lane::poll`], on the owner's thread, so an attempt is quiet the moment it is stopped (promise 4).
 
 use std::{
     collections::BTreeMap,
@@ -33,9 +32,9 @@ use crate::{
     memory::Memory,
 };
 
-/// Longest read. A read is one destination of a `readv` and one event, so nothing is gained by longer ones.
+/// Longest read. A read is one destination of a `readv` and one event, so longer reads gain nothing.
 const MAX_READ: u64 = 8 << 20;
-/// Bytes that one `poll` moves at most, about: long enough to be worth it, short enough (about 1 ms) for other lanes.
+/// About how many bytes one `poll` moves at most: enough to be efficient, and little enough (about 1 ms) for other lanes.
 const POLL_BYTES: u64 = 4 << 20;
 
 /// A TCP lane to one producer rank.
@@ -44,30 +43,30 @@ pub(crate) struct TcpLane {
     memory: Memory,
     window: u64,
     links: Vec<Link>,
-    /// Readable when any of the links has something to do.
+    /// Readable when one of the links has something to do.
     epoll: OwnedFd,
-    tries: BTreeMap<Attempt, Try>,
-    /// Events that do not come from the sockets.
+    attempts: BTreeMap<Attempt, AttemptState>,
+    /// Events of calls other than `poll`.
     pending: Vec<LaneEvent>,
-    /// The last `poll` stopped at its bound.
+    /// The last `poll` stopped at its byte limit.
     more: bool,
     scratch: Vec<u8>,
-    /// Which link `poll` begins with, so that none is starved.
+    /// The link that `poll` begins with, so that none starves.
     first: usize,
 }
 
 /// An attempt that is not quiet.
-struct Try {
+struct AttemptState {
     grant: Grant,
-    /// Something of it failed: it goes no further.
+    /// A read of it failed: it posts no more.
     failed: bool,
-    /// The chunk whose reads are not all posted, and its connection.
+    /// A chunk whose reads are not all posted, and its connection.
     open: Option<(u32, usize)>,
 }
 
 impl TcpLane {
-    /// Connects to a producer rank's data port, and proves that both sides have the lane's key. `lane` and `key` come from
-    /// `ConnectLane`; `incarnation` is the one that the rank had at Hello. Takes 5 s at most for each connection.
+    /// Connects to a producer rank's data port; both sides prove to have the lane's key. `lane` and `key` come from
+    /// `ConnectLane`; `incarnation` comes from the rank's Hello. Takes 5 s at most for each connection.
     pub(crate) async fn connect(
         addr: SocketAddr,
         lane: u64,
@@ -91,7 +90,7 @@ impl TcpLane {
             window: config.window,
             links,
             epoll,
-            tries: BTreeMap::new(),
+            attempts: BTreeMap::new(),
             pending: Vec::new(),
             more: false,
             scratch: Vec::new(),
@@ -99,7 +98,7 @@ impl TcpLane {
         })
     }
 
-    /// Whether the lane is of no more use.
+    /// Whether the lane is unusable.
     fn is_down(&self) -> bool {
         self.links.is_empty()
     }
@@ -108,10 +107,10 @@ impl TcpLane {
         self.links.iter().map(|l| l.outstanding).sum()
     }
 
-    /// The attempt goes no further.
+    /// Fails an attempt.
     fn fail(&mut self, a: Attempt, cause: Cause, out: &mut Vec<LaneEvent>) {
-        self.links.iter_mut().for_each(|l| l.give_up(a));
-        if let Some(t) = self.tries.get_mut(&a)
+        self.links.iter_mut().for_each(|l| l.stop(a));
+        if let Some(t) = self.attempts.get_mut(&a)
             && !t.failed
         {
             t.failed = true;
@@ -121,7 +120,7 @@ impl TcpLane {
 
     /// Closes everything. A closed connection writes nothing, so all attempts are quiet.
     fn go_down(&mut self, cause: Cause, failed: bool, out: &mut Vec<LaneEvent>) {
-        for (attempt, t) in std::mem::take(&mut self.tries) {
+        for (attempt, t) in std::mem::take(&mut self.attempts) {
             let owed = t.open.is_some() || self.links.iter().any(|l| l.owes(attempt));
             if failed && owed && !t.failed {
                 out.push(LaneEvent::Failed { attempt, cause: Cause::LaneFailed });
@@ -140,7 +139,7 @@ impl Lane for TcpLane {
         LaneCaps {
             kind: LaneKind::Tcp,
             max_read: MAX_READ,
-            // Nothing is waited for: it is the owner's time to come round to `poll`.
+            // The lane itself does not wait: this is the time until the owner's next `poll`.
             quiet_bound: Duration::from_millis(5),
             fence: FenceKind::Trailer,
         }
@@ -151,7 +150,7 @@ impl Lane for TcpLane {
             self.pending.push(LaneEvent::Failed { attempt: a, cause: Cause::LaneFailed });
             self.pending.push(LaneEvent::Quiet { attempt: a });
         } else {
-            self.tries.insert(a, Try { grant, failed: false, open: None });
+            self.attempts.insert(a, AttemptState { grant, failed: false, open: None });
         }
     }
 
@@ -160,7 +159,7 @@ impl Lane for TcpLane {
         if self.outstanding() == 0 {
             room = room.max(1);
         }
-        let Some(t) = self.tries.get_mut(&a) else { return 0 };
+        let Some(t) = self.attempts.get_mut(&a) else { return 0 };
         let Some(chunk) = reads.first().map(|r| r.chunk) else { return 0 };
         if t.failed {
             return 0;
@@ -191,7 +190,7 @@ impl Lane for TcpLane {
             };
             let n = rest.iter().take(ENTRIES).take_while(fits).count().max(1);
             let (now, then) = rest.split_at(n);
-            link.ask(a, t.grant, now, complete && then.is_empty());
+            link.request(a, t.grant, now, complete && then.is_empty());
             rest = then;
         }
         t.open = (!complete).then_some((chunk, at));
@@ -199,8 +198,8 @@ impl Lane for TcpLane {
     }
 
     fn stop(&mut self, a: Attempt) {
-        if self.tries.remove(&a).is_some() {
-            self.links.iter_mut().for_each(|l| l.give_up(a));
+        if self.attempts.remove(&a).is_some() {
+            self.links.iter_mut().for_each(|l| l.stop(a));
             self.pending.push(LaneEvent::Quiet { attempt: a });
         }
     }
@@ -244,11 +243,11 @@ impl Lane for TcpLane {
                 break;
             }
         }
-        // What other connections still have is kept first: they are polled again, and the lost one says the same again.
+        // The other connections are drained first: they are polled again, and the lost one reports the same error again.
         if let Some(why) = lost.filter(|_| !self.more) {
             let cause = match why {
                 Lost::Closed | Lost::Broken(_) => Cause::PeerDown,
-                Lost::Nonsense(_) | Lost::NotDue => Cause::LaneFailed,
+                Lost::Malformed(_) | Lost::NotDue => Cause::LaneFailed,
             };
             tracing::warn!(peer = %self.peer, "tcp lane lost: {why}");
             self.go_down(cause, true, out);
@@ -267,7 +266,7 @@ impl WakingLane for TcpLane {
         for (i, link) in self.links.iter_mut().enumerate() {
             let blocked = link.flush();
             link.set_low_water();
-            if link.is_mute() {
+            if link.has_send_error() {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             if blocked != link.wants_room {

@@ -1,8 +1,8 @@
 //! One data connection on the producer's side: a proof in, then requests in and replies out.
 //!
-//! Owns the socket and the reply that is being sent. Serves one request at a time and reads no further ahead than it can
-//! take apart, so a consumer that asks for more than it takes is held up by its own socket. Loads the fence word of a reply
-//! only after its last byte has been copied out of the pool, and before the trailer leaves (promise 2, Fresh). Never waits.
+//! Owns the socket and the reply in progress. Serves one request at a time and receives no more than it can decode, so a
+//! consumer that requests more than it receives is slowed down by its own socket. Loads the fence word of a reply only after
+//! its last byte has been copied out of the pool, and before the trailer leaves (promise 2, Fresh). Never waits.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -20,43 +20,43 @@ use super::{
 };
 use crate::memory::{Export, Span};
 
-/// Buffers that a connection keeps between requests; what a rare large request took beyond that is given back.
+/// Buffer bytes that a connection keeps between requests; a rare large request's memory is freed.
 const KEEP: usize = 64 << 10;
 
-/// What connections of a server share.
+/// Shared by the connections of a server.
 pub(super) struct Shared<'a> {
     pub(super) export: &'a Export,
     pub(super) incarnation: Incarnation,
-    /// The key of a lane that may connect.
+    /// The key of an admitted lane.
     pub(super) key: &'a dyn Fn(u64) -> Option<Key>,
-    /// What requests are received into, before they go to their connection.
+    /// The buffer that receives requests, before they go to their connection.
     pub(super) scratch: &'a mut [u8],
 }
 
-/// What a connection does next.
+/// A connection's next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// It goes on when its socket is ready for this.
+    /// Go on when the socket is ready for this.
     Wait(EventFlags),
-    /// It is over.
+    /// Close it.
     Close,
 }
 
 enum Phase {
-    /// The proof has not come.
+    /// The proof is outstanding.
     Proving(Challenge),
-    /// Requests may come.
+    /// The lane may send requests.
     Serving { lane: u64 },
-    /// What is in `head` is said, then it is over.
+    /// `head` is sent, then the connection closes.
     Closing,
 }
 
-/// The reply whose data is being sent.
+/// The reply in progress.
 struct Serving {
     tag: u64,
     slot: u32,
     nonce: u64,
-    /// Bytes of data not sent.
+    /// Bytes of data not sent yet.
     left: u64,
 }
 
@@ -64,45 +64,45 @@ struct Serving {
 pub(super) struct Connection {
     fd: OwnedFd,
     phase: Phase,
-    /// Requests received; taken apart up to `eaten`.
+    /// Received requests; decoded up to `decoded`.
     input: Vec<u8>,
-    eaten: usize,
-    /// Heads and trailers to be sent before any data; sent up to `said`.
+    decoded: usize,
+    /// Heads and trailers to send before any data; sent up to `sent`.
     head: Vec<u8>,
-    said: usize,
+    sent: usize,
     serving: Option<Serving>,
-    /// Data to be sent: from `spans[at]` on, without its first `skip` bytes.
+    /// Data to send: from `spans[at]` on, without its first `skip` bytes.
     spans: Vec<Span>,
     at: usize,
     skip: u64,
-    /// The socket holds back what does not fill a segment.
+    /// The socket holds back partial segments.
     corked: bool,
-    /// What the server's epoll waits for.
+    /// The events that the server's epoll waits for.
     pub(super) interest: EventFlags,
 }
 
-/// Why a connection does not go on by itself.
+/// Why a connection stops for now.
 enum Halt {
-    /// Its socket has no room.
+    /// The socket has no room.
     Full,
-    /// Nothing came.
+    /// The socket is empty.
     Empty,
     /// Its turn is over.
     Turn,
-    /// The peer is gone, or breaks the protocol.
+    /// The peer is gone or breaks the protocol.
     Over,
 }
 
 impl Connection {
-    /// A connection that was just accepted; its socket does not block.
+    /// An accepted connection; its socket does not block.
     pub(super) fn new(fd: OwnedFd, challenge: Challenge) -> Self {
         Self {
             fd,
             head: challenge.encode().to_vec(),
             phase: Phase::Proving(challenge),
             input: Vec::new(),
-            eaten: 0,
-            said: 0,
+            decoded: 0,
+            sent: 0,
             serving: None,
             spans: Vec::new(),
             at: 0,
@@ -116,12 +116,12 @@ impl Connection {
         self.fd.as_fd()
     }
 
-    /// Whether the proof has not come.
+    /// Whether the proof is outstanding.
     pub(super) fn is_proving(&self) -> bool {
         matches!(self.phase, Phase::Proving(_))
     }
 
-    /// The lane that it was proven for.
+    /// The lane, once proven.
     pub(super) fn lane(&self) -> Option<u64> {
         match self.phase {
             Phase::Serving { lane } => Some(lane),
@@ -129,13 +129,13 @@ impl Connection {
         }
     }
 
-    /// Says no, and closes.
+    /// Refuses the peer, then closes.
     pub(super) fn refuse(&mut self, verdict: Verdict) {
         self.head.extend_from_slice(&Answer { verdict, mac: [0; 32] }.encode());
         self.phase = Phase::Closing;
     }
 
-    /// Goes on for about `bytes` at most.
+    /// Works until the socket blocks, or about `bytes` have moved.
     pub(super) fn turn(&mut self, shared: &mut Shared<'_>, mut bytes: u64) -> Next {
         loop {
             match self.step(shared, &mut bytes) {
@@ -155,12 +155,12 @@ impl Connection {
             self.cork(true);
             return self.send_data(shared.export, bytes);
         }
-        // Before a head or trailer is sent, see whether the next request is here already: then they go with its data.
+        // Before sending a head or trailer, look for the next request: then they go with its data.
         match self.phase {
             Phase::Proving(challenge) => {
-                if let Some(proof) = self.input[self.eaten..].first_chunk() {
+                if let Some(proof) = self.input[self.decoded..].first_chunk() {
                     let proof = Proof::decode(proof);
-                    self.eaten += Proof::LEN;
+                    self.decoded += Proof::LEN;
                     self.judge(&challenge, &proof, shared);
                     return Ok(());
                 }
@@ -170,23 +170,23 @@ impl Connection {
                     return Ok(());
                 }
             }
-            Phase::Closing if self.said == self.head.len() => return Err(Halt::Over),
+            Phase::Closing if self.sent == self.head.len() => return Err(Halt::Over),
             Phase::Closing => {}
         }
-        if self.said < self.head.len() {
+        if self.sent < self.head.len() {
             return self.send_head();
         }
-        // All that was asked for is on its way: the last of it must not wait.
+        // Every requested byte is in the socket: flush the last segment.
         self.cork(false);
         self.receive(shared.scratch, bytes)
     }
 
-    /// Has the kernel send full segments only, or no longer. Without it, every acknowledgement that comes while data is
-    /// being copied sends what there is: at 16 KiB blocks three times as many segments, and a quarter less speed.
+    /// Sets whether the kernel sends full segments only. Without this, each acknowledgement during a copy sends a partial
+    /// segment: with 16 KiB blocks three times as many segments, and a quarter less speed.
     fn cork(&mut self, corked: bool) {
         if self.corked != corked {
             self.corked = corked;
-            // A socket that cannot is slower, not wrong.
+            // Without the option the socket only is slower.
             if let Err(error) = rustix::net::sockopt::set_tcp_cork(&self.fd, corked) {
                 tracing::debug!(%error, corked, "TCP_CORK");
             }
@@ -206,9 +206,9 @@ impl Connection {
         }
     }
 
-    /// Takes the next request apart, if all of it is here.
+    /// Decodes the next request, if all of it has come.
     fn next_request(&mut self, export: &Export) -> Result<bool, Halt> {
-        let input = &self.input[self.eaten..];
+        let input = &self.input[self.decoded..];
         let Some(header) = input.first_chunk() else { return Ok(false) };
         let request = Request::decode(header).map_err(|_| Halt::Over)?;
         let end = Request::LEN + request.count as usize * Entry::LEN;
@@ -220,7 +220,7 @@ impl Connection {
                 gather(&export.layout, &offered, entries, &mut self.spans).map_err(|_| Status::OutOfBounds)
             }
         };
-        self.eaten += end;
+        self.decoded += end;
         match result {
             Ok(left) => {
                 self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode());
@@ -232,11 +232,11 @@ impl Connection {
         Ok(true)
     }
 
-    /// Sends the head and data of the reply; with the last of it, has the trailer ready.
+    /// Sends the head and data of the reply; after the last byte, queues the trailer.
     fn send_data(&mut self, export: &Export, bytes: &mut u64) -> Result<(), Halt> {
         let Some(serving) = &mut self.serving else { return Ok(()) };
-        let head = &self.head[self.said..];
-        // As much as the turn allows: the last span of a call may be cut, and is whole again afterwards.
+        let head = &self.head[self.sent..];
+        // As much as the turn allows: the last span is cut for the call, and restored afterwards.
         let (mut n, mut sum) = (0, 0);
         let rest = &mut self.spans[self.at..];
         while n < rest.len().min(MOST_SPANS) && sum < *bytes + self.skip {
@@ -246,7 +246,7 @@ impl Connection {
         let cut = sum.saturating_sub(*bytes + self.skip);
         let Some(last) = n.checked_sub(1) else { return Err(Halt::Over) };
         rest[last].len -= cut;
-        let sent = export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], &[], self.skip);
+        let sent = export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip);
         rest[last].len += cut;
         let sent = match sent {
             Ok(sent) => sent,
@@ -255,7 +255,7 @@ impl Connection {
         };
         let wanted = head.len() as u64 + sum - cut - self.skip;
         let of_head = sent.min(head.len());
-        self.said += of_head;
+        self.sent += of_head;
         let data = (sent - of_head) as u64;
         *bytes = bytes.saturating_sub(data);
         serving.left = serving.left.saturating_sub(data);
@@ -267,16 +267,16 @@ impl Connection {
             self.at += 1;
         }
         if serving.left == 0 {
-            // Every byte is in the socket: what the word says now, it says of all of them.
+            // Every byte has been copied into the socket, so the word loaded now covers all of them.
             let word = export.still(serving.slot, serving.nonce);
             let trailer = Trailer { tag: serving.tag, word }.encode();
             self.head.clear();
-            self.said = 0;
+            self.sent = 0;
             self.head.extend_from_slice(&trailer);
             self.serving = None;
             Ok(())
         } else if (sent as u64) < wanted {
-            // It took less than it was given: it would only say that it has no room.
+            // A partial send: the next call would only return that there is no room.
             Err(Halt::Full)
         } else {
             Ok(())
@@ -284,24 +284,24 @@ impl Connection {
     }
 
     fn send_head(&mut self) -> Result<(), Halt> {
-        match rustix::net::send(&self.fd, &self.head[self.said..], SendFlags::NOSIGNAL) {
-            Ok(n) => self.said += n,
+        match rustix::net::send(&self.fd, &self.head[self.sent..], SendFlags::NOSIGNAL) {
+            Ok(n) => self.sent += n,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Err(Halt::Full),
             Err(_) => return Err(Halt::Over),
         }
-        if self.said == self.head.len() {
+        if self.sent == self.head.len() {
             self.head.clear();
             self.head.shrink_to(KEEP);
-            self.said = 0;
+            self.sent = 0;
         }
         Ok(())
     }
 
-    /// Receives what comes. Only called when all that came before has been answered, but for a request in parts.
+    /// Receives requests. Called only when every complete request has been answered.
     fn receive(&mut self, scratch: &mut [u8], bytes: &mut u64) -> Result<(), Halt> {
-        self.input.drain(..self.eaten);
-        self.eaten = 0;
+        self.input.drain(..self.decoded);
+        self.decoded = 0;
         if self.input.is_empty() {
             self.input.shrink_to(KEEP);
             self.spans.clear();
@@ -321,5 +321,5 @@ impl Connection {
     }
 }
 
-/// Most spans of one call, which takes 1024 pieces with the head before them.
+/// Most spans of one call: 1024 pieces, one of them the head.
 const MOST_SPANS: usize = 1023;

@@ -1,11 +1,14 @@
-//! The consumer's half of the handshake: connects, proves itself, and has the producer prove itself.
+//! The consumer's half of the handshake: it connects, proves that it has the lane's key, and checks the producer's proof.
 //!
-//! Bounded in time as a whole, whatever the other side does or does not send.
+//! Bounded in time as a whole, whatever the other side sends.
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
 
 use kvferry_proto::block::Incarnation;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use super::{
     frames::{Answer, Challenge, Proof, Verdict},
@@ -14,9 +17,9 @@ use super::{
 use crate::lane::LaneError;
 
 /// Longest time for a connection and its handshake.
-pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection that is ready for requests. It does not block, and no runtime knows of it any more.
+/// A connection that is ready for requests. It does not block, and is registered with no runtime.
 pub(super) async fn dial(
     addr: SocketAddr,
     lane: u64,
@@ -33,54 +36,29 @@ async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarn
     let connect = |source: io::Error| LaneError::Connect { to: addr.to_string(), source };
     let refused = |why: &str| Err(LaneError::Refused { why: format!("{addr}: {why}") });
 
-    let stream = TcpStream::connect(addr).await.map_err(connect)?;
+    let mut stream = TcpStream::connect(addr).await.map_err(connect)?;
     let mut bytes = [0; Challenge::LEN];
-    receive(&stream, &mut bytes).await.map_err(connect)?;
+    stream.read_exact(&mut bytes).await.map_err(connect)?;
     let challenge = Challenge::decode(&bytes).map_err(|e| LaneError::protocol(e.to_string()))?;
 
     let mut random = [0; 32];
     getrandom::fill(&mut random).map_err(|e| LaneError::io("random bytes")(io::Error::other(e)))?;
     let keyed = Keyed { key, challenge: &challenge, random: &random, lane, incarnation };
-    send(&stream, &Proof { lane, random, mac: keyed.consumer() }.encode()).await.map_err(connect)?;
+    stream.write_all(&Proof { lane, random, mac: keyed.consumer() }.encode()).await.map_err(connect)?;
 
     let mut bytes = [0; Answer::LEN];
-    receive(&stream, &mut bytes).await.map_err(connect)?;
+    stream.read_exact(&mut bytes).await.map_err(connect)?;
     let answer = Answer::decode(&bytes).map_err(|e| LaneError::protocol(e.to_string()))?;
     match answer.verdict {
         Verdict::Welcome if keyed.is_producer(&answer.mac) => {}
-        Verdict::Welcome => return refused("it has not this lane's key: another process has taken the port"),
-        Verdict::Refused => return refused("it does not know this lane: it was restarted, or the session ended"),
-        Verdict::Full => return refused("it has as many data connections as it may: raise limits.lanes there"),
+        Verdict::Welcome => return refused("it does not have this lane's key: another process has taken the port"),
+        Verdict::Refused => return refused("it does not know this lane: it has restarted, or the session has ended"),
+        Verdict::Full => return refused("it is at its limit of data connections: raise limits.lanes there"),
         Verdict::TooLate => {
-            return refused("the proof came too late: this host is overloaded, or the network slow");
+            return refused("the proof came too late: this host is overloaded, or the network is slow");
         }
     }
     let stream = stream.into_std().map_err(connect)?;
     super::tune(&stream).map_err(connect)?;
     Ok(stream.into())
-}
-
-async fn receive(stream: &TcpStream, mut into: &mut [u8]) -> io::Result<()> {
-    while !into.is_empty() {
-        stream.readable().await?;
-        match stream.try_read(into) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => into = &mut into[n..],
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-async fn send(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        stream.writable().await?;
-        match stream.try_write(bytes) {
-            Ok(n) => bytes = &bytes[n..],
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }

@@ -1,37 +1,37 @@
-//! The frames of a data connection, and nothing else: fixed sizes, little endian, no I/O, no allocation per frame. Any bytes
-//! decode to a frame or to [`BadFrame`]; none panic. See [the module](super) for who sends what, when.
+//! The frames of a data connection: fixed sizes, little endian, no I/O, no allocation. Any bytes decode to a frame or to
+//! [`BadFrame`], without a panic. See [the module](super) for the order of frames.
 
-/// What every first frame of a producer begins with.
+/// The magic of a challenge and of an answer.
 const HELLO: u32 = u32::from_le_bytes(*b"KVFd");
-/// What a request begins with.
+/// The magic of a request.
 const REQUEST: u32 = u32::from_le_bytes(*b"KVFq");
-/// What a reply begins with.
+/// The magic of a reply.
 const REPLY: u32 = u32::from_le_bytes(*b"KVFr");
 /// Version of these frames.
-pub(super) const VERSION: u32 = 1;
+const VERSION: u32 = 1;
 
-/// Most entries of a request. Its frame is then 2 MiB, the most that a producer buffers for one connection.
+/// Most entries of a request: 2 MiB, the most that a producer buffers for one connection.
 pub(super) const MAX_ENTRIES: u32 = 1 << 16;
-/// Most blocks that a request may name, over all entries: each costs the producer a look at its table.
+/// Most blocks of a request, over all entries: each costs the producer a lookup.
 pub(super) const MAX_BLOCKS: u64 = 1 << 20;
-/// Most contiguous pieces of the producer's memory that a request may come to.
+/// Most contiguous pieces of the producer's memory in the reply to a request.
 pub(super) const MAX_PIECES: usize = 1 << 16;
 
-/// Bytes that are no frame.
+/// Bytes that are not a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadFrame {
-    /// The frame does not begin as it must: another protocol, or a stream out of step.
-    #[error("the frame does not begin as it must")]
+    /// A wrong magic: another protocol, or a stream out of step.
+    #[error("the frame begins with a wrong magic")]
     Magic,
     /// Another version of the protocol.
-    #[error("version {0} of the data protocol, where {VERSION} is spoken")]
+    #[error("version {0} of the data protocol; this side speaks version {VERSION}")]
     Version(u32),
-    /// A field has a value that it may not have.
+    /// A field is out of range.
     #[error("{0} is out of range")]
     Field(&'static str),
 }
 
-/// First frame, from the producer: what the proof must be made of.
+/// First frame, from the producer: an input of the proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Challenge {
     /// Random, new for every connection.
@@ -43,7 +43,7 @@ pub(super) struct Challenge {
 pub(super) struct Proof {
     /// The lane, as `ConnectLane` named it.
     pub lane: u64,
-    /// Random, new for every connection: what the producer's own proof must be made of.
+    /// Random, new for every connection: an input of the producer's proof.
     pub random: [u8; 32],
     /// See [`super::handshake::Keyed::consumer`].
     pub mac: [u8; 32],
@@ -52,35 +52,35 @@ pub(super) struct Proof {
 /// Third frame, from the producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Answer {
-    /// Whether requests may come.
+    /// The verdict on the proof.
     pub verdict: Verdict,
     /// See [`super::handshake::Keyed::producer`]; zeros unless the verdict is `Welcome`.
     pub mac: [u8; 32],
 }
 
-/// What a producer says to a proof.
+/// A producer's verdict on a proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Requests may come.
+    /// The consumer may send requests.
     Welcome,
-    /// The proof does not hold, or there is no such lane (any more).
+    /// The proof is wrong, or the lane is not admitted.
     Refused,
-    /// The producer has as many connections as it may.
+    /// The producer is at its limit of connections.
     Full,
     /// The proof did not come in time.
     TooLate,
 }
 
-/// Asks for pieces of blocks: `count` entries follow.
+/// A request for pieces of blocks: `count` entries follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Request {
     /// Entries that follow; 1 to [`MAX_ENTRIES`].
     pub count: u32,
-    /// Comes back in the reply. Only the consumer knows what it means.
+    /// Repeated in the reply; opaque to the producer.
     pub tag: u64,
-    /// What the claim was granted with.
+    /// The nonce of the grant.
     pub nonce: u64,
-    /// Likewise.
+    /// The slot of the grant.
     pub slot: u32,
 }
 
@@ -93,31 +93,31 @@ pub(super) struct Entry {
     pub region: u16,
     /// First position.
     pub position: u32,
-    /// Consecutive positions.
+    /// Number of consecutive positions.
     pub blocks: u32,
-    /// Where in a block the piece starts, in bytes.
+    /// Offset of the piece in each block, in bytes.
     pub within: u64,
-    /// Bytes of each block.
+    /// Length of the piece, in bytes.
     pub piece: u64,
 }
 
-/// How a producer answers a request.
+/// The status of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Status {
     /// `total` bytes follow, then a [`Trailer`].
     Ok,
-    /// No live offer has that slot and nonce. Nothing follows.
+    /// No live offer has that slot and nonce. No data follows.
     Stale,
-    /// An entry names what the offer or the pool does not have. Nothing follows.
+    /// An entry names blocks outside of the offer or the pool. No data follows.
     OutOfBounds,
 }
 
 /// Head of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reply {
-    /// Whether data follows.
+    /// The status; data follows only [`Status::Ok`].
     pub status: Status,
-    /// Of the request.
+    /// The request's tag.
     pub tag: u64,
     /// Bytes of data that follow.
     pub total: u64,
@@ -126,7 +126,7 @@ pub(super) struct Reply {
 /// End of a reply with data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Trailer {
-    /// Of the request.
+    /// The request's tag.
     pub tag: u64,
     /// The fence word, as it was after the last byte had been copied.
     pub word: u64,
@@ -145,7 +145,7 @@ impl Challenge {
         b
     }
 
-    /// Reads the frame.
+    /// Decodes the frame.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != HELLO {
             return Err(BadFrame::Magic);
@@ -170,7 +170,7 @@ impl Proof {
         b
     }
 
-    /// Reads the frame. All bytes are possible: whether they mean anything, the proof itself says.
+    /// Decodes the frame. Any bytes are a frame; the proof itself is checked separately.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Self {
         Self { lane: u64_at(b, 0), random: get(b, 8), mac: get(b, 40) }
     }
@@ -195,7 +195,7 @@ impl Answer {
         b
     }
 
-    /// Reads the frame.
+    /// Decodes the frame.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != HELLO {
             return Err(BadFrame::Magic);
@@ -226,7 +226,7 @@ impl Request {
         b
     }
 
-    /// Reads the header.
+    /// Decodes the header.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != REQUEST {
             return Err(BadFrame::Magic);
@@ -258,7 +258,7 @@ impl Entry {
         b
     }
 
-    /// Reads an entry. Whether there is what it names, the producer's tables say.
+    /// Decodes an entry. [`super::gather`] checks it against the producer's tables.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 12) != 0 {
             return Err(BadFrame::Field("reserved"));
@@ -293,7 +293,7 @@ impl Reply {
         b
     }
 
-    /// Reads the header.
+    /// Decodes the header.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != REPLY {
             return Err(BadFrame::Magic);
@@ -320,13 +320,13 @@ impl Trailer {
         b
     }
 
-    /// Reads the trailer. All bytes are possible.
+    /// Decodes the trailer. Any bytes are a trailer.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Self {
         Self { tag: u64_at(b, 0), word: u64_at(b, 8) }
     }
 }
 
-/// `b[at..at + N]`. Every caller's offsets are constants inside a frame of fixed length.
+/// `b[at..at + N]`. Every caller's offset is a constant inside a frame of fixed length.
 fn get<const N: usize>(b: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
     out.copy_from_slice(&b[at..at + N]);
@@ -350,7 +350,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Random bytes that begin as a frame does, as often as not: past the magic is where decoders go wrong.
+    /// Random bytes, half of them behind a valid magic, so that decoders read past it.
     fn bytes<const N: usize>(magic: u32) -> impl Strategy<Value = [u8; N]> {
         (proptest::collection::vec(any::<u8>(), N), any::<bool>()).prop_map(move |(v, begin)| {
             let mut b: [u8; N] = get(&v, 0);
@@ -376,7 +376,7 @@ mod tests {
         }
 
         #[test]
-        fn frames_come_back_as_they_went(
+        fn every_frame_decodes_as_it_was_encoded(
             count in 1..=MAX_ENTRIES, tag: u64, nonce: u64, slot: u32, group: u16, region: u16, position: u32,
             blocks: u32, within: u64, piece: u64, total: u64, random: [u8; 32],
         ) {

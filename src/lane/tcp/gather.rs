@@ -1,7 +1,7 @@
-//! From a request to the spans of the pool that answer it.
+//! Translates a request into the spans of the pool that answer it.
 //!
-//! Every entry is checked against the layout and the offer's own table: what comes out are bytes of offered blocks and
-//! nothing else, whatever the request says (promise 7). No I/O.
+//! Every entry is checked against the layout and the offer's block list: the spans hold bytes of offered blocks only,
+//! whatever the request names (promise 7). No I/O.
 
 use kvferry_proto::{
     block::GroupId,
@@ -12,12 +12,12 @@ use kvferry_proto::{
 use super::frames::{Entry, MAX_BLOCKS, MAX_PIECES};
 use crate::memory::Span;
 
-/// A request that names what the offer or the pool does not have, or too much of it.
+/// A request that names blocks outside of the offer or the pool, or too many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OutOfBounds;
 
-/// Fills `spans` with what `entries` (their bytes, in one piece) ask for, neighbours merged, and returns the number of
-/// bytes in them.
+/// Fills `spans` with the requested pieces, neighbours merged, and returns the number of their bytes. `entries` holds the
+/// entries' bytes.
 pub(super) fn gather(
     layout: &PoolLayout,
     offered: &[OfferGroup],
@@ -34,7 +34,7 @@ pub(super) fn gather(
     for bytes in entries {
         let e = Entry::decode(bytes).map_err(|_| OutOfBounds)?;
         let id = GroupId(e.group);
-        // Nearly always the same one as before.
+        // Nearly always the previous entry's group.
         let (group, offer) = match found.filter(|f| f.0.id == id) {
             Some(f) => f,
             None => layout.group(id).zip(offered.iter().find(|o| o.group == id)).ok_or(OutOfBounds)?,
@@ -52,7 +52,7 @@ pub(super) fn gather(
             return Err(OutOfBounds);
         }
         for id in ids {
-            // A null block, or one that the pool does not have.
+            // Refuse a null block, and a block outside of the pool.
             let id = id.filter(|id| id.0 < group.blocks).ok_or(OutOfBounds)?;
             let offset = region.block_offset(id.0) + e.within;
             let full = spans.len() >= MAX_PIECES;
@@ -62,7 +62,7 @@ pub(super) fn gather(
                 _ => spans.push(Span { segment: region.segment, offset, len: e.piece }),
             }
         }
-        // At most 2^20 pieces of at most 2^56 bytes would overflow; a layout that large is not one of this world.
+        // Checked: 2^20 pieces of 2^56 bytes would overflow.
         total = e.piece.checked_mul(ids.len() as u64).and_then(|n| total.checked_add(n)).ok_or(OutOfBounds)?;
     }
     Ok(total)
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_offered_is_out_of_bounds() {
+    fn blocks_that_were_not_offered_are_out_of_bounds() {
         for bad in [
             Entry { group: 1, ..GOOD },
             Entry { region: 2, ..GOOD },

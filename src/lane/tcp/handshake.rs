@@ -1,7 +1,7 @@
-//! Who is at the other end of a data connection: each side proves that it has the lane's key, which the control plane gave
-//! to both, without sending it. The producer's incarnation goes into both proofs, so neither an earlier nor a later process
-//! at the same address is taken for the one that was meant (promise 2, Fresh). It proves identity only: the bytes of the
-//! cache travel in the clear, inside one trust domain.
+//! The identity of the two ends of a data connection. Each side proves that it has the lane's key, which the control plane
+//! gave to both, without sending the key. Both proofs include the producer's incarnation, so an earlier or later process at
+//! the same address fails them (promise 2, Fresh). The proofs do not encrypt: the bytes of the cache travel in the clear,
+//! inside one trust domain.
 
 use hmac::{Hmac, KeyInit, Mac};
 use kvferry_proto::block::Incarnation;
@@ -12,7 +12,7 @@ use super::frames::Challenge;
 /// Key of one lane.
 pub(super) type Key = [u8; 32];
 
-/// What both proofs of one connection are made of.
+/// The input of both proofs of a connection.
 pub(super) struct Keyed<'a> {
     /// The lane's key.
     pub key: &'a Key,
@@ -32,24 +32,24 @@ impl Keyed<'_> {
         self.mac(CONSUMER).finalize().into_bytes().into()
     }
 
-    /// The producer's, under another label: one side's proof is never the other's.
+    /// The producer's proof, under another label, so that neither proof can serve as the other.
     pub(super) fn producer(&self) -> [u8; 32] {
         self.mac(PRODUCER).finalize().into_bytes().into()
     }
 
-    /// Whether this is the consumer's proof. Takes as long for one wrong proof as for another.
+    /// Whether this is the consumer's proof, in constant time.
     pub(super) fn is_consumer(&self, mac: &[u8; 32]) -> bool {
         self.mac(CONSUMER).verify_slice(mac).is_ok()
     }
 
-    /// Whether this is the producer's proof.
+    /// Whether this is the producer's proof, in constant time.
     pub(super) fn is_producer(&self, mac: &[u8; 32]) -> bool {
         self.mac(PRODUCER).verify_slice(mac).is_ok()
     }
 
     fn mac(&self, label: &[u8]) -> Hmac<Sha256> {
-        // Zero padding up to a block is what HMAC does to a short key itself, and a whole block is a key that cannot be
-        // refused: no error to handle.
+        // HMAC itself pads a short key with zeros to a block. A key of a whole block is always accepted, so there is no
+        // error to handle.
         let mut block = [0; 64];
         block[..32].copy_from_slice(self.key);
         let mut mac = Hmac::<Sha256>::new(&block.into());
@@ -62,7 +62,7 @@ impl Keyed<'_> {
     }
 }
 
-// Of equal length, so that nothing after them can be taken for a part of them.
+// Of equal length, so that no following byte can pass for a part of a label.
 const CONSUMER: &[u8] = b"kvferry data 1 consumer\0";
 const PRODUCER: &[u8] = b"kvferry data 1 producer\0";
 
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn the_proof_is_plain_hmac_sha256() {
-        // RFC 4231's key handling is the crate's business; this one catches a change of what goes into the proof.
+        // The crate tests RFC 4231 itself; this test catches a change of the proof's input.
         let key = [0x0b; 32];
         let challenge = Challenge { random: [1; 32] };
         let Some(incarnation) = Incarnation::from_wire(9) else { unreachable!() };

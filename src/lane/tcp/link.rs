@@ -1,8 +1,8 @@
 //! One connection of a lane, on the consumer's side: requests out, replies in.
 //!
-//! Owns the socket and the order of what was asked on it. Data goes from the socket straight into the blocks that were
-//! asked for; a reply that is not exactly the one that is due ends the connection before a byte of it is written anywhere.
-//! Never waits, and never writes for a request whose attempt was given up (promise 4, Quiet).
+//! Owns the socket and the order of its requests. Data goes from the socket straight into the requested blocks; an
+//! unexpected reply ends the connection before any of its bytes is written. Never waits, and never writes for a request
+//! whose attempt was stopped (promise 4, Quiet).
 
 use std::{
     collections::VecDeque,
@@ -22,50 +22,50 @@ use rustix::{
 use super::frames::{BadFrame, Entry, Reply, Request, Status, Trailer};
 use crate::memory::{Memory, Span, set_low_water};
 
-/// Most entries of a request of ours: its frame, 64 KiB, fits into a socket buffer, and a reply is long by then.
+/// Most entries of a request: its frame, 64 KiB, fits into a socket buffer, and its reply is long enough.
 pub(super) const ENTRIES: usize = 2048;
-/// What a reply is thrown away into, a piece at a time, when nobody wants it any more.
+/// Size of the buffer that receives, piece by piece, the reply to a stopped attempt.
 const SCRATCH: usize = 256 << 10;
-/// A trailer and the head of the reply behind it: what may be received in one piece after a request's data.
+/// A trailer and the head of the next reply, which one call may receive after a request's data.
 const BETWEEN: usize = Trailer::LEN + Reply::LEN;
 
-/// A request whose reply is not complete.
-struct Asked {
+/// A request whose reply is incomplete.
+struct Pending {
     tag: u64,
     attempt: Attempt,
     chunk: u32,
     /// Its trailer's word is the chunk's fence.
     fence: bool,
-    /// The attempt was given up: the reply is received and thrown away.
+    /// The attempt was stopped: the reply is received and discarded.
     dead: bool,
     /// Destinations in `Link::spans` that are not full yet; one for each read.
     spans: usize,
     total: u64,
 }
 
-/// Where in a reply the connection is.
+/// The next part of the reply in progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     Head,
-    /// So many bytes of data, still.
+    /// This many bytes of data.
     Data(u64),
     Trailer,
 }
 
-/// Why a call of [`Link::receive`] came back.
+/// Why [`Link::receive`] returned.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// Nothing more to receive now.
+    /// The socket is empty.
     Empty,
-    /// The bound on bytes was reached.
+    /// The byte limit was reached.
     Bound,
-    /// A request was refused. The connection is in step.
+    /// A request was refused. The connection goes on.
     Refused(Attempt, Status),
-    /// The connection is of no more use.
+    /// The connection is unusable.
     Lost(Lost),
 }
 
-/// Why a connection is of no more use.
+/// Why a connection is unusable.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Lost {
     #[error("the producer closed the connection")]
@@ -73,38 +73,38 @@ pub(super) enum Lost {
     #[error("the connection broke: {0}")]
     Broken(io::Error),
     #[error("the producer's reply breaks the protocol: {0}")]
-    Nonsense(BadFrame),
-    #[error("the producer's reply breaks the protocol: it is not the one that is due")]
+    Malformed(BadFrame),
+    #[error("the producer's reply breaks the protocol: it does not answer the oldest request")]
     NotDue,
 }
 
-/// With a long reply on its way, the owner sleeps until this much of it is here. Waking up for every packet instead costs
-/// both sides a context switch each time: over loopback 16 KiB blocks went at 3.4 GB/s without this and at 5.3 GB/s with it
-/// (5.9 for a bare copy); less than 1 MiB gains less, and more gains nothing.
+/// During a long reply, the owner sleeps until this many bytes have come. A wake-up for every packet costs both sides a
+/// context switch: over loopback, 16 KiB blocks went at 3.4 GB/s without this and at 5.3 GB/s with it (5.9 for a bare copy).
+/// Less than 1 MiB gains less, and more gains nothing.
 const LOW_WATER: u64 = 1 << 20;
 
 /// One connection.
 pub(super) struct Link {
     fd: OwnedFd,
-    /// Requests that are not sent yet, from `sent` on.
+    /// Encoded requests, sent up to `sent`.
     out: Vec<u8>,
     sent: usize,
-    /// Why nothing more can be sent. What was received before that is still good.
-    mute: Option<Errno>,
-    asked: VecDeque<Asked>,
-    /// Destinations of all that was asked, in order. Full ones are gone; `filled` bytes of the first are in.
+    /// The error that ended sending. Earlier replies can still be received.
+    send_error: Option<Errno>,
+    pending: VecDeque<Pending>,
+    /// Destinations of all pending requests, in order, without the full ones; the first holds `filled` bytes.
     spans: VecDeque<Span>,
     filled: u64,
     due: Due,
-    /// Bytes of a head or trailer that have come; `have` of them.
+    /// Received bytes of a head or trailer; `have` of them.
     frame: [u8; BETWEEN],
     have: usize,
     next_tag: u64,
-    /// Bytes asked for and not received.
+    /// Bytes requested and not received.
     pub(super) outstanding: u64,
     /// Whether the owner's epoll waits for room to send.
     pub(super) wants_room: bool,
-    /// Bytes that must have come before the socket is readable.
+    /// Bytes that the socket must hold before it is readable.
     low_water: u32,
 }
 
@@ -115,8 +115,8 @@ impl Link {
             fd,
             out: Vec::new(),
             sent: 0,
-            mute: None,
-            asked: VecDeque::new(),
+            send_error: None,
+            pending: VecDeque::new(),
             spans: VecDeque::new(),
             filled: 0,
             due: Due::Head,
@@ -133,8 +133,8 @@ impl Link {
         self.fd.as_fd()
     }
 
-    /// Adds one request. `reads` are of one chunk, 1 to [`ENTRIES`] of them; nothing is sent before [`Link::flush`].
-    pub(super) fn ask(&mut self, attempt: Attempt, grant: Grant, reads: &[Read], fence: bool) {
+    /// Queues one request for 1 to [`ENTRIES`] reads of one chunk. [`Link::flush`] sends it.
+    pub(super) fn request(&mut self, attempt: Attempt, grant: Grant, reads: &[Read], fence: bool) {
         let Some(first) = reads.first() else { return };
         let tag = self.next_tag;
         self.next_tag += 1;
@@ -156,22 +156,22 @@ impl Link {
         }
         self.outstanding += total;
         let spans = reads.len();
-        self.asked.push_back(Asked { tag, attempt, chunk: first.chunk, fence, dead: false, spans, total });
+        self.pending.push_back(Pending { tag, attempt, chunk: first.chunk, fence, dead: false, spans, total });
     }
 
-    /// From now on nothing of this attempt is written to its blocks, or reported.
-    pub(super) fn give_up(&mut self, attempt: Attempt) {
-        self.asked.iter_mut().filter(|a| a.attempt == attempt).for_each(|a| a.dead = true);
+    /// Stops an attempt: from now on its replies are neither written to its blocks nor reported.
+    pub(super) fn stop(&mut self, attempt: Attempt) {
+        self.pending.iter_mut().filter(|a| a.attempt == attempt).for_each(|a| a.dead = true);
     }
 
-    /// Whether a reply is due that somebody still wants.
+    /// Whether a reply to this attempt, not stopped, is outstanding.
     pub(super) fn owes(&self, attempt: Attempt) -> bool {
-        self.asked.iter().any(|a| a.attempt == attempt && !a.dead)
+        self.pending.iter().any(|a| a.attempt == attempt && !a.dead)
     }
 
-    /// Sends what it can. True while something is left that the socket has no room for.
+    /// Sends queued requests. True if the socket has no room for the rest.
     pub(super) fn flush(&mut self) -> bool {
-        while self.sent < self.out.len() && self.mute.is_none() {
+        while self.sent < self.out.len() && self.send_error.is_none() {
             match rustix::net::send(&self.fd, &self.out[self.sent..], SendFlags::NOSIGNAL) {
                 Ok(n) => self.sent += n,
                 Err(Errno::INTR) => {}
@@ -180,7 +180,7 @@ impl Link {
                     self.sent = 0;
                     return true;
                 }
-                Err(e) => self.mute = Some(e),
+                Err(e) => self.send_error = Some(e),
             }
         }
         self.out.clear();
@@ -188,26 +188,26 @@ impl Link {
         false
     }
 
-    /// Whether sending failed, so that [`Link::receive`] has something to say even if nothing comes.
-    pub(super) fn is_mute(&self) -> bool {
-        self.mute.is_some()
+    /// Whether sending failed: then [`Link::receive`] has an error to report, even if no byte comes.
+    pub(super) fn has_send_error(&self) -> bool {
+        self.send_error.is_some()
     }
 
-    /// Before the owner sleeps: says how much is worth waking up for. Never more than what is sure to come.
+    /// Called before the owner sleeps: sets the number of bytes that wake it. Never more than are certain to come.
     pub(super) fn set_low_water(&mut self) {
         let sure = match self.due {
             Due::Data(left) => left + Trailer::LEN as u64,
-            // Whatever comes is news.
+            // Any byte completes a step.
             Due::Head | Due::Trailer => 1,
         };
         let low = sure.min(LOW_WATER) as u32;
-        // Failing leaves it as it was when `low_water` was last right, so it is only kept where it took effect.
+        // A failure leaves the socket's value as it was, and `low_water` with it.
         if low != self.low_water && set_low_water(self.fd(), low).is_ok() {
             self.low_water = low;
         }
     }
 
-    /// Receives at most about `bound` bytes, reduces it by what came, and appends what happened.
+    /// Receives at most about `bound` bytes, subtracts the received bytes from it, and appends events.
     pub(super) fn receive(
         &mut self,
         memory: &Memory,
@@ -217,8 +217,8 @@ impl Link {
     ) -> Stop {
         let mut drained = false;
         loop {
-            // First whatever is in `frame` already.
-            match self.digest(out) {
+            // First decode what `frame` holds already.
+            match self.decode(out) {
                 Ok(None) => {}
                 Ok(Some((attempt, status))) => return Stop::Refused(attempt, status),
                 Err(lost) => return Stop::Lost(lost),
@@ -237,7 +237,7 @@ impl Link {
                 Ok(0) => return Stop::Lost(Lost::Closed),
                 Ok(n) => {
                     *bound = bound.saturating_sub(n as u64);
-                    // Less than there was room for: the socket is empty. It would say so itself, at the price of a call.
+                    // A partial receive: the socket is empty, and a call to confirm that is saved.
                     drained = (n as u64) < wanted;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -247,20 +247,20 @@ impl Link {
         }
     }
 
-    /// Nothing to receive: which is the end if nothing can be sent either, for nothing more will be answered.
+    /// The socket is empty. If sending has failed too, no more replies will come.
     fn empty(&self) -> Stop {
-        match self.mute {
+        match self.send_error {
             Some(e) => Stop::Lost(Lost::Broken(e.into())),
             None => Stop::Empty,
         }
     }
 
-    /// How many bytes of head and trailer may come before data does.
+    /// How many bytes of head and trailer may come before the next data.
     fn frame_room(&self) -> usize {
         match self.due {
             Due::Head => Reply::LEN,
-            // The head of the next reply only where one is due: after it comes data, which must not end up here.
-            Due::Data(_) | Due::Trailer if self.asked.len() > 1 => BETWEEN,
+            // The head of the next reply only if one is due. Data follows it, and must not end up here.
+            Due::Data(_) | Due::Trailer if self.pending.len() > 1 => BETWEEN,
             Due::Data(_) | Due::Trailer => Trailer::LEN,
         }
     }
@@ -276,7 +276,7 @@ impl Link {
         (wanted as u64, got)
     }
 
-    /// Receives data into the blocks, and what comes behind it into `frame`.
+    /// Receives data into the blocks, and the bytes behind it into `frame`.
     fn receive_data(
         &mut self,
         left: u64,
@@ -286,7 +286,7 @@ impl Link {
         out: &mut Vec<LaneEvent>,
     ) -> (u64, io::Result<usize>) {
         let room = self.frame_room();
-        let Some(front) = self.asked.front_mut() else { return (0, Err(io::ErrorKind::InvalidData.into())) };
+        let Some(front) = self.pending.front_mut() else { return (0, Err(io::ErrorKind::InvalidData.into())) };
         if front.dead {
             scratch.resize(SCRATCH, 0);
             let most = (SCRATCH as u64).min(left) as usize;
@@ -298,7 +298,7 @@ impl Link {
             }
             return (most as u64, got);
         }
-        // The ring's first slice may end before the request does: then this call brings less, and no frame.
+        // The ring's first slice may end before the request does: then this call receives less, and no frame.
         let ring = self.spans.as_slices().0;
         let (mut n, mut bytes) = (0, 0);
         while n < ring.len().min(front.spans) && n < MOST_SPANS && bytes < bound {
@@ -330,24 +330,24 @@ impl Link {
         (wanted, got)
     }
 
-    /// Takes heads and trailers out of `frame` as far as they are complete. Returns a refused request's attempt.
-    fn digest(&mut self, out: &mut Vec<LaneEvent>) -> Result<Option<(Attempt, Status)>, Lost> {
+    /// Decodes complete heads and trailers in `frame`. Returns a refused request's attempt.
+    fn decode(&mut self, out: &mut Vec<LaneEvent>) -> Result<Option<(Attempt, Status)>, Lost> {
         loop {
-            let Some(front) = self.asked.front() else {
-                // Bytes that nobody asked for are found by their connection's next request, or by this:
+            let Some(front) = self.pending.front() else {
+                // Bytes without a request.
                 return if self.have > 0 { Err(Lost::NotDue) } else { Ok(None) };
             };
             match self.due {
                 Due::Data(_) => return Ok(None),
                 Due::Head => {
                     let Some(head) = self.frame[..self.have].first_chunk() else { return Ok(None) };
-                    let head = Reply::decode(head).map_err(Lost::Nonsense)?;
+                    let head = Reply::decode(head).map_err(Lost::Malformed)?;
                     let total = if head.status == Status::Ok { front.total } else { 0 };
                     if head.tag != front.tag || head.total != total {
                         return Err(Lost::NotDue);
                     }
                     let (attempt, dead, asked) = (front.attempt, front.dead, front.total);
-                    self.eat(Reply::LEN);
+                    self.consume(Reply::LEN);
                     if head.status != Status::Ok {
                         self.outstanding = self.outstanding.saturating_sub(asked);
                         self.finish();
@@ -368,7 +368,7 @@ impl Link {
                         let (attempt, chunk) = (front.attempt, front.chunk);
                         out.push(LaneEvent::Fence { attempt, chunk, word: trailer.word });
                     }
-                    self.eat(Trailer::LEN);
+                    self.consume(Trailer::LEN);
                     self.finish();
                 }
             }
@@ -376,17 +376,17 @@ impl Link {
     }
 
     /// Drops `n` bytes from the front of `frame`.
-    fn eat(&mut self, n: usize) {
+    fn consume(&mut self, n: usize) {
         self.frame.copy_within(n..self.have, 0);
         self.have -= n;
     }
 
     /// The first request's reply is over.
     fn finish(&mut self) {
-        if let Some(done) = self.asked.pop_front()
+        if let Some(done) = self.pending.pop_front()
             && done.spans > 0
         {
-            // Refused or given up in the middle.
+            // It was refused, or stopped in the middle.
             self.spans.drain(..done.spans);
             self.filled = 0;
         }
@@ -394,7 +394,7 @@ impl Link {
     }
 }
 
-/// Most spans of one call, which takes 1024 pieces with the frame behind them.
+/// Most spans of one call: 1024 pieces, one of them the frame.
 const MOST_SPANS: usize = 1023;
 
 fn due_after(left: u64) -> Due {

@@ -1,10 +1,10 @@
 //! The TCP lane: bytes from the producer's pool into the consumer's blocks over plain sockets.
 //!
-//! Owns the data connections of both sides, [`TcpLane`] on the consumer's and [`Server`] on the producer's. The kernel
-//! gathers from the pool and scatters into the blocks: no byte is copied in user space. Requests name blocks by offer, group
-//! and position, never by address, so a peer can read what was offered to it and nothing else (promise 7, Isolated). Each
-//! reply ends with the fence word as it was after the last byte had been copied out of the pool (promise 2, Fresh), and a
-//! lane that was told to stop writes nothing more from that moment on (promise 4, Quiet).
+//! Owns the data connections of both sides: [`TcpLane`] is the consumer's, [`Server`] the producer's. The kernel gathers
+//! from the pool and scatters into the blocks: no byte is copied in user space. Requests name blocks by offer, group and
+//! position, never by address, so a peer can read only blocks that were offered to it (promise 7, Isolated). Each reply
+//! ends with the fence word as it was after the last byte had been copied out of the pool (promise 2, Fresh), and a stopped
+//! attempt writes nothing from that moment on (promise 4, Quiet).
 //!
 //! # Frames
 //! All numbers are little endian. A connection begins with a handshake, bounded in time by both sides:
@@ -27,9 +27,9 @@
 //! | | if ok | the data, `total` bytes |
 //! | | if ok | tag u64, word u64 |
 //!
-//! An entry asks for bytes `[within, within + piece)` of each of `blocks` blocks, from `position` on. Data comes in the order
+//! An entry requests bytes `[within, within + piece)` of each of `blocks` blocks, from `position` on. Data comes in the order
 //! of the entries. `word` is the nonce if the offer was still live after the last byte had been copied, and 0 otherwise.
-//! Whoever breaks this protocol loses the connection, and nothing else.
+//! A peer that breaks this protocol loses the connection, and nothing else.
 
 mod client;
 mod connection;
@@ -47,14 +47,14 @@ use rustix::net::sockopt;
 pub(crate) use client::TcpLane;
 pub(crate) use server::Server;
 
-/// How long a peer may leave sent bytes unacknowledged, and how often a silent connection is tried. The session notices a
-/// dead peer long before; this is for connections that nobody else looks after.
+/// How long a peer may leave sent bytes unacknowledged. The session notices a dead peer long before; this closes connections
+/// that outlive their session.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
 
-/// Settings of a data connection, on both sides. Buffer sizes stay as they are: the kernel grows them as needed.
+/// Sets the options of a data connection, on both sides. Not the buffer sizes: the kernel grows them as needed.
 fn tune(socket: impl AsFd) -> io::Result<()> {
     let socket = socket.as_fd();
-    // A trailer must not wait for more data to go with it.
+    // Without this, a trailer waits for more data.
     sockopt::set_tcp_nodelay(socket, true)?;
     sockopt::set_socket_keepalive(socket, true)?;
     sockopt::set_tcp_keepidle(socket, Duration::from_secs(10))?;

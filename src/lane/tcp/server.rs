@@ -1,8 +1,8 @@
 //! The producer's end of TCP lanes: one thread that serves every data connection of a rank.
 //!
-//! Owns the listening socket, the connections and the keys of the lanes that may connect. Goes round all connections that
-//! can go on and moves a bounded number of bytes for each, so a greedy or a stalled peer takes nothing from the others
-//! (promise 7, Isolated); sleeps when none can. Never ends because of what a peer does, and never panics.
+//! Owns the listening socket, the connections and the keys of admitted lanes. Gives each ready connection a turn of a
+//! bounded number of bytes, so a greedy or a stalled peer takes nothing from the others (promise 7, Isolated); sleeps when
+//! none is ready. No peer can end it, and it never panics.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -10,7 +10,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -18,6 +18,7 @@ use std::{
 };
 
 use kvferry_proto::{block::Incarnation, config::Limits};
+use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     event::{EventfdFlags, Timespec, epoll, eventfd},
     io::Errno,
@@ -31,18 +32,18 @@ use super::{
 };
 use crate::memory::Export;
 
-/// Bytes that a connection may move before it is the next one's turn.
+/// Bytes that a connection may move before the next one's turn.
 const TURN: u64 = 2 << 20;
 /// Longest time from a connection to its proof.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections without a proof. With more, the oldest go: who connects and says nothing must not keep others out.
+/// Most connections without a proof. One more closes the oldest: silent connections must not keep others out.
 const MOST_PROVING: usize = 256;
-/// After the process ran out of descriptors: accepting is tried again then, not at once and for ever.
+/// Wait after the process ran out of descriptors: an immediate retry would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Requests of 64 KiB are received in one piece.
+/// Receives a request of 64 KiB in one piece.
 const SCRATCH: usize = 128 << 10;
 
-// Tokens that no connection has: there are never that many of them.
+// Tokens that no connection has: there are never that many connections.
 const LISTENER: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
 
@@ -53,7 +54,7 @@ pub(crate) struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the handle and the thread share.
+/// Shared by the handle and the thread.
 struct Common {
     wake: OwnedFd,
     end: AtomicBool,
@@ -67,9 +68,8 @@ struct Lanes {
 }
 
 impl Common {
-    fn lanes(&self) -> std::sync::MutexGuard<'_, Lanes> {
-        // Each change is one call on a map: whole, whatever happened to the thread that made it.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock()
     }
 
     fn wake(&self) {
@@ -128,17 +128,17 @@ impl Server {
         Ok(Self { addr, common, thread: Some(thread) })
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub(crate) fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// From now on, who proves to have `key` may read on `lane`.
+    /// Admits `lane`: a peer that proves to have `key` may connect to it.
     pub(crate) fn admit(&self, lane: u64, key: Key) {
         self.common.lanes().keys.insert(lane, key);
     }
 
-    /// Closes the lane's connections, and lets nobody connect to it any more.
+    /// Closes the lane's connections, and refuses new ones.
     pub(crate) fn dismiss(&self, lane: u64) {
         let mut lanes = self.common.lanes();
         if lanes.keys.remove(&lane).is_some() {
@@ -154,7 +154,7 @@ impl Drop for Server {
         self.common.end.store(true, Ordering::Release);
         self.common.wake();
         if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, there is nothing left to end.
+            // Fails only if the thread panicked, and then it has ended too.
             let _ = thread.join();
         }
     }
@@ -171,9 +171,9 @@ struct Round {
     slots: Vec<Slot>,
     vacant: Vec<usize>,
     count: usize,
-    /// Connections by age that had no proof when they came in, with the time that they have.
+    /// Deadlines of connections for their proof, oldest first. Some may have proven themselves by now.
     proving: VecDeque<(Instant, u64)>,
-    /// When to accept again after there were no descriptors left.
+    /// When to accept again after a lack of descriptors.
     accept_again: Option<Instant>,
     proof_timeout: Duration,
     most_proving: usize,
@@ -182,7 +182,7 @@ struct Round {
 
 #[derive(Default)]
 struct Slot {
-    /// Changes with every connection, so that an event of the former one is not taken for the new one's.
+    /// Changes with every connection, so that a late event of the former connection does not reach the new one.
     generation: u32,
     connection: Option<Box<Connection>>,
 }
@@ -195,7 +195,7 @@ impl Round {
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => {
-                    // Not possible with a descriptor of our own; if it were, turning round at full speed is the worst answer.
+                    // Impossible with a valid epoll descriptor. If it happens, a spinning thread would be worse.
                     tracing::error!("the tcp server cannot wait for its sockets and ends: {e}");
                     return;
                 }
@@ -207,18 +207,18 @@ impl Round {
                     token => self.turn(token),
                 }
             }
-            self.look_at_the_clock();
+            self.expire();
         }
     }
 
     fn next_timeout(&self) -> Option<Timespec> {
         let next = self.proving.front().map(|p| p.0).into_iter().chain(self.accept_again).min()?;
         let left = next.saturating_duration_since(Instant::now());
-        // A millisecond more: to wake up just before the time would be to turn round until it has come.
+        // A millisecond more: a wake-up just before the time would spin until it has come.
         Timespec::try_from(left + Duration::from_millis(1)).ok()
     }
 
-    fn look_at_the_clock(&mut self) {
+    fn expire(&mut self) {
         if self.proving.is_empty() && self.accept_again.is_none() {
             return;
         }
@@ -241,7 +241,7 @@ impl Round {
         }
     }
 
-    /// The proof did not come in time: the peer is told, as far as it listens.
+    /// The proof did not come in time: tells the peer if it can, and closes.
     fn too_late(&mut self, token: u64) {
         if let Some(c) = find(&mut self.slots, token) {
             c.refuse(Verdict::TooLate);
@@ -255,10 +255,10 @@ impl Round {
             match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(fd) => self.begin(fd),
                 Err(Errno::AGAIN) => return,
-                // The peer was gone before it was accepted.
+                // The peer closed before the accept.
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(e) => {
-                    tracing::warn!("the tcp server cannot accept: {e}; raise the limit of open files if this goes on");
+                    tracing::warn!("the tcp server cannot accept: {e}; raise the limit of open files if it is reached");
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     let none = epoll::EventFlags::empty();
                     let _ = epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), none);
@@ -277,7 +277,7 @@ impl Round {
         if self.count >= self.limit {
             connection.refuse(Verdict::Full);
         } else if self.proving.len() >= self.most_proving {
-            // Those that have proven themselves are still in the queue.
+            // The queue still holds connections that have proven themselves.
             let slots = &mut self.slots;
             self.proving.retain(|&(_, token)| find(slots, token).is_some_and(|c| c.is_proving()));
             if self.proving.len() >= self.most_proving
@@ -307,7 +307,7 @@ impl Round {
         }
         self.turn(token);
         if !proving {
-            // It was told what there is to tell, as far as its socket took it.
+            // The refusal was sent, as far as the socket had room.
             self.close(token);
         }
     }
@@ -354,7 +354,7 @@ impl Round {
         if find(&mut self.slots, token).is_some()
             && let Some(slot) = self.slots.get_mut(index)
         {
-            // The socket's last descriptor goes, and with it its place in the epoll.
+            // Closing the socket's last descriptor removes it from the epoll.
             slot.connection = None;
             self.vacant.push(index);
             self.count -= 1;
@@ -362,7 +362,7 @@ impl Round {
     }
 }
 
-/// What an event carries of its connection.
+/// The token of a connection's events.
 fn token(index: usize, generation: u32) -> u64 {
     u64::from(generation) << 32 | index as u64
 }

@@ -1,4 +1,4 @@
-//! Peers that do what none should: to the data port, and as a producer.
+//! Peers that break the protocol, as a consumer and as a producer.
 
 use std::{
     io::{Read as _, Write as _},
@@ -30,7 +30,7 @@ fn connect_raw(rig: &Rig) -> TcpStream {
     s
 }
 
-/// Everything until the other side closes; an abrupt end is one too.
+/// Everything until the other side closes, also abruptly.
 fn rest(mut s: &TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
     match s.read_to_end(&mut all) {
@@ -75,7 +75,7 @@ fn noise_and_half_open_connections_do_no_harm() {
                     (seed >> 33) as u8
                 })
                 .collect();
-            // It may be closed before all of it is out.
+            // Fails if the other side has closed already.
             let _ = (&stream).write_all(&noise);
             rest(&stream);
         }
@@ -86,12 +86,12 @@ fn noise_and_half_open_connections_do_no_harm() {
         }
     }
     check(&rig.export.layout, &memory, &(0..16).map(|b| (b, b)).collect::<Vec<_>>(), 0);
-    // The oldest of too many silent ones had to go.
+    // The oldest of too many silent connections was closed.
     assert_eq!(rest(&silent[0]).len(), Challenge::LEN + Answer::LEN);
 }
 
 #[test]
-fn who_does_not_prove_itself_in_time_is_told_and_closed() {
+fn a_peer_without_a_proof_in_time_is_told_and_closed() {
     let rig = Rig::with(PoolLayout::uniform(1, 1, 64, 16), |export, incarnation| {
         Server::start_with(ANY, export, incarnation, &Limits::default(), Duration::from_millis(20), 8).unwrap()
     });
@@ -110,11 +110,11 @@ fn a_wrong_proof_is_refused_with_a_verdict() {
     assert_eq!(Answer::decode(&answer), Ok(Answer { verdict: Verdict::Refused, mac: [0; 32] }));
 }
 
-/// What a request over the wire, written by hand, is answered with.
+/// The reply to a hand-written request.
 fn ask(rig: &Rig, grant: Grant, entry: Entry) -> Reply {
     let mut s = proven(rig);
     let request = Request { count: 1, tag: 9, nonce: grant.nonce.get(), slot: grant.slot };
-    // In two parts, to see that the producer waits for the whole.
+    // In two parts, to see that the producer waits for the second.
     s.write_all(&request.encode()).unwrap();
     s.write_all(&entry.encode()).unwrap();
     let mut b = [0; Reply::LEN];
@@ -123,7 +123,7 @@ fn ask(rig: &Rig, grant: Grant, entry: Entry) -> Reply {
 }
 
 #[test]
-fn a_request_gets_offered_bytes_of_a_live_offer_and_nothing_else() {
+fn a_request_gets_bytes_of_a_live_offer_and_nothing_else() {
     let rig = Rig::new(PoolLayout::uniform(8, 1, BLOCK as u64, 16));
     let (grant, _) = rig.offer(2, &[Some(1), None, Some(3)]);
     let good = Entry { group: 0, region: 0, position: 0, blocks: 1, within: 0, piece: BLOCK as u64 };
@@ -163,14 +163,14 @@ fn impostor(
             return;
         }
         then(&mut s, b.first_chunk().and_then(|h| Request::decode(h).ok()));
-        // Not closed before the consumer does: its verdict must not hang on that.
+        // The consumer closes first: its verdict must not depend on our close.
         let _ = s.read_to_end(&mut Vec::new());
     });
     (addr, thread)
 }
 
 #[test]
-fn a_stranger_at_the_port_is_not_taken_for_the_producer() {
+fn a_stranger_at_the_port_does_not_pass_for_the_producer() {
     let here = Incarnation::random();
     let memory = Memory::alloc(&[4096]).unwrap();
     for (key, incarnation) in [([1; 32], here), (KEY, Incarnation::random())] {
@@ -188,20 +188,20 @@ fn reply(r: Option<Request>, total: usize) -> Vec<u8> {
     Reply { status: Status::Ok, tag: r.map_or(0, |r| r.tag), total: total as u64 }.encode().to_vec()
 }
 
-/// Not all of it may be taken any more.
+/// Sends the parts. Fails if the other side has closed already.
 fn say(s: &mut TcpStream, parts: &[&[u8]]) {
     let _ = s.write_all(&parts.concat());
 }
 
 #[test]
-fn a_producer_that_breaks_the_protocol_writes_nothing_but_what_was_asked_for() {
+fn a_producer_that_breaks_the_protocol_writes_only_requested_bytes() {
     let sayings: [(&str, bool, Say); 10] = [
         ("another tag", true, |s, r| {
             let tag = r.map_or(1, |r| r.tag + 1);
             say(s, &[&Reply { status: Status::Ok, tag, total: BLOCK as u64 }.encode(), &[0xab; BLOCK]]);
         }),
-        ("more than was asked for", true, |s, r| say(s, &[&reply(r, 2 * BLOCK), &[0xab; 2 * BLOCK]])),
-        ("less than was asked for", true, |s, r| say(s, &[&reply(r, BLOCK - 1), &[0xab; BLOCK - 1], &[0; 16]])),
+        ("more than was requested", true, |s, r| say(s, &[&reply(r, 2 * BLOCK), &[0xab; 2 * BLOCK]])),
+        ("less than was requested", true, |s, r| say(s, &[&reply(r, BLOCK - 1), &[0xab; BLOCK - 1], &[0; 16]])),
         ("a status out of range", true, |s, r| {
             let mut b = reply(r, 0);
             b[4] = 200;
@@ -212,7 +212,7 @@ fn a_producer_that_breaks_the_protocol_writes_nothing_but_what_was_asked_for() {
             say(s, &[&Reply { status: Status::Stale, tag, total: 5 }.encode(), &[0xab; 5]]);
         }),
         ("another protocol", true, |s, _| say(s, &[b"HTTP/1.1 400 Bad Request\r\n\r\n"])),
-        ("before it was asked", false, |s, _| say(s, &[&[0xab; 30]])),
+        ("data before any request", false, |s, _| say(s, &[&[0xab; 30]])),
         ("another tag in the trailer", true, |s, r| {
             say(s, &[&reply(r, BLOCK), &[0xab; BLOCK], &Trailer { tag: 99, word: r.map_or(0, |r| r.nonce) }.encode()]);
         }),
@@ -238,7 +238,10 @@ fn a_producer_that_breaks_the_protocol_writes_nothing_but_what_was_asked_for() {
         assert!(fences(&events, a).is_empty(), "{what}");
         let mut got = vec![0; 3 * BLOCK];
         memory.read_into(0, 0, &mut got).unwrap();
-        assert!(got[..BLOCK].iter().chain(&got[2 * BLOCK..]).all(|&b| b == 0), "{what}: outside of what was asked for");
+        assert!(
+            got[..BLOCK].iter().chain(&got[2 * BLOCK..]).all(|&b| b == 0),
+            "{what}: outside of the requested bytes"
+        );
         drop(lane);
         thread.join().unwrap();
     }

@@ -1,4 +1,4 @@
-//! Both ends in one process, over loopback; and hand-written peers that do what none should.
+//! Both ends in one process, over loopback; and hand-written peers that break the protocol.
 
 mod bad_peers;
 mod pulls;

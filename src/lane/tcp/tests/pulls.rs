@@ -43,7 +43,7 @@ fn uneven() -> PoolLayout {
     layout
 }
 
-/// A pool whose 48 MiB are more than socket buffers hold: a transfer that nobody takes stands still in the middle.
+/// A pool whose 48 MiB are more than socket buffers hold: a transfer without a receiver stops in the middle.
 fn large() -> PoolLayout {
     PoolLayout::uniform(48, 1, 1 << 20, 16)
 }
@@ -97,20 +97,23 @@ fn a_fence_comes_after_all_reads_of_its_chunk_however_it_was_posted() {
     let rig = Rig::new(large());
     let (grant, offer) = rig.offer(1, &all(48));
     let plan = rig.plan(&offer, &all(48), 48 << 20);
-    let (mut lane, _memory) = rig.lane(&TcpConfig { window: 1 << 30, connections: 2 });
+    let (mut lane, _memory) = rig.lane(&TcpConfig { window: 47 << 20, connections: 2 });
     let a = attempt();
     lane.begin(a, grant);
     let reads = all_reads(&plan, 0);
-    // The last read is small next to what is asked for before it: on a connection of its own it would overtake.
-    assert_eq!(lane.post(a, &reads[..47]), 47);
-    assert_eq!(lane.post(a, &reads[47..]), 1);
-    let events = drive(&mut lane, |_, events| !fences(events, a).is_empty());
+    // The last read is small next to the earlier ones: on a connection of its own it would overtake them.
+    let mut posted = lane.post(a, &reads);
+    assert_eq!(posted, 47, "the window cuts the chunk");
+    let events = drive(&mut lane, |lane, events| {
+        posted += lane.post(a, &reads[posted..]);
+        !fences(events, a).is_empty()
+    });
     assert_eq!(done(&events, a, 0), 48);
     assert_eq!(fences(&events, a), [(0, grant.nonce.get())]);
 }
 
 #[test]
-fn an_offer_revoked_in_the_middle_does_not_hold_and_is_refused_from_then_on() {
+fn an_offer_revoked_in_the_middle_fails_its_fence_and_is_refused_from_then_on() {
     let rig = Rig::new(large());
     let (grant, offer) = rig.offer(1, &all(48));
     let plan = rig.plan(&offer, &all(48), 48 << 20);
@@ -127,7 +130,7 @@ fn an_offer_revoked_in_the_middle_does_not_hold_and_is_refused_from_then_on() {
     assert_eq!(lane.post(b, &all_reads(&plan, 0)), 48);
     let events = drive(&mut lane, |_, events| !events.is_empty());
     assert_eq!(events, [LaneEvent::Failed { attempt: b, cause: Cause::Stale }]);
-    assert_eq!(lane.post(b, &all_reads(&plan, 0)), 0, "a failed attempt goes no further");
+    assert_eq!(lane.post(b, &all_reads(&plan, 0)), 0, "a failed attempt posts no more");
     lane.stop(b);
     assert_eq!(drive(&mut lane, |_, events| !events.is_empty()), [LaneEvent::Quiet { attempt: b }]);
 }
@@ -142,18 +145,20 @@ fn one_attempts_bad_request_leaves_the_others_alone() {
     lane.begin(bad, grant);
     let good = all_reads(&plan, 0);
     let past = Read { position: 8, ..good[0] };
-    // A good part, one past the offer, and a good one again: what comes behind the refusal is not reported.
+    let of = |chunk, reads: &[Read]| reads.iter().map(|r| Read { chunk, ..*r }).collect::<Vec<_>>();
+    // A good chunk, one past the offer, and a good one again: reads behind the refusal are not reported.
     assert_eq!(lane.post(bad, &good), good.len());
-    assert_eq!(lane.post(bad, &[past]), 1);
-    assert_eq!(lane.post(bad, &good), good.len());
+    assert_eq!(lane.post(bad, &of(1, &[past])), 1);
+    assert_eq!(lane.post(bad, &of(2, &good)), good.len());
     let mut events = pull(&mut lane, a, grant, &plan, 1 << 20);
     if fences(&events, a).is_empty() {
         events.extend(drive(&mut lane, |_, events| fences(events, a).len() == plan.chunks().len()));
     }
     let of_bad: Vec<_> = events.iter().filter(|e| matches!(e, LaneEvent::Failed { .. })).collect();
     assert_eq!(of_bad, [&LaneEvent::Failed { attempt: bad, cause: Cause::BadOffer }]);
-    assert_eq!(done(&events, bad, 0), good.len() as u32, "only what came before the refusal");
-    assert!(fences(&events, bad).is_empty());
+    assert_eq!(done(&events, bad, 0), good.len() as u32, "only reads before the refusal");
+    assert_eq!((done(&events, bad, 1), done(&events, bad, 2)), (0, 0));
+    assert_eq!(fences(&events, bad), [(0, grant.nonce.get())]);
     check(&rig.export.layout, &memory, &(0..8).map(|b| (b, b)).collect::<Vec<_>>(), 0);
 }
 
@@ -171,7 +176,7 @@ fn nothing_is_written_once_a_stopped_attempt_is_quiet() {
     let mut events = Vec::new();
     lane.poll(&mut events);
     assert_eq!(events[0], LaneEvent::Quiet { attempt: a }, "quiet at once");
-    // The engine uses the blocks for something else, while the rest of the chunk is still on its way.
+    // The engine reuses the blocks while the rest of the chunk is still in flight.
     let mark = vec![0xee; 24 << 20];
     memory.write_from(0, 0, &mark).unwrap();
     lane.begin(b, grant);
@@ -189,7 +194,7 @@ fn nothing_is_written_once_a_stopped_attempt_is_quiet() {
 }
 
 #[test]
-fn a_producer_that_goes_away_leaves_what_arrived() {
+fn blocks_that_arrived_before_the_producer_went_stay_loaded() {
     let rig = Rig::new(large());
     let (grant, offer) = rig.offer(1, &all(48));
     let plan = rig.plan(&offer, &all(48), 1 << 20);
@@ -243,7 +248,7 @@ fn a_killed_lane_is_quiet_and_down_at_once() {
     assert_eq!(lane.post(a, &all_reads(&plan, 0)), 48);
     drive(&mut lane, |_, events| done(events, a, 0) > 0);
     lane.kill();
-    assert!(lane.arm().is_err(), "there is something to tell");
+    assert!(lane.arm().is_err(), "there are events");
     let mut events = Vec::new();
     lane.poll(&mut events);
     let quiet = |attempt| LaneEvent::Quiet { attempt };
@@ -272,7 +277,7 @@ fn the_window_takes_a_prefix_and_always_one_read() {
 }
 
 #[test]
-fn only_who_has_the_key_of_this_very_process_gets_in() {
+fn only_a_peer_with_the_key_of_this_incarnation_may_connect() {
     let rig = Rig::new(uneven());
     let memory = Memory::alloc(&[4096]).unwrap();
     let config = TcpConfig::default();
@@ -292,7 +297,7 @@ fn only_who_has_the_key_of_this_very_process_gets_in() {
 }
 
 #[test]
-fn a_full_producer_says_so() {
+fn a_producer_at_its_limit_names_the_limit() {
     let rig = Rig::with(uneven(), |export, incarnation| {
         Server::start(ANY, export, incarnation, &Limits { lanes: 1, ..Limits::default() }).unwrap()
     });
@@ -303,7 +308,7 @@ fn a_full_producer_says_so() {
 }
 
 #[test]
-fn a_consumer_that_does_not_take_its_bytes_holds_up_nobody() {
+fn a_consumer_that_does_not_receive_delays_no_other() {
     let rig = Rig::new(large());
     let (grant, offer) = rig.offer(1, &all(48));
     let plan = rig.plan(&offer, &all(48), 48 << 20);

@@ -126,7 +126,7 @@ pub(super) fn attempt() -> Attempt {
     Attempt(NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Polls the lane, and sleeps in between as its owner does, until `until` is content with all events so far.
+/// Polls the lane, and sleeps in between as its owner does, until `until` returns true for all events so far.
 pub(super) fn drive(lane: &mut TcpLane, mut until: impl FnMut(&mut TcpLane, &[LaneEvent]) -> bool) -> Vec<LaneEvent> {
     let end = Instant::now() + LIMIT;
     let mut events = Vec::new();
@@ -189,7 +189,7 @@ pub(super) fn done(events: &[LaneEvent], a: Attempt, c: u32) -> u32 {
     events.iter().map(done).sum()
 }
 
-/// Checks every byte of the local memory: those of the wanted blocks are the source's, all others are as they were.
+/// Checks every byte of the local memory: wanted blocks hold the source's bytes, all others are unchanged.
 pub(super) fn check(layout: &PoolLayout, memory: &Memory, pairs: &[(u32, u32)], before: u8) {
     let mut want: Vec<Vec<u8>> = layout.segments.iter().map(|&len| vec![before; len as usize]).collect();
     for r in &layout.groups[0].regions {

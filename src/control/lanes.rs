@@ -1,11 +1,11 @@
-//! Getting a lane: ask the producer for a ticket, and have it connected, for one kind after the other until one works.
+//! Setting up a lane to a peer: request a ticket from the producer and connect with it, kind by kind, until one works.
 
 use std::{
     any::Any,
     collections::HashSet,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,89 +15,82 @@ use kvferry_proto::{
     hello::{Hello, Welcome},
     lane::LaneKind,
     puller::{Addr, LaneWish, Need},
+    retry::Backoff,
 };
+use parking_lot::Mutex;
 use tonic::Code;
 
 use super::{
-    dial::{Line, said},
+    dial::{Connection, random, said},
     events::Connected,
-    guard::lock,
     proto,
 };
 use crate::lane::{LaneError, WakingLane, ticket::LaneTicket, verbs::VerbsRequest};
 
-/// A lane that is being connected.
+/// The connecting of a lane.
 pub(crate) type Connecting<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn WakingLane>, LaneError>> + Send + 'a>>;
 
-/// What was made for a lane before its ticket was asked for.
+/// The preparation for a lane, made before its ticket is requested.
 #[derive(Default)]
 pub(crate) struct Prepared {
-    /// For a verbs lane: the ends to send along.
+    /// For a verbs lane: the ends to send with the request.
     pub verbs: Option<VerbsRequest>,
-    /// The connector's own.
+    /// The connector's own state.
     pub state: Option<Box<dyn Any + Send>>,
 }
 
-/// A lane's ends that are being made.
+/// The preparing of a lane.
 pub(crate) type Preparing<'a> = Pin<Box<dyn Future<Output = Result<Prepared, LaneError>> + Send + 'a>>;
 
-/// Connects the lane that a ticket is for.
+/// Connects lanes.
 pub(crate) trait LaneConnector: Send + Sync + 'static {
-    /// Makes what must be there before a ticket is asked for. Most kinds need nothing.
+    /// Prepares a lane before its ticket is requested. Most kinds need no preparation.
     fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
         let _ = (kind, peer);
         Box::pin(async { Ok(Prepared::default()) })
     }
 
-    /// As `connect`, with what `prepare` made.
-    fn connect_prepared(
+    /// Connects the lane of a ticket. `peer` is the address that the control plane's connection reached.
+    fn connect(
         &self,
         ticket: LaneTicket,
         prepared: Prepared,
         welcome: Arc<Welcome>,
         peer: SocketAddr,
-    ) -> Connecting<'_> {
-        let _ = prepared;
-        self.connect(ticket, welcome, peer)
-    }
-
-    /// `peer` is where the control plane's connection leads: the host that answered.
-    fn connect(&self, ticket: LaneTicket, welcome: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_>;
+    ) -> Connecting<'_>;
 }
 
-/// Which kinds were skipped at which incarnation: said once for each.
+/// The kinds that were skipped, by incarnation: each is logged once.
 #[derive(Clone, Default)]
 pub(crate) struct Skipped(Arc<Mutex<HashSet<(Incarnation, LaneKind)>>>);
 
 impl Skipped {
     fn first(&self, incarnation: Incarnation, kind: LaneKind) -> bool {
-        let mut said = lock(&self.0);
-        // What was said of earlier incarnations is of no more use.
+        let mut said = self.0.lock();
         said.retain(|(i, _)| *i == incarnation);
         said.insert((incarnation, kind))
     }
 }
 
-/// How long a lane that is not ready yet is waited for where there is another kind: a small pool is registered by then, and
-/// for a large one the other kind does until a better lane is looked for.
+/// How long to wait for a lane that is not ready yet if another kind is possible. A small pool is registered by then; for a
+/// large one the pull starts on the other kind, until the search for a better lane finds this one.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// Before the first look whether it is; then twice as long, up to `LOOK_MAX`: each makes queue pairs at both ends.
-const LOOK: Duration = Duration::from_millis(20);
-const LOOK_MAX: Duration = Duration::from_millis(320);
+/// Shortest and longest wait between two requests for such a lane. Each request creates queue pairs at both ends.
+const RETRY_WAIT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(320));
 
-/// Why a lane was not connected.
+/// A lane that was not connected.
 struct Failure {
     why: String,
     cause: Cause,
-    /// It may be had soon.
+    /// The peer expects it to be ready soon.
     not_yet: bool,
 }
 
-/// One lane that is wanted of a peer.
+/// A request for one lane to a peer.
 pub(crate) struct LaneCall {
     pub(crate) peer: Addr,
     pub(crate) me: Arc<Hello>,
-    pub(crate) line: Line,
+    pub(crate) connection: Connection,
     pub(crate) welcome: Arc<Welcome>,
     pub(crate) connector: Arc<dyn LaneConnector>,
     /// For each kind.
@@ -130,23 +123,23 @@ impl LaneCall {
                 }
             }
         }
-        // What was said before is not said again: a pull tries until its deadline.
+        // Logged once per incarnation and kind: a pull tries until its deadline.
         if need == Need::Now && !reasons.is_empty() {
             tracing::warn!(peer = %self.peer, %incarnation, why = reasons.join("; "), "no lane to this peer");
         }
         Connected { incarnation, need, lane: Err(cause) }
     }
 
-    /// What is not ready yet is waited for: for a while if there is another kind, as long as it may take if there is none.
+    /// Connects a lane of this kind. If it is not ready yet, waits: up to `PATIENCE`, or up to the timeout if no other kind
+    /// is left.
     async fn connect_patiently(&self, kind: LaneKind, last: bool) -> Result<Box<dyn WakingLane>, (String, Cause)> {
         let until = Instant::now() + if last { self.timeout } else { PATIENCE.min(self.timeout) };
-        let mut look = LOOK;
+        let mut backoff = Backoff::new(RETRY_WAIT.0, RETRY_WAIT.1);
         loop {
             match tokio::time::timeout(self.timeout, self.connect(kind)).await {
                 Ok(Ok(lane)) => return Ok(lane),
                 Ok(Err(Failure { not_yet: true, .. })) if Instant::now() < until => {
-                    tokio::time::sleep(look).await;
-                    look = (look * 2).min(LOOK_MAX);
+                    tokio::time::sleep(backoff.next(random())).await;
                 }
                 Ok(Err(f)) => return Err((f.why, f.cause)),
                 Err(_) => return Err((format!("not connected within {:?}", self.timeout), Cause::Unreachable)),
@@ -174,7 +167,7 @@ impl LaneCall {
             Failure { why: e.to_string(), cause, not_yet: matches!(e, LaneError::NotYet { .. }) }
         };
         let broken = |why| Failure { why, cause: Cause::LaneFailed, not_yet: false };
-        let mut prepared = self.connector.prepare(kind, self.line.to).await.map_err(failed)?;
+        let mut prepared = self.connector.prepare(kind, self.connection.to).await.map_err(failed)?;
         let ends = prepared.verbs.take().into_iter().flat_map(|r| r.rails);
         let request = proto::LaneRequest {
             from: Some((&self.me.peer).into()),
@@ -182,20 +175,20 @@ impl LaneCall {
             kind: proto::LaneKind::from(kind).into(),
             verbs: ends.map(Into::into).collect(),
         };
-        let reply = self.line.ferry().connect_lane(request).await.map_err(|s| {
+        let reply = self.connection.ferry().connect_lane(request).await.map_err(|s| {
             let cause = match s.code() {
-                // Not there any more, or another one by now: the session tells which.
+                // The peer is gone or has restarted; the session finds out which.
                 Code::Unavailable | Code::FailedPrecondition | Code::Cancelled | Code::Unknown => Cause::Unreachable,
                 Code::Aborted => Cause::Unreachable,
                 _ => Cause::LaneFailed,
             };
             Failure { why: said(&s), cause, not_yet: s.code() == Code::Aborted }
         })?;
-        let ticket =
-            LaneTicket::try_from(reply.into_inner()).map_err(|e| broken(format!("rubbish from the peer: {e}")))?;
+        let ticket = LaneTicket::try_from(reply.into_inner())
+            .map_err(|e| broken(format!("malformed message from the peer: {e}")))?;
         if ticket.kind() != kind {
             return Err(broken(format!("the peer answered with a {} lane", ticket.kind())));
         }
-        self.connector.connect_prepared(ticket, prepared, self.welcome.clone(), self.line.to).await.map_err(failed)
+        self.connector.connect(ticket, prepared, self.welcome.clone(), self.connection.to).await.map_err(failed)
     }
 }

@@ -1,32 +1,33 @@
-//! What to break on a lane, as text such as `down@64M`.
+//! Faults to inject into lanes, as text such as `down@64M`.
 
 use std::{fmt, str::FromStr};
 
-/// What to break. Parsed from text such as `down@64M`, `throttle=200M`, `silent@10M,noquiet`.
+/// Faults to inject into lanes. Parsed from text such as `down@64M`, `throttle=200M`, `silent@10M,noquiet`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Faults {
     /// Bytes a second, at most.
     pub throttle: Option<u64>,
-    /// The lane goes down once this many bytes were accepted.
+    /// The lane goes down after accepting this many bytes.
     pub down_at: Option<u64>,
-    /// Completions stop once this many bytes were accepted: what was in flight neither fails nor finishes.
+    /// Completions stop after accepting this many bytes: reads in flight neither fail nor finish.
     pub silent_at: Option<u64>,
-    /// Fences read a word of nobody once this many bytes were accepted.
+    /// Fences read a wrong word after accepting this many bytes.
     pub stale_at: Option<u64>,
-    /// A stopped attempt does not become quiet before the lane is killed.
+    /// A stopped attempt becomes quiet only when the lane is killed.
     pub no_quiet: bool,
-    /// Killing the lane does not help: it wedges.
+    /// Even a killed lane does not become quiet: it wedges.
     pub wedge: bool,
-    /// The data thread panics once this many bytes were accepted, as a bug of ours would make it.
+    /// The data thread panics after accepting this many bytes, as a bug would make it.
     pub panic_at: Option<u64>,
-    /// Break lanes for this many connections, then no more; `None`: all.
+    /// Number of lanes that get faults, counted from the first; `None`: every lane.
     pub lanes: Option<u32>,
 }
 
-/// A fault that is not known.
+/// An unknown fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, panic@BYTES, noquiet, wedge, lanes=N"
+    "{0:?} is not a fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, panic@BYTES, noquiet, wedge, lanes=N"
 )]
 pub struct BadFault(String);
 
@@ -55,7 +56,7 @@ impl FromStr for Faults {
     }
 }
 
-/// `64M` and the like.
+/// Parses `64M` and the like.
 fn bytes(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {

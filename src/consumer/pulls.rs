@@ -1,0 +1,189 @@
+//! The pulls of one consumer: which ones run, which local blocks they hold, and which ones have ended.
+//!
+//! Written by the engine's threads when a pull starts, and by the data thread when it ends.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use kvferry_proto::{
+    error::{Cause, PullError},
+    group::PoolLayout,
+    plan::LocalBlocks,
+    puller::{Ended, Progress, PullId},
+    quarantine::Quarantine,
+};
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+
+use crate::{config::OnWedge, control::health, driver::thread::Reports, metrics::ConsumerMetrics};
+
+pub(super) struct Pulls {
+    quarantine: Mutex<Quarantine>,
+    state: Mutex<State>,
+    ended: Condvar,
+    running: AtomicUsize,
+    wedged: AtomicUsize,
+    pub(super) metrics: ConsumerMetrics,
+    on_wedge: OnWedge,
+}
+
+#[derive(Default)]
+struct State {
+    /// Ended pulls that the engine has not polled.
+    ended: VecDeque<Ended>,
+    /// Receivers of asynchronous pulls.
+    waiters: HashMap<PullId, oneshot::Sender<Ended>>,
+    /// Running pulls.
+    progress: HashMap<PullId, Arc<Progress>>,
+    /// The data thread panicked: a running pull will never end.
+    died: bool,
+}
+
+impl Pulls {
+    pub(super) fn new(layout: &PoolLayout, on_wedge: OnWedge) -> Self {
+        Self {
+            quarantine: Mutex::new(Quarantine::new(layout)),
+            state: Mutex::default(),
+            ended: Condvar::new(),
+            running: AtomicUsize::new(0),
+            wedged: AtomicUsize::new(0),
+            metrics: ConsumerMetrics::default(),
+            on_wedge,
+        }
+    }
+
+    /// Enters a pull, which holds its local blocks from now on. At most `limit` pulls run at a time.
+    pub(super) fn begin(
+        &self,
+        id: PullId,
+        blocks: &[LocalBlocks],
+        limit: usize,
+        waiter: Option<oneshot::Sender<Ended>>,
+    ) -> Result<Arc<Progress>, PullError> {
+        let wanted = || blocks.iter().flat_map(LocalBlocks::wanted_blocks);
+        let failed = |error| {
+            self.running.fetch_sub(1, Ordering::AcqRel);
+            Err(error)
+        };
+        if self.running.fetch_add(1, Ordering::AcqRel) >= limit {
+            return failed(PullError::TooManyPulls { limit });
+        }
+        if let Err(busy) = self.quarantine.lock().take(id.0, wanted()) {
+            return failed(busy);
+        }
+        let progress = Arc::new(Progress::default());
+        let mut state = self.state.lock();
+        if state.died {
+            drop(state);
+            self.quarantine.lock().give_back(id.0, wanted());
+            return failed(PullError::Died);
+        }
+        state.progress.insert(id, progress.clone());
+        state.waiters.extend(waiter.map(|tx| (id, tx)));
+        drop(state);
+        self.metrics.running.inc();
+        Ok(progress)
+    }
+
+    /// The next ended pull.
+    pub(super) fn poll(&self) -> Option<Ended> {
+        self.state.lock().ended.pop_front()
+    }
+
+    /// Waits for the next ended pull.
+    pub(super) fn wait(&self, timeout: Duration) -> Option<Ended> {
+        let mut state = self.state.lock();
+        self.ended.wait_while_for(&mut state, |s| s.ended.is_empty(), timeout);
+        state.ended.pop_front()
+    }
+
+    pub(super) fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
+        self.state.lock().progress.get(&pull).map(|p| p.get())
+    }
+
+    pub(super) fn running(&self) -> usize {
+        self.running.load(Ordering::Acquire)
+    }
+
+    pub(super) fn blocks_held(&self) -> usize {
+        self.quarantine.lock().len()
+    }
+
+    pub(super) fn wedged(&self) -> usize {
+        self.wedged.load(Ordering::Acquire)
+    }
+
+    /// Whether the data thread has panicked.
+    pub(super) fn died(&self) -> bool {
+        self.state.lock().died
+    }
+
+    fn after_wedge(&self) {
+        if self.on_wedge == OnWedge::Exit {
+            tracing::error!("on_wedge = exit");
+            std::process::exit(70);
+        }
+    }
+}
+
+impl Reports for Pulls {
+    fn ended(&self, ended: Ended) {
+        let blocks = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied();
+        self.quarantine.lock().give_back(ended.pull.0, blocks);
+        self.running.fetch_sub(1, Ordering::AcqRel);
+        self.metrics.running.dec();
+        self.metrics.ended(&ended.outcome);
+        if !ended.outcome.complete() {
+            tracing::warn!(
+                request = %ended.offer.request, peer = %ended.offer.engine, incarnation = %ended.offer.incarnation,
+                loaded = ended.outcome.loaded(), invalid = ended.outcome.invalid(),
+                cause = ended.outcome.cause().map_or("none", Cause::as_str), "pull ended with invalid blocks"
+            );
+        }
+        let mut state = self.state.lock();
+        state.progress.remove(&ended.pull);
+        let unclaimed = match state.waiters.remove(&ended.pull) {
+            Some(tx) => tx.send(ended).err(),
+            None => Some(ended),
+        };
+        if let Some(ended) = unclaimed {
+            state.ended.push_back(ended);
+            self.ended.notify_one();
+        }
+    }
+
+    fn wedged(&self, pull: PullId) {
+        self.wedged.fetch_add(1, Ordering::AcqRel);
+        self.metrics.wedged.inc();
+        health::turn_bad();
+        tracing::error!(
+            pull = pull.0,
+            "a pull's blocks are withheld: its lane wedged; restart this process to get them back"
+        );
+        self.after_wedge();
+    }
+
+    fn died(&self) {
+        let mut state = self.state.lock();
+        state.died = true;
+        let pulls = state.progress.len();
+        self.wedged.store(pulls, Ordering::Release);
+        self.metrics.wedged.set(pulls as i64);
+        health::turn_bad();
+        // Last, so that a receiver that sees its sender dropped also sees the count above.
+        state.waiters.clear();
+        drop(state);
+        tracing::error!(
+            pulls,
+            "the data thread panicked: the blocks of its pulls are withheld, and no new pull is accepted; \
+             restart this process"
+        );
+        self.after_wedge();
+    }
+}

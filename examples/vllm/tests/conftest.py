@@ -21,7 +21,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="also run the long tests: minutes of kills, all shapes of ranks")
+    parser.addoption("--soak", action="store_true", help="also run the long test: minutes of kills")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -98,9 +98,8 @@ def starter(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
         spec.update({k: more.pop(k) for k in ("llm", "cache") if k in more})
         if role:
             spec["transfer"] = more.pop("transfer", None) or transfer(role, **more)
-        ranks = spec.get("llm", {}).get("tensor_parallel_size", 1)
         label = f"{len(list(log_dir.iterdir())):02d}-{name}"
-        engine = Engine(label, spec, log_dir, nursery if ranks == 1 else None)
+        engine = Engine(label, spec, log_dir, nursery)
         started.append(engine)
         return engine
 
@@ -147,6 +146,13 @@ class Fleet:
         """The answer of an engine without a connector."""
         self._seed += 1
         return self.mono.generate(f"mono-{self._seed}", tokens, max_tokens=max_tokens)["tokens"]
+
+    def alone_at_once(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The answers of an engine without a connector, in one batch."""
+        self._seed += 1
+        for i, tokens in enumerate(prompts):
+            self.mono.add(f"mono-{self._seed}-{i}", tokens)
+        return [self.mono.wait("done", f"mono-{self._seed}-{i}")["tokens"] for i in range(len(prompts))]
 
     def settled(self) -> None:
         """Waits until both engines are idle, and checks that all their blocks are free."""

@@ -28,7 +28,7 @@ class Nursery:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine.py"), "--nursery"], stdin=theirs, stdout=out, stderr=out
+                [sys.executable, str(HERE / "engine.py")], stdin=theirs, stdout=out, stderr=out
             )
         theirs.close()
         self._socket.settimeout(LIMIT)
@@ -50,25 +50,18 @@ class Nursery:
 class Engine:
     """One engine process."""
 
-    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, nursery: Nursery | None = None) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, nursery: Nursery) -> None:
         self.name = name
         self.log = log_dir / f"{name}.log"
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._kept: list[dict[str, Any]] = []
         self._ready = False
         commands, self._stdin = os.pipe()
-        stdout, answers = os.pipe()
+        stdout, events = os.pipe()
         with self.log.open("wb") as log:
-            fds = [commands, answers, log.fileno()]
-            if nursery is not None:
-                self._pid = nursery.engine(spec, fds)
-            else:
-                # Ranks that are processes of their own start better from a fresh one.
-                argv = [sys.executable, str(HERE / "engine.py"), json.dumps(spec)]
-                child = subprocess.Popen(argv, stdin=commands, stdout=answers, stderr=log, start_new_session=True)
-                self._pid = child.pid
+            self._pid = nursery.engine(spec, [commands, events, log.fileno()])
         os.close(commands)
-        os.close(answers)
+        os.close(events)
         self._ended = threading.Event()
         threading.Thread(target=self._read, args=(stdout,), daemon=True).start()
 
@@ -164,11 +157,8 @@ class Engine:
 
     def _signal(self) -> None:
         try:
-            if os.getpgid(self._pid) == self._pid:
-                # Ranks that are processes of their own get the signal too.
-                os.killpg(self._pid, signal.SIGKILL)
-            else:
-                os.kill(self._pid, signal.SIGKILL)
+            # The ranks of an engine are in its process group.
+            os.killpg(self._pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
 

@@ -1,19 +1,17 @@
-"""One vLLM engine in this process. Commands are lines of JSON on standard input, events are lines of JSON on the original
-standard output.
+"""The nursery: imports vLLM, which is most of an engine's start, and then forks one process per engine. A test run has one
+nursery, and an engine starts within two seconds instead of ten.
 
-The loop is a server's: it steps while the engine has work, and reads commands between steps.
-
-`engine.py SPEC` is one engine. `engine.py --nursery` imports vLLM, which is most of an engine's start, and then forks one
-process per engine. A test run has one nursery.
+An engine reads commands as lines of JSON from standard input, and writes events as lines of JSON to standard output. Its loop
+is a server's: it steps while the engine has work, and reads commands between steps.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import select
 import signal
 import socket
-import sys
 import time
 import traceback
 from typing import Any
@@ -32,7 +30,7 @@ for name, value in SETTINGS.items():
 
 # vLLM's ranks wait for work in a loop of sched_yield. Some kernels move a yielding thread ahead in virtual time (Linux 6.18
 # and 6.12.63: commit 79104becf42b; fixed by 1319ea57529e). There, two such threads on two processors keep everything else on
-# the host from running for 15 s and more. Spawned ranks run this file again, so the replacement holds for them too.
+# the host from running for 15 s and more. Ranks are forked from this process, so the replacement holds for them too.
 os.sched_yield = lambda: time.sleep(0.0005)
 
 events: Any = None
@@ -193,8 +191,15 @@ def nursery() -> None:
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker
     from vllm import LLM  # noqa: F401
+    from vllm.model_executor.models import registry
+    from vllm.v1.executor import multiproc_executor
 
     import kvferry.vllm  # noqa: F401
+
+    # Two steps of an engine's start import vLLM in yet another process, 10 s of processor time each. vLLM inspects the class
+    # of a model in a subprocess, which keeps CUDA out of the engine; and it spawns the ranks of an engine for CPU.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
     requests = socket.socket(fileno=0)
     requests.sendall(b"ready")
@@ -207,6 +212,8 @@ def nursery() -> None:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # A process group of its own: a kill reaches all ranks of the engine.
+            os.setsid()
             for to, fd in enumerate(fds):
                 os.dup2(fd, to)
                 os.close(fd)
@@ -222,7 +229,4 @@ def nursery() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--nursery":
-        nursery()
-    else:
-        live(json.loads(sys.argv[1]))
+    nursery()

@@ -5,20 +5,15 @@ from typing import Any
 
 import pytest
 from conftest import Fleet, Start, prompt, transfer
-from driver import LIMIT, Engine
-
-
-def pair(start: Start, model: str, label: str, p: dict[str, Any], d: dict[str, Any], **extra: Any) -> list[Engine]:
-    engines = [
-        start(f"{label}-prefill", model, "kv_producer", llm=p, **extra),
-        start(f"{label}-decode", model, "kv_consumer", llm=d, **extra),
-        start(f"{label}-mono", model),
-    ]
-    return [e.ready() for e in engines]
+from driver import LIMIT
 
 
 def test_several_cache_groups_load_completely_or_not_at_all(start: Start, tiny_window: str) -> None:
-    p, d, mono = pair(start, tiny_window, "window", {}, {})
+    p = start("window-prefill", tiny_window, "kv_producer")
+    d = start("window-decode", tiny_window, "kv_consumer")
+    mono = start("window-mono", tiny_window)
+    for e in (p, d, mono):
+        e.ready()
     assert d.python("len(self.scheduler.kv_cache_config.kv_cache_groups)") == 2
     free = p.state()["free"], d.state()["free"]
     for length in (40, 128, 700):
@@ -60,30 +55,33 @@ def test_several_cache_groups_load_completely_or_not_at_all(start: Start, tiny_w
     assert (p.settled()["free"], d.settled()["free"]) == free
 
 
-# Engines with several ranks are slow to start: one shape in CI, the others with --soak.
-@pytest.mark.parametrize(
-    ("prefill", "decode"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.soak), pytest.param(1, 2, marks=pytest.mark.soak)]
-)
-def test_tensor_parallel_ranks_pull_their_heads(start: Start, tiny: str, prefill: int, decode: int) -> None:
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (2, 1), (1, 2)])
+def test_tensor_parallel_ranks_pull_their_heads(
+    start: Start, tiny: str, tiny_fleet: Fleet, prefill: int, decode: int
+) -> None:
+    f = tiny_fleet
     # Many processes on few cores: this test checks no promise in seconds.
     slow = {"deadline": LIMIT, "unclaimed_lease": LIMIT, "early_grace": 5}
-    p, d, mono = pair(
-        start, tiny, f"tp{prefill}{decode}", {"tensor_parallel_size": prefill}, {"tensor_parallel_size": decode}, **slow
-    )
+    label = f"tp{prefill}{decode}"
+    p = start(f"{label}-prefill", tiny, "kv_producer", llm={"tensor_parallel_size": prefill}, **slow)
+    d = start(f"{label}-decode", tiny, "kv_consumer", llm={"tensor_parallel_size": decode}, **slow)
+    for e in (p, d):
+        e.ready()
     free = p.state()["free"], d.state()["free"]
     for length in (33, 700):
-        tokens = prompt(length, length)
+        tokens = f.prompt(length)
         params = p.prefill(f"good-{length}", tokens)
         assert len(params["kvferry"]["offer"]["ranks"]) == prefill
         done = d.generate(f"good-{length}", tokens, params=params)
         # Sums over ranks have another order than in one engine, so only the first tokens must be equal.
-        assert done["tokens"][:4] == mono.generate(f"good-{length}", tokens)["tokens"][:4]
+        assert done["tokens"][:4] == f.alone(tokens)[:4]
         assert done["computed"] == 1
-    tokens = prompt(5, 700)
+    tokens = f.prompt(700)
+    alone = f.alone(tokens)
     params = p.prefill("lost", tokens)
     params["kvferry"]["offer"]["groups"][0]["blocks"][7] = None
     done = d.generate("lost", tokens, params=params)
-    assert done["tokens"][:4] == mono.generate("lost", tokens)["tokens"][:4]
+    assert done["tokens"][:4] == alone[:4]
     assert done["computed"] == 700 - 7 * 32
     # An aborted load is reported by each rank, once.
     params = p.prefill("abort", tokens)
@@ -94,12 +92,14 @@ def test_tensor_parallel_ranks_pull_their_heads(start: Start, tiny: str, prefill
     params["kvferry"]["offer"]["ranks"][-1]["incarnation"] = "00000000000000ab"
     params["kvferry"]["offer"]["id"] = f"{9:032x}"
     done = d.generate("half", tokens, params=params, salt="half")
-    assert done["tokens"][:4] == mono.generate("lost", tokens)["tokens"][:4]
+    assert done["tokens"][:4] == alone[:4]
     assert done["computed"] == 700
     assert (p.settled()["free"], d.settled()["free"]) == free
 
 
-def test_under_a_multi_connector(start: Start, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_under_a_multi_connector(
+    start: Start, tiny: str, tiny_fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     def multi(role: str) -> dict[str, Any]:
         ours = {k: v for k, v in transfer(role).items() if k != "kv_load_failure_policy"}
         other = {
@@ -114,22 +114,22 @@ def test_under_a_multi_connector(start: Start, tiny: str, tmp_path_factory: pyte
             "kv_connector_extra_config": {"connectors": [ours, other]},
         }
 
+    f = tiny_fleet
     one_group = {"disable_hybrid_kv_cache_manager": True}
     p = start("multi-prefill", tiny, "kv_producer", transfer=multi("kv_producer"), llm=one_group)
     d = start("multi-decode", tiny, "kv_consumer", transfer=multi("kv_consumer"), llm=one_group)
-    mono = start("multi-mono", tiny)
-    for e in (p, d, mono):
+    for e in (p, d):
         e.ready()
     free = p.state()["free"], d.state()["free"]
-    tokens = prompt(1, 300)
+    tokens = f.prompt(300)
     done = d.generate("good", tokens, params=p.prefill("good", tokens))
-    assert done["tokens"] == mono.generate("good", tokens)["tokens"]
+    assert done["tokens"] == f.alone(tokens)
     assert done["computed"] == 1
-    tokens = prompt(2, 300)
+    tokens = f.prompt(300)
     params = p.prefill("lost", tokens)
     params["kvferry"]["offer"]["groups"][0]["blocks"][4] = None
     done = d.generate("lost", tokens, params=params)
-    assert done["tokens"] == mono.generate("lost", tokens)["tokens"]
+    assert done["tokens"] == f.alone(tokens)
     assert done["computed"] == 300 - 4 * 32
     assert (p.settled()["free"], d.settled()["free"]) == free
 

@@ -104,7 +104,6 @@ def test_32_requests_at_once(fleet: Fleet) -> None:
     for i, t in enumerate(prompts):
         fleet.d.add(f"many-{i}", t, params=fleet.p.wait("done", f"many-{i}")["params"])
     done = [fleet.d.wait("done", f"many-{i}") for i in range(32)]
-    for t, d in zip(prompts, done, strict=True):
-        assert d["tokens"] == fleet.alone(t)
-        assert d["computed"] == 1
+    assert [d["tokens"] for d in done] == fleet.alone_at_once(prompts)
+    assert [d["computed"] for d in done] == [1] * 32
     fleet.settled()

@@ -103,7 +103,11 @@ fn group((id, kind, block_tokens, blocks, regions): PyGroup) -> PyResult<Group> 
         "full" => GroupKind::Full,
         "sliding_window" => GroupKind::SlidingWindow,
         "state" => GroupKind::State,
-        other => return Err(PyValueError::new_err(format!("unknown group kind {other:?}: use full, sliding_window or state"))),
+        other => {
+            return Err(PyValueError::new_err(format!(
+                "unknown group kind {other:?}: use full, sliding_window or state"
+            )));
+        }
     };
     let region = |(name, segment, offset, block_bytes, stride): PyRegion| Region {
         name: name.into(),

@@ -63,7 +63,9 @@ impl Settings {
         config.pull.on_wedge = match on_wedge {
             None | Some("withhold") => OnWedge::Withhold,
             Some("exit") => OnWedge::Exit,
-            Some(other) => return Err(PyValueError::new_err(format!("unknown on_wedge {other:?}: use withhold or exit"))),
+            Some(other) => {
+                return Err(PyValueError::new_err(format!("unknown on_wedge {other:?}: use withhold or exit")));
+            }
         };
         if let Some(fault) = fault {
             config.pull.faults = Some(fault.parse().map_err(value_error)?);

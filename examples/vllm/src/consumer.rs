@@ -17,12 +17,12 @@ pub struct Consumer {
     inner: Handle<Inner>,
 }
 
-/// `(group, first position, local block ids by position)`; `None` where nothing is wanted.
+/// `(group, first position, local block ids by position)`. A position with `None` is not pulled.
 type PyBlocks = (u16, u32, Vec<Option<u32>>);
 
 #[pymethods]
 impl Consumer {
-    /// Starts it. Nothing is dialled yet.
+    /// Builds a consumer. It connects to a producer with the first pull from it.
     #[new]
     fn new(py: Python<'_>, identity: &Identity, pool: &Pool, settings: &Settings) -> PyResult<Self> {
         let builder = Inner::builder(identity.engine.clone(), identity.model.clone(), pool.layout.clone())
@@ -33,7 +33,7 @@ impl Consumer {
         Ok(Self { inner: Handle::new("consumer", inner) })
     }
 
-    /// Starts a pull of an offer, JSON, and returns its number. The local blocks are the pull's until `poll` hands it out.
+    /// Starts a pull of an offer (JSON) and returns its number. The pull owns the local blocks until `poll` returns it.
     fn pull(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>) -> PyResult<u64> {
         let inner = self.inner.get()?;
         py.detach(|| {
@@ -47,13 +47,13 @@ impl Consumer {
         })
     }
 
-    /// Gives a pull up. Its end is reported as always, once memory is quiet.
+    /// Cancels a pull. `poll` still returns it, once nothing writes its local blocks any more.
     fn cancel(&self, pull: u64) -> PyResult<()> {
         self.inner.get()?.cancel(PullId(pull));
         Ok(())
     }
 
-    /// Lets go of an offer, JSON, that is not pulled.
+    /// Releases an offer (JSON) without a pull.
     fn release(&self, py: Python<'_>, json: &str) -> PyResult<()> {
         let inner = self.inner.get()?;
         py.detach(|| {
@@ -62,33 +62,33 @@ impl Consumer {
         })
     }
 
-    /// The pulls that have ended since the last call.
+    /// Returns the pulls that have ended since the last call.
     fn poll(&self, py: Python<'_>) -> PyResult<Vec<Ended>> {
         let inner = self.inner.get()?;
         Ok(py.detach(|| std::iter::from_fn(|| inner.poll()).map(Ended::from).collect()))
     }
 
-    /// Pulls that have not ended.
+    /// Number of running pulls.
     fn pulls(&self) -> PyResult<usize> {
         Ok(self.inner.get()?.pulls())
     }
 
-    /// Pulls whose blocks are withheld until this process restarts.
+    /// Number of pulls whose blocks are withheld until this process restarts.
     fn wedged(&self) -> PyResult<usize> {
         Ok(self.inner.get()?.wedged())
     }
 
-    /// Peers whose sessions are up.
+    /// Number of peers with an open session.
     fn peers(&self) -> PyResult<usize> {
         Ok(self.inner.get()?.peers())
     }
 
-    /// How far a pull is: `(loaded chunks, all chunks)`; `None` when it has ended.
+    /// A pull's progress as `(loaded chunks, all chunks)`; `None` after its end.
     fn progress(&self, pull: u64) -> PyResult<Option<(usize, usize)>> {
         Ok(self.inner.get()?.progress(PullId(pull)))
     }
 
-    /// Cancels every pull and ends it. Returns within `limit` seconds: `True` when all is done.
+    /// Cancels every pull and shuts the consumer down. Returns within `limit` seconds; `True` if the shutdown is complete.
     fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
         Ok(self.inner.close(py, seconds(limit)?, |inner| {
             inner.shutdown();
@@ -97,27 +97,28 @@ impl Consumer {
     }
 }
 
-/// A pull that has ended: nothing writes its local blocks any more.
+/// A pull after its end: nothing writes its local blocks any more.
 #[pyclass(frozen, get_all, module = "kvferry._native")]
 pub struct Ended {
-    /// Its number.
+    /// The number that `pull` returned.
     pull: u64,
-    /// Positions that did not arrive, and the local blocks meant for them, by group: `(group, position, block)`.
+    /// Positions that did not arrive, with the local blocks meant for them: `(group, position, block)`.
     invalid: Vec<(u16, u32, u32)>,
-    /// Blocks that arrived.
+    /// Number of blocks that arrived.
     loaded: u64,
-    /// Bytes of them.
+    /// Bytes of the blocks that arrived.
     bytes: u64,
-    /// Blocks that did not arrive, by cause.
+    /// Number of blocks that did not arrive, by cause.
     causes: BTreeMap<&'static str, u64>,
-    /// Why the earliest of them did not.
+    /// Cause of the earliest block that did not arrive.
     cause: Option<&'static str>,
-    /// The lane that finished; `None`: none was used.
+    /// The lane of the last attempt; `None` if no lane was used.
     lane: Option<&'static str>,
     /// Attempts after the first.
     retries: u32,
-    /// Seconds from the call until the claim was granted, and until the end; `None`: did not happen.
+    /// Seconds from the call to the grant of the claim; `None` without a grant.
     claimed: Option<f64>,
+    /// Seconds from the call to the end.
     ended: Option<f64>,
 }
 
@@ -128,7 +129,7 @@ impl From<InnerEnded> for Ended {
         for (cause, set) in o.groups.iter().flat_map(|g| &g.causes) {
             *causes.entry(cause.as_str()).or_default() += set.len();
         }
-        // Both lists go by group and then by position.
+        // Both lists are sorted by group, then by position.
         let positions = o.groups.iter().flat_map(|g| g.invalid.iter());
         let invalid = e.blocks.invalid.iter().zip(positions).map(|(b, p)| (b.group.0, p, b.id.0)).collect();
         Self {

@@ -1,8 +1,8 @@
 //! `kvferry._native`: kvferry's producer and consumer for Python.
 //!
-//! Owns nothing but handles, and decides nothing: what a load's failure means to an engine is decided in `kvferry.vllm`.
-//! The interpreter's lock is released in every call that does more than read a number, so that an engine's other threads
-//! never wait for a peer. Every failure is a Python exception with the library's own message.
+//! This module owns handles only. `kvferry.vllm` decides what the failure of a load means to the engine. Every call that
+//! may block releases the interpreter's lock, so the engine's other threads never wait for a peer. Every failure is a
+//! Python exception with the library's own message.
 
 mod consumer;
 mod handle;
@@ -13,7 +13,7 @@ mod settings;
 use kvferry::Incarnation;
 use pyo3::{exceptions::PyValueError, prelude::*};
 
-/// An engine's incarnation, as 16 hexadecimal digits, from those of all its ranks in rank order.
+/// Computes an engine's incarnation from the incarnations of all its ranks, in rank order. 16 hexadecimal digits.
 #[pyfunction]
 fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
     let ranks = ranks.into_iter().map(Incarnation::try_from).collect::<Result<Vec<_>, _>>();
@@ -23,24 +23,24 @@ fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
     Ok(engine.to_string())
 }
 
-/// A new offer id, as 32 hexadecimal digits.
+/// Makes a new offer id: 32 hexadecimal digits.
 #[pyfunction]
 fn new_offer_id() -> String {
     kvferry::OfferId::random().to_string()
 }
 
-/// Checks the JSON of an offer, with all its bounds. `ValueError` says what is wrong with it.
+/// Checks an offer (JSON) and all its bounds. The `ValueError` names the first problem.
 #[pyfunction]
 fn check_offer(offer: &str) -> PyResult<()> {
     pool::offer(offer).map(drop)
 }
 
-/// What the library has to say of peers and lanes goes to standard error, beside the engine's own log: from `warn` on, or
-/// as `KVFERRY_LOG` says (`kvferry=debug`).
+/// Sends the library's log of peers and lanes to standard error, next to the engine's own log. The level is `warn`, unless
+/// `KVFERRY_LOG` sets another filter (`kvferry=debug`).
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KVFERRY_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("kvferry=warn"));
-    // Another module of this process may have been first: then it listens.
+    // Fails if another module of this process has installed a subscriber; that one then receives the events.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
 }
 

@@ -1,4 +1,4 @@
-//! What an engine's rank is, and where its KV lies.
+//! A rank's identity, and the memory that holds its KV.
 
 use std::{ptr::NonNull, sync::Arc};
 
@@ -7,12 +7,12 @@ use kvferry::{
 };
 use pyo3::{exceptions::PyValueError, prelude::*};
 
-/// The library's message as a `ValueError`.
+/// Wraps an error of the library in a `ValueError`.
 pub fn value_error(e: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(e.to_string())
 }
 
-/// Reads an offer and checks its bounds: it may come from anywhere.
+/// Parses an offer and checks its bounds. The input is untrusted.
 pub fn offer(json: &str) -> PyResult<Offer> {
     let offer = Offer::from_json(json).map_err(value_error)?;
     offer.check(Limits::default().blocks_per_offer).map_err(value_error)?;
@@ -23,7 +23,7 @@ pub fn offer_id(id: String) -> PyResult<OfferId> {
     OfferId::try_from(id).map_err(value_error)
 }
 
-/// A rank of an engine, its part of the model, and what the bytes of a block mean.
+/// A rank of an engine, its shard of the model, and the meaning of a block's bytes.
 #[pyclass(frozen, module = "kvferry._native")]
 pub struct Identity {
     pub engine: EngineId,
@@ -68,8 +68,8 @@ type PyRegion = (String, u16, u64, u64, u64);
 /// `(id, kind, block_tokens, blocks, regions)` of the layers that share a block table.
 type PyGroup = (u16, String, u32, u32, Vec<PyRegion>);
 
-/// The engine's own KV memory, and how it is laid out. `segments` are `(address, bytes)`; `keep` is held as long as anything
-/// may touch them.
+/// The engine's own KV memory and its layout. `segments` are `(address, bytes)`; `keep` is held as long as the library may
+/// touch them.
 #[pyclass(frozen, module = "kvferry._native")]
 pub struct Pool {
     pub layout: PoolLayout,
@@ -90,9 +90,9 @@ impl Pool {
             base.map(|base| (base, len)).ok_or_else(|| PyValueError::new_err("a segment has the address 0"))
         });
         let raw = raw.collect::<PyResult<Vec<_>>>()?;
-        // SAFETY: the caller passes the address and length of tensors' storages, and in `keep` those tensors: they stay
-        // allocated until the last clone of this memory is gone, for no lane outlives its clone. Nobody makes a Rust
-        // reference to them. That the engine's kernels use the same bytes is part of the contract of `from_raw`.
+        // SAFETY: the caller passes the addresses and lengths of tensor storages, and the tensors themselves in `keep`. They
+        // stay allocated until the last clone of this memory is dropped, and every lane holds a clone. No Rust reference to
+        // them exists. The contract of `from_raw` allows the engine's kernels to use the same bytes.
         let memory = unsafe { Memory::from_raw(&raw, Some(Arc::new(keep))) };
         Ok(Self { layout, memory })
     }
@@ -103,7 +103,11 @@ fn group((id, kind, block_tokens, blocks, regions): PyGroup) -> PyResult<Group> 
         "full" => GroupKind::Full,
         "sliding_window" => GroupKind::SlidingWindow,
         "state" => GroupKind::State,
-        other => return Err(PyValueError::new_err(format!("no kind of group is called {other:?}"))),
+        other => {
+            return Err(PyValueError::new_err(format!(
+                "unknown group kind {other:?}: use full, sliding_window or state"
+            )));
+        }
     };
     let region = |(name, segment, offset, block_bytes, stride): PyRegion| Region {
         name: name.into(),

@@ -19,7 +19,7 @@ pub struct Producer {
 
 #[pymethods]
 impl Producer {
-    /// Starts it. `listen` and `advertise` are `HOST:PORT`.
+    /// Starts a producer. `listen` and `advertise` are `HOST:PORT`.
     #[new]
     #[pyo3(signature = (identity, pool, settings, listen, advertise = None))]
     fn new(
@@ -45,19 +45,19 @@ impl Producer {
         Ok(Self { inner: Handle::new("producer", inner), incarnation, addr })
     }
 
-    /// This process life of the rank, as 16 hexadecimal digits.
+    /// The rank's incarnation: 16 hexadecimal digits.
     #[getter]
     fn incarnation(&self) -> &str {
         &self.incarnation
     }
 
-    /// `HOST:PORT` at which consumers reach it.
+    /// `HOST:PORT` at which consumers reach this producer.
     #[getter]
     fn addr(&self) -> &str {
         &self.addr
     }
 
-    /// Enters an offer that the scheduler named, JSON. From now on its blocks are held and can be pulled.
+    /// Enters an offer (JSON) made by the scheduler side. From now on its blocks are held and can be pulled.
     fn enter(&self, py: Python<'_>, json: &str) -> PyResult<()> {
         let inner = self.inner.get()?;
         py.detach(|| {
@@ -66,14 +66,14 @@ impl Producer {
         })
     }
 
-    /// Takes an offer back; it is freed with the next `poll_freed`.
+    /// Revokes an offer. `poll_freed` returns it once its blocks are free.
     fn revoke(&self, py: Python<'_>, id: String) -> PyResult<()> {
         let (inner, id) = (self.inner.get()?, offer_id(id)?);
         py.detach(|| inner.revoke(id));
         Ok(())
     }
 
-    /// The offers whose blocks may be used again since the last call: `(id, why)`, where why is `released`, `expired`,
+    /// Returns the offers whose blocks became free since the last call, as `(id, why)`. `why` is `released`, `expired`,
     /// `revoked`, `hard_cap`, …
     fn poll_freed(&self, py: Python<'_>) -> PyResult<Vec<(String, &'static str)>> {
         let inner = self.inner.get()?;
@@ -82,7 +82,7 @@ impl Producer {
         }))
     }
 
-    /// Live offers, claims on them, and open sessions of consumers.
+    /// Numbers of live offers, of claims on them, and of open consumer sessions.
     fn live(&self, py: Python<'_>) -> PyResult<(usize, usize, usize)> {
         let inner = self.inner.get()?;
         Ok(py.detach(|| {
@@ -91,7 +91,7 @@ impl Producer {
         }))
     }
 
-    /// Ends it; nothing is offered any more. Returns within `limit` seconds: `True` when all is done.
+    /// Shuts the producer down; all offers end. Returns within `limit` seconds; `True` if the shutdown is complete.
     fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
         Ok(self.inner.close(py, seconds(limit)?, drop))
     }

@@ -1,4 +1,4 @@
-//! The library's settings that an operator may choose, with its defaults for all others.
+//! The settings that an operator may change. All others keep the library's defaults.
 
 use kvferry::{Config, LaneKind, OnWedge, TlsConfig};
 use pyo3::{exceptions::PyValueError, prelude::*};
@@ -49,7 +49,7 @@ impl Settings {
                 *to = seconds(s)?;
             }
         }
-        // The last word on a tombstone: a retry that comes after the hard cap still hears why.
+        // A retry may come as late as an unclaimed lease lasts. Until then it must still hear why its offer ended.
         config.lease.tombstone = config.lease.tombstone.max(config.lease.unclaimed);
         if let Some(bytes) = chunk_min {
             config.pull.chunk.min_bytes = bytes;
@@ -63,7 +63,9 @@ impl Settings {
         config.pull.on_wedge = match on_wedge {
             None | Some("withhold") => OnWedge::Withhold,
             Some("exit") => OnWedge::Exit,
-            Some(other) => return Err(PyValueError::new_err(format!("on_wedge is withhold or exit, not {other:?}"))),
+            Some(other) => {
+                return Err(PyValueError::new_err(format!("unknown on_wedge {other:?}: use withhold or exit")));
+            }
         };
         if let Some(fault) = fault {
             config.pull.faults = Some(fault.parse().map_err(value_error)?);
@@ -85,5 +87,5 @@ fn lane(name: &str) -> PyResult<LaneKind> {
     [LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp]
         .into_iter()
         .find(|k| k.as_str() == name)
-        .ok_or_else(|| PyValueError::new_err(format!("no lane is called {name:?}: use verbs, local or tcp")))
+        .ok_or_else(|| PyValueError::new_err(format!("unknown lane {name:?}: use verbs, local or tcp")))
 }

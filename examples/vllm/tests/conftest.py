@@ -1,4 +1,4 @@
-"""Models and engines for the tests. Engines are dear (10 s each), so that most tests share one pair."""
+"""Models and engines for the tests. An engine takes seconds to start, so tests with equal settings share engines."""
 
 import os
 import random
@@ -14,25 +14,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import models
+import servers
 from driver import Engine, Nursery
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry" / "vllm"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="also the long runs: kills for minutes, comparisons")
+    parser.addoption("--soak", action="store_true", help="also run the long test: minutes of kills")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--soak"):
-        skip = pytest.mark.skip(reason="a long run: give --soak")
+        skip = pytest.mark.skip(reason="a long test: runs with --soak only")
         for item in items:
             if "soak" in item.keywords:
                 item.add_marker(skip)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "soak: takes minutes; runs with --soak only")
+    config.addinivalue_line("markers", "soak: a long test; runs with --soak only")
 
 
 @pytest.fixture(scope="session")
@@ -51,29 +52,23 @@ def smollm2() -> str:
 
 
 def transfer(role: str, policy: str = "recompute", **extra: Any) -> dict[str, Any]:
-    return {
-        "kv_connector": "KvFerryConnector",
-        "kv_connector_module_path": "kvferry.vllm",
-        "kv_role": role,
-        "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": extra,
-    }
+    return {**servers.kvferry_config(role, **extra), "kv_load_failure_policy": policy}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """A test that fails shows what kvferry said last in the engines' logs."""
+    """Adds kvferry's last lines of the engines' logs to the report of a failed test."""
     report = yield
     if report.failed:
         logs = getattr(item.config, "engine_logs", None)
         for log in sorted(logs.glob("*.log")) if logs else ():
-            said = [line for line in log.read_text(errors="replace").splitlines() if SAID.search(line)]
-            if said:
-                report.sections.append((f"kvferry in {log.name}", "\n".join(said[-20:])))
+            lines = [line for line in log.read_text(errors="replace").splitlines() if KVFERRY.search(line)]
+            if lines:
+                report.sections.append((f"kvferry in {log.name}", "\n".join(lines[-20:])))
     return report
 
 
-SAID = re.compile(r"kvferry(:| is )|(WARN|ERROR) kvferry")
+KVFERRY = re.compile(r"kvferry(:| is )|(WARN|ERROR) kvferry")
 
 Start = Callable[..., Engine]
 
@@ -98,14 +93,13 @@ def starter(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
     started: list[Engine] = []
 
     def start(name: str, model: str, role: str | None = None, **more: Any) -> Engine:
-        """Starts an engine; it is `ready()` some seconds later. `role=None`: without a connector."""
+        """Starts an engine without waiting for it; `ready()` waits. `role=None`: without a connector."""
         spec: dict[str, Any] = {"model": model}
         spec.update({k: more.pop(k) for k in ("llm", "cache") if k in more})
         if role:
             spec["transfer"] = more.pop("transfer", None) or transfer(role, **more)
-        ranks = spec.get("llm", {}).get("tensor_parallel_size", 1)
         label = f"{len(list(log_dir.iterdir())):02d}-{name}"
-        engine = Engine(label, spec, log_dir, nursery if ranks == 1 else None)
+        engine = Engine(label, spec, log_dir, nursery)
         started.append(engine)
         return engine
 
@@ -125,13 +119,13 @@ def start_shared(log_dir: Path, nursery: Nursery) -> Iterator[Start]:
 
 
 def prompt(seed: int, length: int, low: int = 4, high: int = 259) -> list[int]:
-    """Random tokens: no two prompts share a block."""
+    """Random tokens: two prompts share no block."""
     r = random.Random(seed)
     return [r.randrange(low, high) for _ in range(length)]
 
 
 class Fleet:
-    """A prefill engine, a decode engine and one without a connector, of one model."""
+    """A prefill engine, a decode engine and an engine without a connector, all with one model."""
 
     def __init__(self, start: Start, model: str, label: str, vocab: tuple[int, int], cache: int = 64 << 20) -> None:
         self.vocab = vocab
@@ -144,19 +138,26 @@ class Fleet:
         self.free = (self.p.state()["free"], self.d.state()["free"])
 
     def prompt(self, length: int) -> list[int]:
-        """A prompt that no test had before."""
+        """A prompt that no test has used yet."""
         self._seed += 1
         return prompt(self._seed, length, *self.vocab)
 
     def alone(self, tokens: list[int], max_tokens: int = 16) -> list[int]:
-        """What an engine without a connector answers."""
+        """The answer of an engine without a connector."""
         self._seed += 1
         return self.mono.generate(f"mono-{self._seed}", tokens, max_tokens=max_tokens)["tokens"]
 
+    def alone_at_once(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The answers of an engine without a connector, in one batch."""
+        self._seed += 1
+        for i, tokens in enumerate(prompts):
+            self.mono.add(f"mono-{self._seed}-{i}", tokens)
+        return [self.mono.wait("done", f"mono-{self._seed}-{i}")["tokens"] for i in range(len(prompts))]
+
     def settled(self) -> None:
-        """Both engines hold nothing any more."""
+        """Waits until both engines are idle, and checks that all their blocks are free."""
         free = (self.p.settled()["free"], self.d.settled()["free"])
-        assert free == self.free, f"blocks are lost: {free} are free, {self.free} were"
+        assert free == self.free, f"blocks are lost: {free} are free, {self.free} were free at the start"
 
 
 @pytest.fixture(scope="session")

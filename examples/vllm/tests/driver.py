@@ -1,4 +1,4 @@
-"""A test's handle on an engine process: see `engine.py`."""
+"""Handles for the engine processes of `engine.py`."""
 
 import json
 import os
@@ -13,62 +13,55 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-# Generous: machines that run tests are busy.
+# Longest wait in seconds for any event. Generous, because test machines are busy.
 LIMIT = float(os.environ.get("KVFERRY_TEST_LIMIT", "180"))
 
 
 class Dead(AssertionError):
-    """The engine process is gone."""
+    """The engine process has exited."""
 
 
 class Nursery:
-    """Where engines come from: see `engine.py`."""
+    """The process that forks engines: see `engine.py`."""
 
     def __init__(self, log: Path) -> None:
-        self._door, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine.py"), "--nursery"], stdin=there, stdout=out, stderr=out
+                [sys.executable, str(HERE / "engine.py")], stdin=theirs, stdout=out, stderr=out
             )
-        there.close()
-        self._door.settimeout(LIMIT)
+        theirs.close()
+        self._socket.settimeout(LIMIT)
         self._ready = False
 
     def engine(self, spec: dict[str, Any], fds: list[int]) -> int:
-        """A new engine's process id; `fds` are its standard input, output and error."""
+        """Starts an engine and returns its process id; `fds` are its standard input, output and error."""
         if not self._ready:
-            assert self._door.recv(16) == b"ready", "vLLM cannot be imported: see the nursery's log"
+            assert self._socket.recv(16) == b"ready", "vLLM cannot be imported: see the nursery's log"
             self._ready = True
-        socket.send_fds(self._door, [json.dumps(spec).encode()], fds)
-        return int(self._door.recv(16))
+        socket.send_fds(self._socket, [json.dumps(spec).encode()], fds)
+        return int(self._socket.recv(16))
 
     def close(self) -> None:
-        self._door.close()
+        self._socket.close()
         self._process.wait(LIMIT)
 
 
 class Engine:
     """One engine process."""
 
-    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, nursery: Nursery | None = None) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], log_dir: Path, nursery: Nursery) -> None:
         self.name = name
         self.log = log_dir / f"{name}.log"
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._kept: list[dict[str, Any]] = []
         self._ready = False
         commands, self._stdin = os.pipe()
-        stdout, answers = os.pipe()
+        stdout, events = os.pipe()
         with self.log.open("wb") as log:
-            fds = [commands, answers, log.fileno()]
-            if nursery is not None:
-                self._pid = nursery.engine(spec, fds)
-            else:
-                # Ranks that are processes of their own start better from a fresh one.
-                argv = [sys.executable, str(HERE / "engine.py"), json.dumps(spec)]
-                child = subprocess.Popen(argv, stdin=commands, stdout=answers, stderr=log, start_new_session=True)
-                self._pid = child.pid
+            self._pid = nursery.engine(spec, [commands, events, log.fileno()])
         os.close(commands)
-        os.close(answers)
+        os.close(events)
         self._ended = threading.Event()
         threading.Thread(target=self._read, args=(stdout,), daemon=True).start()
 
@@ -86,7 +79,7 @@ class Engine:
             raise Dead(self.tail()) from e
 
     def wait(self, event: str, id: str | None = None, limit: float = LIMIT) -> dict[str, Any]:
-        """The next event of this kind (and request)."""
+        """Waits for the next event of this kind (and request)."""
 
         def fits(e: dict[str, Any]) -> bool:
             return e["event"] == event and (id is None or e.get("id") == id)
@@ -102,7 +95,7 @@ class Engine:
                 raise AssertionError(f"{self.name}: no {event} {id or ''} within {limit} s\n{self.tail()}") from None
             if e is None:
                 self._events.put(None)
-                raise Dead(f"{self.name} has ended\n{self.tail()}")
+                raise Dead(f"{self.name} has exited\n{self.tail()}")
             if fits(e):
                 return e
             self._kept.append(e)
@@ -124,7 +117,7 @@ class Engine:
         return self.wait("done", id)
 
     def prefill(self, id: str, tokens: list[int], **more: Any) -> dict[str, Any]:
-        """Prefills, and returns the params for the decode side."""
+        """Prefills a prompt and returns the params for the decode side."""
         done = self.generate(id, tokens, max_tokens=1, params=PREFILL, **more)
         assert done["params"], self.tail()
         return done["params"]
@@ -138,7 +131,7 @@ class Engine:
         return self.wait("value")["value"]
 
     def metrics(self) -> dict[str, float]:
-        """By name, with the labels that are not vLLM's own: `kvferry_loads{result=partial}`."""
+        """The metrics by name, with all labels but vLLM's own: `kvferry_loads{result=partial}`."""
         self.send(op="metrics")
         found: dict[str, float] = {}
         for m in self.wait("metrics")["values"]:
@@ -148,7 +141,7 @@ class Engine:
         return found
 
     def settled(self, limit: float = LIMIT) -> dict[str, Any]:
-        """Waits until the engine holds no request, and returns its state."""
+        """Waits until the engine has no request, and returns its state."""
         until = time.monotonic() + limit
         while True:
             state = self.state()
@@ -158,26 +151,16 @@ class Engine:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """SIGKILL; returns when the process is gone."""
+        """Sends SIGKILL and waits for the end of the process."""
         self._signal()
         assert self._ended.wait(LIMIT)
 
     def _signal(self) -> None:
         try:
-            if os.getpgid(self._pid) == self._pid:
-                # Ranks that are processes of their own go along.
-                os.killpg(self._pid, signal.SIGKILL)
-            else:
-                os.kill(self._pid, signal.SIGKILL)
+            # The ranks of an engine are in its process group.
+            os.killpg(self._pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-    def quit(self) -> float:
-        """Asks it to end, and returns how long its shutdown took."""
-        self.send(op="quit")
-        seconds = self.wait("bye")["seconds"]
-        assert self._ended.wait(LIMIT)
-        return seconds
 
     def close(self) -> None:
         if not self._ended.is_set():
@@ -188,7 +171,7 @@ class Engine:
             self._stdin = -1
 
 
-# What routers send to a prefill engine.
+# The params that routers send to a prefill engine.
 PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,

@@ -1,18 +1,17 @@
-"""One vLLM engine in this process, driven by lines of JSON on standard input; what happens comes back the same way.
+"""The nursery: imports vLLM, which is most of an engine's start, and then forks one process per engine. A test run has one
+nursery, and an engine starts within two seconds instead of ten.
 
-The loop is a server's: it steps while the engine has something to do, and takes commands in between.
-
-`engine.py SPEC` is one engine. `engine.py --nursery` reads vLLM in, which takes most of an engine's start, and then makes
-engines by forking: the test run has one nursery, and each engine is a process of its own all the same.
+An engine reads commands as lines of JSON from standard input, and writes events as lines of JSON to standard output. Its loop
+is a server's: it steps while the engine has work, and reads commands between steps.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import select
 import signal
 import socket
-import sys
 import time
 import traceback
 from typing import Any
@@ -29,23 +28,23 @@ SETTINGS = {
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
-# vLLM's ranks wait for work by yielding in a loop. Where a thread that yields is moved ahead in virtual time (Linux 6.18, and
-# 6.12.63: commit 79104becf42b; mended by 1319ea57529e), two of them on two processors keep everything else on the host from
-# running, for 15 s and more. Ranks are started afresh from this file, so this holds for them too.
+# vLLM's ranks wait for work in a loop of sched_yield. Some kernels move a yielding thread ahead in virtual time (Linux 6.18
+# and 6.12.63: commit 79104becf42b; fixed by 1319ea57529e). There, two such threads on two processors keep everything else on
+# the host from running for 15 s and more. Ranks are forked from this process, so the replacement holds for them too.
 os.sched_yield = lambda: time.sleep(0.0005)
 
-answers: Any = None
+events: Any = None
 
 
-def keep_answers_apart() -> None:
-    """What the engine prints on standard output goes to standard error; the answers get a descriptor of their own."""
-    global answers
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+def open_events() -> None:
+    """Gives the events a descriptor of their own. The engine's own standard output goes to standard error."""
+    global events
+    events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
 
-def say(**event: Any) -> None:
-    answers.write(json.dumps(event) + "\n")
+def emit(**event: Any) -> None:
+    events.write(json.dumps(event) + "\n")
 
 
 class Engine:
@@ -76,7 +75,7 @@ class Engine:
         self._watch()
 
     def _watch(self) -> None:
-        """Counts the tokens that the scheduler really has computed, by request."""
+        """Counts the tokens that the scheduler has scheduled, by request."""
         schedule = self.scheduler.schedule
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +88,7 @@ class Engine:
         self.scheduler.schedule = watched
 
     def worker(self) -> Any:
-        """kvferry's worker side, when it is in this process."""
+        """kvferry's worker side, if it is in this process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         return get_kv_transfer_group()._worker
@@ -101,27 +100,27 @@ class Engine:
         for out in self.engine.step():
             if out.finished:
                 tokens = list(out.outputs[0].token_ids)
-                # The engine adds eight random digits to a request's id.
+                # The engine appends eight random digits to a request's id.
                 mine = re.compile(f"{re.escape(out.request_id)}(-[0-9a-f]{{8}})?")
                 total = sum(n for r, n in self.scheduled.items() if mine.fullmatch(r))
-                say(
+                emit(
                     event="done",
                     id=out.request_id,
                     tokens=tokens,
                     reason=out.outputs[0].finish_reason,
                     params=out.kv_transfer_params,
-                    # Of the scheduled tokens, those after the first output are no prompt's.
+                    # Scheduled tokens after the first output token are not prompt tokens.
                     computed=total - max(len(tokens) - 1, 0),
                     prompt=len(out.prompt_token_ids or ()),
                 )
 
-    def command(self, c: dict[str, Any]) -> bool:
+    def command(self, c: dict[str, Any]) -> None:
         from vllm import SamplingParams
 
         op = c["op"]
         if op == "add":
             extra = {"kv_transfer_params": c["params"]} if c.get("params") else None
-            # Greedy; several answers to one prompt must be sampled, from the one best token then.
+            # Greedy. Several answers to one prompt must be sampled; top_k=1 makes sampling greedy.
             n = c.get("n", 1)
             greedy: dict[str, Any] = {"temperature": 0} if n == 1 else {"temperature": 1, "top_k": 1}
             sampling = SamplingParams(
@@ -133,10 +132,10 @@ class Engine:
             self.engine.add_request(c["id"], prompt, sampling)
         elif op == "abort":
             self.engine.abort_request([c["id"]])
-            say(event="aborted", id=c["id"])
+            emit(event="aborted", id=c["id"])
         elif op == "state":
             pool = self.scheduler.kv_cache_manager.block_pool
-            say(
+            emit(
                 event="state",
                 free=pool.get_num_free_blocks(),
                 requests=len(self.scheduler.requests),
@@ -151,13 +150,10 @@ class Engine:
                 for m in self.llm.get_metrics()
                 if any(w in m.name for w in wanted)
             ]
-            say(event="metrics", values=values)
+            emit(event="metrics", values=values)
         elif op == "python":
-            # A test's own look inside: an expression over this engine.
-            say(event="value", value=eval(c["expr"], {"self": self, "time": time}))
-        elif op == "quit":
-            return False
-        return True
+            # An expression over this engine, for a test's access to its internals.
+            emit(event="value", value=eval(c["expr"], {"self": self, "time": time}))
 
     def run(self) -> None:
         rest = b""
@@ -169,49 +165,55 @@ class Engine:
                     return
                 *lines, rest = (rest + got).split(b"\n")
                 for line in lines:
-                    if not self.command(json.loads(line)):
-                        return
+                    self.command(json.loads(line))
             if self.busy():
                 self.step()
                 if self.idle:
-                    # As vLLM's own core process does: ranks that are asked for nothing in a tight loop keep both cores, and
-                    # starve whatever brings the blocks that they wait for.
+                    # vLLM's own core process does the same. Without the pause, a loop of empty steps keeps both cores busy
+                    # and starves the transfers that the steps wait for.
                     time.sleep(0.001)
 
 
 def live(spec: dict[str, Any]) -> None:
-    keep_answers_apart()
+    open_events()
     started = time.monotonic()
     engine = Engine(spec)
-    say(event="ready", seconds=time.monotonic() - started)
+    emit(event="ready", seconds=time.monotonic() - started)
     engine.run()
-    began = time.monotonic()
     engine.core.shutdown()
-    say(event="bye", seconds=time.monotonic() - began)
 
 
 def nursery() -> None:
-    """Takes `SPEC`, with three descriptors, on the socket at standard input; answers with a process id each time."""
+    """Serves the socket at standard input: each message is a `SPEC` with three descriptors, each answer a process id."""
     import vllm.config
     import vllm.model_executor.models.gemma3
     import vllm.model_executor.models.llama
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker
     from vllm import LLM  # noqa: F401
+    from vllm.model_executor.models import registry
+    from vllm.v1.executor import multiproc_executor
 
     import kvferry.vllm  # noqa: F401
 
-    door = socket.socket(fileno=0)
-    door.sendall(b"ready")
-    # Nobody waits for the engines here: the test sees an engine's end by the end of its answers.
+    # Two steps of an engine's start import vLLM in yet another process, 10 s of processor time each. vLLM inspects the class
+    # of a model in a subprocess, which keeps CUDA out of the engine; and it spawns the ranks of an engine for CPU.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+    requests = socket.socket(fileno=0)
+    requests.sendall(b"ready")
+    # The nursery does not wait for its engines: a test sees an engine's end by the end of its events.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        message, fds, _, _ = socket.recv_fds(door, 1 << 20, 3)
+        message, fds, _, _ = socket.recv_fds(requests, 1 << 20, 3)
         if not message:
             return
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # A process group of its own: a kill reaches all ranks of the engine.
+            os.setsid()
             for to, fd in enumerate(fds):
                 os.dup2(fd, to)
                 os.close(fd)
@@ -223,11 +225,8 @@ def nursery() -> None:
             os._exit(0)
         for fd in fds:
             os.close(fd)
-        door.sendall(str(pid).encode())
+        requests.sendall(str(pid).encode())
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--nursery":
-        nursery()
-    else:
-        live(json.loads(sys.argv[1]))
+    nursery()

@@ -1,14 +1,14 @@
-"""Engines that die, clients that leave, offers that nobody fetches.
+"""Engines that die, clients that disconnect, offers that no engine fetches.
 
-The decode engine's lanes are slowed down here, so that a pull of a long prompt takes seconds and can be hit in its middle.
+The decode engine's lanes are throttled here: a pull of a long prompt takes seconds, so a test can act in its middle.
 """
 
-import socket
 import time
 
 import pytest
 from conftest import Fleet, Start, transfer
 from driver import LIMIT, Engine
+from servers import free_port
 
 BLOCK = 32
 # Two megabytes a second: a block of the tiny model takes 60 ms, 1,900 tokens 4 s.
@@ -17,33 +17,27 @@ SLOW = {"fault": "throttle=2M", "chunk_min": 128 << 10, "deadline": 20}
 PROGRESS = "[self.worker()._consumer.progress(n) for n in self.worker()._pulls]"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def slow(start_shared: Start, tiny: str) -> Engine:
     return start_shared("slow-decode", tiny, "kv_consumer", **SLOW)
 
 
-def halfway(d: Engine, part: float) -> float:
-    """Waits until the engine's only pull is that far."""
+def loaded_part(d: Engine, part: float) -> float:
+    """Waits until the engine's only pull has loaded this part of its chunks."""
     until = time.monotonic() + LIMIT
     while time.monotonic() < until:
         for progress in d.python(PROGRESS):
             if progress and progress[1] and progress[0] / progress[1] >= part:
                 return progress[0] / progress[1]
         time.sleep(0.01)
-    raise AssertionError(f"no pull has come that far\n{d.tail()}")
+    raise AssertionError(f"no pull has loaded {part:.0%} of its chunks\n{d.tail()}")
 
 
 def delta(d: Engine, before: dict[str, float], name: str) -> float:
     return d.metrics().get(name, 0) - before.get(name, 0)
 
 
-def test_kill_9_in_mid_pull_keeps_what_arrived(start: Start, slow: Engine, tiny_fleet: Fleet, tiny: str) -> None:
+def test_kill_9_in_the_middle_of_a_pull_keeps_the_loaded_blocks(start: Start, slow: Engine, tiny_fleet: Fleet, tiny: str) -> None:
     port = free_port()
     p = start("dies", tiny, "kv_producer", port=port).ready()
     slow.ready()
@@ -52,7 +46,7 @@ def test_kill_9_in_mid_pull_keeps_what_arrived(start: Start, slow: Engine, tiny_
     before = slow.metrics()
     params = p.prefill("dies", tokens)
     slow.add("dies", tokens, params=params)
-    part = halfway(slow, 0.6)
+    part = loaded_part(slow, 0.6)
     p.kill()
     killed = time.monotonic()
     done = slow.wait("done", "dies")
@@ -66,19 +60,19 @@ def test_kill_9_in_mid_pull_keeps_what_arrived(start: Start, slow: Engine, tiny_
     assert kept >= (part - 0.1) * len(tokens)
     assert missing <= done["computed"] <= missing + BLOCK
     assert delta(slow, before, "kvferry_loads{result=partial}") == 1
-    assert took < SLOW["deadline"] / 2, "the connection's end says it, not the deadline"
+    assert took < SLOW["deadline"] / 2, "the end of the connection ends the pull, not the deadline"
     assert slow.settled()["free"] == free
 
-    # Old params once more, now that nobody is there; and once the address has a new owner.
+    # The old params again: first without a prefill engine, then with a new engine at its address.
     again = slow.generate("dies-again", tokens, params=params, salt="again")
     assert again["computed"] == len(tokens) and again["tokens"] == done["tokens"]
     p = start("reborn", tiny, "kv_producer", port=port).ready()
     tokens = tiny_fleet.prompt(200)
-    # The offer is remembered as used; a retry has a new one in an operator's eyes, so give it another id.
+    # The decode engine remembers the offer as used and would not ask for it: give it another id.
     stale = {**params, "kvferry": {"offer": {**params["kvferry"]["offer"], "id": f"{7:032x}"}, "prompt": None}}
     old = slow.generate("dies-old", tokens, params=stale)
     assert old["tokens"] == tiny_fleet.alone(tokens) and old["computed"] == len(tokens)
-    # The next request through the restarted prefill engine uses it.
+    # The next request loads from the new prefill engine.
     done = slow.generate("reborn", tokens, params=p.prefill("reborn", tokens), salt="reborn")
     assert done["tokens"] == tiny_fleet.alone(tokens) and done["computed"] == 1
     assert slow.settled()["free"] == free
@@ -92,14 +86,14 @@ def test_a_load_decides_by_its_deadline(start: Start, tiny_fleet: Fleet, tiny: s
     done = d.generate("deadline", tokens, params=tiny_fleet.p.prefill("deadline", tokens))
     assert done["tokens"] == tiny_fleet.alone(tokens)
     missing = delta(d, before, "kvferry_tokens_recomputed")
-    assert 0 < missing < len(tokens), "about half of it came in time"
+    assert 0 < missing < len(tokens), "about half of it arrived in time"
     assert missing <= done["computed"] <= missing + BLOCK
     assert delta(d, before, "kvferry_blocks_invalid{cause=deadline}") > 0
     d.settled()
     tiny_fleet.settled()
 
 
-@pytest.mark.parametrize("stage", ["before it is admitted", "before its load starts", "in its load", "in its decode"])
+@pytest.mark.parametrize("stage", ["before its admission", "before its load", "during its load", "during its decode"])
 def test_an_aborted_request_costs_no_block(slow: Engine, tiny_fleet: Fleet, stage: str) -> None:
     f = tiny_fleet
     slow.ready()
@@ -108,18 +102,18 @@ def test_an_aborted_request_costs_no_block(slow: Engine, tiny_fleet: Fleet, stag
     tokens = f.prompt(800)
     params = f.p.prefill(stage, tokens)
     slow.add(stage, tokens, params=params, max_tokens=400)
-    if stage == "in its load":
-        halfway(slow, 0.3)
-    elif stage == "in its decode":
+    if stage == "during its load":
+        loaded_part(slow, 0.3)
+    elif stage == "during its decode":
         until = time.monotonic() + LIMIT
         while not slow.python("[r for r in self.scheduler.running if r.num_output_tokens > 3] != []"):
             assert time.monotonic() < until
-    elif stage == "before its load starts":
-        # The engine has one step between the two.
+    elif stage == "before its load":
+        # One step lies between the admission and the load.
         slow.python("self.step()")
     slow.send(op="abort", id=stage)
     slow.wait("aborted", stage)
-    # What comes next may get its blocks.
+    # The next request may get its blocks.
     other = f.prompt(300)
     done = slow.generate(f"after {stage}", other, params=f.p.prefill(f"after {stage}", other))
     assert done["tokens"] == f.alone(other)
@@ -128,7 +122,7 @@ def test_an_aborted_request_costs_no_block(slow: Engine, tiny_fleet: Fleet, stag
     f.settled()
 
 
-def test_a_prefill_that_is_aborted_offers_nothing(tiny_fleet: Fleet) -> None:
+def test_an_aborted_prefill_offers_nothing(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     offers = f.p.metrics().get("kvferry_offers_ended{why=released}", 0)
     f.p.add("p-abort", f.prompt(1900), max_tokens=400, params={"do_remote_decode": True})
@@ -138,7 +132,7 @@ def test_a_prefill_that_is_aborted_offers_nothing(tiny_fleet: Fleet) -> None:
     assert f.p.metrics().get("kvferry_offers_ended{why=released}", 0) == offers
 
 
-def test_a_decode_that_never_comes_costs_a_lease(start: Start, tiny_fleet: Fleet, tiny: str) -> None:
+def test_an_offer_without_a_decode_ends_with_its_lease(start: Start, tiny_fleet: Fleet, tiny: str) -> None:
     p = start("waits", tiny, "kv_producer", unclaimed_lease=1.5).ready()
     free = p.state()["free"]
     tokens = tiny_fleet.prompt(300)
@@ -146,44 +140,44 @@ def test_a_decode_that_never_comes_costs_a_lease(start: Start, tiny_fleet: Fleet
     assert p.state()["free"] == free - 10
     assert p.settled()["free"] == free
     assert p.metrics()["kvferry_offers_ended{why=expired}"] == 1
-    # Who comes late is told so at once, and prefills.
+    # A late decode engine learns this at once, and prefills.
     done = tiny_fleet.d.generate("late", tokens, params=params)
     assert done["tokens"] == tiny_fleet.alone(tokens) and done["computed"] == 300
     assert tiny_fleet.d.metrics()["kvferry_blocks_invalid{cause=expired}"] >= 10
 
 
-def test_the_answer_may_overtake_the_prefill_worker(tiny_fleet: Fleet) -> None:
+def test_a_claim_before_the_prefill_worker_knows_the_offer_waits_for_it(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     tokens = f.prompt(300)
-    # The worker hears of nothing until it is told to: what a long step does.
+    # The worker receives the offer later, as after a long step.
     hold = "[setattr(w, 'held', []) or setattr(w, '_offer', w.held.append) for w in [self.worker()]]"
-    go = "[delattr(w, '_offer') or [w._offer(o) for o in w.held] for w in [self.worker()]]"
+    deliver = "[delattr(w, '_offer') or [w._offer(o) for o in w.held] for w in [self.worker()]]"
     f.p.python(f"[0 for _ in {hold}]")
     params = f.p.prefill("early", tokens)
     f.d.add("early", tokens, params=params)
     until = time.monotonic() + LIMIT
     while f.d.state()["waiting"] != ["WAITING_FOR_REMOTE_KVS"]:
         assert time.monotonic() < until
-    # Its peer may have answered by now; nothing is loaded.
+    # The prefill engine may have answered by now; no block is loaded.
     assert [p[0] for p in f.d.python(PROGRESS)] == [0]
-    f.p.python(f"[0 for _ in {go}]")
+    f.p.python(f"[0 for _ in {deliver}]")
     done = f.d.wait("done", "early")
     assert done["tokens"] == f.alone(tokens) and done["computed"] == 1
     f.settled()
 
 
 def test_a_decode_engine_that_dies_is_replaced(start: Start, tiny_fleet: Fleet, tiny: str) -> None:
-    """A router that retries on another decode engine, and a decode engine that comes back."""
+    """A router retries on another decode engine; a new decode engine replaces the dead one."""
     f = tiny_fleet
     first = start("decode-dies", tiny, "kv_consumer", **SLOW).ready()
     tokens = f.prompt(1200)
     params = f.p.prefill("retry", tokens)
     first.add("retry", tokens, params=params)
-    halfway(first, 0.3)
+    loaded_part(first, 0.3)
     first.kill()
     done = f.d.generate("retry", tokens, params=params)
     assert done["tokens"] == f.alone(tokens)
-    # The dead one's lease had not run out: the offer was there.
+    # The dead engine's claim had not expired, so the offer was still live.
     assert done["computed"] == 1
     f.settled()
     second = start("decode-again", tiny, "kv_consumer").ready()
@@ -193,7 +187,7 @@ def test_a_decode_engine_that_dies_is_replaced(start: Start, tiny_fleet: Fleet, 
     f.settled()
 
 
-def test_policy_fail_fails_what_was_lost_and_nothing_else(start: Start, tiny_fleet: Fleet, tiny: str) -> None:
+def test_policy_fail_fails_incomplete_loads_only(start: Start, tiny_fleet: Fleet, tiny: str) -> None:
     f = tiny_fleet
     d = start("strict", tiny, transfer=transfer("kv_consumer", policy="fail"), role="kv_consumer").ready()
     free = d.state()["free"]
@@ -207,7 +201,7 @@ def test_policy_fail_fails_what_was_lost_and_nothing_else(start: Start, tiny_fle
     params["kvferry"]["offer"]["ranks"][0]["addr"] = "127.0.0.1:9"
     assert d.generate("total", tokens, params=params)["reason"] == "error"
     f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
-    # What cannot be asked for at all is no failed load: it is prefilled.
+    # Unusable params are not a failed load: the prompt is prefilled.
     done = d.generate("foreign", tokens, params={"do_remote_prefill": True})
     assert done["tokens"] == f.alone(tokens)
     tokens = f.prompt(300)

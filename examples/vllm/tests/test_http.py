@@ -1,13 +1,9 @@
-"""One pair of HTTP servers behind the router, as an operator runs them."""
+"""A pair of HTTP servers behind the router, as an operator runs them."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
 import servers
 
 PROMPTS = [f"[{i}] " + "The quick brown fox jumps over the lazy dog. " * n for i, n in enumerate((1, 3, 9, 20))]
@@ -40,7 +36,7 @@ def texts(url: str, salt: str) -> list[str]:
     return [servers.complete(url, p, cache_salt=salt)["choices"][0]["text"] for p in PROMPTS]
 
 
-def test_a_prompt_through_the_router_is_answered_as_by_one_engine(site: dict[str, servers.Process]) -> None:
+def test_the_router_gives_the_answer_of_one_engine(site: dict[str, servers.Process]) -> None:
     alone = texts(site["decode"].url, "alone")
     assert texts(site["router"].url, "pair") == alone
     assert metric(site["decode"], "loads_total{") == len(PROMPTS)
@@ -48,17 +44,17 @@ def test_a_prompt_through_the_router_is_answered_as_by_one_engine(site: dict[str
     assert metric(site["decode"], "tokens_recomputed_total") == 0
     assert metric(site["decode"], "peers_up{") == 1
     assert metric(site["prefill"], "offers_ended_total{") == len(PROMPTS)
-    # Names and labels as vLLM's own metrics have them.
+    # Names and labels follow vLLM's own metrics.
     line = next(x for x in site["decode"].get("/metrics").splitlines() if x.startswith("vllm:kvferry_bytes_loaded_total"))
     assert 'engine="0"' in line and 'model_name="model"' in line and 'lane="local"' in line
 
 
-def test_a_killed_prefill_server_costs_time_and_no_answer(site: dict[str, servers.Process]) -> None:
+def test_a_killed_prefill_server_costs_no_answer(site: dict[str, servers.Process]) -> None:
     alone = texts(site["decode"].url, "alone again")
     site["prefill"].kill()
-    assert texts(site["router"].url, "nobody") == alone
+    assert texts(site["router"].url, "no prefill") == alone
     site["prefill"].start().healthy()
     loads = metric(site["decode"], "loads_total{")
     assert texts(site["router"].url, "back") == alone
-    # The next request through the restarted server uses it.
+    # The next requests load from the restarted server.
     assert metric(site["decode"], "loads_total{") == loads + len(PROMPTS)

@@ -1,11 +1,11 @@
-"""What routers pass on: ours, another connector's, another request's, and nothing at all."""
+"""The params that routers pass on: kvferry's, another connector's, another request's, or none."""
 
 import copy
 
 from conftest import Fleet
 
 
-def test_what_is_cached_here_is_not_pulled(tiny_fleet: Fleet) -> None:
+def test_cached_blocks_are_not_pulled(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     prefix, tail = f.prompt(128), f.prompt(70)
     f.d.generate("hit-warm", prefix + f.prompt(8), max_tokens=1)
@@ -14,12 +14,12 @@ def test_what_is_cached_here_is_not_pulled(tiny_fleet: Fleet) -> None:
     done = f.d.generate("hit", prefix + tail, params=params)
     assert done["tokens"] == f.alone(prefix + tail)
     assert done["computed"] == 1
-    # 198 tokens are 7 blocks; 4 of them were here.
+    # 198 tokens are 7 blocks; 4 of them were cached.
     assert f.d.metrics()["kvferry_blocks_loaded"] - before == 3
     f.settled()
 
 
-def test_a_full_hit_gives_the_prefill_engine_its_blocks_back(tiny_fleet: Fleet) -> None:
+def test_a_full_cache_hit_releases_the_offer(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     for length in (129, 150):
         tokens = f.prompt(length)
@@ -31,11 +31,11 @@ def test_a_full_hit_gives_the_prefill_engine_its_blocks_back(tiny_fleet: Fleet) 
         assert done["tokens"] == f.alone(tokens)
         f.settled()
         assert f.p.metrics()["kvferry_offers_ended{why=released}"] == released + 1
-        # 129 tokens: four blocks are here, and the last token is computed anyway. 150: the fifth block is pulled.
+        # 129 tokens: four blocks are cached, and the last token is always computed. 150 tokens: the fifth block is pulled.
         assert f.d.metrics().get("kvferry_loads{result=loaded}", 0) == loads + (length == 150)
 
 
-def test_params_of_another_connector_are_prefilled_here(tiny_fleet: Fleet) -> None:
+def test_a_request_with_unusable_params_is_prefilled_here(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     foreign = {
         "do_remote_prefill": True,
@@ -47,7 +47,7 @@ def test_params_of_another_connector_are_prefilled_here(tiny_fleet: Fleet) -> No
         "remote_port": 5600,
         "tp_size": 1,
     }
-    rubbish = [
+    unusable = [
         foreign,
         {"do_remote_prefill": True},
         {"do_remote_prefill": True, "kvferry": None},
@@ -56,9 +56,9 @@ def test_params_of_another_connector_are_prefilled_here(tiny_fleet: Fleet) -> No
         {"do_remote_prefill": "yes", "kvferry": {"offer": {"tokens": 1e300}}},
         {"something": "else"},
     ]
-    for i, params in enumerate(rubbish):
+    for i, params in enumerate(unusable):
         tokens = f.prompt(100)
-        done = f.d.generate(f"rubbish-{i}", tokens, params=params)
+        done = f.d.generate(f"unusable-{i}", tokens, params=params)
         assert done["tokens"] == f.alone(tokens)
         assert done["computed"] == 100
     assert f.d.metrics()["kvferry_params_refused"] >= 6
@@ -66,9 +66,9 @@ def test_params_of_another_connector_are_prefilled_here(tiny_fleet: Fleet) -> No
     f.settled()
 
 
-def test_an_offer_with_anything_in_it_harms_nobody(tiny_fleet: Fleet) -> None:
+def test_an_edited_offer_changes_no_answer(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
-    for i, spoil in enumerate(
+    for i, change in enumerate(
         [
             lambda o: o["groups"][0]["blocks"].__setitem__(0, 1 << 31),
             lambda o: o["groups"][0].__setitem__("first_position", 4),
@@ -82,10 +82,10 @@ def test_an_offer_with_anything_in_it_harms_nobody(tiny_fleet: Fleet) -> None:
         tokens = f.prompt(100)
         params = f.p.prefill(f"any-{i}", tokens)
         good = copy.deepcopy(params)
-        spoil(params["kvferry"]["offer"])
+        change(params["kvferry"]["offer"])
         done = f.d.generate(f"any-{i}", tokens, params=params)
         assert done["tokens"] == f.alone(tokens), i
-        # The true offer's blocks go back by a request that ends before it is admitted, or by the lease.
+        # The original offer would live until its lease ends: revoke it.
         f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
         assert good["kvferry"]["offer"]["id"]
     f.settled()
@@ -97,7 +97,7 @@ def test_an_offer_of_another_prompt_is_not_used(tiny_fleet: Fleet) -> None:
     tokens = f.prompt(100)
     done = f.d.generate("another", tokens, params=params)
     assert done["tokens"] == f.alone(tokens)
-    assert "its offer is of another prompt" in f.d.log.read_text()
+    assert "its offer belongs to another prompt" in f.d.log.read_text()
     f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
     f.settled()
 
@@ -122,11 +122,11 @@ def test_several_answers_to_one_prompt(tiny_fleet: Fleet) -> None:
     f.settled()
 
 
-def test_each_side_says_when_it_is_asked_for_the_other_sides_work(tiny_fleet: Fleet) -> None:
+def test_an_engine_logs_a_request_for_the_other_role(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     tokens = f.prompt(100)
     params = f.p.prefill("roles", tokens)
-    # A decode engine is asked to prefill for another one, and a prefill engine to fetch.
+    # A decode engine receives a request for a remote decode, and a prefill engine a request with an offer.
     done = f.d.generate("roles-d", tokens, params={"do_remote_decode": True}, max_tokens=1)
     assert done["params"] is None
     assert "this engine does not offer" in f.d.log.read_text()

@@ -1,4 +1,4 @@
-"""The long bad day: a prefill engine that is killed every five seconds, and clients that leave."""
+"""A long test: a prefill engine that is killed every five seconds, and clients that disconnect."""
 
 import random
 import time
@@ -6,15 +6,15 @@ import time
 import pytest
 from conftest import Fleet, Start
 from driver import Dead, Engine
-from test_bad_days import free_port
+from servers import free_port
 
 REQUESTS = 200
-# Between two kills.
+# Seconds from an engine's start to its kill.
 LIFE = 5.0
 
 
 class Prefill:
-    """A prefill engine at one address, in its many lives."""
+    """A prefill engine that is killed and restarted at one address."""
 
     def __init__(self, start: Start, model: str) -> None:
         self._start, self._model, self._port = start, model, free_port()
@@ -27,7 +27,7 @@ class Prefill:
         self._until: float | None = None
 
     def turn(self) -> None:
-        """Kills it when its time is over; a new one starts at once, and is ready some seconds later."""
+        """Kills the engine after `LIFE` seconds and starts a new one at once, which is ready some seconds later."""
         if self._until is None:
             try:
                 self.engine.wait("ready", limit=0.001)
@@ -55,7 +55,7 @@ def test_200_requests_through_a_prefill_engine_that_dies_every_five_seconds(
 ) -> None:
     f, dice = tiny_fleet, random.Random(11)
     prefill = Prefill(start, tiny)
-    # Four megabytes a second: most kills fall into a pull.
+    # Four megabytes per second: most kills hit a running pull.
     d = start("soak-decode", tiny, "kv_consumer", fault="throttle=4M", chunk_min=128 << 10).ready()
     free = d.state()["free"]
     sent: dict[str, list[int]] = {}

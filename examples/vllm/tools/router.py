@@ -1,10 +1,10 @@
-"""A small router for one prefill and one decode engine, or several of each: what production routers do, without the rest.
+"""A small router for one or more prefill engines and decode engines, without the features of a production router.
 
 `python tools/router.py --port 8000 --prefill URL [--prefill URL ...] --decode URL [--decode URL ...]`
 
-A request goes to a prefill engine first, for one token and its `kv_transfer_params`, and with those to a decode engine,
-whose answer is passed on as it comes. A prefill engine that fails costs nothing but time: the decode engine then prefills
-by itself. A decode engine that cannot be reached is left out for the next one.
+A request goes to a prefill engine first, which computes one token and returns `kv_transfer_params`. With these the request
+goes to a decode engine, and the router streams its answer to the client. If the prefill engine fails, the decode engine
+prefills the prompt itself. If a decode engine is unreachable, the router tries the next one.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PREFILL_PARAMS = {
     "remote_host": None,
     "remote_port": None,
 }
-# An engine that accepts a request and does not answer is not waited for longer than this.
+# Longest wait in seconds for a prefill engine that accepts a request and does not answer.
 PREFILL_LIMIT = 120
 
 logger = logging.getLogger("router")
@@ -53,43 +53,41 @@ class Router:
         return web.Response()
 
     async def _params(self, path: str, body: dict) -> dict | None:
-        """What a prefill engine says of the prompt's KV; `None`: it could not be had."""
+        """Prefills the prompt and returns its `kv_transfer_params`; `None` if that fails."""
         assert self._session is not None
-        ask = {**body, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(PREFILL_PARAMS)}
-        ask.pop("stream_options", None)
-        ask.pop("min_tokens", None)
-        if "max_completion_tokens" in ask:
-            ask["max_completion_tokens"] = 1
+        asked = {**body, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(PREFILL_PARAMS)}
+        asked.pop("stream_options", None)
+        asked.pop("min_tokens", None)
+        if "max_completion_tokens" in asked:
+            asked["max_completion_tokens"] = 1
         url = next(self._prefill) + path
         try:
             timeout = aiohttp.ClientTimeout(total=PREFILL_LIMIT)
-            async with self._session.post(url, json=ask, timeout=timeout) as response:
+            async with self._session.post(url, json=asked, timeout=timeout) as response:
                 response.raise_for_status()
                 return (await response.json()).get("kv_transfer_params")
         except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as e:
-            logger.warning("%s does not prefill (%r): the decode engine does", url, e)
+            logger.warning("prefill at %s failed (%r): the decode engine prefills instead", url, e)
             return None
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         try:
             body = await request.json()
         except json.JSONDecodeError as e:
-            raise web.HTTPBadRequest(text=f"the body is no JSON: {e}") from e
+            raise web.HTTPBadRequest(text=f"the body is not JSON: {e}") from e
         params = await self._params(request.path, body)
         if params:
             body = {**body, "kv_transfer_params": params}
-        for last in (n == self._decodes - 1 for n in range(self._decodes)):
+        for _ in range(self._decodes):
             try:
                 return await self._pass_on(request, next(self._decode) + request.path, body)
             except aiohttp.ClientConnectorError as e:
-                logger.warning("a decode engine cannot be reached: %s", e)
-                if last:
-                    raise web.HTTPBadGateway(text="no decode engine can be reached") from e
-        raise web.HTTPBadGateway(text="there is no decode engine")
+                logger.warning("a decode engine is unreachable: %s", e)
+        raise web.HTTPBadGateway(text="no decode engine is reachable")
 
     async def _pass_on(self, request: web.Request, url: str, body: dict) -> web.StreamResponse:
         assert self._session is not None
-        # Leaving this block, also because the client has left, closes the connection: the engine then aborts.
+        # Leaving this block closes the connection, also after a cancellation; the engine then aborts the request.
         async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=None)) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(request)
@@ -107,7 +105,7 @@ def main() -> None:
     parser.add_argument("--decode", action="append", required=True)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    # A client that leaves takes its request along.
+    # With handler_cancellation, a client that disconnects cancels its request.
     web.run_app(
         Router(args.prefill, args.decode).app(), host=args.host, port=args.port, print=None, handler_cancellation=True
     )

@@ -1,4 +1,4 @@
-"""vLLM's HTTP servers and the router, as processes of their own."""
+"""Starts vLLM's HTTP servers and the router as processes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 
-# The engine on CPU, on a small machine, without asking the network for anything.
+# For engines on a small machine without a GPU; no access to the network.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -44,7 +44,7 @@ class Process:
     """A server process; its output goes to a file."""
 
     def __init__(self, name: str, argv: list[str], port: int, logs: Path, env: dict[str, str] | None = None) -> None:
-        self.name, self.argv, self.port = name, argv, port
+        self.name, self.argv = name, argv
         self.env = {**os.environ, **ENVIRONMENT, **(env or {})}
         self.log = logs / f"{name}.log"
         self.url = f"http://127.0.0.1:{port}"
@@ -52,7 +52,8 @@ class Process:
 
     def start(self) -> "Process":
         with self.log.open("ab") as log:
-            # A session of its own: an engine has children, and a kill must reach them all at once, as a lost machine's does.
+            # A session of its own: `kill` must reach the engine and its children at the same time, as the loss of a
+            # machine does.
             self.process = subprocess.Popen(
                 self.argv, stdout=log, stderr=log, env=self.env, start_new_session=True, stdin=subprocess.DEVNULL
             )
@@ -63,7 +64,7 @@ class Process:
         while time.monotonic() < until:
             assert self.process is not None
             if self.process.poll() is not None:
-                raise RuntimeError(f"{self.name} has ended:\n{self.tail()}")
+                raise RuntimeError(f"{self.name} has exited:\n{self.tail()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
                     return self
@@ -75,7 +76,7 @@ class Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def kill(self) -> None:
-        """SIGKILL, to it and to its children."""
+        """Sends SIGKILL to the process and its children."""
         if self.process is not None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -84,7 +85,7 @@ class Process:
             self.process.wait()
 
     def stop(self, limit: float = 20) -> None:
-        """SIGTERM, and after a while SIGKILL."""
+        """Sends SIGTERM, and after `limit` seconds SIGKILL."""
         if self.process is None or self.process.poll() is not None:
             return self.kill()
         self.process.terminate()
@@ -95,7 +96,7 @@ class Process:
         self.kill()
 
     def cpu_seconds(self) -> float:
-        """CPU time that it and its children have used."""
+        """CPU time of the process and its children."""
         import psutil
 
         assert self.process is not None
@@ -114,15 +115,12 @@ def vllm(
     logs: Path,
     transfer: dict[str, Any] | None,
     env: dict[str, str] | None = None,
-    port: int | None = None,
-    more: tuple[str, ...] = (),
 ) -> Process:
-    """A vLLM server; `vllm serve` is the same where the package is called vllm."""
-    port = port or free_port()
+    """A vLLM server. With the package `vllm`, `vllm serve` starts the same server."""
+    port = free_port()
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model"]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
     argv += ["--max-model-len", "2048", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(256 << 20)]
-    argv += list(more)
     if transfer:
         argv += ["--kv-transfer-config", json.dumps(transfer)]
     return Process(name, argv, port, logs, env)
@@ -136,7 +134,7 @@ def router(prefill: list[str], decode: list[str], logs: Path) -> Process:
 
 
 def complete(url: str, prompt: Any, max_tokens: int = 16, limit: float = 300, **more: Any) -> dict[str, Any]:
-    """One completion, greedy."""
+    """Requests one greedy completion."""
     body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -7,7 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from kvferry.vllm.connector import KvFerryConnector
 
-# `MultiConnector` looks for its connectors' metrics by name, also where a module path was given.
+# `MultiConnector` looks connectors up by name for their metrics, even if a module path was given.
 if "KvFerryConnector" not in KVConnectorFactory._registry:
     KVConnectorFactory.register_connector("KvFerryConnector", "kvferry.vllm", "KvFerryConnector")
 

@@ -1,7 +1,7 @@
-"""The connector that vLLM loads: translates its calls, and lets none of them fail.
+"""The connector that vLLM loads. It translates vLLM's calls and raises no exception.
 
-Loads are asynchronous. What a method returns when something goes wrong in it is chosen so that the engine prefills by
-itself: no tokens matched, no blocks kept, nothing ended.
+Loads are asynchronous. A method that fails returns a neutral value (no tokens matched, no blocks kept, nothing ended), so
+that the engine prefills the prompt itself.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
-except ImportError:  # vLLM 0.31 has none.
+except ImportError:  # Missing in vLLM 0.31.
     CacheHitSource = None  # type: ignore[assignment, misc]
 
 
 class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
-    """kvferry in vLLM 0.31 to 0.33."""
+    """The KV connector, for vLLM 0.31 to 0.33."""
 
     if CacheHitSource is not None:
         _cache_hit_source = CacheHitSource.P2P
@@ -63,13 +63,14 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
-        """Heads together, so that ranks of another tensor-parallel size can be served; of no matter to MLA."""
+        """A layout that keeps each head's bytes together, so that ranks of another tensor-parallel size can read their heads.
+        MLA has no KV heads: any layout will do."""
         model = vllm_config.model_config
         return None if model is None or getattr(model, "use_mla", False) else pool.BY_HEAD
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> "KVConnectorStats | None":
-        """Metrics out of what was sent."""
+        """Rebuilds the metrics that a rank or the scheduler sent."""
         return KvFerryStats(data or {})
 
     @classmethod
@@ -80,41 +81,41 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> "KVConnectorPromMetrics | None":
-        """Metrics for Prometheus."""
+        """The metrics for Prometheus."""
         return KvFerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: "KVTransferConfig") -> bool:
-        """It does: see `unregister_kv_caches`."""
+        """Yes: see `unregister_kv_caches`."""
         return True
 
     # ---- scheduler ----------------------------------------------------------------------------------------------------
 
     def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
-        """A load brings the request's own blocks, of every group that is moved."""
+        """The groups whose blocks a load fills: all groups that kvferry transfers."""
         return pool.transfer_groups(self._kv_cache_config)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
-        """What each tensor-parallel rank said of itself."""
+        """Receives the handshake metadata of each tensor-parallel rank."""
         self.set_xfer_handshake_metadata_pp_aware({(0, tp): m for tp, m in metadata.items()})
 
     @never_raises(lambda: None)
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        """What each rank said of itself."""
+        """Receives the handshake metadata of each rank."""
         if self._side is not None:
             self._side.ranks(metadata)
 
     @never_raises(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Prompt tokens that can be loaded, and that the load is asynchronous."""
+        """The number of prompt tokens that can be loaded, and whether the load is asynchronous."""
         return self._side.matched(request, num_computed_tokens) if self._side is not None else (0, False)
 
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
     ) -> None:
-        """The request's blocks are set aside. With tokens to load it waits from now on, so a worker must hear of it."""
+        """The request's blocks are allocated. With tokens to load it waits from now on, so a worker must report its load."""
         if self._side is None:
             return
         try:
@@ -122,53 +123,53 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         except ENDING:
             raise
         except BaseException:
-            logger.exception("kvferry: request %s is prefilled here", request.request_id)
+            logger.exception("kvferry: request %s is prefilled here: its load could not be prepared", request.request_id)
             if num_external_tokens > 0:
                 self._side.give_up(request)
 
     @never_raises(Meta)
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        """What the step's workers have to start."""
+        """The offers, loads and releases that the workers start in this step."""
         return self._side.meta() if self._side is not None else Meta()
 
     @never_raises(lambda: None)
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """What the step's workers reported."""
+        """Receives the workers' reports of this step."""
         if self._side is not None:
             self._side.output(connector_output)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """A request is over, with one cache group."""
+        """A request has ended; the engine has one cache group."""
         return self.request_finished_all_groups(request, (block_ids,))
 
     @never_raises(lambda: (False, None))
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """A request is over: whether its blocks stay for a decode engine, and what to tell it."""
+        """A request has ended. Returns whether its blocks are kept for a decode engine, and the params for that engine."""
         return self._side.finished(request, block_ids) if self._side is not None else (False, None)
 
     @never_raises(lambda: False)
     def has_pending_push_work(self) -> bool:
-        """Whether a step is needed though no request is there."""
+        """Whether the workers need a step even without requests."""
         return self._side is not None and self._side.pending()
 
     # ---- worker -------------------------------------------------------------------------------------------------------
 
     @never_raises(lambda: None)
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The engine's KV memory."""
+        """Receives the engine's KV memory."""
         if self._worker is not None:
             self._worker.register(kv_caches)
 
     @never_raises(lambda: None)
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """What the scheduler side must know of this rank."""
+        """This rank's handshake for the scheduler side."""
         return self._worker.handshake() if self._worker is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """The step begins. Offers and pulls start here, and not after the forward, which may take long: block zeroing is
-        done by now, and no forward touches a block that is loaded."""
+        """The step begins. Offers and pulls start here rather than after the forward pass, which may take long. Block zeroing
+        is done by now, and the forward pass touches no block that is being loaded."""
         super().bind_connector_metadata(connector_metadata)
         self._start(connector_metadata)
 
@@ -177,24 +178,24 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None and isinstance(meta, Meta):
             self._worker.start(meta)
         elif isinstance(meta, Meta):
-            # A rank that could not even begin: what waits for it must hear so.
+            # This rank's worker side failed to start. Its loads and offers must still be reported.
             self._orphans.update(load.request for load in meta.loads)
             self._unsent.update(offering.request for offering in meta.offerings)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Loads were started when the step began."""
+        """Does nothing: loads started when the step began."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: no forward waits for one."""
+        """Does nothing: loads are asynchronous."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing is saved: decode engines read the blocks where they are."""
+        """Does nothing: decode engines read the blocks in place."""
 
     def wait_for_save(self) -> None:
-        """Nothing is saved."""
+        """Does nothing: nothing is saved."""
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Offers and loads that have ended since the last step."""
+        """The offers and loads that have ended since the last step."""
         report = self._collect(finished_req_ids)
         return KVConnectorTransferResults(
             finished_sending=report.sent, finished_recving=report.received, failed_recving=report.failed
@@ -209,18 +210,18 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         return Report(unsent, lost, set(lost))
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """The same in an older form."""
+        """The same for older versions of vLLM."""
         results = self.get_transfer_results(finished_req_ids)
         return results.finished_sending or None, results.finished_recving or None
 
     @never_raises(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that the loads just reported did not bring."""
+        """The blocks that did not arrive, of the loads just reported."""
         return self._worker.invalid_blocks() if self._worker is not None else set()
 
     @never_raises(lambda: None)
     def get_kv_connector_stats(self) -> "KVConnectorStats | None":
-        """What was counted since the last step, on either side."""
+        """The metrics since the last step, of the worker or the scheduler side."""
         side = self._worker or self._side
         return side.stats.take() if side is not None else None
 
@@ -228,19 +229,19 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     @never_raises(lambda: None)
     def unregister_kv_caches(self) -> None:
-        """Before sleep: nothing touches KV memory any more."""
+        """Before sleep: stops all access to the KV memory."""
         if self._worker is not None:
             self._worker.sleep()
 
     @never_raises(lambda: None)
     def restore_kv_caches(self) -> None:
-        """After wake-up."""
+        """After the wake-up: allows offers and loads again."""
         if self._worker is not None:
             self._worker.wake()
 
     @never_raises(lambda: None)
     def shutdown(self) -> None:
-        """Ends within a second."""
+        """Stops the producer and the consumer, within a second."""
         if self._worker is not None:
             self._worker.shutdown()
 

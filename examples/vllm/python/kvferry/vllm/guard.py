@@ -1,4 +1,4 @@
-"""Keeps exceptions out of vLLM: one that leaves a worker's method kills the whole server."""
+"""Keeps exceptions away from vLLM: an exception in a worker's method kills the whole server."""
 
 import functools
 from collections.abc import Callable
@@ -6,19 +6,19 @@ from typing import Any, TypeVar
 
 from vllm.logger import init_logger
 
-# The prefix is what gives a logger vLLM's handlers.
+# A logger with this prefix has vLLM's handlers.
 logger = init_logger("vllm.kvferry")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What is not an error of ours: the process is asked to end.
+# Not errors of kvferry: the process is asked to exit.
 ENDING = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 def never_raises(otherwise: Callable[[], Any]) -> Callable[[F], F]:
-    """A method that logs what goes wrong in it, and returns `otherwise()`.
+    """Makes a method log its exceptions and return `otherwise()` instead.
 
-    A panic in the native part is a `BaseException`, so that is what is caught.
+    It catches `BaseException`, because a panic in the native part is one.
     """
 
     def wrap(method: F) -> F:
@@ -29,7 +29,7 @@ def never_raises(otherwise: Callable[[], Any]) -> Callable[[F], F]:
             except ENDING:
                 raise
             except BaseException:
-                logger.exception("kvferry: %s failed; the engine goes on without it", method.__name__)
+                logger.exception("kvferry: %s failed; the engine continues without its result", method.__name__)
                 return otherwise()
 
         return guarded  # type: ignore[return-value]

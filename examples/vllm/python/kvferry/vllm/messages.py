@@ -1,4 +1,4 @@
-"""What the scheduler side and the workers tell each other. All of it is pickled."""
+"""Messages between the scheduler side and the workers. They are pickled."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 @dataclass(frozen=True)
 class Offering:
-    """Blocks of a finished prefill that are offered from now on."""
+    """Blocks of a finished prefill, to be offered."""
 
     request: str
     offer_id: str
-    # The offer, JSON.
+    # The offer (JSON).
     offer: str
 
 
 @dataclass(frozen=True)
 class GroupBlocks:
-    """A group's blocks for consecutive positions; `None` where nothing is wanted."""
+    """A group's blocks for consecutive positions. A position with `None` is not loaded."""
 
     group: int
     first_position: int
@@ -26,31 +26,31 @@ class GroupBlocks:
 
 @dataclass(frozen=True)
 class Load:
-    """A request that waits for remote KV. Each rank reports it exactly once."""
+    """The load of a request that waits for remote KV. Each rank reports it exactly once."""
 
     request: str
-    # The offer, JSON; `None`: there is none to pull, report it as failed.
+    # The offer (JSON). `None`: there is no offer to pull, so the workers report the load as failed.
     offer: str | None
     groups: list[GroupBlocks] = field(default_factory=list)
 
 
 @dataclass
 class Meta(KVConnectorMetadata):
-    """What a step's workers have to start."""
+    """The offers, loads and releases that the workers start in one step."""
 
     offerings: list[Offering] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    # Offers, JSON, to let go of without a pull.
+    # Offers (JSON) to release without a pull.
     releases: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """What the scheduler side must know of a rank."""
+    """A rank's address and abilities, for the scheduler side."""
 
     rank: int
-    # `None`: it does not offer.
+    # `None`: the rank does not offer.
     addr: str | None
     incarnation: str | None
-    # Whether it can pull.
+    # Whether the rank can pull.
     pulls: bool

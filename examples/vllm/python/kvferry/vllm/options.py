@@ -1,4 +1,4 @@
-"""What an operator may set in `kv_connector_extra_config`, and in the environment."""
+"""The options in `kv_connector_extra_config` and in the environment."""
 
 import os
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from kvferry.vllm.guard import logger
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Told apart from the library's own limits: a prefill worker hears of an offer with its next step, and a step may be long.
+# Longer than the library's default: a prefill worker receives an offer with its next step, and a step may be long.
 EARLY_GRACE = 15.0
-# From the prefill's answer to the decode side's claim: the router's and the decode engine's queue lie in it.
+# Covers the time from the prefill's answer to the claim, including the queues of the router and of the decode engine.
 UNCLAIMED_LEASE = 60.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of one rank. Times are in seconds."""
+    """The options of one rank. Times are in seconds."""
 
-    # Address that this engine's ranks listen on; the first rank's port, 0 for free ones.
+    # Address that this engine's ranks listen on, and the first rank's port; 0: each rank takes a free port.
     host: str = "127.0.0.1"
     port: int = 0
-    # Host that offers name, when it is not the one listened on.
+    # Host in offers, if it differs from `host`.
     advertise: str | None = None
-    # Which lanes may be used, best first.
+    # Allowed lanes, best first.
     lanes: tuple[str, ...] | None = None
-    # From the start of a pull to its decision, at most.
+    # Longest time from the start of a pull to its decision.
     deadline: float = 30.0
     unclaimed_lease: float = UNCLAIMED_LEASE
     claim_lease: float | None = None
@@ -38,11 +38,11 @@ class Options:
     chunk_max: int | None = None
     tcp_connections: int | None = None
     on_wedge: str | None = None
-    # Breaks lanes on purpose: `throttle=20M,down@64M`.
+    # Faults to inject: `throttle=20M,down@64M`.
     fault: str | None = None
-    # The model's name as the two sides must agree on it; by default vLLM's `--model`.
+    # The model's name, equal on both sides; by default vLLM's `--model`.
     model_id: str | None = None
-    # PEM files; all or none.
+    # PEM files: all three or none.
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_ca: str | None = None
@@ -50,12 +50,12 @@ class Options:
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
-        """Reads them. What is not known or not usable is said, and left at its default."""
+        """Reads the options of a vLLM configuration. Unknown keys are logged and ignored."""
         transfer = config.kv_transfer_config
         given: dict[str, Any] = dict(getattr(transfer, "kv_connector_extra_config", None) or {})
         known = cls.__dataclass_fields__
         values: dict[str, Any] = {}
-        # An operator who comes from the NIXL connector has set this one.
+        # Deployments of the NIXL connector set the second variable.
         host = os.environ.get("KVFERRY_HOST") or os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if host:
             values["host"] = host
@@ -65,7 +65,7 @@ class Options:
             if name in known:
                 values[name] = value
             else:
-                logger.warning("kvferry: kv_connector_extra_config has no setting %r; it is left out", name)
+                logger.warning("kvferry: kv_connector_extra_config has an unknown key %r; it is ignored", name)
         if "lanes" in values and values["lanes"] is not None:
             lanes = values["lanes"]
             values["lanes"] = tuple(lanes.split(",") if isinstance(lanes, str) else lanes)
@@ -78,11 +78,11 @@ class Options:
         return cls(**values)
 
     def native(self) -> _native.Settings:
-        """The same for the native part, which checks them."""
+        """The settings for the native part, which checks them."""
         tls = None
         files = [f for f in (self.tls_cert, self.tls_key, self.tls_ca) if f]
         if len(files) not in (0, 3):
-            raise ValueError("tls_cert, tls_key and tls_ca belong together: give all three, or none")
+            raise ValueError("tls_cert, tls_key and tls_ca belong together: set all three or none")
         if files:
             pem = (Path(p).read_bytes() for p in files)
             tls = (*pem, self.tls_server_name)
@@ -102,15 +102,15 @@ class Options:
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:
-        """`HOST:PORT` of a rank; each data-parallel replica has as many ports as it has ranks."""
+        """`HOST:PORT` that a rank listens on. Each data-parallel replica uses one port per rank."""
         port = self.port + replica * ranks + rank if self.port else 0
         return join(self.host, port)
 
     def reached_at(self, bound: str) -> str:
-        """`HOST:PORT` for offers, when the rank listens at `bound`."""
+        """`HOST:PORT` in offers of a rank that listens on `bound`."""
         return join(self.advertise, int(bound.rsplit(":", 1)[1])) if self.advertise else bound
 
 
 def join(host: str, port: int) -> str:
-    """`HOST:PORT`, also for an IPv6 host."""
+    """`HOST:PORT`, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

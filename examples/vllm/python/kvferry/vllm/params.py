@@ -1,7 +1,7 @@
-"""The request's `kv_transfer_params`: what routers in use pass between prefill and decode, and our offer in it.
+"""A request's `kv_transfer_params`: the keys that existing routers use, and kvferry's offer.
 
-The flow is the one that routers know: the prefill request carries `do_remote_decode`, its response carries
-`do_remote_prefill` and what the decode side needs, and the router passes that on unchanged.
+Existing routers work unchanged: the prefill request carries `do_remote_decode`; its response carries
+`do_remote_prefill` and the offer; the router copies these into the decode request.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 from kvferry import _native
 
-# Where our part is. Routers pass on what they do not know.
+# The key of kvferry's part. Routers pass on unknown keys.
 KEY = "kvferry"
 
 
@@ -23,8 +23,8 @@ class BadParams(ValueError):
 
 
 def fingerprint(tokens: Sequence[int], *more: str) -> str:
-    """Names the tokens that an offer's blocks were computed from, and what else they depend on, so that no other prompt is
-    answered with them."""
+    """A hash of the tokens that an offer's blocks were computed from, and of everything else that the blocks depend on. It
+    keeps another prompt from using them."""
     numbers = array("q", tokens)
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -36,24 +36,24 @@ def fingerprint(tokens: Sequence[int], *more: str) -> str:
 
 @dataclass(frozen=True)
 class Remote:
-    """An offer, as a decode request brings it."""
+    """The offer in a decode request."""
 
     offer_id: str
-    # The offer, JSON.
+    # The offer (JSON).
     offer: str
-    # Prompt tokens that its blocks hold.
+    # Number of prompt tokens in its blocks.
     tokens: int
-    # Of those tokens; `None`: the producer could not tell (embeddings).
+    # Fingerprint of those tokens. `None`: the producer has no token ids (a prompt of embeddings).
     prompt: str | None
 
 
 def wants_decode(params: dict[str, Any] | None) -> bool:
-    """A prefill request whose KV will be fetched."""
+    """Whether a decode engine will fetch the request's KV."""
     return bool(params) and bool(params.get("do_remote_decode"))
 
 
 def wants_prefill(params: dict[str, Any] | None) -> bool:
-    """A decode request whose KV is elsewhere, and not yet claimed."""
+    """Whether the request's KV is on a prefill engine and not yet claimed."""
     return bool(params) and bool(params.get("do_remote_prefill"))
 
 
@@ -69,7 +69,7 @@ def response(
     prompt: str | None,
     tp_size: int,
 ) -> tuple[str, str, dict[str, Any]]:
-    """`(offer id, offer, params)` of a finished prefill."""
+    """Builds `(offer id, offer, params)` for a finished prefill."""
     offer_id = _native.new_offer_id()
     offer = {
         "id": offer_id,
@@ -84,7 +84,7 @@ def response(
     params = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
-        # What routers look at, or put into their logs.
+        # Keys that routers read or log.
         "remote_engine_id": engine,
         "remote_request_id": request,
         "remote_host": host.strip("[]"),
@@ -98,16 +98,16 @@ def response(
 
 
 def remote(params: dict[str, Any]) -> Remote:
-    """Reads what a prefill's response said. They come from the outside: anything may be in them."""
+    """Reads the params of a prefill response. They are untrusted input."""
     ours = params.get(KEY)
     if not isinstance(ours, dict) or not isinstance(ours.get("offer"), dict):
-        raise BadParams("no kvferry offer in kv_transfer_params: the prefill engine runs another connector, or none")
+        raise BadParams("no kvferry offer in kv_transfer_params: the prefill engine uses another connector or none")
     offer, prompt = ours["offer"], ours.get("prompt")
     try:
         text = json.dumps(offer, separators=(",", ":"))
         _native.check_offer(text)
     except (TypeError, ValueError, RecursionError) as e:
-        raise BadParams(f"the kvferry offer is not usable: {e}") from e
+        raise BadParams(f"the kvferry offer is unusable: {e}") from e
     if prompt is not None and not isinstance(prompt, str):
-        raise BadParams("the kvferry prompt fingerprint is no text")
+        raise BadParams("the kvferry prompt fingerprint is not a string")
     return Remote(offer_id=offer["id"], offer=text, tokens=offer["tokens"], prompt=prompt)

@@ -1,7 +1,7 @@
-"""How the engine's KV tensors lie in memory, and what a rank must say of itself.
+"""The layout of the engine's KV tensors in memory, and the identity of a rank.
 
-A layer's tensor is cut into blocks along its first dimension; a block is moved as opaque bytes. What cannot be moved that
-way is refused here, with the reason, and the connector then leaves every prompt to the engine.
+A layer's tensor is cut into blocks along its first dimension, and a block is transferred as opaque bytes. A cache that
+kvferry cannot transfer this way raises `Unsupported`; the engine then prefills every prompt itself.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,30 +13,30 @@ from kvferry import _native
 
 try:
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
-except ImportError:  # Not in every version.
+except ImportError:  # Missing in some versions of vLLM.
     UniformTypeKVCacheSpecs = ()  # type: ignore[assignment, misc]
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# A layout in which each head's bytes of a block lie together: ranks of another tensor-parallel size can take their heads.
+# A layout that keeps each head's bytes of a block together: ranks of another tensor-parallel size can read their heads.
 BY_HEAD = "LBHNC"
 
 Region = tuple[str, int, int, int, int]
 
 
 class Unsupported(ValueError):
-    """A cache that kvferry cannot move."""
+    """A cache that kvferry cannot transfer."""
 
 
 def transfer_groups(config: KVCacheConfig) -> tuple[int, ...]:
-    """The cache groups that are moved; not every version lets an engine keep some to itself."""
+    """The cache groups that are transferred. Some versions of vLLM let an engine exclude groups."""
     ids = getattr(config, "transfer_group_ids", None)
     return tuple(ids) if ids is not None else tuple(range(len(config.kv_cache_groups)))
 
 
 def group_kind(spec: KVCacheSpec) -> str:
-    """The kvferry name of what a group's layers compute."""
+    """kvferry's name for the attention of a group's layers."""
     if UniformTypeKVCacheSpecs and isinstance(spec, UniformTypeKVCacheSpecs):
         kinds = {group_kind(s) for s in spec.kv_cache_specs.values()}
         if len(kinds) != 1:
@@ -47,13 +47,13 @@ def group_kind(spec: KVCacheSpec) -> str:
     if isinstance(spec, FullAttentionSpec):
         return "full"
     raise Unsupported(
-        f"{type(spec).__name__} caches are not moved (full and sliding window attention are): "
-        "prompts of this model are prefilled where they are decoded"
+        f"{type(spec).__name__} caches are not supported (full and sliding window attention are): "
+        "the decode engine prefills this model's prompts"
     )
 
 
 def windowed(spec: KVCacheSpec) -> bool:
-    """Whether a group's layers see a sliding window only."""
+    """Whether a group's layers use a sliding window."""
     try:
         return group_kind(spec) == "sliding_window"
     except Unsupported:
@@ -63,25 +63,25 @@ def windowed(spec: KVCacheSpec) -> bool:
 def layer_region(name: str, tensor: torch.Tensor, num_blocks: int, segment: int, base: int) -> Region:
     """`(name, segment, offset, block bytes, stride)` of one layer's blocks."""
     if tensor.ndim < 2 or tensor.shape[0] == 0 or tensor.shape[0] % num_blocks:
-        raise Unsupported(f"{name}: shape {tuple(tensor.shape)} is not cut into {num_blocks} blocks")
-    # The attention kernel may see a block as several smaller ones.
+        raise Unsupported(f"{name}: shape {tuple(tensor.shape)} does not divide into {num_blocks} blocks")
+    # The attention kernel may divide a block into several smaller ones.
     parts = tensor.shape[0] // num_blocks
     part = tensor[0]
     size = part.element_size()
     extent = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True))
     if extent != part.numel():
-        raise Unsupported(f"{name}: the bytes of a block do not lie together (strides {tensor.stride()})")
+        raise Unsupported(f"{name}: the bytes of a block are not contiguous (strides {tensor.stride()})")
     stride = tensor.stride(0) * size
     bytes_ = part.numel() * size
     if parts > 1 and stride != bytes_:
-        raise Unsupported(f"{name}: a block's {parts} parts do not lie together")
+        raise Unsupported(f"{name}: a block's {parts} parts are not contiguous")
     return (name, segment, tensor.data_ptr() - base, bytes_ * parts, stride * parts)
 
 
 def describe(
     kv_caches: dict[str, torch.Tensor], config: KVCacheConfig
 ) -> tuple[list[tuple[int, int]], list[tuple[int, str, int, int, list[Region]]]]:
-    """`(segments, groups)` for `_native.Pool`."""
+    """The arguments `(segments, groups)` of `_native.Pool`."""
     segments: list[tuple[int, int]] = []
     number: dict[int, int] = {}
     groups = []
@@ -90,14 +90,14 @@ def describe(
         kind = group_kind(group.kv_cache_spec)
         regions: list[Region] = []
         for name in group.layer_names:
-            # A layer that shares another one's cache has none.
+            # A layer that shares another layer's cache has no tensor.
             if (tensor := kv_caches.get(name)) is None:
                 continue
             if not isinstance(tensor, torch.Tensor):
-                raise Unsupported(f"{name}: its cache is no single tensor")
+                raise Unsupported(f"{name}: its cache is not a single tensor")
             if tensor.device.type != "cpu":
                 raise Unsupported(
-                    f"{name}: its cache is on {tensor.device}; this build of kvferry moves host memory only"
+                    f"{name}: its cache is on {tensor.device}; this build of kvferry supports host memory only"
                 )
             storage = tensor.untyped_storage()
             base = storage.data_ptr()
@@ -112,7 +112,7 @@ def describe(
 
 
 def heads_of(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
-    """`(first, count)` of the KV heads that a rank holds; with more ranks than heads each head has several copies."""
+    """The KV heads of a rank as `(first, count)`. With more ranks than heads, each head has several copies."""
     if total >= tp_size:
         per_rank = total // tp_size
         return tp_rank * per_rank, per_rank
@@ -120,7 +120,7 @@ def heads_of(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
 
 
 def layout_name(config: "VllmConfig") -> str:
-    """The cache layout that the engine settled on."""
+    """The cache layout that the engine chose."""
     resolved = getattr(config.cache_config, "get_resolved_kv_cache_layout", None)
     return str(getattr(resolved(), "name", resolved())) if resolved else "unknown"
 
@@ -128,7 +128,7 @@ def layout_name(config: "VllmConfig") -> str:
 def identity(
     config: "VllmConfig", kv_caches: dict[str, torch.Tensor], groups: list[Any], model_id: str | None
 ) -> _native.Identity:
-    """What a rank says of itself: peers whose KV means something else must not be read."""
+    """The identity of a rank. Peers with another meaning of the KV bytes refuse each other."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     tp, pp = get_tp_group(), get_pp_group()
@@ -140,7 +140,7 @@ def identity(
     if getattr(model, "use_mla", False):
         attention.append("mla")
     elif layout != BY_HEAD:
-        # Heads do not lie together: no other cut of them can be served.
+        # A head's bytes are not contiguous: only ranks of the same tensor-parallel size can read them.
         attention.append(f"tp={tp.world_size}")
     attention += [f"{g[0]}:{g[1]}:{g[2]}" for g in groups[1:]]
     layers = sum(len(g[4]) for g in groups)

@@ -1,7 +1,7 @@
-"""The scheduler side: which requests are loaded, from what, and into which blocks; and what is offered.
+"""The scheduler side: decides which requests are loaded, from which offers and into which blocks, and which are offered.
 
-Owns no thread and no connection: everything that it decides travels to the workers with the step. A request is loaded at
-most once; what cannot be loaded is prefilled here.
+It owns no thread and no connection; its decisions travel to the workers with the step. A request is loaded at most once.
+A prompt that cannot be loaded is prefilled here.
 """
 
 from collections import OrderedDict
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-# Offers that are remembered as used: a second request with the same one (parallel sampling, a retry) is prefilled here.
+# Used offers to remember: a second request with the same offer (parallel sampling, a retry) is prefilled here.
 REMEMBERED = 1 << 16
-# The block id that stands for no block.
+# The block id that means "no block".
 NULL_BLOCK = 0
-# A prefill that ended in another way has no prompt to hand on.
-HANDED_ON = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
+# Only prefills with these statuses are offered.
+OFFERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
 
 @dataclass
 class Waiting:
-    """A load that its ranks have not all reported."""
+    """A load that some ranks have not reported yet."""
 
-    # First prompt token that it is to bring, and the one past the last.
+    # The prompt tokens of the load, from `first` to `end` (exclusive).
     first: int
     end: int
-    # First token of each local block of the only group; empty when there are several.
+    # With one group: the first token of each local block. Empty with several groups.
     blocks: dict[int, int]
-    # First token that is known not to have come.
+    # First token that is known to be missing.
     missing: int | None = None
 
 
 @dataclass
 class Todo:
-    """What goes out with the next step."""
+    """Messages for the workers in the next step."""
 
     offerings: list[Offering] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
@@ -54,17 +54,17 @@ class Todo:
 
 
 def _fingerprint(request: "Request", tokens: int) -> str | None:
-    """Names what the first tokens' KV depends on; `None`: it cannot be told (embeddings)."""
+    """The fingerprint of the first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
     if request.prompt_token_ids is None:
         return None
     lora = getattr(request.lora_request, "lora_name", None)
-    # Images and the like: their tokens are placeholders, all alike.
+    # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
     seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
     return kv_params.fingerprint(request.prompt_token_ids[:tokens], *([lora] if lora else []), *seen)
 
 
 class SchedulerSide:
-    """One engine."""
+    """The scheduler side of one engine."""
 
     def __init__(self, config: "VllmConfig", kv_cache_config: KVCacheConfig) -> None:
         transfer = config.kv_transfer_config
@@ -82,36 +82,36 @@ class SchedulerSide:
         self._ranks: list[dict[str, Any]] = []
         self._incarnation: str | None = None
         self._todo = Todo()
-        # Offers of requests that were looked up and not yet admitted, and what the last look-up found here.
+        # For requests that were looked up and not yet admitted: the offer, and the tokens that the last look-up found here.
         self._remotes: dict[str, kv_params.Remote] = {}
         self._local: dict[str, int] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
         self.stats = KvFerryStats()
 
-    # ---- who we are ---------------------------------------------------------------------------------------------------
+    # ---- the handshake ------------------------------------------------------------------------------------------------
 
     def ranks(self, metadata: dict[tuple[int, int], Any]) -> None:
-        """What the workers said of themselves; under `MultiConnector` it may be another connector's."""
+        """Receives the workers' handshakes. Under `MultiConnector` they may come from another connector."""
         ours = [m for m in metadata.values() if isinstance(m, Handshake)]
         if len(ours) != len(metadata):
             logger.error(
-                "kvferry: the workers' handshake is another connector's: nothing is offered. "
-                "List KvFerryConnector first in MultiConnector's connectors."
+                "kvferry: the workers' handshakes come from another connector, so nothing is offered; "
+                "list KvFerryConnector first in MultiConnector's connectors"
             )
             return
         ours.sort(key=lambda h: h.rank)
         if self._pulls_here and not all(h.pulls for h in ours):
-            logger.error("kvferry: not every rank can pull: all prompts are prefilled here")
+            logger.error("kvferry: some ranks cannot pull, so all prompts are prefilled here; see the errors above")
             self._pulls_here = False
         if len(ours) != self._world:
-            logger.error("kvferry: %d of %d ranks are there: all prompts are prefilled here", len(ours), self._world)
+            logger.error("kvferry: %d of %d ranks sent a handshake: all prompts are prefilled here", len(ours), self._world)
             self._pulls_here = False
             return
         if not self._offers_here:
             return
         if not ours or not all(h.addr and h.incarnation for h in ours):
-            logger.error("kvferry: not every rank can offer: nothing is offered")
+            logger.error("kvferry: some ranks cannot offer, so nothing is offered; see the errors above")
             return
         self._ranks = [{"rank": h.rank, "incarnation": h.incarnation, "addr": h.addr} for h in ours]
         self._incarnation = _native.engine_incarnation([str(h.incarnation) for h in ours])
@@ -120,7 +120,8 @@ class SchedulerSide:
     # ---- the decode side ----------------------------------------------------------------------------------------------
 
     def matched(self, request: "Request", computed: int) -> tuple[int, bool]:
-        """How many prompt tokens can be loaded past the first `computed`, which are here. Asked again at will."""
+        """The number of prompt tokens that can be loaded after the first `computed`, which are here. The engine may call it
+        several times for one request."""
         if not kv_params.wants_prefill(request.kv_transfer_params):
             return 0, False
         remote = self._remote(request)
@@ -129,17 +130,17 @@ class SchedulerSide:
         self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
         if tokens == request.num_prompt_tokens and self._windows:
-            # The last token is computed here, and may see one token more than the next one would: a block that both sides
-            # would leave out as past. So it is not part of the load, and the block is asked for.
+            # The last token is computed here, and its window starts one token earlier than the next token's. Both sides would
+            # leave out the block of that earlier token. Without the last token in the load, the block is requested.
             return (tokens - 1 - computed, True) if tokens - 1 > computed else (0, False)
         more = tokens - computed
-        # The engine computes a prompt's last token itself, to sample from it. A load of that one alone brings nothing.
+        # The engine computes a prompt's last token itself, to sample from it. A load of that token alone is useless.
         if more <= (1 if tokens == request.num_prompt_tokens else 0):
             return 0, False
         return more, True
 
     def _remote(self, request: "Request") -> kv_params.Remote | None:
-        """The request's offer; read once. One that cannot be used is refused once, and the prompt prefilled here."""
+        """The request's offer, parsed once. An unusable offer is refused once, and the prompt is prefilled here."""
         known = self._remotes.get(request.request_id)
         if known is not None:
             return known
@@ -151,12 +152,12 @@ class SchedulerSide:
             if not self._pulls_here:
                 raise kv_params.BadParams("this engine does not pull (kv_role, or see the errors above)")
             if remote.offer_id in self._used:
-                raise kv_params.BadParams("its offer was used by another request of this engine")
+                raise kv_params.BadParams("another request of this engine has used its offer")
             if remote.prompt is not None and tokens is not None:
                 if len(tokens) < remote.tokens or _fingerprint(request, remote.tokens) != remote.prompt:
-                    raise kv_params.BadParams("its offer is of another prompt")
+                    raise kv_params.BadParams("its offer belongs to another prompt")
             elif tokens is not None:
-                raise kv_params.BadParams("its offer does not say of which prompt it is")
+                raise kv_params.BadParams("its offer has no prompt fingerprint")
         except kv_params.BadParams as e:
             logger.warning("kvferry: request %s is prefilled here: %s", request.request_id, e)
             params["do_remote_prefill"] = False
@@ -166,7 +167,8 @@ class SchedulerSide:
         return remote
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
-        """The engine has set blocks aside; with `external` tokens the request now waits for its load, whatever happens."""
+        """The engine has allocated the request's blocks. If `external` is positive, the request waits from now on until its
+        load is reported, even if this method fails."""
         params = request.kv_transfer_params
         if external <= 0 and not kv_params.wants_prefill(params):
             return
@@ -177,21 +179,21 @@ class SchedulerSide:
             params["do_remote_prefill"] = False
         if external > 0:
             if remote is None:
-                raise RuntimeError("no offer is known for a request that is to be loaded")
+                raise RuntimeError("the request is to be loaded and has no offer")
             groups = self._wanted(blocks, first, first + external)
             self._remotes.pop(request_id)
             self._use(remote)
             self._waiting[request_id] = self._wait(groups, first, first + external)
             self._todo.loads.append(Load(request_id, remote.offer, groups))
         elif remote is not None:
-            # All of the prompt is here, or another connector brings it.
+            # The whole prompt is here, or another connector loads it.
             self._remotes.pop(request_id)
             self._use(remote)
             self._todo.releases.append(remote.offer)
 
     def give_up(self, request: "Request") -> None:
-        """`allocated` failed: the request waits all the same, until its workers report that nothing came. It is not to be
-        loaded when it is looked up again."""
+        """`allocated` failed, but the request waits until its workers report a failed load. The next look-up must not load it
+        again."""
         remote = self._remotes.pop(request.request_id, None)
         if remote is not None:
             self._use(remote)
@@ -207,15 +209,15 @@ class SchedulerSide:
             self._used.popitem(last=False)
 
     def _wanted(self, blocks: "KVCacheBlocks", first: int, end: int) -> list[GroupBlocks]:
-        """The blocks of the tokens from `first` to `end`, by group and position."""
+        """The local blocks of the tokens from `first` to `end`, by group and position."""
         groups = []
         for gid in self._group_ids:
             tokens = self._block_tokens[gid]
             if first % tokens:
-                raise RuntimeError(f"{first} tokens are here, which is no end of a block of group {gid}")
+                raise RuntimeError(f"{first} tokens are here, and no block of group {gid} ends there")
             at, past = first // tokens, -(-end // tokens)
             mine = blocks.blocks[gid][at:past]
-            # Blocks that a sliding window has left are null on both sides.
+            # Blocks before a sliding window are null on both sides.
             ids = [None if b.is_null else b.block_id for b in mine]
             if len(ids) != past - at:
                 raise RuntimeError(f"group {gid} has {len(ids)} blocks for {past - at} positions")
@@ -231,7 +233,7 @@ class SchedulerSide:
         return Waiting(first, end, blocks)
 
     def output(self, output: "KVConnectorOutput") -> None:
-        """What the workers reported, before the engine acts on it: tokens are counted here, once for all ranks."""
+        """Receives the workers' reports before the engine acts on them. Tokens are counted here, once for all ranks."""
         for waiting in self._waiting.values() if output.invalid_block_ids else ():
             bad = [waiting.blocks[b] for b in output.invalid_block_ids if b in waiting.blocks]
             if bad:
@@ -247,25 +249,25 @@ class SchedulerSide:
     # ---- the prefill side, and the end of requests --------------------------------------------------------------------
 
     def finished(self, request: "Request", blocks: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
-        """Whether the request's blocks stay for a decode engine, and what to tell it."""
+        """Returns whether the request's blocks are kept for a decode engine, and the params for that engine."""
         request_id, params = request.request_id, request.kv_transfer_params
-        # Aborted while it waited: its workers hear of it by themselves, and nothing is counted.
+        # If the request was aborted while it waited, its workers learn that from vLLM; no tokens are counted.
         self._waiting.pop(request_id, None)
         remote = self._remotes.pop(request_id, None)
         self._local.pop(request_id, None)
         if kv_params.wants_prefill(params):
             assert params is not None
-            self._let_go(remote, params)
+            self._release(remote, params)
             params["do_remote_prefill"] = False
             return False, None
         if not kv_params.wants_decode(params) or not any(blocks):
             return False, None
-        if request.status.name not in HANDED_ON:
+        if request.status.name not in OFFERED:
             return False, None
         return self._offer(request, blocks)
 
-    def _let_go(self, remote: kv_params.Remote | None, params: dict[str, Any]) -> None:
-        """A request ended before it was admitted: the prefill engine need not wait for its lease."""
+    def _release(self, remote: kv_params.Remote | None, params: dict[str, Any]) -> None:
+        """The request ended before its admission: releases its offer, so that its blocks are free before the lease ends."""
         if remote is None and self._pulls_here:
             try:
                 remote = kv_params.remote(params)
@@ -278,8 +280,8 @@ class SchedulerSide:
     def _offer(self, request: "Request", blocks: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         if self._incarnation is None:
             logger.warning(
-                "kvferry: request %s asks for a remote decode, and this engine does not offer (kv_role, or see the errors "
-                "above): it will be prefilled again where it is decoded",
+                "kvferry: request %s asks for a remote decode, but this engine does not offer (see kv_role, or the errors "
+                "above); the decode engine will prefill it again",
                 request.request_id,
             )
             return False, None
@@ -309,10 +311,10 @@ class SchedulerSide:
     # ---- the step -----------------------------------------------------------------------------------------------------
 
     def meta(self) -> Meta:
-        """What the step's workers have to start."""
+        """The offers, loads and releases that the workers start in this step."""
         todo, self._todo = self._todo, Todo()
         return Meta(todo.offerings, todo.loads, todo.releases)
 
     def pending(self) -> bool:
-        """Something waits for a step, and no request may be there to cause one."""
+        """Whether a message waits for a step; there may be no request that causes one."""
         return bool(self._todo.releases or self._todo.offerings)

@@ -1,7 +1,7 @@
 """kvferry's metrics in vLLM's style: collected on each rank and in the scheduler, sent with the step's output.
 
 vLLM sets its own prompt-token counters once, when a request is looked up, and never corrects them after a failed load.
-These here are counted when a load is over, so they are true after failures too.
+kvferry's metrics are counted at the end of a load, so they stay true after failures.
 """
 
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-# 100 us, one small block inside a host, to 30 s, a long prompt over a slow wire.
+# From 100 us (one small block inside a host) to 30 s (a long prompt over a slow link).
 SECONDS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
-# Counters: `key -> (name, help, label)`. A labelled one holds `{label value: count}`.
+# Counters: `key -> (name, help, label)`. A counter with a label holds `{label value: count}`.
 COUNTERS: dict[str, tuple[str, str, str | None]] = {
-    "loads": ("loads", "Loads from prefill engines, by result; one for each rank.", "result"),
-    "blocks_loaded": ("blocks_loaded", "Blocks that loads brought.", None),
-    "blocks_invalid": ("blocks_invalid", "Blocks that loads did not bring, by cause.", "cause"),
-    "bytes": ("bytes_loaded", "Bytes of loaded blocks, by the lane that brought them.", "lane"),
-    "retries": ("retries", "Attempts after a load's first.", None),
+    "loads": ("loads", "Loads from prefill engines, by result; each rank counts its own.", "result"),
+    "blocks_loaded": ("blocks_loaded", "Blocks that arrived.", None),
+    "blocks_invalid": ("blocks_invalid", "Blocks that did not arrive, by cause.", "cause"),
+    "bytes": ("bytes_loaded", "Bytes of loaded blocks, by lane.", "lane"),
+    "retries": ("retries", "Attempts after the first one of a load.", None),
     "tokens_loaded": ("tokens_loaded", "Prompt tokens taken from loads, complete or not.", None),
-    "tokens_salvaged": ("tokens_salvaged", "Prompt tokens kept from loads that did not bring everything.", None),
-    "tokens_recomputed": ("tokens_recomputed", "Prompt tokens that loads were to bring and did not.", None),
-    "offers": ("offers_ended", "Offers whose blocks came back, by reason.", "why"),
-    "refused": ("params_refused", "Requests whose kv_transfer_params could not be used.", None),
+    "tokens_salvaged": ("tokens_salvaged", "Prompt tokens taken from incomplete loads.", None),
+    "tokens_recomputed": ("tokens_recomputed", "Prompt tokens that loads did not deliver.", None),
+    "offers": ("offers_ended", "Offers whose blocks are free again, by reason.", "why"),
+    "refused": ("params_refused", "Requests with unusable kv_transfer_params.", None),
 }
 
 # Gauges, summed over the ranks that report them.
@@ -33,19 +33,19 @@ GAUGES: tuple[tuple[str, str], ...] = (
     ("leases_offered", "Offers whose blocks are held for a decode engine."),
     ("leases_claimed", "Claims of decode engines on those offers."),
     ("loads_wedged", "Loads whose blocks are withheld until a restart."),
-    ("loads_running", "Loads that have not ended."),
+    ("loads_running", "Loads that are running."),
 )
 
 
 def empty() -> dict[str, Any]:
-    """A container without observations; plain numbers, lists and dicts, so that it can be sent."""
+    """A container without observations: plain numbers, lists and dicts, so that it can be sent."""
     data: dict[str, Any] = {key: {} if label else 0 for key, (_, _, label) in COUNTERS.items()}
     return data | {"seconds": [], "gauges": {}}
 
 
 @dataclass
 class KvFerryStats(KVConnectorStats):
-    """What was counted since the last step."""
+    """The metrics since the last step."""
 
     def __post_init__(self) -> None:
         self.data = empty() | self.data
@@ -57,7 +57,7 @@ class KvFerryStats(KVConnectorStats):
         return not any(self.data.values())
 
     def take(self) -> "KvFerryStats | None":
-        """What there is, once; `None` when there is nothing."""
+        """Returns the metrics and resets them; `None` if there are none."""
         if self.is_empty():
             return None
         taken = KvFerryStats(self.data)
@@ -73,7 +73,7 @@ class KvFerryStats(KVConnectorStats):
             else:
                 mine[key] += more[key]
         mine["seconds"] = [*mine["seconds"], *more["seconds"]]
-        # By rank, so a later word replaces an earlier one.
+        # By rank: a later value replaces an earlier one.
         mine["gauges"] = {**mine["gauges"], **more["gauges"]}
         return self
 
@@ -91,7 +91,7 @@ class KvFerryStats(KVConnectorStats):
             "Tokens recomputed": d["tokens_recomputed"],
         }
 
-    # ---- what is counted ----------------------------------------------------------------------------------------------
+    # ---- counting -----------------------------------------------------------------------------------------------------
 
     def _add(self, key: str, value: str, n: int = 1) -> None:
         self.data[key][value] = self.data[key].get(value, 0) + n
@@ -107,7 +107,7 @@ class KvFerryStats(KVConnectorStats):
         retries: int = 0,
         causes: dict[str, int] | None = None,
     ) -> None:
-        """A load of one rank is over: `loaded`, `partial`, `failed` or `aborted`."""
+        """Counts the end of one rank's load: `loaded`, `partial`, `failed` or `aborted`."""
         self._add("loads", result)
         if seconds is not None:
             self.data["seconds"].append(seconds)
@@ -119,27 +119,27 @@ class KvFerryStats(KVConnectorStats):
             self._add("blocks_invalid", cause, n)
 
     def tokens(self, loaded: int, missing: int) -> None:
-        """A request's load is over on all ranks."""
+        """Counts the tokens of a load that has ended on all ranks."""
         self.data["tokens_loaded"] += loaded
         if missing:
             self.data["tokens_salvaged"] += loaded
             self.data["tokens_recomputed"] += missing
 
     def offer_ended(self, why: str) -> None:
-        """A rank's blocks came back."""
+        """Counts an offer of one rank whose blocks are free again."""
         self._add("offers", why)
 
     def refused(self) -> None:
-        """A request's params could not be used."""
+        """Counts a request with unusable params."""
         self.data["refused"] += 1
 
     def gauges(self, rank: int, values: tuple[int, ...]) -> None:
-        """A rank's gauges, in the order of `GAUGES`."""
+        """Sets a rank's gauges, in the order of `GAUGES`."""
         self.data["gauges"][str(rank)] = list(values)
 
 
 class KvFerryPromMetrics(KVConnectorPromMetrics):
-    """The same for Prometheus."""
+    """The metrics for Prometheus."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class KvFerryPromMetrics(KVConnectorPromMetrics):
             )
             for key, (name, text, label) in COUNTERS.items()
         }
-        # Each engine's ranks report by themselves, and only when something has changed.
+        # The last gauges of each engine's ranks. A rank reports its gauges when they change.
         self._known: dict[int, dict[str, list[int]]] = {}
         self._gauges = [
             self._gauge_cls(name=f"vllm:kvferry_{name}", documentation=text, labelnames=labelnames, multiprocess_mode="mostrecent")
@@ -169,7 +169,7 @@ class KvFerryPromMetrics(KVConnectorPromMetrics):
             buckets=SECONDS,
             labelnames=labelnames,
         )
-        # So that the names are there before something happens.
+        # The names exist before the first event.
         for values in per_engine_labelvalues.values():
             self._seconds.labels(*values)
             for gauge in self._gauges:

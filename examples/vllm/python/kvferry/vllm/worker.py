@@ -1,10 +1,11 @@
 """The worker side: one producer and one consumer on this rank's KV memory.
 
-Promises to vLLM: each load that was handed to this rank is reported exactly once, when nothing writes its blocks any more;
-an aborted load reports no invalid blocks; each offering that was handed to it is reported once, when its blocks may be used
-again. What goes wrong becomes one of these reports.
+Promises to vLLM: each load given to this rank is reported exactly once, when nothing writes its blocks any more. An aborted
+load reports no invalid blocks. Each offering given to this rank is reported once, when its blocks may be used again. Every
+failure becomes one of these reports.
 """
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,13 @@ from kvferry.vllm.stats import KvFerryStats
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# What `shutdown` takes at most, for the consumer and for the producer.
+# Limit of `shutdown` in seconds, for the consumer and for the producer each.
 CLOSE = 0.4
 
 
 @dataclass
 class Running:
-    """A pull that has not ended."""
+    """A running pull."""
 
     load: Load
     aborted: bool = False
@@ -35,7 +36,7 @@ class Running:
 
 @dataclass
 class Report:
-    """What a step hands to vLLM."""
+    """Ids of requests to report to vLLM in one step."""
 
     sent: set[str]
     received: set[str]
@@ -43,7 +44,7 @@ class Report:
 
 
 class WorkerSide:
-    """One rank."""
+    """The worker side of one rank."""
 
     def __init__(self, config: "VllmConfig", kv_cache_config: KVCacheConfig) -> None:
         transfer = config.kv_transfer_config
@@ -52,7 +53,7 @@ class WorkerSide:
         self._kv_cache_config = kv_cache_config
         self._offers_here = transfer.kv_role in ("kv_producer", "kv_both")
         self._pulls_here = transfer.kv_role in ("kv_consumer", "kv_both")
-        # Block ids are told apart by group only inside kvferry: with several groups a load fails as a whole.
+        # vLLM's report of invalid blocks has no groups: with several cache groups a load fails as a whole.
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._producer: _native.Producer | None = None
         self._consumer: _native.Consumer | None = None
@@ -65,13 +66,13 @@ class WorkerSide:
         self._report = Report(set(), set(), set())
         self._invalid: set[int] = set()
         self.stats = KvFerryStats()
-        self._told: tuple[int, ...] = ()
-        self._said: set[str] = set()
+        self._last_gauges: tuple[int, ...] = ()
+        self._logged: set[str] = set()
 
     # ---- registration -------------------------------------------------------------------------------------------------
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Starts the producer and the consumer on the engine's memory. Without them every prompt is prefilled here."""
+        """Starts the producer and the consumer on the engine's memory. If that fails, every prompt is prefilled here."""
         self._registered = dict(kv_caches)
         if self._producer is not None or self._consumer is not None:
             return
@@ -82,7 +83,7 @@ class WorkerSide:
         except pool.Unsupported as e:
             logger.error("kvferry is off on this engine: %s", e)
         except BaseException:
-            logger.exception("kvferry is off on this engine: it could not be started")
+            logger.exception("kvferry is off on this engine: it failed to start")
 
     def _start(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -106,7 +107,7 @@ class WorkerSide:
             self._consumer = _native.Consumer(me, memory, settings)
 
     def handshake(self) -> Handshake:
-        """What the scheduler side must know of this rank."""
+        """This rank's handshake for the scheduler side."""
         producer = self._producer
         return Handshake(
             rank=self._rank,
@@ -115,12 +116,12 @@ class WorkerSide:
             pulls=self._consumer is not None,
         )
 
-    # ---- what a step starts -------------------------------------------------------------------------------------------
+    # ---- the start of a step ------------------------------------------------------------------------------------------
 
     def start(self, meta: Meta) -> None:
-        """Starts what the scheduler side asked for, once."""
+        """Starts the scheduler side's offers, loads and releases, once."""
         offerings, loads, releases = meta.offerings, meta.loads, meta.releases
-        # In one process the scheduler's object may be this one: what is started is not started again.
+        # In one process this may be the scheduler's own object. It is emptied, so that nothing is started twice.
         meta.offerings, meta.loads, meta.releases = [], [], []
         for offering in offerings:
             self._offer(offering)
@@ -142,13 +143,13 @@ class WorkerSide:
             self._offered.pop(offering.offer_id, None)
             self._report.sent.add(offering.request)
             if self._producer is not None:
-                # Its name is on its way to the decode side, which would wait for it.
+                # Its params are on the way to the decode side, which would wait for the offer.
                 self._producer.revoke(offering.offer_id)
 
     def _load(self, load: Load) -> None:
         try:
             if self._consumer is None or self._asleep or load.offer is None:
-                raise RuntimeError("there is nothing to pull, or nothing to pull with")
+                raise RuntimeError("there is no offer, or this rank has no consumer")
             groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
             number = self._consumer.pull(load.offer, groups)
         except ENDING:
@@ -159,14 +160,14 @@ class WorkerSide:
             blocks = sum(b is not None for g in load.groups for b in g.blocks)
             self.stats.load("failed", causes={"not_started": blocks})
             if load.offer is not None:
-                # The request is prefilled here, whatever other ranks bring: the blocks need not wait for the lease.
+                # The request is prefilled here even if other ranks load. With the release, no block waits for the lease.
                 self._release(load.offer)
             return
         self._pulls[number] = Running(load)
         self._by_request[load.request] = number
 
     def _release(self, offer: str) -> None:
-        # One rank speaks for all: the call reaches each rank of the offer.
+        # One call is enough: it reaches each rank of the offer.
         if self._rank != 0 or self._consumer is None:
             return
         try:
@@ -174,23 +175,23 @@ class WorkerSide:
         except ENDING:
             raise
         except BaseException as e:
-            logger.warning("kvferry: an offer is left to its lease: %s", e)
+            logger.warning("kvferry: an offer was not released and ends with its lease: %s", e)
 
-    # ---- what a step hands back ---------------------------------------------------------------------------------------
+    # ---- the end of a step --------------------------------------------------------------------------------------------
 
     def collect(self, finished: set[str]) -> Report:
-        """What has ended since the last step. `finished`: requests that the engine is done with, whatever became of them."""
-        # What is known is reported, whatever fails on the way: a report that does not come leaves a request waiting.
-        for part in (lambda: self._abort(finished), self._poll_pulls, self._poll_offers, self._watch):
+        """Reports the loads and offers that have ended since the last step. `finished`: requests that have ended."""
+        # Each part runs even if another one fails: without its report, a request would wait indefinitely.
+        for part in (lambda: self._abort(finished), self._poll_pulls, self._poll_offers, self._gauges):
             try:
                 part()
             except ENDING:
                 raise
             except BaseException as e:
-                # Once: this is called with every step.
-                if repr(e) not in self._said:
-                    self._said.add(repr(e))
-                    logger.exception("kvferry: something is wrong on rank %d", self._rank)
+                # This runs in every step: log each error once.
+                if repr(e) not in self._logged:
+                    self._logged.add(repr(e))
+                    logger.exception("kvferry: rank %d failed to collect its reports", self._rank)
         report, self._report = self._report, Report(set(), set(), set())
         return report
 
@@ -222,13 +223,13 @@ class WorkerSide:
         except ENDING:
             raise
         except BaseException:
-            logger.exception("kvferry: the end of request %s's load could not be read", load.request)
+            logger.exception("kvferry: the result of request %s's load could not be read", load.request)
             self._fail(load, [b for g in load.groups for b in g.blocks if b is not None])
 
     def _report_load(self, running: Running, ended: _native.Ended) -> None:
         load = running.load
         if running.aborted:
-            # Its blocks may have a new owner as soon as this is reported.
+            # Once this is reported, its blocks may have a new owner: no invalid blocks.
             self._report.received.add(load.request)
             self.stats.load("aborted")
             return
@@ -256,7 +257,7 @@ class WorkerSide:
         )
 
     def _fail(self, load: Load, invalid: list[int]) -> None:
-        """A load that did not bring everything: received as well, or its request waits for ever."""
+        """Reports an incomplete load. It counts as received too; otherwise its request would wait indefinitely."""
         self._report.received.add(load.request)
         if self._one_group and invalid:
             self._invalid.update(invalid)
@@ -270,29 +271,29 @@ class WorkerSide:
         self._report.sent.add(request)
         self.stats.offer_ended(why)
         if why != "released":
-            logger.warning("kvferry: request %s was offered and not fetched to the end (%s)", request, why)
+            logger.warning("kvferry: request %s: its offer ended before a decode engine had all of it (%s)", request, why)
 
     def invalid_blocks(self) -> set[int]:
-        """Blocks of the loads that `collect` has just reported."""
+        """The invalid blocks of the loads that `collect` has just reported."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
-    def _watch(self) -> None:
-        """Gauges, when they have changed."""
+    def _gauges(self) -> None:
+        """Reports the gauges if they have changed."""
         offers = claims = sessions = peers = wedged = 0
         if self._producer is not None:
             offers, claims, sessions = self._producer.live()
         if self._consumer is not None:
             peers, wedged = self._consumer.peers(), self._consumer.wedged()
         now = (peers + sessions, offers, claims, wedged, len(self._pulls))
-        if now != self._told:
-            self._told = now
+        if now != self._last_gauges:
+            self._last_gauges = now
             self.stats.gauges(self._rank, now)
 
     # ---- sleep and end ------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """The memory goes away: nothing may read or write it from here on."""
+        """The memory is about to be freed: stops everything that reads or writes it."""
         self._asleep = True
         if self._producer is not None:
             for offer_id in list(self._offered):
@@ -300,28 +301,26 @@ class WorkerSide:
         if self._consumer is not None:
             for number in list(self._pulls):
                 self._consumer.cancel(number)
-            # Transfers are drained already; what is left becomes quiet in a few milliseconds.
+            # vLLM has drained the transfers. Remaining pulls become quiet within milliseconds.
             if not quiet(self._consumer):
-                logger.error("kvferry: a pull still writes KV memory that is about to go; this engine should be restarted")
+                logger.error("kvferry: a pull still writes KV memory that is about to be freed; restart this engine")
 
     def wake(self) -> None:
-        """The memory is back at the same addresses."""
+        """The memory is back, at the same addresses."""
         self._asleep = False
 
     def shutdown(self) -> None:
-        """Ends within a second."""
+        """Stops the consumer and the producer, within a second."""
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
         if consumer is not None and not consumer.close(CLOSE):
-            logger.warning("kvferry: the consumer is still ending")
+            logger.warning("kvferry: the consumer is still stopping")
         if producer is not None and not producer.close(CLOSE):
-            logger.warning("kvferry: the producer is still ending")
+            logger.warning("kvferry: the producer is still stopping")
 
 
 def quiet(consumer: _native.Consumer, limit: float = 5.0) -> bool:
-    """Waits until no pull writes memory."""
-    import time
-
+    """Waits until no pull writes memory; `False` after `limit` seconds."""
     until = time.monotonic() + limit
     while consumer.pulls():
         if time.monotonic() > until:

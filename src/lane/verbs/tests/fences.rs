@@ -7,7 +7,7 @@ use kvferry_proto::{
     plan::Read,
 };
 
-use super::rig::{A, BLOCKS, Rig, read};
+use super::rig::{A, BLOCK, BLOCKS, Rig, read};
 use crate::{config::VerbsConfig, lane::WakingLane};
 
 #[test]
@@ -23,18 +23,20 @@ fn a_fence_goes_over_the_queue_pairs_of_its_chunk_and_no_other() {
 }
 
 #[test]
-fn a_chunk_that_is_offered_in_parts_is_fenced_when_all_of_it_is_done() {
-    let mut r = Rig::new(2, VerbsConfig { queue_pairs: 1, depth: 32, signal_every: 1, ..VerbsConfig::default() });
+fn a_chunk_that_is_accepted_in_parts_is_fenced_when_all_of_it_is_done() {
+    let config = VerbsConfig { queue_pairs: 1, signal_every: 1, window: 4 * BLOCK, ..VerbsConfig::default() };
+    let mut r = Rig::new(2, config);
     let word = r.nonce.get();
     // The first time, after a fence that held, and after a fence that was lost with its rail.
     for time in 0..3 {
-        let part: Vec<Read> = (0..8).map(read).collect();
-        r.posted = r.events.len();
-        assert_eq!(r.lane.post(A, &part), 8);
-        r.execute(|_| ());
-        r.poll();
-        assert_eq!((r.in_flight(), r.lane.arm().is_ok()), (0, true), "{time}: no fence after a part of the chunk");
-        assert_eq!(r.post(A, 8..16), 8);
+        let mut next = r.post(A, 0..16) as u64;
+        assert!(next < 16, "the window is full");
+        while next < 16 {
+            r.execute(|_| ());
+            r.poll();
+            assert_eq!((r.in_flight(), r.lane.arm().is_ok()), (0, true), "{time}: no fence after a part of the chunk");
+            next += r.post(A, next..16) as u64;
+        }
         if time == 1 {
             r.execute(|_| ());
             r.poll();
@@ -61,7 +63,10 @@ fn a_fence_that_was_due_when_its_attempt_stopped_is_not_posted_for_the_next_atte
     assert_eq!(r.lane.post(b, &[read(4)]), 1);
     r.execute(|_| ());
     r.poll();
-    assert_eq!((r.done(), r.in_flight()), (5, 0));
+    assert_eq!((r.done(), r.in_flight()), (5, 1), "only the fence of the next attempt");
+    r.execute(|_| ());
+    let word = r.nonce.get();
+    assert_eq!(r.poll(), [LaneEvent::Fence { attempt: b, chunk: 0, word }]);
 }
 
 #[test]

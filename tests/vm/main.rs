@@ -1,7 +1,7 @@
 //! Verbs on real libibverbs: soft-RoCE devices with a wire between them, in a virtual machine (see tests/vm/run).
 //!
-//! Outside of it every test says so and passes, since there is nothing to be tried. Producers are processes of their own,
-//! on the far ends of the wires (rxb1, rxb2); the control plane goes over loopback, so that a cut wire cuts the data only.
+//! Tests that need the machine are ignored outside of it. Producers are processes of their own, on the far ends of the wires
+//! (rxb1, rxb2). The control plane uses loopback, so that a cut wire cuts the data only.
 
 mod failures;
 mod mishap;

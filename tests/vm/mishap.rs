@@ -1,4 +1,4 @@
-//! A pull that something happens to while a full window of READs is in flight, and what must hold whatever it is.
+//! A pull that is disturbed while a full window of READs is in flight, and the promises that must hold whatever happens.
 
 use std::time::{Duration, Instant};
 
@@ -12,18 +12,18 @@ use kvferry_testkit::{
 /// Emulated CPUs may look at the clock late.
 pub(crate) const SLACK: Duration = Duration::from_secs(2);
 
-/// The deadline where nothing else is said.
+/// The default deadline.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(8);
 
-/// When it happens.
+/// When the pull is disturbed.
 pub(crate) enum When {
-    /// When this share of the pull is loaded.
+    /// Once this share of the pull is loaded.
     Loaded(f64),
-    /// So long after its start, however far it is.
+    /// So long after its start, whatever is loaded.
     After(Duration),
 }
 
-/// A pull of some MiB over slow wires, in blocks of 64 KiB, that is to be broken.
+/// A pull of some MiB over slow wires, in blocks of 64 KiB, to be disturbed.
 pub(crate) struct Mishap {
     pub rails: usize,
     pub mib: u32,
@@ -33,10 +33,10 @@ pub(crate) struct Mishap {
 }
 
 impl Mishap {
-    /// A pull that takes two seconds, broken when a third is there.
+    /// A pull that takes two seconds, disturbed when a third is loaded.
     pub(crate) fn over(rails: usize) -> Self {
         let mut config = config(rails, None);
-        // Twice of it on two slow wires is more than two emulated processors keep up with: queue pairs would give up.
+        // Twice as much on two slow wires overloads two emulated processors, and queue pairs would give up.
         config.verbs.window = 512 << 10;
         Self { rails, mib: 32 * rails as u32, deadline: DEADLINE, when: When::Loaded(0.3), config }
     }
@@ -49,7 +49,7 @@ impl Mishap {
         Self { when, ..self }
     }
 
-    /// With so little in flight that the pull takes eight seconds.
+    /// With a small window, so that the pull takes eight seconds.
     pub(crate) fn slowly(mut self) -> Self {
         (self.config.verbs.window, self.config.verbs.max_read) = (128 << 10, 32 << 10);
         self
@@ -59,14 +59,14 @@ impl Mishap {
         self.mib * 16
     }
 
-    /// How long the lane may take to be quiet: what the transport takes to give up and a quarter, or the ladder's 580 ms,
-    /// each twice.
+    /// How long the lane may take to be quiet: twice the transport's time to give up plus a quarter, or twice the 580 ms of a
+    /// teardown.
     pub(crate) fn quiet_bound(&self) -> Duration {
         let gives_up = self.config.verbs.gives_up_after();
         (gives_up + gives_up / 4).max(Duration::from_millis(580)) * 2
     }
 
-    /// Pulls and breaks. Returns the end, and when `hurt` was done with, from the pull's start on.
+    /// Pulls and disturbs. Returns the end, the time from the start until `hurt` was done, and the reasons of failed lanes.
     pub(crate) fn run(
         &self,
         hurt: impl FnOnce(&mut Producer),
@@ -79,7 +79,7 @@ impl Mishap {
         let spec = spec(self.rails, self.blocks(), 1, 64 << 10);
         let mut producer = Producer::start(&spec);
         let consumer = consumer(&spec, self.config.clone());
-        // The session and the lane are there, so that all of the deadline is for reading.
+        // Makes the session and the lane, so that the whole deadline is for reading.
         let one = producer.offer(&[0]);
         consumer.pull(pull_all(&one, LaneKind::Verbs, SOON)).unwrap();
         assert!(ended(&consumer).outcome.complete(), "the first block");
@@ -91,42 +91,42 @@ impl Mishap {
         }
         let in_flight = slow.in_flight();
         if let When::After(time) = self.when {
-            // The clock is what is tried.
+            // The test is about this time.
             std::thread::sleep(time.saturating_sub(started.elapsed()));
         }
         hurt(&mut producer);
         let at = started.elapsed();
         let end = consumer.wait(self.deadline + self.quiet_bound() + SOON).expect("it ends");
         let then = memory(&consumer);
-        let (t, why) = (end.outcome.times, reasons());
+        let (t, reasons) = (end.outcome.times, reasons());
         let (decided, quiet) = (t.decided.unwrap(), t.ended.unwrap());
         println!(
             "hurt at {at:?} with {in_flight:?} packets on the wires: decided {decided:?}, ended {quiet:?}, {} of {} loaded, \
-             {} retries, {:?}; {why:?}",
+             {} retries, {:?}; {reasons:?}",
             end.outcome.loaded(),
             self.blocks(),
             end.outcome.retries,
             end.outcome.cause(),
         );
-        assert!(t.data.is_none_or(|data| data > at), "it was over before it was hurt");
+        assert!(t.data.is_none_or(|data| data > at), "the pull was over before it was disturbed");
         assert!(decided <= self.deadline + SLACK);
-        // It stops so long before the deadline as its lane may take, or at half of the time if that is later.
+        // It stops before the deadline by the lane's quiet bound, or at half of the time if that is later.
         let stops = self.deadline.saturating_sub(self.quiet_bound()).max(self.deadline / 2);
         assert!(
             quiet <= (stops + self.quiet_bound()).max(self.deadline) + SLACK,
-            "it ends when the lane must be quiet"
+            "it ends by the time at which the lane must be quiet"
         );
         assert!(quiet >= decided && quiet <= decided + self.quiet_bound() + SLACK);
         assert!(end.outcome.lanes.iter().all(|l| *l == LaneKind::Verbs), "{:?}", end.outcome.lanes);
         if let When::Loaded(share) = self.when {
             let had = f64::from(self.blocks()) * share * 0.8;
-            assert!(end.outcome.loaded() as f64 >= had, "never: what was there stays there");
+            assert!(end.outcome.loaded() as f64 >= had, "never: loaded blocks stay loaded");
         }
         assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), end.outcome.loaded());
-        // What is said to be quiet stays as it is, whatever still goes on below.
+        // Memory does not change after the end, whatever the transport still does.
         heal(&mut producer);
         all_up();
-        // What waits on the wires arrives, and who has not given up sends again: the network needs the time.
+        // Packets on the wires arrive, and queue pairs that have not given up send again: the network needs the time.
         std::thread::sleep(Duration::from_millis(500));
         for (segment, (then, now)) in then.iter().zip(&memory(&consumer)).enumerate() {
             let at = then.iter().zip(now).position(|(a, b)| a != b);
@@ -144,7 +144,7 @@ impl Mishap {
         producer.kill();
         other.kill();
         settled(before);
-        (end, at, why)
+        (end, at, reasons)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Peers that fail, and what that costs the pulls from others.
+//! Peers that fail, and pulls from other peers meanwhile.
 
 use kvferry::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Offer, Pull};
 use kvferry_testkit::{
@@ -17,12 +17,12 @@ fn a_killed_peer() {
     need_wires(1);
     let mut all = Vec::new();
     for _ in 0..3 {
-        let (end, _, why) = Mishap::over(1).run(|p| p.kill(), |_| ());
+        let (end, _, reasons) = Mishap::over(1).run(|p| p.kill(), |_| ());
         assert!(end.outcome.invalid() > 0);
-        all.extend(why);
+        all.extend(reasons);
     }
-    println!("why lanes to killed peers went down: {all:?}");
-    // Which of its objects a dying process loses first is up to its kernel; soft-RoCE takes the newest, a queue pair.
+    println!("reasons for which lanes to killed peers went down: {all:?}");
+    // The kernel decides which object of a dying process it destroys first; soft-RoCE begins with the newest, a queue pair.
     let known = |w: &String| w.contains("status 12") || w.contains("status 10");
     assert!(!all.is_empty() && all.iter().all(known), "retries exceeded, or a remote access error: {all:?}");
 }
@@ -35,9 +35,9 @@ fn a_killed_peer_whose_memory_goes_before_its_queue_pairs() {
         assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
         p.kill();
     };
-    let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+    let (end, _, reasons) = Mishap::over(1).run(hurt, |_| ());
     assert!(end.outcome.invalid() > 0);
-    assert!(why.iter().any(|w| w.contains("status 10")), "remote access error: {why:?}");
+    assert!(reasons.iter().any(|r| r.contains("status 10")), "remote access error: {reasons:?}");
 }
 
 #[test]
@@ -48,13 +48,13 @@ fn a_stopped_peer_is_read_on_and_its_data_stays_valid_while_the_fence_holds() {
     assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
 }
 
-/// Takes something away from a producer behind its back, and says how many there were.
-fn take(p: &mut Producer, what: Belongings) -> usize {
-    p.say(&Say::Take(what));
-    p.wait_for("that something was taken", |h| if let Heard::Taken(n) = h { Some(*n) } else { None })
+/// Destroys objects of a producer without its knowledge, and returns how many.
+fn take(p: &mut Producer, objects: Belongings) -> usize {
+    p.say(&Say::Take(objects));
+    p.wait_for("the destroyed objects", |h| if let Heard::Taken(n) = h { Some(*n) } else { None })
 }
 
-/// A device has pages of its own: what was pinned is read as it was, and is valid while the fence holds.
+/// A device has its own references to pinned pages: their content is read, and is valid while the fence holds.
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_that_unmaps_its_pool_is_read_on() {
@@ -68,10 +68,11 @@ fn a_peer_that_unmaps_its_pool_is_read_on() {
 #[ignore = "needs the virtual machine of tests/vm/run"]
 fn a_peer_whose_queue_pairs_are_destroyed_is_read_over_new_ones() {
     need_wires(1);
-    let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::QueuePairs), 2, "what the consumer reads over");
-    let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
+    let hurt =
+        |p: &mut Producer| assert_eq!(take(p, Belongings::QueuePairs), 2, "the queue pairs of the consumer's lane");
+    let (end, _, reasons) = Mishap::over(1).run(hurt, |_| ());
     assert!(end.outcome.complete() && end.outcome.retries > 0, "{:?}", end.outcome.cause());
-    assert!(why[0].contains("status 12"), "retries exceeded: {why:?}");
+    assert!(reasons[0].contains("status 12"), "retries exceeded: {reasons:?}");
 }
 
 #[test]
@@ -79,17 +80,17 @@ fn a_peer_whose_queue_pairs_are_destroyed_is_read_over_new_ones() {
 fn a_peer_whose_memory_is_deregistered_fails_the_pull_by_its_deadline() {
     need_wires(1);
     let hurt = |p: &mut Producer| assert_eq!(take(p, Belongings::Regions), 2, "the pool and the fence table");
-    let (end, _, why) = Mishap::over(1).run(hurt, |_| ());
-    // New queue pairs are of no use: the peer does not know, and names the same keys.
+    let (end, _, reasons) = Mishap::over(1).run(hurt, |_| ());
+    // New queue pairs do not help: the peer does not know, and sends the same keys.
     assert!(end.outcome.invalid() > 0 && end.outcome.retries > 0);
-    assert!(!why.is_empty() && why.iter().all(|w| w.contains("status 10")), "remote access error: {why:?}");
+    assert!(!reasons.is_empty() && reasons.iter().all(|r| r.contains("status 10")), "remote access error: {reasons:?}");
 }
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
+fn blocks_of_an_offer_that_is_revoked_during_a_pull_are_fresh_or_invalid() {
     need_wires(1);
-    // Answers of a full window wait on the wire when its blocks are overwritten.
+    // When the blocks are overwritten, the answers of a full window are on the wire.
     let slow = Slow::on(1);
     let spec = spec(1, 512, 1, 64 << 10);
     let (mut producer, consumer) = ends(1, &spec, None);
@@ -98,11 +99,11 @@ fn an_offer_that_is_revoked_in_the_middle_is_fresh_or_invalid() {
         let pull = consumer.pull(pull_all(&offer, LaneKind::Verbs, SOON)).unwrap();
         wait_until_loaded(&consumer, pull, 0.2);
         slow.in_flight();
-        // Its blocks are overwritten at once.
+        // The producer overwrites its blocks at once.
         producer.say(&Say::Revoke(offer.id));
         let end = ended(&consumer);
         assert!(matches!(end.outcome.cause(), Some(Cause::Stale | Cause::Revoked)), "{:?}", end.outcome.cause());
-        // The pattern of what was loaded is the one from before.
+        // Loaded blocks have the pattern from before.
         assert_eq!(assert_loaded_is_exact(&end, &consumer, &spec, producer.seed), end.outcome.loaded());
         drop(producer);
         producer = Producer::start(&spec);
@@ -138,7 +139,7 @@ fn a_peer_that_fails_leaves_the_same_consumers_pull_from_another_one_alone() {
     let (mut one, mut two) = (Producer::start(&spec), Producer::start(&spec));
     let consumer = consumer(&spec, config(1, Some("4M")));
     let offers = [one.offer_all(), two.offer_all()];
-    // Each into its own half.
+    // Each pull into its own half.
     let half = |o: &Offer, half: std::ops::Range<u32>| {
         let first_position = half.start;
         let blocks = half.map(|b| Some(BlockId(b))).collect();
@@ -150,7 +151,7 @@ fn a_peer_that_fails_leaves_the_same_consumers_pull_from_another_one_alone() {
     wait_until_loaded(&consumer, bad, 0.2);
     one.kill();
     let ends = [ended(&consumer), ended(&consumer)];
-    let of = |pull| ends.iter().find(|e| e.pull == pull).expect("each ends once");
+    let of = |pull| ends.iter().find(|e| e.pull == pull).expect("each pull ends once");
     assert!(!of(bad).outcome.complete());
     let outcome = &of(good).outcome;
     assert!(outcome.complete() && outcome.retries == 0, "{:?}, {} retries", outcome.cause(), outcome.retries);

@@ -1,4 +1,4 @@
-//! Several rails: one that fails, and one that comes back.
+//! Several rails: failing over, and coming back.
 
 use std::time::{Duration, Instant};
 
@@ -10,26 +10,27 @@ use kvferry_testkit::{
 
 use crate::mishap::{DEADLINE, Mishap, When};
 
-/// Two seconds are what is promised. An emulated machine on a loaded host gets two more before the test fails.
-fn done_soon(what: &str, took: Duration) {
-    println!("failed over and done {took:?} after the {what}, of 2 s that are promised");
-    assert!(took < Duration::from_secs(4), "{took:?} after the {what}");
+/// Two seconds are promised. An emulated machine on a loaded host gets two more before the test fails.
+fn complete_soon(event: &str, took: Duration) {
+    println!("failed over and complete {took:?} after the {event}; 2 s are promised");
+    assert!(took < Duration::from_secs(4), "{took:?} after the {event}");
 }
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
 fn one_of_two_rails_cut_costs_nothing_but_time() {
     need_wires(2);
-    // What is left then takes the other rail a second and a half.
-    let half = || Mishap { mib: 48, ..Mishap::over(2) }.deadline(Duration::from_secs(30)).when(When::Loaded(0.5));
-    let (end, at, _) = half().run(|_| ip("link set a1 down"), |_| ip("link set a1 up"));
+    // The rest takes the other rail a second and a half.
+    let half_loaded =
+        || Mishap { mib: 48, ..Mishap::over(2) }.deadline(Duration::from_secs(30)).when(When::Loaded(0.5));
+    let (end, at, _) = half_loaded().run(|_| ip("link set a1 down"), |_| ip("link set a1 up"));
     assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-    done_soon("cut", end.outcome.times.data.unwrap().saturating_sub(at));
+    complete_soon("cut", end.outcome.times.data.unwrap().saturating_sub(at));
     let hurt = |_: &mut Producer| tc("qdisc change dev b2 root netem loss 100%");
     let heal = |_: &mut Producer| tc(&format!("qdisc change dev b2 root netem loss 0% {}", Slow::DELAY));
-    let (end, at, _) = half().run(hurt, heal);
+    let (end, at, _) = half_loaded().run(hurt, heal);
     assert!(end.outcome.complete(), "{:?}", end.outcome.cause());
-    done_soon("loss", end.outcome.times.data.unwrap().saturating_sub(at));
+    complete_soon("loss", end.outcome.times.data.unwrap().saturating_sub(at));
 }
 
 #[test]
@@ -47,13 +48,13 @@ fn both_rails_cut_leave_the_prefix() {
     let mishap = Mishap::over(2);
     let (end, ..) = mishap.run(cut, mend);
     let g = &end.outcome.groups[0];
-    // Blocks are read in the order of the prompt: what a scheduler can use is not much less than what is there.
+    // Blocks are read in the order of the prompt: the usable prefix is not much shorter than all loaded blocks.
     let prefix = (0..mishap.blocks()).take_while(|b| g.loaded.contains(*b)).count() as u64;
     println!("a prefix of {prefix}, of {} loaded", end.outcome.loaded());
     assert!(end.outcome.invalid() > 0 && prefix >= end.outcome.loaded() / 2, "{:?}", g.loaded);
 }
 
-/// Pulls everything, and says how many bytes came in over each of the near ends meanwhile.
+/// Pulls everything, and returns the bytes that arrived at each of the near ends meanwhile.
 fn pull_over(consumer: &Consumer, producer: &mut Producer) -> [u64; 2] {
     let before = ["a1", "a2"].map(came_in);
     let offer = producer.offer_all();
@@ -66,17 +67,17 @@ fn pull_over(consumer: &Consumer, producer: &mut Producer) -> [u64; 2] {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_rail_that_was_lost_is_read_over_again_once_it_works() {
+fn a_lost_rail_is_used_again_once_it_works() {
     need_wires(2);
     all_up();
     let before = objects();
     let spec = spec(2, 64, 1, 64 << 10);
     let (mut producer, consumer) = ends(2, &spec, None);
     let share = u64::from(spec.blocks) * spec.block_bytes() / 5;
-    // One end of each side: the reader hears of its own links at once, and of the peer's by what fails.
+    // One end of each side: the reader gets events of its own links, and notices the peer's by failed reads.
     for (end, wire) in [("a1", 0), ("b2", 1)] {
         let over = pull_over(&consumer, &mut producer);
-        assert!(over.iter().all(|n| *n > share), "both rails are read over: {over:?}");
+        assert!(over.iter().all(|n| *n > share), "both rails are used: {over:?}");
         ip(&format!("link set {end} down"));
         let over = pull_over(&consumer, &mut producer);
         assert!(over[wire] < share, "{end} is down: {over:?}");
@@ -86,9 +87,9 @@ fn a_rail_that_was_lost_is_read_over_again_once_it_works() {
         let mut pulls = 0;
         while pull_over(&consumer, &mut producer)[wire] <= share {
             pulls += 1;
-            assert!(up.elapsed() < SOON, "{end} is not read over again");
+            assert!(up.elapsed() < SOON, "{end} is not used again");
         }
-        println!("{end} is read over again after {:?} and {pulls} pulls", up.elapsed());
+        println!("{end} is used again after {:?} and {pulls} pulls", up.elapsed());
     }
     drop(consumer);
     producer.kill();
@@ -97,7 +98,7 @@ fn a_rail_that_was_lost_is_read_over_again_once_it_works() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_producer_whose_port_is_down_at_its_start_serves_it_once_it_is_up() {
+fn a_producer_uses_a_port_that_was_down_at_its_start_once_it_is_up() {
     need_wires(1);
     all_up();
     let spec = spec(1, 64, 1, 64 << 10);

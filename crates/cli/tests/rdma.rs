@@ -1,4 +1,4 @@
-//! The command line over verbs, as a person or a script meets it.
+//! The command line over verbs, as a person or a script uses it.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -18,7 +18,7 @@ fn kvferry(args: &str) -> Output {
     command(KVFERRY, args).output().expect("it runs")
 }
 
-/// With the log that a person sees who has set nothing.
+/// With the default log.
 fn command(program: &str, args: &str) -> Command {
     let mut c = Command::new(program);
     c.args(args.split_whitespace()).env_remove("KVFERRY_LOG").stdin(Stdio::null());
@@ -93,7 +93,7 @@ impl Drop for Down {
     }
 }
 
-/// The RoCE v2 GID with an IPv4 address of a device, by its index, as the kernel lists them.
+/// The index of a device's RoCE v2 GID with an IPv4 address, in the kernel's table.
 fn ipv4_gid(device: &str) -> u32 {
     let port = format!("/sys/class/infiniband/{device}/ports/1");
     let read = |path: String| std::fs::read_to_string(path).unwrap_or_default();
@@ -106,19 +106,19 @@ fn ipv4_gid(device: &str) -> u32 {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_slip_in_the_name_of_a_rail_is_refused_in_one_line_before_anything_else() {
+fn a_wrong_name_of_a_rail_is_refused_in_one_line_before_anything_else() {
     need_wires(2);
     all_up();
-    // Nobody listens there: that would be the next thing to be said.
+    // No producer listens there: that would be the next error.
     let pull = |args: &str| refused(&format!("pull --from 127.0.0.1:1 {args}"));
-    let slips = [
+    let mistakes = [
         ("--lane verbs --device rxnone", "rxnone"),
         ("--rails rxa1,rxnone", "rxnone"),
         ("--device rxa1:7", "port 7"),
         ("--device rxa1 --gid-index 77", "77"),
         ("--device :1", "\":1\" is not a rail"),
     ];
-    for (args, word) in slips {
+    for (args, word) in mistakes {
         let text = pull(args);
         assert!(text.contains(word), "{args}: {text}");
     }
@@ -132,7 +132,7 @@ fn a_slip_in_the_name_of_a_rail_is_refused_in_one_line_before_anything_else() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_link_that_is_down_is_refused_where_no_other_is_up_and_not_to_who_serves() {
+fn a_link_that_is_down_is_refused_if_no_other_is_up_and_accepted_by_serve() {
     need_wires(2);
     all_up();
     let before = objects();
@@ -145,10 +145,10 @@ fn a_link_that_is_down_is_refused_where_no_other_is_up_and_not_to_who_serves() {
     drop(serve);
     let serve = Serve::start("--rails rxb1");
     drop(down);
-    // It is looked at again from time to time, and a pull does not wait for that.
+    // The producer looks at it again from time to time, and a pull does not wait for that.
     let until = Instant::now() + SOON;
     while !serve.try_pull("--device rxa1").status.success() {
-        assert!(Instant::now() < until, "a link that has come up is not used");
+        assert!(Instant::now() < until, "a link that came up is not used");
     }
     serve.pull("--device rxa1");
     drop(serve);
@@ -157,13 +157,13 @@ fn a_link_that_is_down_is_refused_where_no_other_is_up_and_not_to_who_serves() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_gid_that_is_named_is_the_one_that_is_used() {
+fn the_configured_gid_is_used() {
     need_wires(1);
     all_up();
     let (here, there) = (ipv4_gid("rxa1"), ipv4_gid("rxb1"));
     let serve = Serve::start(&format!("--rails rxb1 --gid-index {there}"));
     serve.pull(&format!("--device rxa1 --gid-index {here}"));
-    // The link-local one of this end: no packet goes from there to an IPv4 address, and that is said.
+    // The link-local GID of this end: no packet goes from there to an IPv4 address, and the error says so.
     let other = (0..16).find(|i| *i != here).expect("another one");
     let pull = format!("pull --from {} --blocks 1 --lane verbs --deadline 60s --json", serve.addr);
     let out = kvferry(&format!("{pull} --device rxa1 --gid-index {other}"));
@@ -176,7 +176,7 @@ fn a_gid_that_is_named_is_the_one_that_is_used() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn doctor_names_devices_ports_addresses_and_what_it_tried() {
+fn doctor_names_devices_ports_addresses_and_tried_abilities() {
     need_wires(2);
     all_up();
     let out = {
@@ -212,11 +212,11 @@ fn doctor_names_devices_ports_addresses_and_what_it_tried() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn too_little_lockable_memory_is_named_with_the_remedy_and_other_lanes_go_on() {
+fn too_little_lockable_memory_is_reported_with_the_fix_and_other_lanes_go_on() {
     need_wires(1);
     all_up();
     let serve = Serve::start("--rails rxb1");
-    // Root may lock what it likes, until that right is taken away.
+    // Root may lock any amount, until it loses that capability.
     let limited = |lane: &str| {
         let args = format!(
             "--bounding-set=-ipc_lock prlimit --memlock=65536:65536 {KVFERRY} pull --from {} --blocks 64 {lane} --json --deadline 20s",

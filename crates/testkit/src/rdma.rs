@@ -1,4 +1,4 @@
-//! The wires and what hangs on them: cutting, mending, and counting what the kernel has of verbs objects.
+//! The wires of the virtual machine: cutting and mending them, and counting the kernel's verbs objects.
 
 use std::{
     process::Command,
@@ -9,11 +9,11 @@ use kvferry::Config;
 
 use crate::rig::{Producer, SOON, Spec, consumer};
 
-/// Panics outside of the virtual machine, and where it has fewer wires.
+/// Panics outside of the virtual machine, and if it has fewer wires.
 pub fn need_wires(n: usize) {
     assert!(std::env::var_os("KVFERRY_VM").is_some(), "this is not the virtual machine: run tests/vm/run");
-    let there = (1..=n).all(|i| std::path::Path::new(&format!("/sys/class/infiniband/rxb{i}")).exists());
-    assert!(there, "the virtual machine has no {n} wires: set WIRES={n}");
+    let exist = (1..=n).all(|i| std::path::Path::new(&format!("/sys/class/infiniband/rxb{i}")).exists());
+    assert!(exist, "the virtual machine has no {n} wires: set WIRES={n}");
 }
 
 pub fn run(program: &str, args: &str) -> String {
@@ -30,7 +30,7 @@ pub fn tc(args: &str) {
     run("tc", args);
 }
 
-/// Packets of an interface that are lost, in per cent, until this is dropped.
+/// Loses this percentage of an interface's packets until dropped.
 pub struct Loss(&'static str);
 
 impl Loss {
@@ -46,13 +46,13 @@ impl Drop for Loss {
     }
 }
 
-/// What the far ends of the first wires send arrives late, until this is dropped: for as long as a pull goes on, the answers
-/// of a full window of READs wait on the wire.
+/// Delays packets from the far ends of the first wires until dropped: during a pull, the answers of a full window of READs are
+/// on the wire.
 pub struct Slow(Vec<i64>);
 
 impl Slow {
-    /// Half of what the transport waits for an answer. With 1 MiB in flight it is a third of what the wire carries. (A rate
-    /// would send a packet at each tick of an emulated clock.)
+    /// Half of the transport's timeout. With 1 MiB in flight it leaves a third of the wire's rate. (A rate limit would send a
+    /// packet at each tick of an emulated clock.)
     pub const DELAY: &str = "delay 30ms limit 10000";
 
     pub fn on(wires: usize) -> Self {
@@ -63,8 +63,8 @@ impl Slow {
         it
     }
 
-    /// Waits until answers wait on every wire, and says how many packets do. Those are of up to 4 KiB. That is read and not
-    /// asked of `tc`: a process takes most of a second to start on a loaded host, and the pull would be over.
+    /// Waits until answers are on every wire, and returns the numbers of packets, of up to 4 KiB each. They are read from
+    /// counters, not from `tc`: on a loaded host a process takes most of a second to start, and the pull would be over.
     pub fn in_flight(&self) -> Vec<i64> {
         let until = Instant::now() + SOON;
         loop {
@@ -72,7 +72,7 @@ impl Slow {
             if waiting.iter().all(|packets| *packets >= 8) {
                 return waiting;
             }
-            assert!(Instant::now() < until, "too little is in flight: {waiting:?} packets wait on the wires");
+            assert!(Instant::now() < until, "too little is in flight: {waiting:?} packets are on the wires");
         }
     }
 }
@@ -85,14 +85,14 @@ impl Drop for Slow {
     }
 }
 
-/// Packets that the device on a wire's far end has sent, less those that have left its interface.
+/// Packets that the device at a wire's far end has sent, minus those that have left its interface.
 fn ahead(wire: usize) -> i64 {
     let count = |path: String| -> i64 { std::fs::read_to_string(path).unwrap().trim().parse().unwrap() };
     count(format!("/sys/class/infiniband/rxb{wire}/ports/1/hw_counters/sent_pkts"))
         - count(format!("/sys/class/net/b{wire}/statistics/tx_packets"))
 }
 
-/// Packets overtake each other on all wires until this is dropped, as they do on a veth pair that is left as it is.
+/// Lets packets overtake each other on all wires until dropped, as on a veth pair by default.
 pub struct Unordered(Vec<(String, String)>);
 
 impl Unordered {
@@ -138,7 +138,7 @@ pub struct Objects {
     pub cq: u32,
     pub mr: u32,
     pub pd: u32,
-    /// KiB of this process that devices hold.
+    /// KiB of this process that devices have pinned.
     pub pinned: u64,
 }
 
@@ -149,7 +149,7 @@ pub fn status(what: &str) -> u64 {
     line.trim_matches([':', '\t', ' ']).trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Bytes that came in over an interface so far.
+/// Bytes that an interface has received.
 pub fn came_in(interface: &str) -> u64 {
     let path = format!("/sys/class/net/{interface}/statistics/rx_bytes");
     std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
@@ -180,10 +180,10 @@ pub fn settled(want: Objects) {
         }
         if Instant::now() > until {
             let whose = ["qp", "cq", "mr", "pd"].map(|kind| run("rdma", &format!("resource show {kind}")));
-            // The kernel may be to blame: it warns when it cannot destroy what a process that died has left.
+            // The cause may be the kernel: it warns when it cannot destroy the objects of a dead process.
             let log = run("dmesg", "");
             let log: Vec<_> = log.lines().filter(|l| l.contains("WARNING") || l.contains("rxe")).collect();
-            panic!("verbs objects leak: {have:?}, where {want:?} were before\n{}{}", whose.join(""), log.join("\n"));
+            panic!("verbs objects leak: {have:?}, {want:?} before\n{}{}", whose.join(""), log.join("\n"));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -206,8 +206,8 @@ pub fn spec(n: usize, blocks: u32, regions: u32, block_size: u64) -> Spec {
 pub fn config(n: usize, throttle: Option<&str>) -> Config {
     let mut config = Config::default();
     config.verbs.rails = (1..=n).map(|i| format!("rxa{i}")).collect();
-    // An emulated wire carries about 100 MB/s and drops what a device queues beyond its backlog: what is in flight must be
-    // little, or answers get lost until the queue pair gives up.
+    // An emulated wire carries about 100 MB/s and drops packets beyond its backlog: with a larger window, answers are lost until
+    // the queue pair gives up.
     config.verbs.window = 1 << 20;
     config.verbs.max_read = 128 << 10;
     config.pull.faults = throttle.map(|t| format!("throttle={t}").parse().expect("faults"));

@@ -1,4 +1,4 @@
-//! Why lanes went down, as the log of this process says.
+//! The reasons for which lanes went down, from the log of this process.
 
 use std::{
     fmt::Debug,
@@ -13,9 +13,9 @@ use tracing::{
 
 static REASONS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// The reasons since this was last asked for.
+/// The reasons since the last call.
 pub fn reasons() -> Vec<String> {
-    // From the first call on; later ones find it set.
+    // The first call sets it; later calls fail, which has no effect.
     let _ = tracing::subscriber::set_global_default(Listener);
     std::mem::take(&mut *REASONS.lock().unwrap_or_else(PoisonError::into_inner))
 }
@@ -24,11 +24,11 @@ struct Listener;
 
 impl Subscriber for Listener {
     fn enabled(&self, m: &Metadata<'_>) -> bool {
-        m.target().contains("verbs") && m.fields().field("why").is_some()
+        m.target().contains("verbs") && m.fields().field("reason").is_some()
     }
 
     fn event(&self, event: &Event<'_>) {
-        event.record(&mut Why);
+        event.record(&mut Reason);
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -41,11 +41,11 @@ impl Subscriber for Listener {
     fn exit(&self, _: &span::Id) {}
 }
 
-struct Why;
+struct Reason;
 
-impl Visit for Why {
+impl Visit for Reason {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        if field.name() == "why" {
+        if field.name() == "reason" {
             REASONS.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{value:?}"));
         }
     }

@@ -1,7 +1,7 @@
 //! A completion queue with the descriptor that wakes its owner.
 //!
-//! Owns both. Of a failed completion nothing is read but what the specification defines: the request's id, the status, the
-//! vendor's error and the queue pair's number.
+//! Owns both. Of a failed completion only the fields that the specification defines are read: the request's id, the status,
+//! the vendor's error and the queue pair's number.
 
 use std::{
     ffi::c_int,
@@ -19,11 +19,11 @@ use super::{
     error::VerbsError,
 };
 
-/// Most completions of one poll: the field's 16 to 64.
+/// Most completions of one poll. Other engines use 16 to 64.
 pub(crate) const BATCH: usize = 32;
 
-/// A completion, in the layout of the C header. Its other fields are not defined for failed requests, and not needed for
-/// the others.
+/// A completion, in the layout of the C header. Its other fields are undefined for failed requests, and not needed for
+/// successful ones.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Completion {
@@ -46,20 +46,20 @@ const _: () =
     assert!(size_of::<Completion>() == size_of::<ibv_wc>() && align_of::<Completion>() == align_of::<ibv_wc>());
 
 impl Completion {
-    /// A completion, for stand-ins.
+    /// A completion of a fake device, with this value in the undefined fields.
     #[cfg(test)]
-    pub(crate) fn new(wr_id: u64, status: u32, qp_num: u32, rubbish: u32) -> Self {
+    pub(crate) fn new(wr_id: u64, status: u32, qp_num: u32, undefined: u32) -> Self {
         Self {
             wr_id,
             status,
-            _opcode: rubbish,
-            vendor_err: rubbish,
-            _byte_len: rubbish,
-            _imm_data: rubbish,
+            _opcode: undefined,
+            vendor_err: undefined,
+            _byte_len: undefined,
+            _imm_data: undefined,
             qp_num,
-            _src_qp: rubbish,
-            _wc_flags: rubbish,
-            _rest: [rubbish; 2],
+            _src_qp: undefined,
+            _wc_flags: undefined,
+            _rest: [undefined; 2],
         }
     }
 
@@ -80,7 +80,7 @@ impl Status {
     /// The peer did not answer.
     pub(crate) const RETRIES_EXCEEDED: Self = Self(12);
 
-    /// Whether it is this side's own doing: its requests, its queue pair or its memory.
+    /// Whether the cause is on this side: its requests, its queue pair or its memory.
     pub(crate) fn is_local(self) -> bool {
         matches!(self.0, 1..=4 | 6)
     }
@@ -90,7 +90,7 @@ impl std::fmt::Display for Status {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let text = match self.0 {
             1 => "the request was longer than its buffer",
-            2 => "the queue pair failed by itself (its own port is down?)",
+            2 => "the queue pair failed locally (is its port down?)",
             4 => "the local memory is not registered for this",
             5 => "flushed behind another failure",
             9 => "the peer cannot serve this request",
@@ -111,11 +111,11 @@ pub(crate) struct Cq {
     cq: NonNull<ibv_cq>,
     channel: NonNull<ibv_comp_channel>,
     device: Arc<Device>,
-    /// Events that were taken and are not acknowledged yet.
+    /// Events that are taken and not acknowledged yet.
     unacked: u32,
 }
 
-// SAFETY: see `Device`; polling takes `&mut self`.
+// SAFETY: libibverbs allows calls from any thread, and polling, which needs a single caller, takes `&mut self`.
 unsafe impl Send for Cq {}
 
 impl Cq {
@@ -127,7 +127,7 @@ impl Cq {
         let channel = NonNull::new(unsafe { (lib.create_comp_channel)(device.context()) })
             .ok_or_else(|| last("ibv_create_comp_channel"))?;
         let entries = c_int::try_from(entries).unwrap_or(c_int::MAX);
-        // SAFETY: as above, and the channel was made just now.
+        // SAFETY: the context is open, and the channel was made just now.
         let cq = unsafe { (lib.create_cq)(device.context(), entries, ptr::null_mut(), channel.as_ptr(), 0) };
         let Some(cq) = NonNull::new(cq) else {
             let e = last("ibv_create_cq");
@@ -153,8 +153,8 @@ impl Cq {
     /// Takes up to [`BATCH`] completions.
     #[inline]
     pub(crate) fn poll<'a>(&mut self, space: &'a mut [MaybeUninit<Completion>; BATCH]) -> io::Result<&'a [Completion]> {
-        // SAFETY: the queue is alive, so its context is, whose operations were set when it was opened. The space holds
-        // BATCH completions in the layout of `ibv_wc`, of which as many as are returned are filled in.
+        // SAFETY: the queue is alive, and so is its context, whose operations were set when it was opened. The space holds
+        // BATCH completions in the layout of `ibv_wc`; the call fills in as many as it returns.
         unsafe {
             let Some(poll) = (*(*self.raw()).context).ops.poll_cq else {
                 return Err(io::ErrorKind::Unsupported.into());
@@ -167,9 +167,9 @@ impl Cq {
         }
     }
 
-    /// Makes the next completion readable on the descriptor. One that is there already does not count: poll afterwards.
+    /// Makes the next completion readable on the descriptor. Earlier completions do not count: poll afterwards.
     pub(crate) fn arm(&mut self) -> io::Result<()> {
-        // SAFETY: as in `poll`.
+        // SAFETY: the queue is alive, and so is its context, whose operations were set when it was opened.
         unsafe {
             let ops = &(*(*self.raw()).context).ops;
             let Some(notify) = ops.req_notify_cq else { return Err(io::ErrorKind::Unsupported.into()) };
@@ -184,7 +184,7 @@ impl Cq {
         while unsafe { (self.device.lib().get_cq_event)(self.channel.as_ptr(), &mut cq, &mut of) } == 0 {
             self.unacked += 1;
         }
-        // Acknowledging takes a lock: seldom is enough, and never is too many to count.
+        // Acknowledging takes a lock, so it is done seldom; the count must not overflow.
         if self.unacked > 1 << 20 {
             self.ack();
         }
@@ -192,7 +192,7 @@ impl Cq {
 
     fn ack(&mut self) {
         if self.unacked > 0 {
-            // SAFETY: exactly so many events were taken and not acknowledged.
+            // SAFETY: exactly `unacked` events were taken and not acknowledged.
             unsafe { (self.device.lib().ack_cq_events)(self.raw(), self.unacked) };
             self.unacked = 0;
         }
@@ -207,7 +207,7 @@ impl Drop for Cq {
         // SAFETY: the owner of both drops its queue pairs first; each is destroyed once, the channel after its user.
         let rcs = unsafe { [(lib.destroy_cq)(self.raw()), (lib.destroy_comp_channel)(self.channel.as_ptr())] };
         for error in rcs.into_iter().filter_map(|rc| check(rc).err()) {
-            tracing::warn!(device = self.device.name(), %error, "a completion queue is not given back");
+            tracing::warn!(device = self.device.name(), %error, "a completion queue cannot be destroyed");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A device: the list of them, and one that is open.
 //!
-//! Owns the open context. Everything made of it holds it, so it closes last; whether it closed can be asked afterwards, for
-//! closing is the last rung of the ladder.
+//! Owns the open context. Every object of the context holds it, so it closes last. Whether it closed is known afterwards,
+//! since closing is the last stage of a teardown.
 
 use std::{
     ffi::CStr,
@@ -27,7 +27,7 @@ use super::{
 /// Where the kernel lists RDMA devices.
 pub(super) const SYS: &str = "/sys/class/infiniband";
 
-/// A port, as it was when it was asked.
+/// A port, as it was when it was queried.
 #[derive(Debug, Clone, Copy)]
 pub struct Port {
     /// Its number, from 1.
@@ -36,7 +36,7 @@ pub struct Port {
     pub active: bool,
     /// Its state, in the words of `ibv_devinfo`.
     pub state: &'static str,
-    /// What it is connected to; `None`: something else, such as iWARP's own.
+    /// Its link layer; `None`: neither InfiniBand nor Ethernet.
     pub link_layer: Option<LinkLayer>,
     /// Its local identifier; 0 on RoCE.
     pub lid: u16,
@@ -48,14 +48,14 @@ pub struct Port {
     pub max_message: u32,
 }
 
-/// What a device can do.
+/// A device's limits.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Ports.
     pub ports: u8,
     /// READs that a queue pair may have outstanding as their initiator.
     pub max_rd_atomic: u8,
-    /// READs that a queue pair serves at once.
+    /// READs that a queue pair answers at once.
     pub max_dest_rd_atomic: u8,
     /// Work requests of a queue pair.
     pub max_wr: u32,
@@ -65,28 +65,27 @@ pub struct Limits {
     pub max_region: u64,
 }
 
-/// How a closing went.
+/// The state of a device that is being closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Closed {
-    /// It is open.
-    Not,
-    /// It is closed: nothing of it reaches memory.
-    Well,
+    /// It is still open.
+    NotYet,
+    /// It is closed, and reaches no memory.
+    Yes,
     /// It could not be closed.
-    Badly,
+    Failed,
 }
 
-/// Tells whether a device has closed, after everything else of it is gone.
+/// Tells whether a device has closed, after its last object is gone.
 #[derive(Debug, Clone)]
 pub(crate) struct Closing(Arc<AtomicU8>);
 
 impl Closing {
-    /// How it stands.
     pub(crate) fn state(&self) -> Closed {
         match self.0.load(Ordering::Acquire) {
-            0 => Closed::Not,
-            1 => Closed::Well,
-            _ => Closed::Badly,
+            0 => Closed::NotYet,
+            1 => Closed::Yes,
+            _ => Closed::Failed,
         }
     }
 }
@@ -99,10 +98,10 @@ pub(crate) struct Device {
     closed: Arc<AtomicU8>,
 }
 
-// SAFETY: libibverbs allows every call on a context from any thread; what needs a single owner (polling, posting) takes
-// `&mut` of the owner that does it.
+// SAFETY: libibverbs allows every call on a context from any thread. Polling and posting need a single caller, and take `&mut`
+// of the owner of the queue.
 unsafe impl Send for Device {}
-// SAFETY: as above.
+// SAFETY: as for `Send`: concurrent calls on one context are allowed.
 unsafe impl Sync for Device {}
 
 /// The kernel's devices, by name, sorted.
@@ -113,7 +112,7 @@ pub(super) fn names(sys: &Path) -> Vec<String> {
     names
 }
 
-/// Whether the device file of a device is there and may be opened.
+/// Whether a device's device file exists and may be opened.
 fn may_open(sys: &Path, dev: &Path, name: &str) -> bool {
     let mine = |uverbs: &Path| std::fs::read_to_string(uverbs.join("ibdev")).is_ok_and(|n| n.trim() == name);
     let listed = std::fs::read_dir(sys.with_file_name("infiniband_verbs")).into_iter().flatten().flatten();
@@ -143,12 +142,13 @@ impl Device {
                 (device, CStr::from_ptr((lib.get_device_name)(device)).to_string_lossy().into_owned())
             };
             if found == name {
-                // SAFETY: as above. Its ports say Ethernet, as those of RoCE do.
+                // iWARP ports have the link layer Ethernet, as those of RoCE have.
+                // SAFETY: the entry is a device until the list is freed.
                 iwarp = unsafe { (*device).transport_type } == ibverbs_sys::IBV_TRANSPORT_IWARP;
                 if iwarp {
                     break;
                 }
-                // SAFETY: `device` is of the list, which is not freed yet; an open context keeps its device.
+                // SAFETY: `device` is in the list, which is not freed yet; an open context keeps its device.
                 let opened = NonNull::new(unsafe { (lib.open_device)(device) });
                 context = Some(opened.ok_or_else(io::Error::last_os_error));
                 break;
@@ -167,7 +167,7 @@ impl Device {
             }
             Some(Err(source)) => Err(VerbsError::Os { what: "ibv_open_device", device: name.into(), source }),
             None if have.is_empty() && names(Path::new(SYS)).iter().any(|n| n == name) => {
-                // The kernel has it, and the library does not.
+                // The kernel lists it, and the library does not.
                 Err(match may_open(Path::new(SYS), Path::new("/dev/infiniband"), name) {
                     true => VerbsError::NoProvider { device: name.into() },
                     false => VerbsError::NotPermitted { device: name.into() },
@@ -215,7 +215,6 @@ impl Device {
         VerbsError::Os { what, device: self.name.clone(), source }
     }
 
-    /// What it can do.
     pub(crate) fn limits(&self) -> Result<Limits, VerbsError> {
         let mut a = ibv_device_attr::default();
         // SAFETY: the context is open, and `a` is a valid place for the answer.
@@ -225,7 +224,7 @@ impl Device {
         let large = |n: i32| u32::try_from(n).unwrap_or(0);
         Ok(Limits {
             ports: a.phys_port_cnt,
-            // A queue pair's READs as initiator, and as the one that is read.
+            // A queue pair's READs as initiator, and as target.
             max_rd_atomic: small(a.max_qp_init_rd_atom),
             max_dest_rd_atomic: small(a.max_qp_rd_atom),
             max_wr: large(a.max_qp_wr),
@@ -243,10 +242,10 @@ impl Device {
         }
     }
 
-    /// Which rows of a port's table are used: one call, where the library is new enough. To open every row of a table of 256
-    /// made a connection take 2 s on an emulated machine.
+    /// The used rows of a port's table, in one call if the library has it. With a file for each of 256 rows, a connection took
+    /// 2 s on an emulated machine.
     fn gid_rows(&self, port: u8) -> Option<Vec<u8>> {
-        /// Of all ports together; more than that is refused by the call, and read row by row.
+        /// Rows of all ports together. With more rows the call fails, and the rows are read one by one.
         const MOST: usize = 1024;
         let query = self.lib.query_gid_table?;
         let empty =
@@ -300,11 +299,11 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: everything made of the context holds this owner, so it is gone or was given up as lost by the ladder.
+        // SAFETY: every object of the context holds this owner, so it is gone, or a teardown gave it up as wedged.
         let rc = unsafe { (self.lib.close_device)(self.context()) };
         let closed = check(rc);
         if let Err(error) = &closed {
-            tracing::warn!(device = %self.name, %error, "the device does not close");
+            tracing::warn!(device = %self.name, %error, "the device cannot be closed");
         }
         self.closed.store(if closed.is_ok() { 1 } else { 2 }, Ordering::Release);
     }
@@ -316,7 +315,7 @@ impl fmt::Debug for Device {
     }
 }
 
-/// What verbs calls return: 0, an errno, or -1 with errno set.
+/// The result of a verbs call: 0, an errno, or -1 with errno set.
 pub(super) fn check(rc: i32) -> io::Result<()> {
     match rc {
         0 => Ok(()),
@@ -325,7 +324,7 @@ pub(super) fn check(rc: i32) -> io::Result<()> {
     }
 }
 
-/// Bytes of an `ibv_mtu`; 0 for one that is none.
+/// Bytes of an `ibv_mtu`; 0 for an undefined value.
 pub(super) fn mtu_bytes(mtu: u32) -> u32 {
     if (1..=5).contains(&mtu) { 128 << mtu } else { 0 }
 }
@@ -340,13 +339,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_file_that_is_there_and_opens_means_that_the_library_lacks_a_driver() {
+    fn a_device_file_that_can_be_opened_means_that_the_library_lacks_a_driver() {
         let root = std::env::temp_dir().join(format!("kvferry-devices-{}", std::process::id()));
         let (sys, dev) = (root.join("infiniband"), root.join("dev"));
         std::fs::create_dir_all(root.join("infiniband_verbs/uverbs0")).unwrap();
         std::fs::create_dir_all(&dev).unwrap();
         std::fs::write(root.join("infiniband_verbs/uverbs0/ibdev"), "nic0\n").unwrap();
-        assert!(!may_open(&sys, &dev, "nic0"), "no device file: a container that was not given it");
+        assert!(!may_open(&sys, &dev, "nic0"), "no device file: a container without the device");
         std::fs::write(dev.join("uverbs0"), "").unwrap();
         assert!(may_open(&sys, &dev, "nic0"));
         assert!(!may_open(&sys, &dev, "nic1"));
@@ -362,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_come_as_numbers_or_through_errno() {
+    fn errors_are_returned_as_numbers_or_in_errno() {
         assert!(check(0).is_ok());
         assert_eq!(check(libc::ENOMEM).unwrap_err().raw_os_error(), Some(libc::ENOMEM));
         assert_eq!(check(-libc::EINVAL).unwrap_err().raw_os_error(), Some(libc::EINVAL));

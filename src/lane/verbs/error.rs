@@ -1,4 +1,4 @@
-//! What can be wrong with verbs on a host. Each message names the cause and the fix; the pull goes on over another lane.
+//! Errors of verbs on a host. Each message names the cause and the fix; the pull goes on over another lane.
 
 use std::io;
 
@@ -6,14 +6,14 @@ use kvferry_proto::error::Cause;
 
 use crate::lane::LaneError;
 
-/// Why verbs cannot be used.
+/// The reason for which verbs cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerbsError {
     /// The library is not on this host.
     #[error("libibverbs.so.1 cannot be opened ({why}): install libibverbs1 and ibverbs-providers (rdma-core)")]
     NoLibrary {
-        /// What the loader said.
+        /// The loader's message.
         why: String,
     },
     /// The library is too old.
@@ -22,24 +22,24 @@ pub enum VerbsError {
         /// The missing function.
         symbol: &'static str,
     },
-    /// No device at all.
+    /// This host has no device.
     #[error(
         "this host has no RDMA device: is the NIC's driver loaded (`rdma link`), and does the container see \
          /dev/infiniband and /sys/class/infiniband?"
     )]
     NoDevice,
-    /// Not that device.
-    #[error("there is no RDMA device {name:?}; there are: {have}")]
+    /// No device of this name.
+    #[error("there is no RDMA device {name:?}; this host has: {have}")]
     NoSuchDevice {
-        /// As asked for.
+        /// The configured name.
         name: String,
-        /// Those that there are.
+        /// The names of this host's devices.
         have: String,
     },
-    /// A rail's name that is not one.
+    /// A malformed name of a rail.
     #[error("{name:?} is not a rail: write DEVICE or DEVICE:PORT, such as mlx5_0:1")]
     BadRail {
-        /// As asked for.
+        /// The configured name.
         name: String,
     },
     /// The device may not be opened.
@@ -50,7 +50,7 @@ pub enum VerbsError {
         /// The device.
         device: String,
     },
-    /// The library knows no such hardware.
+    /// The library has no driver for the device.
     #[error("libibverbs has no driver for {device}: install ibverbs-providers, or the one of the NIC's vendor")]
     NoProvider {
         /// The device.
@@ -71,13 +71,15 @@ pub enum VerbsError {
     NoSuchPort {
         /// The device.
         device: String,
-        /// As asked for.
+        /// The configured port.
         port: u8,
-        /// How many it has.
+        /// How many ports it has.
         ports: u8,
     },
-    /// A segment of the pool is longer than a region of the device may be.
-    #[error("{device} registers at most {most} bytes at once, and a segment of the pool has {bytes}: divide it")]
+    /// A segment of the pool is longer than the device's limit for a region.
+    #[error(
+        "{device} registers at most {most} bytes at once, and a segment of the pool has {bytes}: split the segment"
+    )]
     TooLarge {
         /// The device.
         device: String,
@@ -94,13 +96,13 @@ pub enum VerbsError {
         /// The port.
         port: u8,
     },
-    /// Another protocol over Ethernet.
-    #[error("{device} speaks iWARP, and kvferry InfiniBand and RoCE: use another rail")]
+    /// iWARP, another protocol over Ethernet.
+    #[error("{device} speaks iWARP, which kvferry does not support: use an InfiniBand or RoCE rail")]
     Iwarp {
         /// The device.
         device: String,
     },
-    /// No address that a peer can reach.
+    /// The port has no address that a peer can reach.
     #[error(
         "port {port} of {device} has no RoCE v2 GID that a peer could reach: give its network interface an IP address \
          (`ip addr`), or name a GID with --gid-index"
@@ -111,14 +113,14 @@ pub enum VerbsError {
         /// The port.
         port: u8,
     },
-    /// The GID that was asked for is empty.
-    #[error("port {port} of {device} has no GID at index {index}: see `kvferry doctor` for those it has")]
+    /// The configured GID is empty.
+    #[error("port {port} of {device} has no GID at index {index}: `kvferry doctor` lists its GIDs")]
     BadGid {
         /// The device.
         device: String,
         /// The port.
         port: u8,
-        /// As asked for.
+        /// The configured index.
         index: u32,
     },
     /// RLIMIT_MEMLOCK.
@@ -127,7 +129,7 @@ pub enum VerbsError {
          LimitMEMLOCK=infinity, or --ulimit memlock=-1), or give it CAP_IPC_LOCK"
     )]
     Memlock {
-        /// Bytes that would be locked, those that are locked already included.
+        /// Bytes that would be locked, including those that are locked already.
         need: u64,
         /// The limit in bytes.
         limit: u64,
@@ -137,7 +139,7 @@ pub enum VerbsError {
     Register {
         /// The device.
         device: String,
-        /// What was to be registered, and what to do.
+        /// The kind of memory, and the fix.
         what: &'static str,
         /// The system's error.
         source: io::Error,
@@ -151,27 +153,27 @@ pub enum VerbsError {
         all: u64,
     },
     /// No rail is usable.
-    #[error("no rail can be used: {why}")]
+    #[error("no rail is usable: {why}")]
     NoRail {
         /// Each rail's reason.
         why: String,
     },
-    /// The two ends have no rail in common.
+    /// No rail of one end reaches a rail of the other.
     #[error(
         "no rail of one end reaches one of the other: {why}; both need InfiniBand, or RoCE v2 addresses of one family"
     )]
     NoPath {
-        /// What was tried.
+        /// The addresses that were tried.
         why: String,
     },
-    /// The peer's part of the exchange makes no sense.
-    #[error("the peer's queue pairs make no sense: {what}; are both ends kvferry of the same version?")]
+    /// The peer's part of the exchange is malformed.
+    #[error("the peer's queue pairs are malformed: {what}; are both ends kvferry of the same version?")]
     Protocol {
-        /// What is wrong.
+        /// The malformed part.
         what: &'static str,
     },
-    /// A limit of lanes.
-    #[error("at its limit of {limit} lanes (limits.lanes)")]
+    /// The limit of lanes is reached.
+    #[error("at the limit of {limit} lanes (limits.lanes)")]
     Full {
         /// The limit.
         limit: usize,
@@ -179,7 +181,7 @@ pub enum VerbsError {
     /// A call failed.
     #[error("{what} on {device}: {source}")]
     Os {
-        /// What was tried.
+        /// The call.
         what: &'static str,
         /// The device.
         device: String,
@@ -189,7 +191,7 @@ pub enum VerbsError {
 }
 
 impl VerbsError {
-    /// The cause that a pull's blocks get when no other lane is left.
+    /// The cause of a pull's invalid blocks when no other lane is left.
     pub fn cause(&self) -> Cause {
         match self {
             Self::NoPath { .. } | Self::PortDown { .. } => Cause::Unreachable,

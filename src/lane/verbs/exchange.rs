@@ -1,11 +1,11 @@
-//! What the two ends of a lane tell each other, carried by ConnectLane: the reader's queue pairs there, the served ones
-//! back.
+//! The messages that the two ends of a lane exchange in ConnectLane: the reader's queue pairs in the request, the served ones
+//! in the answer.
 //!
-//! Everything here comes from a peer: counts and numbers are checked before a queue pair is made from them.
+//! All of it comes from a peer: counts and numbers are checked before a queue pair is made from them.
 
 use super::gid::Gid;
 
-/// What a port is connected to.
+/// The link layer of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkLayer {
     /// InfiniBand: addressed by LID.
@@ -21,7 +21,7 @@ pub(crate) const MAX_RAILS: usize = 16;
 /// Longest name of a rail, in bytes: DEVICE:PORT.
 pub(crate) const MAX_NAME: usize = 80;
 
-/// One queue pair, as its peer must know it.
+/// The description of a queue pair for its peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct QpEnd {
     /// Its number; 24 bits.
@@ -35,7 +35,7 @@ pub(crate) struct QpEnd {
 pub(crate) struct RailEnd {
     /// DEVICE:PORT, for logs.
     pub name: String,
-    /// What the port is connected to.
+    /// The port's link layer.
     pub link_layer: LinkLayer,
     /// The port's local identifier; 0 on RoCE.
     pub lid: u16,
@@ -43,14 +43,14 @@ pub(crate) struct RailEnd {
     pub gid: Gid,
     /// Path MTU that the port takes, in bytes.
     pub mtu: u32,
-    /// READs in flight: what the device can have (the reader's), or takes (the served end's).
+    /// READs in flight: how many the device can have (reader), or accepts (served end).
     pub rd_atomic: u8,
     /// Its queue pairs.
     pub queue_pairs: Vec<QpEnd>,
 }
 
 impl RailEnd {
-    /// Checks the bounds; the error names what is out of them.
+    /// Checks the bounds; the error names the field.
     pub(crate) fn check(&self) -> Result<(), &'static str> {
         let bad = Err;
         if self.name.len() > MAX_NAME || self.name.chars().any(char::is_control) {
@@ -81,19 +81,19 @@ impl RailEnd {
 pub(crate) struct Remote {
     /// Address of its first byte.
     pub address: u64,
-    /// The key that opens it.
+    /// Its key.
     pub rkey: u32,
 }
 
-/// What the reader asks for.
+/// The reader's request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct VerbsRequest {
-    /// Its ends, best first.
+    /// Its rails, best first.
     pub rails: Vec<RailEnd>,
 }
 
 impl VerbsRequest {
-    /// Checks the bounds; the error names what is out of them.
+    /// Checks the bounds; the error names the field.
     pub(crate) fn check(&self) -> Result<(), &'static str> {
         if !(1..=MAX_RAILS).contains(&self.rails.len()) {
             return Err("the number of rails");
@@ -124,9 +124,9 @@ pub(crate) struct VerbsTicket {
     pub incarnation: u64,
     /// Words in the fence table.
     pub fence_slots: u32,
-    /// Those of the reader's rails that reach one of the served end.
+    /// The reader's rails that reach a rail of the served end.
     pub rails: Vec<ServedRail>,
-    /// A rail of the served end that has worked is not among them: a later lane may have more.
+    /// A rail of the served end that has worked before is not among them: a later lane may have more.
     pub degraded: bool,
 }
 
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_makes_no_sense_is_refused() {
+    fn a_malformed_end_is_refused() {
         assert!(end().check().is_ok());
         let bad: [fn(&mut RailEnd); 8] = [
             |e| e.name = "x".repeat(MAX_NAME + 1),

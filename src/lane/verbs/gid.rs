@@ -1,8 +1,8 @@
 //! A port's GIDs, and which one to use.
 //!
-//! On RoCE a GID is an IP address in disguise, and a wrong one is the most common failure of all: the queue pair comes up
-//! and every READ times out. So the one to use is chosen by type and reachability, never by its index, which differs from
-//! host to host. Read from /sys, which every kernel since 4.5 fills in.
+//! On RoCE a GID encodes an IP address. A wrong GID is the most common failure: the queue pair connects and every READ times
+//! out. So it is chosen by type and reachability, never by its index, which differs from host to host. The table is read from
+//! /sys, which every kernel since 4.5 fills in.
 
 use std::{
     fmt, fs,
@@ -15,18 +15,18 @@ use std::{
 pub struct Gid(pub [u8; 16]);
 
 impl Gid {
-    /// The address that it stands for on RoCE.
+    /// Its IP address on RoCE.
     pub fn ip(&self) -> IpAddr {
         let v6 = Ipv6Addr::from(self.0);
         v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)
     }
 
-    /// Whether there is none in its place.
+    /// Whether it is empty.
     pub fn is_zero(&self) -> bool {
         self.0 == [0; 16]
     }
 
-    /// Bits that it shares with another one, from the front; 0 when one is an IPv4 address and the other is not.
+    /// Length of the common prefix with another GID, in bits; 0 if only one of them is an IPv4 address.
     pub fn shared_prefix(&self, other: &Gid) -> u32 {
         match (self.ip(), other.ip()) {
             (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros(),
@@ -48,10 +48,10 @@ impl fmt::Display for Gid {
     }
 }
 
-/// What a GID is for.
+/// The type of a GID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GidType {
-    /// InfiniBand, or RoCE v1, which is not routed and which nobody should use any more. The kernel calls both the same.
+    /// InfiniBand, or RoCE v1, which is not routed and obsolete. The kernel has one name for both.
     IbOrRoceV1,
     /// RoCE v2, over UDP.
     RoceV2,
@@ -66,7 +66,7 @@ pub struct GidEntry {
     pub gid: Gid,
     /// Its type.
     pub kind: GidType,
-    /// The network interface that it belongs to; empty on InfiniBand.
+    /// Its network interface; empty on InfiniBand.
     pub netdev: String,
 }
 
@@ -91,11 +91,11 @@ pub(super) fn table(sys: &Path, device: &str, port: u8) -> Vec<GidEntry> {
     rows(sys, device, port, (0..=255).take_while(there))
 }
 
-/// Those of these rows that are not empty. Three files are read for each, so it pays to know which are used: tables have
-/// 256 rows and more.
+/// The rows among these that are not empty. Each takes three files, and tables have 256 rows and more: pass the used rows if
+/// they are known.
 pub(super) fn rows(sys: &Path, device: &str, port: u8, indices: impl Iterator<Item = u8>) -> Vec<GidEntry> {
     let at = at(sys, device, port);
-    // Rows can be empty in between: a GID that was withdrawn leaves a hole.
+    // A GID that was withdrawn leaves an empty row.
     let row = |index: u8| {
         let read = |part: &str| {
             let text = fs::read_to_string(at.join(part).join(index.to_string())).ok()?;
@@ -117,8 +117,8 @@ fn at(sys: &Path, device: &str, port: u8) -> PathBuf {
 }
 
 /// The best GID of a RoCE port: RoCE v2 only; if `peer` is known, of its family and nearest to it; IPv4 before global IPv6
-/// before link-local. Link-local GIDs reach peers on the same link only, and containers do not have the address at all.
-// Without the feature only its tests use it: they need no device.
+/// before link-local. Link-local GIDs reach peers on the same link only, and containers lack the address.
+// Without the feature only tests use it, which need no device.
 #[cfg_attr(not(feature = "verbs"), allow(dead_code))]
 pub(super) fn choose<'a>(table: &'a [GidEntry], peer: Option<&Gid>) -> Option<&'a GidEntry> {
     let family = |g: &Gid| match g.ip() {

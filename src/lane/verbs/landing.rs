@@ -1,7 +1,7 @@
-//! Where fence words land: a slot of its own for each fence in flight, zeroed before it is posted.
+//! The destinations of fence words: one slot for each fence in flight, zeroed before the READ is posted.
 //!
-//! A slot is used again only after its READ has completed, or after nothing can write it any more: a late word must never be
-//! taken for another fence's.
+//! A slot is re-used only after its READ has completed, or when its rail is quiet: a late word must never be taken for the
+//! word of another fence.
 
 use std::{
     io,
@@ -11,9 +11,9 @@ use std::{
 
 use crate::memory::Mapping;
 
-/// Fences of a lane that may be in flight.
+/// Most fence words in flight on a lane.
 pub(crate) const SLOTS: u16 = 64;
-/// Bytes from one slot to the next: a cache line, so that devices and cores do not get in each other's way.
+/// Bytes from one slot to the next: a cache line, so that a device and a core never write to the same line.
 const STRIDE: usize = 64;
 
 /// The slots.
@@ -43,12 +43,12 @@ impl Landing {
         std::ptr::from_ref(self.word(slot)).addr() as u64
     }
 
-    /// Makes a slot ready: zero, which no live offer's word is.
+    /// Zeroes a slot. No live offer has the word zero.
     pub(crate) fn clear(&self, slot: u16) {
         self.word(slot).store(0, Ordering::SeqCst);
     }
 
-    /// What landed. After its READ's completion was polled.
+    /// The word in a slot. Valid after its READ's completion was polled.
     pub(crate) fn load(&self, slot: u16) -> u64 {
         self.word(slot).load(Ordering::Acquire)
     }

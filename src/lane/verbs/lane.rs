@@ -1,7 +1,7 @@
 //! The consumer's end of the verbs lane: READs striped over queue pairs and rails, fences, and their events.
 //!
-//! Owns a path for each rail, and what was accepted and is not posted. It never posts a read again before the rail that
-//! had it is quiet, and says `Quiet` of an attempt only when no request of it is left on any rail (promise *quiet*).
+//! Owns a path for each rail, and the accepted reads that are not posted. It never posts a read again before the rail that
+//! had it is quiet, and reports `Quiet` for an attempt only when no request of it is left on any rail (promise *quiet*).
 
 mod seam;
 
@@ -19,22 +19,20 @@ use kvferry_proto::{
 };
 
 use super::{
-    fences::{self, Carriers, Fence, Fences},
-    ladder::{self, Rung},
+    failure::FailureReason,
+    fences::{self, Fence, Fences, PairSet},
     landing::{Landing, SLOTS},
-    path::{Path, What, Why},
+    path::{Path, Work},
+    teardown::{self, Stage},
     wake::{Spin, Wake},
 };
 use crate::memory::Memory;
 
-/// The attempt of a request that only makes a queue pair report.
-const NOBODY: u32 = u32::MAX;
-
 /// One attempt.
 #[derive(Debug, Clone, Copy)]
-struct Try {
+struct AttemptState {
     attempt: Attempt,
-    /// What its fence words hold.
+    /// The value of its fence words while the offer is live.
     nonce: u64,
     /// Word in the peer's fence table.
     slot: u32,
@@ -44,13 +42,20 @@ struct Try {
     stopped: Option<Instant>,
 }
 
+impl AttemptState {
+    /// Whether it may go on.
+    fn is_open(&self) -> bool {
+        !self.failed && self.stopped.is_none()
+    }
+}
+
 /// A lane to one peer rank over one or several rails.
 #[derive(Debug)]
 pub(crate) struct VerbsLane {
     paths: Vec<Path>,
-    tries: Vec<Option<Try>>,
-    /// Accepted, and not posted: what a full queue gave back, and what a failed rail lost.
-    again: VecDeque<What>,
+    attempts: Vec<Option<AttemptState>>,
+    /// Reads that were lost on a failed rail, and are to be posted on another one.
+    unposted: VecDeque<Work>,
     fences: Fences,
     slots: Arc<Landing>,
     free_slots: Vec<u16>,
@@ -64,15 +69,15 @@ pub(crate) struct VerbsLane {
     max_read: u32,
     quiet_bound: Duration,
     peer: String,
-    /// A rail that has worked, on either side, was not to be had when it was connected.
+    /// When it was connected, a rail that had worked before, on either side, was unavailable.
     degraded: bool,
-    /// Being closed: nothing more is posted.
+    /// It is being closed, and nothing more is posted.
     closing: Option<Cause>,
-    /// Said `Down`, or `Wedged`.
+    /// `Down` or `Wedged` was reported.
     down: Option<Cause>,
 }
 
-/// What a lane is made of.
+/// The parts of a lane.
 pub(crate) struct Parts {
     pub paths: Vec<Path>,
     pub slots: Arc<Landing>,
@@ -84,9 +89,9 @@ pub(crate) struct Parts {
     pub max_read: u32,
     pub quiet_bound: Duration,
     pub peer: String,
-    /// A rail that has worked, on either side, was not to be had.
+    /// A rail that had worked before, on either side, was unavailable.
     pub degraded: bool,
-    /// Requests that all paths together take.
+    /// Requests that all paths together can hold.
     pub depth: usize,
 }
 
@@ -94,8 +99,8 @@ impl VerbsLane {
     pub(crate) fn new(p: Parts) -> Self {
         Self {
             paths: p.paths,
-            tries: Vec::with_capacity(64),
-            again: VecDeque::with_capacity(2 * p.depth),
+            attempts: Vec::with_capacity(64),
+            unposted: VecDeque::with_capacity(2 * p.depth),
             fences: Fences::default(),
             slots: p.slots,
             free_slots: (0..SLOTS).rev().collect(),
@@ -115,22 +120,26 @@ impl VerbsLane {
         }
     }
 
-    /// The rails that it still uses, for logs and tests.
+    /// The rails that it still uses.
     #[cfg(test)]
     pub(crate) fn rails(&self) -> impl Iterator<Item = &str> {
-        self.paths.iter().filter(|p| p.rung.is_live()).map(Path::name)
+        self.paths.iter().filter(|p| p.stage.is_live()).map(Path::name)
     }
 
     fn find(&self, a: Attempt) -> Option<usize> {
-        self.tries.iter().position(|t| t.is_some_and(|t| t.attempt == a))
+        self.attempts.iter().position(|t| t.is_some_and(|t| t.attempt == a))
+    }
+
+    /// The attempt in this slot, if it may go on.
+    fn open_in(&self, slot: usize) -> Option<AttemptState> {
+        self.attempts.get(slot).copied().flatten().filter(AttemptState::is_open)
     }
 
     fn open(&self, a: Attempt) -> Option<usize> {
-        let i = self.find(a)?;
-        self.tries[i].filter(|t| !t.failed && t.stopped.is_none() && self.closing.is_none()).map(|_| i)
+        self.find(a).filter(|&i| self.closing.is_none() && self.open_in(i).is_some())
     }
 
-    /// Whether both ends of a read lie in their segments.
+    /// Whether both ends of a read are within their segments.
     fn fits(&self, r: &Read) -> bool {
         let segment = self.remote.segments.get(usize::from(r.src_segment));
         let there = segment.is_some_and(|&has| r.src_offset.checked_add(r.len).is_some_and(|end| end <= has));
@@ -141,89 +150,85 @@ impl VerbsLane {
             && self.paths.iter().all(|p| p.has(r.src_segment, r.dst_segment))
     }
 
-    /// Fills one request on the queue pair with the least to do; `false` when none takes it now.
+    /// Fills one request on the queue pair with the fewest bytes in flight; `false` if none accepts it now.
     #[inline]
-    fn place(&mut self, w: What) -> bool {
+    fn place(&mut self, w: Work) -> bool {
         let mut best: Option<(usize, usize, u64)> = None;
         for (p, path) in self.paths.iter().enumerate() {
-            if let Some((e, bytes)) = path.best()
+            if let Some((pair, bytes)) = path.best()
                 && best.is_none_or(|b| bytes < b.2)
             {
-                best = Some((p, e, bytes));
+                best = Some((p, pair, bytes));
             }
         }
-        let Some((p, e, _)) = best else { return false };
-        self.fill(p, e, w);
+        let Some((p, pair, _)) = best else { return false };
+        self.fill(p, pair, w);
         true
     }
 
     /// Fills one request on this queue pair.
     #[inline]
-    fn fill(&mut self, path: usize, end: usize, w: What) {
-        self.paths[path].fill(end, w);
+    fn fill(&mut self, path: usize, pair: usize, w: Work) {
+        self.paths[path].fill(pair, w);
         self.spin.moved();
-        if let Some(Some(t)) = self.tries.get_mut(w.attempt as usize) {
+        if let Some(Some(t)) = self.attempts.get_mut(w.attempt as usize) {
             t.in_flight += 1;
         }
     }
 
-    /// Whether all of these queue pairs could still complete something. Of nobody nothing is known.
-    fn alive(&self, carriers: Carriers) -> bool {
-        carriers != 0 && fences::each(carriers).all(|(p, e)| self.paths.get(p).is_some_and(|p| p.alive(e)))
+    /// Whether all of these queue pairs can complete requests. An empty set proves nothing.
+    fn alive(&self, pairs: PairSet) -> bool {
+        pairs != 0 && fences::each(pairs).all(|(p, pair)| self.paths.get(p).is_some_and(|p| p.alive(pair)))
     }
 
-    /// Posts READs of a fence's word, one on each carrier; `false` when there is no room for all of them now.
+    /// Posts READs of a fence's word, one on each of its queue pairs; `false` if there is not room for all of them now.
     fn post_words(&mut self, f: &Fence) -> bool {
-        let room = fences::each(f.carriers).all(|(p, e)| self.paths[p].has_room(e));
-        if !room || self.free_slots.len() < f.carriers.count_ones() as usize {
+        let room = fences::each(f.pairs).all(|(p, pair)| self.paths[p].has_room(pair));
+        if !room || self.free_slots.len() < f.pairs.count_ones() as usize {
             return false;
         }
-        for (path, end) in fences::each(f.carriers) {
+        for (path, pair) in fences::each(f.pairs) {
             let Some(slot) = self.free_slots.pop() else { break };
             self.slots.clear(slot);
-            let w = What {
+            let w = Work {
                 src: u64::from(f.word_at) * 8,
                 dst: u64::from(slot),
                 len: 8,
                 attempt: f.attempt,
                 chunk: f.chunk,
                 fence: true,
-                path: path as u8,
-                end: end as u8,
-                ..What::default()
+                ..Work::default()
             };
-            self.fill(path, end, w);
+            self.fill(path, pair, w);
         }
         true
     }
 
-    /// What is read of a chunk is not to be trusted: it is read again.
-    fn doubt(&mut self, i: usize, chunk: u32) {
+    /// The data of a chunk is unverified, so the chunk is read again.
+    fn read_again(&mut self, i: usize, chunk: u32) {
         self.fences.forget(i, chunk);
-        if let Some(Some(t)) = self.tries.get(i) {
+        if let Some(Some(t)) = self.attempts.get(i) {
             self.pending.push(LaneEvent::Again { attempt: t.attempt, chunk });
         }
     }
 
-    /// Posts the fences of chunks whose reads are all done. One that its rails have no room for holds up no other.
+    /// Posts the fences of chunks whose reads are all done. A fence without room on its rails does not delay the others.
     #[inline]
     fn post_fences(&mut self) {
         let mut any = false;
         for _ in 0..self.fences.due() {
-            let Some((i, chunk, carriers)) = self.fences.next_due() else { break };
-            let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none()) else {
-                continue;
-            };
-            if !self.alive(carriers) {
-                self.doubt(i, chunk);
+            let Some((i, chunk, pairs)) = self.fences.next_due() else { break };
+            let Some(t) = self.open_in(i) else { continue };
+            if !self.alive(pairs) {
+                self.read_again(i, chunk);
                 continue;
             }
-            let fence = Fence::new(i as u32, chunk, t.slot, carriers);
+            let fence = Fence::new(i as u32, chunk, t.slot, pairs);
             if self.post_words(&fence) {
                 self.fences.posted(fence, t.nonce);
                 any = true;
             } else {
-                self.fences.later(i, chunk);
+                self.fences.postpone(i, chunk);
             }
         }
         if any {
@@ -231,74 +236,42 @@ impl VerbsLane {
         }
     }
 
-    /// Says what came of fences whose words are all back.
+    /// Reports the results of fences whose words have all arrived or are lost.
     fn conclude_fences(&mut self) {
-        while let Some(mut f) = self.fences.next_back() {
+        while let Some(mut f) = self.fences.next_complete() {
             let i = f.attempt as usize;
-            let Some(t) = self.tries.get(i).copied().flatten().filter(|t| !t.failed && t.stopped.is_none()) else {
-                continue;
-            };
-            if f.doubt {
-                self.doubt(i, f.chunk);
+            let Some(t) = self.open_in(i) else { continue };
+            if f.unverified {
+                self.read_again(i, f.chunk);
             } else if f.word == t.nonce || f.second {
                 self.pending.push(LaneEvent::Fence { attempt: t.attempt, chunk: f.chunk, word: f.word });
-            } else if !self.alive(f.carriers) {
-                self.doubt(i, f.chunk);
+            } else if !self.alive(f.pairs) {
+                self.read_again(i, f.chunk);
             } else {
                 f.second = self.post_words(&f);
                 match f.second {
                     true => self.fences.posted(f, t.nonce),
-                    // No room: it is back still, and looked at after the next completion.
-                    false => return self.fences.back(f),
+                    // Without room it stays complete, and is looked at after the next completion.
+                    false => return self.fences.put_back(f),
                 }
                 self.flush();
             }
         }
     }
 
-    /// Posts what is filled. What is not taken waits in `again`, in front.
+    /// Posts the filled requests.
     fn flush(&mut self) {
-        for path in &mut self.paths {
-            let (again, tries) = (&mut self.again, &mut self.tries);
-            path.flush(|w| {
-                if let Some(Some(t)) = tries.get_mut(w.attempt as usize) {
-                    t.in_flight -= 1;
-                }
-                again.push_back(w);
-            });
-        }
+        self.paths.iter_mut().for_each(Path::flush);
     }
 
-    /// Posts what waits, as far as there is room.
-    fn post_again(&mut self) {
-        if self.again.is_empty() || self.closing.is_some() {
-            return;
-        }
+    /// Posts reads that a failed rail lost, as far as there is room.
+    fn post_lost(&mut self) {
         let mut any = false;
-        // Each once: what a full queue gives back waits for the next poll.
-        for _ in 0..self.again.len() {
-            let Some(&w) = self.again.front() else { break };
-            if !self.wanted(w) {
-                self.again.pop_front();
-                self.give_back(w);
-                continue;
-            }
-            if w.fence {
-                let (path, end) = (usize::from(w.path), usize::from(w.end));
-                if !self.paths[path].alive(end) {
-                    self.again.pop_front();
-                    self.give_back(w);
-                    self.fences.lost(w.attempt, w.chunk);
-                    continue;
-                }
-                if !self.paths[path].has_room(end) {
-                    break;
-                }
-                self.fill(path, end, w);
-            } else if !self.place(w) {
+        while let Some(&w) = self.unposted.front() {
+            if self.wanted(w) && !self.place(w) {
                 break;
             }
-            self.again.pop_front();
+            self.unposted.pop_front();
             any = true;
         }
         if any {
@@ -306,51 +279,12 @@ impl VerbsLane {
         }
     }
 
-    /// Has queue pairs report what a full queue took of them without a report, where nothing else is to be posted on them.
-    fn nudge(&mut self) {
-        if !self.again.is_empty() || self.closing.is_some() {
-            return;
-        }
-        let mut any = false;
-        for path in 0..self.paths.len() {
-            let Some(end) = self.paths[path].silent() else { continue };
-            let Some(slot) = self.free_slots.pop() else { return };
-            // A fence's word, for nobody.
-            let w = What {
-                dst: u64::from(slot),
-                len: 8,
-                attempt: NOBODY,
-                fence: true,
-                path: path as u8,
-                end: end as u8,
-                ..What::default()
-            };
-            self.fill(path, end, w);
-            any = true;
-        }
-        if any {
-            self.flush();
-        }
-    }
-
-    /// Whether what waits first waits for this rail: data for any of them, a fence for its own.
-    fn waits_for(&self, path: usize) -> bool {
-        self.again.front().is_some_and(|w| !w.fence || usize::from(w.path) == path)
-    }
-
-    fn wanted(&self, w: What) -> bool {
-        matches!(self.tries.get(w.attempt as usize), Some(Some(t)) if !t.failed && t.stopped.is_none())
-    }
-
-    /// A request is over, or was never posted: its landing slot is free again.
-    fn give_back(&mut self, w: What) {
-        if w.fence {
-            self.free_slots.push(w.dst as u16);
-        }
+    fn wanted(&self, w: Work) -> bool {
+        self.closing.is_none() && self.open_in(w.attempt as usize).is_some()
     }
 
     fn fail(&mut self, i: usize, cause: Cause) {
-        if let Some(Some(t)) = self.tries.get_mut(i)
+        if let Some(Some(t)) = self.attempts.get_mut(i)
             && !t.failed
         {
             t.failed = true;
@@ -361,25 +295,20 @@ impl VerbsLane {
         self.purge();
     }
 
-    /// Forgets what waits for attempts that go no further.
+    /// Forgets unposted reads of attempts that do not go on.
     fn purge(&mut self) {
-        for _ in 0..self.again.len() {
-            let Some(w) = self.again.pop_front() else { break };
-            if self.wanted(w) {
-                self.again.push_back(w);
-            } else {
-                self.give_back(w);
-            }
-        }
+        let mut unposted = std::mem::take(&mut self.unposted);
+        unposted.retain(|w| self.wanted(*w));
+        self.unposted = unposted;
     }
 
-    /// Says `Quiet` of an attempt that was stopped and has nothing in flight.
+    /// Reports `Quiet` for a stopped attempt with nothing in flight.
     fn settle(&mut self, i: usize) {
-        if let Some(t) = self.tries.get(i).copied().flatten()
+        if let Some(t) = self.attempts.get(i).copied().flatten()
             && t.stopped.is_some()
             && t.in_flight == 0
         {
-            self.tries[i] = None;
+            self.attempts[i] = None;
             self.pending.push(LaneEvent::Quiet { attempt: t.attempt });
         }
     }
@@ -387,27 +316,27 @@ impl VerbsLane {
     fn reap(&mut self, now: Instant, out: &mut Vec<LaneEvent>) -> bool {
         let mut any = false;
         for (p, path) in self.paths.iter_mut().enumerate() {
-            let (tries, slots, free) = (&mut self.tries, &self.slots, &mut self.free_slots);
+            let (attempts, slots, free) = (&mut self.attempts, &self.slots, &mut self.free_slots);
             let fences = &mut self.fences;
-            any |= path.reap(now, |w, end| {
+            any |= path.reap(now, |w, pair| {
                 if w.fence {
                     free.push(w.dst as u16);
                 }
-                let Some(place) = tries.get_mut(w.attempt as usize) else { return };
+                let Some(place) = attempts.get_mut(w.attempt as usize) else { return };
                 let Some(t) = place else { return };
                 t.in_flight = t.in_flight.saturating_sub(1);
                 let (a, k) = (t.attempt, w.chunk);
                 if let Some(since) = t.stopped {
                     if t.in_flight == 0 {
                         *place = None;
-                        ladder::drained(now.saturating_duration_since(since));
+                        teardown::drained(now.saturating_duration_since(since));
                         out.push(LaneEvent::Quiet { attempt: a });
                     }
                 } else if t.failed {
                 } else if w.fence {
                     fences.landed(w.attempt, k, slots.load(w.dst as u16), t.nonce);
                 } else {
-                    fences.carried(w.attempt, k, fences::bit(p, end));
+                    fences.carried(w.attempt, k, fences::bit(p, pair));
                     match out.last_mut() {
                         Some(LaneEvent::Done { attempt, chunk, reads }) if *attempt == a && *chunk == k => *reads += 1,
                         _ => out.push(LaneEvent::Done { attempt: a, chunk: k, reads: 1 }),
@@ -421,62 +350,59 @@ impl VerbsLane {
         any
     }
 
-    /// Moves failed rails up the ladder, and what they lost to other rails.
-    fn climb(&mut self, now: Instant) {
+    /// Looks for rails that failed, goes on with their teardown, and takes back their lost requests once they are quiet.
+    fn tend_rails(&mut self, now: Instant) {
         for p in 0..self.paths.len() {
-            let waiting = self.waits_for(p);
             let path = &mut self.paths[p];
-            path.watch(now, waiting);
-            if path.rung.is_live() {
+            path.watch(now);
+            if path.stage.is_live() {
                 continue;
             }
-            path.climb(now, &self.wake.bell, &self.peer);
-            if !path.rung.is_quiet() {
-                continue;
-            }
-            let mut lost = Vec::new();
-            path.take_lost(|w| lost.push(w));
-            for w in lost {
-                if let Some(Some(t)) = self.tries.get_mut(w.attempt as usize) {
-                    t.in_flight = t.in_flight.saturating_sub(1);
-                }
-                if !self.wanted(w) || self.closing.is_some() {
-                    self.give_back(w);
-                    self.settle(w.attempt as usize);
-                    continue;
-                }
-                if w.fence {
-                    self.give_back(w);
-                    self.fences.lost(w.attempt, w.chunk);
-                } else {
-                    self.again.push_back(w);
-                }
+            path.escalate(now, &self.wake.bell, &self.peer);
+            for w in path.take_lost() {
+                self.lost(w);
             }
         }
         if self.down.is_some() {
             return;
         }
-        if self.paths.iter().any(|p| matches!(p.rung, Rung::Wedged)) {
+        if self.paths.iter().any(|p| matches!(p.stage, Stage::Wedged)) {
             self.down = Some(Cause::LaneFailed);
             self.close(Cause::LaneFailed, now);
             self.pending.push(LaneEvent::Wedged);
             return;
         }
-        if self.closing.is_none() && self.paths.iter().all(|p| !p.rung.is_live()) {
-            let cause = self.paths.iter().rev().find_map(|p| p.why).map_or(Cause::LaneFailed, Why::cause);
-            if let Some(path) = self.paths.iter().find(|p| p.why.is_some())
-                && let Some(why) = path.why
-            {
-                tracing::warn!(peer = %self.peer, rail = path.name(), %why, "verbs lane down: no rail to this peer is left");
+        if self.closing.is_none() && self.paths.iter().all(|p| !p.stage.is_live()) {
+            let failures = || self.paths.iter().filter_map(|p| Some((p.name(), p.failure?)));
+            let cause = failures().next_back().map_or(Cause::LaneFailed, |(_, reason)| reason.cause());
+            if let Some((rail, reason)) = failures().next() {
+                tracing::warn!(peer = %self.peer, rail, %reason, "verbs lane down: no rail to this peer is left");
             }
             self.close(cause, now);
         }
         if let Some(cause) = self.closing
-            && self.paths.iter().all(|p| p.rung.is_quiet())
+            && self.paths.iter().all(|p| p.stage.is_quiet())
         {
             self.down = Some(cause);
             self.pending.push(LaneEvent::Down { cause });
-            self.pending.extend(self.tries.drain(..).flatten().map(|t| LaneEvent::Quiet { attempt: t.attempt }));
+            self.pending.extend(self.attempts.drain(..).flatten().map(|t| LaneEvent::Quiet { attempt: t.attempt }));
+        }
+    }
+
+    /// A request was lost with its rail, which is quiet now. A read is to be posted on another rail.
+    fn lost(&mut self, w: Work) {
+        if let Some(Some(t)) = self.attempts.get_mut(w.attempt as usize) {
+            t.in_flight = t.in_flight.saturating_sub(1);
+        }
+        if w.fence {
+            self.free_slots.push(w.dst as u16);
+        }
+        if !self.wanted(w) {
+            self.settle(w.attempt as usize);
+        } else if w.fence {
+            self.fences.lost(w.attempt, w.chunk);
+        } else {
+            self.unposted.push_back(w);
         }
     }
 
@@ -486,33 +412,23 @@ impl VerbsLane {
             return;
         }
         self.closing = Some(cause);
-        for i in 0..self.tries.len() {
+        for i in 0..self.attempts.len() {
             self.fail(i, cause);
         }
-        while let Some(w) = self.again.pop_front() {
-            self.give_back(w);
-        }
+        self.unposted.clear();
         for path in &mut self.paths {
-            path.fail(Why::Killed, now);
+            path.fail(FailureReason::Killed, now);
         }
     }
 
-    /// Whether to look for the end of what is in flight instead of sleeping.
-    fn nearly_there(&mut self) -> bool {
-        self.spin.goes_on(self.bytes(), Instant::now)
-    }
-
-    /// Bytes in flight; `None`: nothing is.
+    /// Bytes in flight; `None`: nothing is in flight.
     fn bytes(&self) -> Option<u64> {
         let (bytes, any) = self.paths.iter().fold((0, false), |(b, any), p| (b + p.bytes(), any | (p.in_flight() > 0)));
         any.then_some(bytes)
     }
 
-    /// Whether something waits for a completion that may never come by itself.
-    fn must_spin(&self) -> bool {
-        !self.again.is_empty()
-            && self.closing.is_none()
-            && self.paths.iter().any(|p| p.rung.is_live())
-            && self.paths.iter().filter(|p| p.rung.is_live()).all(|p| p.in_flight() == 0 || !p.will_complete())
+    /// Whether reads wait for room that no completion will announce.
+    fn must_poll(&self) -> bool {
+        !self.unposted.is_empty() && self.paths.iter().any(|p| p.stage.is_live() && p.in_flight() == 0)
     }
 }

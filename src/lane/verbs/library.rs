@@ -1,8 +1,8 @@
-//! libibverbs, opened at run time: one binary starts on every host, and says what is missing where it is missing.
+//! libibverbs, opened at run time: one binary starts on every host, and names missing libraries and functions.
 //!
-//! Owns the table of its functions. The published `ibverbs` crate cannot READ, registers no foreign memory and keeps its
-//! handles to itself, so only the types of its FFI layer are used; nothing here is linked. Calls of the data path
-//! (`post_send`, `poll_cq`, `req_notify_cq`) are not in this table: they are in each context's own.
+//! Owns the table of its functions. The published `ibverbs` crate has no READ, cannot register foreign memory and keeps its
+//! handles private, so only the types of its FFI layer are used, and nothing is linked. Functions of the data path
+//! (`post_send`, `poll_cq`, `req_notify_cq`) are not in this table but in each context's own.
 
 use std::{
     ffi::{c_char, c_int, c_uint, c_void},
@@ -18,7 +18,7 @@ use super::error::VerbsError;
 
 macro_rules! functions {
     (needed { $($need:ident: fn($($n:ty),*) -> $nr:ty;)* } wanted { $($want:ident $symbol:literal: fn($($w:ty),*) -> $wr:ty;)* }) => {
-        /// The functions, by their names without `ibv_`. Which pointers they take is what the C headers say.
+        /// The functions, by their names without `ibv_`. The C headers define the valid pointers.
         #[derive(Clone, Copy)]
         #[allow(missing_docs)]
         pub(crate) struct Library {
@@ -38,7 +38,8 @@ macro_rules! functions {
                         *found.map_err(|_| name)?
                     },)*
                     $($want: {
-                        // SAFETY: as above.
+                        // SAFETY: the symbol's type is the one that the C headers declare for this name; the library is
+                        // never closed.
                         let found = unsafe { lib.get($symbol.as_bytes()) };
                         found.ok().map(|f| *f)
                     },)*
@@ -81,9 +82,9 @@ functions! {
     }
 }
 
-/// What the library lacks.
+/// The missing part.
 enum Missing {
-    /// Itself; with the loader's words.
+    /// The library; with the loader's message.
     All(String),
     /// A function.
     Function(&'static str),
@@ -112,15 +113,15 @@ impl Library {
 }
 
 impl Library {
-    /// Before anything is registered. Where the kernel does not copy pinned pages for the child of a fork (Linux before 5.12),
-    /// the parent's next write to one moves it away from what the device writes, and blocks that arrive are never seen: there
-    /// libibverbs keeps registered pages out of children. On newer kernels this does nothing.
+    /// Called before any registration. Linux before 5.12 does not copy pinned pages for the child of a fork. The parent's next
+    /// write to such a page gets a copy, the device keeps writing to the old page, and arriving blocks are never seen. There
+    /// libibverbs keeps registered pages out of children. On newer kernels this has no effect.
     fn survive_forks(&self) {
         let Some(init) = self.fork_init else { return };
-        // SAFETY: it takes nothing, and may be called at any time before a registration, more than once.
+        // SAFETY: it has no arguments, and may be called more than once, at any time before a registration.
         let rc = unsafe { init() };
         if rc != 0 {
-            // Some other user of the library was first.
+            // Another user of the library registered memory first.
             let error = std::io::Error::from_raw_os_error(rc);
             tracing::warn!(%error, "ibv_fork_init failed: on Linux before 5.12 this process must not fork while verbs are used");
         }

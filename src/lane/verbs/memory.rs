@@ -1,7 +1,7 @@
-//! Protection domains, and memory that a device may reach.
+//! Protection domains, and memory that a device may access.
 //!
-//! Owns registrations, and holds the memory behind each: it is given back only after the device has let go of it. Whatever
-//! the memory is (host pages, a dmabuf, a device pointer), the call is the same.
+//! Owns registrations, and holds the memory of each until the device has released it. Host pages, a dmabuf and a device
+//! pointer are registered through the same function.
 
 use std::{
     ffi::c_void,
@@ -18,20 +18,20 @@ use super::{
     error::VerbsError,
 };
 
-/// A protection domain: queue pairs of it reach its regions and no others.
+/// A protection domain: its queue pairs reach its regions and no others.
 #[derive(Debug)]
 pub(crate) struct Pd {
     pd: NonNull<ibv_pd>,
     device: Arc<Device>,
 }
 
-// SAFETY: see `Device`: verbs calls may come from any thread.
+// SAFETY: libibverbs allows calls on a domain from any thread.
 unsafe impl Send for Pd {}
-// SAFETY: as above.
+// SAFETY: libibverbs allows concurrent calls on a domain.
 unsafe impl Sync for Pd {}
 
 impl Pd {
-    /// A new one.
+    /// A new domain.
     pub(crate) fn new(device: Arc<Device>) -> Result<Arc<Self>, VerbsError> {
         // SAFETY: the context is open.
         let pd = NonNull::new(unsafe { (device.lib().alloc_pd)(device.context()) });
@@ -53,32 +53,32 @@ impl Pd {
 
 impl Drop for Pd {
     fn drop(&mut self) {
-        // SAFETY: regions and queue pairs hold their domain, so none is left but those that the ladder gave up as lost.
+        // SAFETY: regions and queue pairs hold their domain, so none is left but those that a teardown gave up as wedged.
         let rc = unsafe { (self.device.lib().dealloc_pd)(self.raw()) };
         if let Err(error) = check(rc) {
-            tracing::warn!(device = self.device.name(), %error, "a protection domain is not given back");
+            tracing::warn!(device = self.device.name(), %error, "a protection domain cannot be released");
         }
     }
 }
 
-/// What a device may do with a region.
+/// A device's access to a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// READ responses are written to it.
+    /// The device writes READ responses to it.
     Landing {
-        /// They may be written in any order: twice as fast on some machines.
+        /// In any order: twice as fast on some machines.
         relaxed: bool,
     },
     /// Peers READ it.
     Exported {
-        /// As above.
+        /// In any order.
         relaxed: bool,
     },
 }
 
 const LOCAL_WRITE: i32 = 1;
 const REMOTE_READ: i32 = 4;
-/// Optional: a device or kernel that does not know it leaves it out.
+/// Optional: a device or kernel without it ignores it.
 const RELAXED_ORDERING: i32 = 1 << 20;
 
 impl Access {
@@ -99,7 +99,7 @@ impl Access {
 /// Memory to register.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Source<'a> {
-    /// Pages of this process, or device memory that a peer-memory module makes look like them.
+    /// Pages of this process, or device memory that a peer-memory module maps like them.
     Address {
         /// The first byte.
         base: NonNull<u8>,
@@ -111,7 +111,7 @@ pub(crate) enum Source<'a> {
     Dmabuf {
         /// The dmabuf.
         fd: BorrowedFd<'a>,
-        /// Where in it, in bytes.
+        /// Offset in it, in bytes.
         offset: u64,
         /// Bytes.
         len: u64,
@@ -130,17 +130,17 @@ pub(crate) struct Region<K> {
     keep: Option<K>,
 }
 
-// SAFETY: see `Device`; the memory behind it goes along, so it must be Send too.
+// SAFETY: libibverbs allows calls on a region from any thread; the memory moves along, so it must be Send too.
 unsafe impl<K: Send> Send for Region<K> {}
-// SAFETY: as above.
+// SAFETY: libibverbs allows concurrent calls on a region; the memory is shared, so it must be Sync too.
 unsafe impl<K: Sync> Sync for Region<K> {}
 
 impl<K> Region<K> {
     /// Registers memory that `keep` owns, for as long as the region lives.
     ///
     /// # Safety
-    /// `source` must be memory that stays valid, for the access that is asked for, as long as `keep` lives, and that may be
-    /// read and written by a device while it does.
+    /// `source` must be memory that stays valid for this access as long as `keep` lives, and that a device may read and write
+    /// during that time.
     pub(crate) unsafe fn register(
         pd: &Arc<Pd>,
         source: Source<'_>,
@@ -158,7 +158,7 @@ impl<K> Region<K> {
                     Some(reg) => unsafe {
                         reg(pd.raw(), at, bytes, address, (access.flags() | RELAXED_ORDERING) as u32)
                     },
-                    // SAFETY: as above.
+                    // SAFETY: the domain is alive, and the memory is valid by this function's contract.
                     None => unsafe { (lib.reg_mr)(pd.raw(), at, bytes, access.flags()) },
                 };
                 (mr, address, len, "this memory")
@@ -168,9 +168,10 @@ impl<K> Region<K> {
                 let Some(reg) = lib.reg_dmabuf_mr else {
                     return Err(VerbsError::OldLibrary { symbol: "ibv_reg_dmabuf_mr" });
                 };
-                // A driver that does not know the optional flag leaves it out, as with `ibv_reg_mr_iova2`.
+                // A driver without the optional flag ignores it, as with `ibv_reg_mr_iova2`.
                 let relaxed = if access.relaxed() { RELAXED_ORDERING } else { 0 };
-                // SAFETY: as above; the descriptor is borrowed for the call.
+                // SAFETY: the domain is alive, the memory is valid by this function's contract, and the descriptor is borrowed
+                // for the call.
                 let mr = unsafe { reg(pd.raw(), offset, bytes, address, fd.as_raw_fd(), access.flags() | relaxed) };
                 (mr, address, len, "a dmabuf (its driver may be too old: use nvidia-peermem, or staging)")
             }
@@ -181,19 +182,19 @@ impl<K> Region<K> {
         }
     }
 
-    /// Names it in local work requests.
+    /// Its key in local work requests.
     pub(crate) fn lkey(&self) -> u32 {
         // SAFETY: the region is registered as long as `self` lives, and its keys never change.
         unsafe { (*self.mr.as_ptr()).lkey }
     }
 
-    /// Names it in a peer's work requests.
+    /// Its key in a peer's work requests.
     pub(crate) fn rkey(&self) -> u32 {
-        // SAFETY: as above.
+        // SAFETY: the region is registered as long as `self` lives, and its keys never change.
         unsafe { (*self.mr.as_ptr()).rkey }
     }
 
-    /// Address of its first byte, as work requests name it.
+    /// Address of its first byte in work requests.
     pub(crate) fn address(&self) -> u64 {
         self.address
     }
@@ -209,7 +210,7 @@ impl<K> Drop for Region<K> {
             Err(e) if gone(self.pd.device(), &e) => {}
             Err(error) => {
                 tracing::error!(device = self.pd.device().name(), %error, "memory stays registered: it is never freed");
-                // The device may still reach it: it must never be used for anything else.
+                // The device may still access it, so it must never be re-used.
                 std::mem::forget(self.keep.take());
             }
         }
@@ -222,8 +223,8 @@ impl<K> std::fmt::Debug for Region<K> {
     }
 }
 
-/// Whether an error says that the device was removed, which the kernel does after it has destroyed everything on it. It says
-/// EIO of a command then, which a device that is sick and there may say, too.
+/// Whether an error means that the device was removed: the kernel destroys all objects on a device first. Commands fail with
+/// EIO then, as they may on a broken device that still exists.
 pub(crate) fn gone(device: &Device, e: &io::Error) -> bool {
     match e.raw_os_error() {
         Some(libc::ENODEV) => true,
@@ -232,7 +233,7 @@ pub(crate) fn gone(device: &Device, e: &io::Error) -> bool {
     }
 }
 
-/// Bytes that devices hold of this process; 0 where the kernel does not say.
+/// Bytes of this process that devices have pinned; 0 if the kernel does not tell.
 fn pinned(status: &std::path::Path) -> u64 {
     let text = std::fs::read_to_string(status).unwrap_or_default();
     let kib =
@@ -241,7 +242,7 @@ fn pinned(status: &std::path::Path) -> u64 {
 }
 
 fn refused(device: &Device, source: io::Error, need: u64, what: &'static str) -> VerbsError {
-    // The kernel counts what all registrations of the process have pinned.
+    // The kernel counts the pinned bytes of all registrations of the process.
     let need = pinned(std::path::Path::new("/proc/self/status")).saturating_add(need);
     if source.raw_os_error() == Some(libc::ENOMEM)
         && let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Memlock).current
@@ -257,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_pinned_is_read_in_bytes() {
+    fn pinned_memory_is_read_in_bytes() {
         let file = std::env::temp_dir().join(format!("kvferry-status-{}", std::process::id()));
         std::fs::write(&file, "VmLck:\t      12 kB\nVmPin:\t    2048 kB\nVmHWM:\t 7 kB\n").unwrap();
         assert_eq!(pinned(&file), 2 << 20);

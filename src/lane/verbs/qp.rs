@@ -1,6 +1,6 @@
 //! A reliable connected queue pair, through its states.
 //!
-//! Owns the pair. Dropping one destroys it; the ladder destroys it by itself, to know whether it worked.
+//! Owns the pair. Dropping it destroys it; teardown destroys it explicitly, to learn whether that succeeded.
 
 use std::{
     io,
@@ -22,30 +22,30 @@ use super::{
 };
 use crate::config::VerbsConfig;
 
-/// What a queue pair is for.
+/// The purpose of a queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
-    /// It READs. Nobody reaches memory through it.
+    /// It posts READs. No peer reaches memory through it.
     Reader,
-    /// It is READ through. It posts nothing.
+    /// A peer READs through it. It posts nothing.
     Served,
 }
 
-/// Where a queue pair's own end is.
+/// The local address of a queue pair.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct At {
     /// Port of the device.
     pub port: u8,
-    /// Index of the own GID; `None`: packets carry no global header (InfiniBand in one subnet).
+    /// Index of the local GID; `None`: packets carry no global header (InfiniBand in one subnet).
     pub gid_index: Option<u8>,
 }
 
-/// What both ends settled on.
+/// Settings that both ends agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Agreed {
     /// Path MTU in bytes: the smaller of both.
     pub mtu: u32,
-    /// READs in flight: no more than the reader can have, and the served end takes.
+    /// READs in flight: no more than the reader can have, and than the served end accepts.
     pub rd_atomic: u8,
 }
 
@@ -80,7 +80,7 @@ impl Qp {
             .ok_or_else(|| device.os("ibv_create_qp", io::Error::last_os_error()))?;
         let it = Self { qp, pd: pd.clone(), side };
         let mut a = ibv_qp_attr { qp_state: ibv_qp_state::IBV_QPS_INIT, port_num: port, ..Default::default() };
-        // Remote READ only, and only where it is meant to be: 4 is IBV_ACCESS_REMOTE_READ.
+        // Remote READ on the served side, no access on the other: 4 is IBV_ACCESS_REMOTE_READ.
         a.qp_access_flags = if side == Side::Served { 4 } else { 0 };
         it.modify(a, &[mask::IBV_QP_STATE, mask::IBV_QP_PKEY_INDEX, mask::IBV_QP_PORT, mask::IBV_QP_ACCESS_FLAGS])
             .map_err(|e| device.os("queue pair to INIT", e))?;
@@ -136,7 +136,7 @@ impl Qp {
         let rts = ibv_qp_attr {
             qp_state: ibv_qp_state::IBV_QPS_RTS,
             timeout: config.timeout,
-            // 7 means for ever on soft-RoCE; the config does not take it.
+            // 7 means without end on soft-RoCE; the configuration refuses it.
             retry_cnt: config.retry,
             rnr_retry: RNR_RETRY,
             sq_psn: my_psn,
@@ -166,26 +166,26 @@ impl Qp {
         check(unsafe { (self.pd.device().lib().modify_qp)(self.qp.as_ptr(), &mut attr, bits as i32) })
     }
 
-    /// Posts a chain. On failure says which request was the first that was not posted; null when the device does not say.
+    /// Posts a chain. After a failure, any part of it may have been posted.
     ///
     /// # Safety
     /// `first` must be a chain of valid requests that ends with a null link. The memory that they name must be registered
     /// and stay valid until each request has completed or the pair is destroyed.
     #[inline]
-    pub(crate) unsafe fn post(&mut self, first: *mut ibv_send_wr) -> Result<(), (io::Error, *mut ibv_send_wr)> {
+    pub(crate) unsafe fn post(&mut self, first: *mut ibv_send_wr) -> io::Result<()> {
         let mut bad = ptr::null_mut();
         // SAFETY: the pair is alive, so its context is, whose operations were set when it was opened. The chain is valid by
         // this function's contract.
         let rc = unsafe {
             match (*(*self.qp.as_ptr()).context).ops.post_send {
                 Some(post) => post(self.qp.as_ptr(), first, &mut bad),
-                None => return Err((io::ErrorKind::Unsupported.into(), first)),
+                None => return Err(io::ErrorKind::Unsupported.into()),
             }
         };
-        check(rc).map_err(|e| (e, bad))
+        check(rc)
     }
 
-    /// Destroys it. When this returns well nothing of it can write memory any more, and no completion comes that counts.
+    /// Destroys it. After success it cannot write memory any more, and its remaining completions have no effect.
     pub(crate) fn destroy(self) -> io::Result<()> {
         let done = self.destroy_once();
         let this = std::mem::ManuallyDrop::new(self);
@@ -197,7 +197,7 @@ impl Qp {
     fn destroy_once(&self) -> io::Result<()> {
         // SAFETY: called once, by `destroy` or by `drop`, never by both.
         match check(unsafe { (self.pd.device().lib().destroy_qp)(self.qp.as_ptr()) }) {
-            // A removed device has no queue pairs any more: the kernel destroyed them before it said so.
+            // A removed device has no queue pairs any more: the kernel destroyed them before it returned this error.
             Err(e) if super::memory::gone(self.pd.device(), &e) => Ok(()),
             done => done,
         }
@@ -207,14 +207,22 @@ impl Qp {
 impl Drop for Qp {
     fn drop(&mut self) {
         if let Err(error) = self.destroy_once() {
-            tracing::warn!(device = self.pd.device().name(), %error, "a queue pair is not given back");
+            tracing::warn!(device = self.pd.device().name(), %error, "a queue pair cannot be destroyed");
         }
     }
 }
 
-/// READs in flight in the direction in which none ever go: what every device takes.
+/// A queue pair's first sequence number: random, so that it does not accept packets of an earlier connection.
+pub(crate) fn random_psn() -> u32 {
+    let mut bytes = [0; 4];
+    // Without randomness a late packet may do harm, as with every stack that starts at zero.
+    let _ = getrandom::fill(&mut bytes);
+    u32::from_ne_bytes(bytes) & 0xff_ffff
+}
+
+/// READs in flight in the direction that has none: every device accepts this value.
 const UNUSED: u8 = 1;
 /// Routers that a packet may pass.
 const HOP_LIMIT: u8 = 64;
-/// READs never meet a receiver that is not ready; 7 is for ever, and is never needed.
+/// 7 means without end. READs never meet a receiver that is not ready, so it is never needed.
 const RNR_RETRY: u8 = 7;

@@ -1,18 +1,20 @@
-//! A rail: a port of a device that is open, addressed, and has the pool registered.
+//! A rail: a port of an open device, with its address, on which the pool is registered.
 //!
-//! Owns the device that it opened, one protection domain on it, and the registrations of the pool, which all lanes share.
-//! Remembers how it got on with each host, so that one that failed is left out for a while.
+//! Owns the open device, one protection domain on it, and the registrations of the pool, which all lanes share. Records
+//! failures by host, so that a rail that failed is avoided for a while.
 
 use std::{
     collections::HashMap,
     net::IpAddr,
     ptr::NonNull,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
+
+use kvferry_proto::retry::Backoff;
 
 use super::{
     device::{Device, Limits, Port},
@@ -23,51 +25,75 @@ use super::{
     library::Library,
     memory::{Access, Pd, Region, Source},
     qp::At,
-    rails::Rails,
 };
 use crate::{
     config::VerbsConfig,
     memory::{FenceWords, Memory},
 };
 
-/// How long a rail that failed is left out while others work.
-pub(super) const LEFT_OUT: Duration = Duration::from_secs(1);
+/// How long a rail that failed is avoided while others work, and the first wait before a rail is opened again.
+pub(super) const AVOIDED: Duration = Duration::from_secs(1);
 
-/// What the pool is registered for.
+/// The purpose for which the pool is registered.
 #[derive(Debug, Clone)]
 pub(crate) enum Role {
-    /// Blocks land in it.
+    /// Blocks are read into it.
     Reader,
-    /// It is read, and so are these words.
+    /// Peers read it, and these words.
     Served(Arc<FenceWords>),
 }
 
 /// The pool's registrations on one rail.
 #[derive(Debug)]
 pub(crate) struct Pool {
-    /// `None`: an empty segment, of which there is nothing to register.
+    /// `None`: an empty segment, which is not registered.
     pub segments: Vec<Option<Region<Memory>>>,
     pub words: Option<Region<Arc<FenceWords>>>,
 }
 
-/// What came of a rail so far: by itself, and towards each host.
+/// The failures of a rail: by itself, and towards each host.
 #[derive(Debug, Default)]
-struct Past {
-    failed: Option<Instant>,
+struct History {
+    own: Failures,
     hosts: HashMap<IpAddr, Towards>,
 }
 
-/// How a rail got on with a host.
+/// The history of a rail with one host.
 #[derive(Debug, Default)]
 struct Towards {
-    failed: Option<Instant>,
+    failures: Failures,
     reached: bool,
 }
 
-/// Hosts that a rail remembers.
+/// When a rail that failed may be used again.
+#[derive(Debug)]
+struct Failures {
+    until: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Default for Failures {
+    fn default() -> Self {
+        // The wait does not grow: a lane that finds no other rail uses this one anyway.
+        Self { until: None, backoff: Backoff::new(AVOIDED, AVOIDED) }
+    }
+}
+
+impl Failures {
+    fn add(&mut self) {
+        // The full wait, without jitter: nothing is sent to a peer when it ends.
+        self.until = Some(Instant::now() + self.backoff.next(u64::MAX));
+    }
+
+    fn recent(&self) -> bool {
+        self.until.is_some_and(|t| Instant::now() < t)
+    }
+}
+
+/// Most hosts in a rail's history.
 const HOSTS: usize = 1024;
 
-impl Past {
+impl History {
     fn towards(&mut self, host: IpAddr) -> &mut Towards {
         if self.hosts.len() >= HOSTS && !self.hosts.contains_key(&host) {
             self.hosts.clear();
@@ -87,11 +113,9 @@ pub(crate) struct Rail {
     pd: Arc<Pd>,
     state: Arc<State>,
     limits: Limits,
-    past: Mutex<Past>,
-    /// Its pool is being registered, or was, or could not be: once is enough.
+    history: Mutex<History>,
+    /// The registration of its pool was begun. It is never begun twice.
     pub(super) asked: AtomicBool,
-    /// Who keeps it open between lanes.
-    pub(super) keeper: Arc<OnceLock<Weak<Rails>>>,
 }
 
 impl Rail {
@@ -101,26 +125,24 @@ impl Rail {
         Self::on(Device::open(lib, dev)?, port, true)
     }
 
-    /// A rail on a device that is open.
+    /// A rail on an open device.
     pub(crate) fn on(device: Arc<Device>, port: u8, watch: bool) -> Result<Arc<Self>, VerbsError> {
         let limits = device.limits()?;
         if port > limits.ports {
             return Err(VerbsError::NoSuchPort { device: device.name().into(), port, ports: limits.ports });
         }
-        let (state, keeper) = (Arc::<State>::default(), Arc::<OnceLock<Weak<Rails>>>::default());
+        let state = Arc::<State>::default();
         let watch = match watch {
             true => {
-                let keeper = keeper.clone();
-                let died = move || let_go(&keeper);
-                let watch = Watch::start(device.clone(), state.clone(), died);
+                let watch = Watch::start(device.clone(), state.clone());
                 Some(watch.map_err(|e| device.os("cannot watch the device", e))?)
             }
             false => None,
         };
         let name = format!("{}:{port}", device.name());
         let pd = Pd::new(device)?;
-        let (pool, past, asked) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
-        let rail = Self { name, port, pool, _watch: watch, pd, state, limits, past, asked, keeper };
+        let (pool, history, asked) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        let rail = Self { name, port, pool, _watch: watch, pd, state, limits, history, asked };
         rail.up()?;
         Ok(Arc::new(rail))
     }
@@ -130,24 +152,19 @@ impl Rail {
         &self.name
     }
 
-    /// The domain.
+    /// The protection domain.
     pub(crate) fn pd(&self) -> &Arc<Pd> {
         &self.pd
     }
 
-    /// What the device can do.
+    /// The device's limits.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
     }
 
+    /// The state of the device. An owner of the rail subscribes to it, to release the rail when the device has failed.
     pub(crate) fn state(&self) -> &Arc<State> {
         &self.state
-    }
-
-    /// Tells everybody who holds its device to let go of it: lanes when they look next, whoever keeps it between lanes soon.
-    pub(crate) fn condemn(&self) {
-        self.state.condemn();
-        let_go(&self.keeper);
     }
 
     /// The registered pool.
@@ -179,7 +196,7 @@ impl Rail {
         self.pd.device().gids(self.port)
     }
 
-    /// The GID to use towards a peer, and how queue pairs say where they are.
+    /// The GID to use towards a peer, and the local address of queue pairs.
     pub(crate) fn address(
         &self,
         port: &Port,
@@ -202,7 +219,7 @@ impl Rail {
                 let found = gid::choose(&table, peer).or_else(|| gid::choose(&table, None));
                 Some(found.ok_or_else(|| VerbsError::NoGid { device: device(), port: self.port })?)
             }
-            // InfiniBand: by LID in one subnet; the first GID says which subnet it is.
+            // InfiniBand: by LID in one subnet; the first GID names the subnet.
             None => table.first(),
         };
         let gid = entry.map(|e| e.gid).unwrap_or_default();
@@ -213,35 +230,34 @@ impl Rail {
         Ok((gid, At { port: self.port, gid_index: entry.filter(|_| global).map(|e| e.index) }))
     }
 
-    /// Something failed on it: it is left out for a while, towards this host, or towards all if no host has to do with it.
+    /// It failed: it is avoided for a while, towards this host, or towards all hosts if the failure has none.
     pub(crate) fn failed(&self, host: Option<IpAddr>) {
-        let mut past = lock(&self.past);
-        let now = Some(Instant::now());
+        let mut history = lock(&self.history);
         match host {
-            Some(host) => past.towards(host).failed = now,
-            None => past.failed = now,
+            Some(host) => history.towards(host).failures.add(),
+            None => history.own.add(),
         }
     }
 
-    pub(super) fn left_out(&self, host: Option<IpAddr>) -> bool {
-        let past = lock(&self.past);
-        let towards = host.and_then(|h| past.hosts.get(&h)?.failed);
-        [past.failed, towards].into_iter().flatten().any(|at| at.elapsed() < LEFT_OUT)
+    /// Whether it failed a moment ago, by itself or towards this host.
+    pub(super) fn is_avoided(&self, host: Option<IpAddr>) -> bool {
+        let history = lock(&self.history);
+        history.own.recent() || host.and_then(|h| history.hosts.get(&h)).is_some_and(|t| t.failures.recent())
     }
 
     /// A lane to this host was connected over it.
     pub(crate) fn reaches(&self, host: Option<IpAddr>) {
         if let Some(host) = host {
-            lock(&self.past).towards(host).reached = true;
+            lock(&self.history).towards(host).reached = true;
         }
     }
 
-    /// Whether one was, at some time.
+    /// Whether a lane to this host was ever connected over it.
     pub(crate) fn has_reached(&self, host: Option<IpAddr>) -> bool {
-        host.is_some_and(|h| lock(&self.past).hosts.get(&h).is_some_and(|t| t.reached))
+        host.is_some_and(|h| lock(&self.history).hosts.get(&h).is_some_and(|t| t.reached))
     }
 
-    /// Registers the pool, and adds what it has registered so far to `done`.
+    /// Registers the pool, and adds the bytes that it has registered so far to `done`.
     pub(super) fn register(
         &self,
         memory: &Memory,
@@ -260,7 +276,7 @@ impl Rail {
             let (device, most) = (self.pd.device().name().into(), self.limits.max_region);
             return Err(VerbsError::TooLarge { device, bytes, most });
         }
-        // What one that fails has counted is taken back.
+        // A registration that fails subtracts its bytes again.
         let mut counted = Counted { done, bytes: 0 };
         for (i, &len) in memory.segments().iter().enumerate() {
             if len == 0 {
@@ -279,7 +295,7 @@ impl Rail {
             Role::Served(words) => {
                 let base = NonNull::new(words.address() as *mut u8).unwrap_or(NonNull::dangling());
                 let len = u64::from(words.len()) * 8;
-                // Never in relaxed order: a word must not be read before what it vouches for.
+                // Never in relaxed order: a word must not be read before the data that it vouches for.
                 let access = Access::Exported { relaxed: false };
                 // SAFETY: the words stay mapped as long as `words` is held, and are only read.
                 let region =
@@ -293,7 +309,7 @@ impl Rail {
     }
 }
 
-/// Bytes that one registration has added to the progress of all; taken back when it is dropped before it succeeded.
+/// Bytes that one registration has added to the progress of all; subtracted when it is dropped before it succeeded.
 struct Counted<'a> {
     done: &'a AtomicU64,
     bytes: u64,
@@ -312,14 +328,6 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// Has whoever keeps rails open let go of those that are dead.
-fn let_go(keeper: &OnceLock<Weak<Rails>>) {
-    if let Some(keeper) = keeper.get().and_then(Weak::upgrade) {
-        // On a thread of its own: the list is locked while a device is opened.
-        super::wake::undertake("kvferry-condemn", move || keeper.let_go());
-    }
-}
-
 /// DEVICE or DEVICE:PORT.
 pub(super) fn split(name: &str) -> Result<(&str, u8), VerbsError> {
     let bad = || VerbsError::BadRail { name: name.into() };
@@ -334,7 +342,7 @@ pub(super) fn split(name: &str) -> Result<(&str, u8), VerbsError> {
 }
 
 pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every value here is whole at any time.
+    // Every value behind these locks is consistent after any panic.
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -343,13 +351,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_fails_towards_a_host_is_no_other_hosts_matter() {
-        let mut past = Past::default();
+    fn a_failure_towards_one_host_counts_for_no_other_host() {
+        let mut history = History::default();
         let host = |n| IpAddr::from([10, 0, (n >> 8) as u8, n as u8]);
-        past.towards(host(1)).failed = Some(Instant::now());
-        assert!(past.towards(host(2)).failed.is_none() && past.failed.is_none());
-        (0..5000).for_each(|n| past.towards(host(n)).reached = true);
-        assert!(past.hosts.len() <= HOSTS, "what peers say takes no memory without end");
+        history.towards(host(1)).failures.add();
+        assert!(history.towards(host(1)).failures.recent());
+        assert!(!history.towards(host(2)).failures.recent() && !history.own.recent());
+        (0..5000).for_each(|n| history.towards(host(n)).reached = true);
+        assert!(history.hosts.len() <= HOSTS, "the memory that peers can make it use is bounded");
     }
 
     #[test]

@@ -1,25 +1,24 @@
-//! The producer's end: queue pairs that a consumer's READs come through.
+//! The producer's end: queue pairs for a consumer's READs.
 //!
-//! Owns those queue pairs, for as long as the session that they were made for. It posts nothing, polls nothing, and spends
-//! no CPU on a pull. Whoever is connected can READ the whole pool and the fence table, and nothing else: that is what a
-//! trust domain means here.
+//! Owns those queue pairs for as long as their session lives. It posts nothing, polls nothing, and spends no CPU on a pull.
+//! A connected consumer can READ the whole pool and the fence table, and nothing else: verbs peers are one trust domain.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 use kvferry_proto::{block::Incarnation, config::Limits};
 
 use super::{
-    connect::random_psn,
+    cleanup,
     cq::Cq,
     device::Port,
     error::VerbsError,
+    events::Subscriber,
     exchange::{LinkLayer, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket},
-    ladder,
     memory::Region,
-    qp::{Agreed, Qp, Side},
+    qp::{Agreed, Qp, Side, random_psn},
     rail::{Rail, Role},
     rails::Rails,
 };
@@ -36,24 +35,25 @@ struct Served {
     rail: Arc<Rail>,
 }
 
-/// All lanes that are served, by number.
+/// All served lanes, by number.
 #[derive(Debug, Default)]
 pub(crate) struct Lanes(Mutex<HashMap<u64, Vec<Served>>>);
 
 impl Lanes {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Vec<Served>>> {
-        // Every entry is whole at any time.
+        // The map is consistent after any panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Lets go of dead devices: nothing comes through their queue pairs any more, and they cannot be closed while they are
-    /// held. What lanes have on other rails stays.
-    pub(crate) fn let_go(&self) {
-        let mut dead = Vec::new();
+impl Subscriber for Lanes {
+    /// Destroys queue pairs on failed devices, which cannot be closed before. Queue pairs on other rails stay.
+    fn device_failed(&self) {
+        let mut failed = Vec::new();
         for served in self.lock().values_mut() {
-            dead.extend(served.extract_if(.., |s| s.rail.state().fatal()));
+            failed.extend(served.extract_if(.., |s| s.rail.state().fatal()));
         }
-        bury(dead);
+        give_back(failed);
     }
 }
 
@@ -79,11 +79,9 @@ impl Server {
         Ok(Self::on(rails, incarnation, export.words.len(), limits))
     }
 
-    /// On rails that are open already.
+    /// On open rails.
     pub(crate) fn on(rails: Arc<Rails>, incarnation: Incarnation, fence_slots: u32, limits: &Limits) -> Self {
-        let lanes = Arc::<Lanes>::default();
-        rails.serves(&lanes);
-        Self { rails, incarnation, fence_slots, max: limits.lanes, lanes }
+        Self { rails, incarnation, fence_slots, max: limits.lanes, lanes: Arc::default() }
     }
 
     /// Its rails.
@@ -114,7 +112,7 @@ impl Server {
                     answers.push(answer);
                 }
                 Err(e) => {
-                    // It may be what the peer said of itself: the rail is not to blame.
+                    // The rail counts as working: the peer's description of itself may be the cause.
                     why.push(format!("{} to {}: {e}", rail.name(), request.rails[of].name));
                 }
             }
@@ -132,30 +130,30 @@ impl Server {
         }
         lanes.insert(lane, served);
         drop(lanes);
-        // One that died since it was looked at was let go of before this lane was there to be seen.
+        // A device that failed meanwhile told its subscribers before this lane was in the map.
         if usable.iter().any(|(rail, ..)| rail.state().fatal()) {
-            self.lanes.let_go();
+            self.lanes.device_failed();
         }
         let (incarnation, fence_slots) = (self.incarnation.get(), self.fence_slots);
-        let degraded = self.rails.to_be_had() > usable.len();
+        let degraded = self.rails.expected() > usable.len();
         Ok(VerbsTicket { lane, incarnation, fence_slots, rails: answers, degraded })
     }
 
-    /// Destroys a lane's queue pairs: whoever reads through them gets errors from now on.
+    /// Destroys a lane's queue pairs: reads through them fail from now on.
     pub(crate) fn dismiss(&self, lane: u64) {
         if let Some(served) = self.lanes().remove(&lane) {
-            bury(served);
+            give_back(served);
         }
     }
 
-    /// Lanes that are served now.
+    /// How many lanes are served now.
     #[cfg(test)]
     pub(crate) fn lanes_served(&self) -> usize {
         self.lanes().len()
     }
 
-    /// Which rail of the reader goes to which one here: nearest addresses first, each used once as far as they go round.
-    /// A rail here that has no address goes to none, and says why.
+    /// Pairs the reader's rails with rails here: nearest addresses first, each used once as far as possible. A rail here
+    /// without an address is not paired, and its reason is added to `why`.
     fn pair(
         &self,
         request: &VerbsRequest,
@@ -201,6 +199,8 @@ impl Server {
             VerbsError::NotYet { done, all }
         })?;
         let (gid, at) = rail.address(port, layer, Some(&reader.gid), config)?;
+        let lanes: Weak<Lanes> = Arc::downgrade(&self.lanes);
+        rail.state().subscribe(lanes);
         let cq = Cq::new(rail.pd().device(), 1)?;
         let rd_atomic = config.rd_atomic.min(rail.limits().max_dest_rd_atomic).max(1);
         let agreed = Agreed { mtu: port.mtu.min(reader.mtu), rd_atomic: rd_atomic.min(reader.rd_atomic) };
@@ -222,7 +222,7 @@ impl Server {
             queue_pairs: ends,
         };
         let place = |r: &Region<Memory>| Remote { address: r.address(), rkey: r.rkey() };
-        // Nothing is read from an empty segment.
+        // No read names an empty segment.
         let segments = pool.segments.iter().map(|r| r.as_ref().map(place).unwrap_or_default()).collect();
         let words = pool.words.as_ref().map(|r| Remote { address: r.address(), rkey: r.rkey() });
         let words = words.ok_or(VerbsError::Protocol { what: "no fence table is served here" })?;
@@ -230,7 +230,7 @@ impl Server {
     }
 }
 
-/// Takes the best options; each rail of either side once, then rails here again for those of the reader that have none.
+/// Takes the best options: each rail of either side once, then rails here again for the reader's remaining rails.
 fn assign(options: &[(u32, usize, usize)], there: usize, here: usize) -> Vec<(usize, usize)> {
     let (mut used_there, mut used_here, mut pairs) = (vec![false; there], vec![false; here], Vec::new());
     for again in [false, true] {
@@ -245,17 +245,17 @@ fn assign(options: &[(u32, usize, usize)], there: usize, here: usize) -> Vec<(us
     pairs
 }
 
-fn bury(served: Vec<Served>) {
+fn give_back(served: Vec<Served>) {
     for s in served {
         let pairs = s.pairs;
-        ladder::bury(|| pairs, Some(s.cq), s.rail);
+        cleanup::give_back(|| pairs, Some(s.cq), s.rail);
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         let lanes = std::mem::take(&mut *self.lanes());
-        lanes.into_values().for_each(bury);
+        lanes.into_values().for_each(give_back);
     }
 }
 

@@ -1,4 +1,4 @@
-//! What this host's devices are and can do: for `kvferry doctor`. What can be tried is tried.
+//! This host's devices and their abilities, for `kvferry doctor`. Abilities are tried where possible.
 
 use std::{
     ffi::c_void,
@@ -16,15 +16,15 @@ use super::{
 };
 use crate::memory::Mapping;
 
-/// Whether a device can do something, or the error that it gave.
+/// The result of trying an ability: the error says why the device lacks it.
 pub(super) type Tried = Result<(), io::Error>;
 
-/// Whether a device takes dmabufs.
+/// Whether a device registers dmabufs.
 #[derive(Debug)]
 pub enum Dmabuf {
-    /// One was made and registered, or was refused.
+    /// A dmabuf was made, and registered or refused.
     Tried(Tried),
-    /// The driver takes dmabufs, and none could be made here to see one work.
+    /// The driver registers dmabufs, but none could be made here to try it.
     NotTried(io::Error),
 }
 
@@ -35,7 +35,7 @@ pub struct PortReport {
     pub port: Port,
     /// Its GIDs.
     pub gids: Vec<GidEntry>,
-    /// Index of the one that would be used on RoCE.
+    /// Index of the GID that would be used on RoCE.
     pub chosen: Option<u8>,
 }
 
@@ -44,24 +44,24 @@ pub struct PortReport {
 pub struct DeviceReport {
     /// Its name.
     pub name: String,
-    /// Its bounds.
+    /// Its limits.
     pub limits: Limits,
     /// Its ports.
     pub ports: Vec<PortReport>,
-    /// Registering ordinary memory.
+    /// Registration of ordinary memory.
     pub register: Tried,
-    /// Registering it for writes in any order. A device may take the wish and still keep the order: verbs do not tell.
+    /// Registration for writes in any order. A device may accept this and keep the order anyway: verbs do not tell.
     pub relaxed_ordering: Tried,
-    /// Registering it without pinning it.
+    /// Registration without pinning.
     pub odp: Tried,
-    /// Registering a dmabuf, which GPU memory comes as.
+    /// Registration of a dmabuf, the form of GPU memory.
     pub dmabuf: Dmabuf,
 }
 
-/// A device's name, and what was found out about it, or why nothing was.
+/// A device's name, and its report or the reason for which there is none.
 pub(super) type Surveyed = (String, Result<DeviceReport, VerbsError>);
 
-/// All devices, each with what is wrong with it if it cannot be opened.
+/// All devices, each with an error if it cannot be opened.
 pub fn survey() -> Result<Vec<Surveyed>, VerbsError> {
     let lib = Library::get()?;
     let names = device::names(Path::new(SYS));
@@ -90,14 +90,14 @@ fn look(lib: &'static Library, name: String) -> Result<DeviceReport, VerbsError>
     let at: *mut c_void = memory.base().as_ptr().cast();
     let len = PROBE as usize;
     let plain = |flags: i32| {
-        // SAFETY: the domain and the memory are alive, and the region is given back before this returns.
+        // SAFETY: the domain and the memory are alive until the region is deregistered, in this function.
         let mr = unsafe { (lib.reg_mr)(pd.raw(), at, len, flags) };
         give_back(lib, mr)
     };
     let relaxed = match lib.reg_mr_iova2 {
         None => Err(io::Error::other("libibverbs is too old for it")),
         Some(register) => {
-            // SAFETY: as above.
+            // SAFETY: the domain and the memory are alive until the region is deregistered, in this function.
             let mr = unsafe { register(pd.raw(), at, len, at as u64, (LOCAL_WRITE | RELAXED_ORDERING) as u32) };
             give_back(lib, mr)
         }
@@ -106,12 +106,12 @@ fn look(lib: &'static Library, name: String) -> Result<DeviceReport, VerbsError>
         None => Dmabuf::Tried(Err(io::Error::other("libibverbs is too old for it"))),
         Some(register) => {
             let take = |fd: &OwnedFd| {
-                // SAFETY: as above; the descriptor is open.
+                // SAFETY: the domain is alive, and the descriptor is open, until the region is deregistered in this function.
                 give_back(lib, unsafe { register(pd.raw(), 0, len, 0, fd.as_raw_fd(), LOCAL_WRITE) })
             };
             match udmabuf() {
                 Ok(fd) => Dmabuf::Tried(take(&fd)),
-                // A file that is no dmabuf: a driver that takes them says that this is none, others that they take none.
+                // A file that is not a dmabuf: a driver with dmabufs rejects the file, a driver without them the call.
                 Err(why) => match memfd().and_then(|fd| take(&fd)) {
                     Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EBADF)) => Dmabuf::NotTried(why),
                     tried => Dmabuf::Tried(tried),
@@ -134,7 +134,7 @@ fn give_back(lib: &Library, mr: *mut ibverbs_sys::ibv_mr) -> Tried {
     if mr.is_null() {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it was registered just now, and is given back once.
+    // SAFETY: it was registered just now, and is deregistered once.
     check(unsafe { (lib.dereg_mr)(mr) })
 }
 
@@ -167,11 +167,11 @@ fn udmabuf() -> io::Result<OwnedFd> {
         .open("/dev/udmabuf")
         .map_err(|e| io::Error::new(e.kind(), format!("/dev/udmabuf: {e}")))?;
     let create = Create { memfd: memfd.as_raw_fd() as u32, flags: CLOEXEC, offset: 0, size: PROBE };
-    // SAFETY: the request is this driver's, and reads a value of this layout.
+    // SAFETY: the request belongs to this driver, and reads a value of this layout.
     let fd = unsafe { libc::ioctl(driver.as_raw_fd(), CREATE as _, &create) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call made this descriptor, and nobody else has it.
+    // SAFETY: the call made this descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,5 +1,5 @@
-//! What a lane's owner sleeps on: one descriptor for completions, for the lane's own deadlines, and for other threads;
-//! and whether it sleeps at all.
+//! The descriptor that a lane's owner sleeps on, readable on completions, at the lane's deadlines, and when another thread
+//! rings; and the decision to poll instead of sleeping.
 
 use std::{
     io,
@@ -13,7 +13,7 @@ use rustix::{
     time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
 };
 
-/// Wakes a lane from another thread. Ringing twice is as good as once.
+/// Wakes a lane from another thread. Ringing twice has the effect of ringing once.
 #[derive(Debug, Clone)]
 pub(crate) struct Bell(Arc<OwnedFd>);
 
@@ -23,7 +23,7 @@ impl Bell {
     }
 
     pub(crate) fn ring(&self) {
-        // It can only fail when it rings already.
+        // It can fail only if it rings already.
         let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
     }
 
@@ -31,7 +31,7 @@ impl Bell {
         let _ = rustix::io::read(&*self.0, &mut [0u8; 8]);
     }
 
-    /// Whether anybody else could still ring it.
+    /// Whether it has another owner.
     pub(crate) fn shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
@@ -47,7 +47,7 @@ pub(crate) struct Wake {
     all: OwnedFd,
     timer: OwnedFd,
     pub(crate) bell: Bell,
-    /// When the timer goes off, if it is set.
+    /// The time at which the timer expires, if it is set.
     set: Option<Instant>,
 }
 
@@ -61,12 +61,12 @@ impl Wake {
         Ok(it)
     }
 
-    /// Wakes when this one is readable. It leaves by itself when it is closed.
+    /// Wakes when this descriptor is readable. Closing the descriptor removes it.
     pub(crate) fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         Ok(epoll::add(&self.all, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?)
     }
 
-    /// Wakes at `when` at the latest. One that is set earlier stays: to wake too early costs one poll.
+    /// Wakes at `when` at the latest. An earlier time that is set stays: waking too early costs one poll.
     pub(crate) fn wake_at(&mut self, when: Option<Instant>, now: Instant) -> io::Result<()> {
         let Some(when) = when else { return Ok(()) };
         if self.set.is_some_and(|set| set <= when) {
@@ -95,43 +95,43 @@ impl Wake {
     }
 }
 
-/// Whether a lane looks for the end of little data before it sleeps: see
+/// Whether a lane polls for the end of a small transfer before it sleeps: see
 /// [`VerbsConfig::spin`](crate::config::VerbsConfig::spin).
 #[derive(Debug)]
 pub(crate) struct Spin {
-    /// How long, from when something moved last.
+    /// How long to poll after the last post or completion.
     span: Duration,
-    /// Something was posted, or came back, since this was last asked for.
+    /// A request was posted or completed since `goes_on` was last called.
     moved: bool,
     until: Option<Instant>,
 }
 
 impl Spin {
-    /// What counts as little, in bytes.
-    const LITTLE: u64 = 64 << 10;
-    /// Looks of one poll. One takes some 10 ns for each rail and a turn 180 (`speed_of_a_turn`), so that with one rail other
-    /// lanes wait half a microsecond at most.
+    /// Most bytes in flight of a small transfer.
+    const SMALL: u64 = 64 << 10;
+    /// Repetitions in one poll. Each takes about 10 ns for each rail, and a turn 180 ns (`speed_of_a_turn`): with one rail,
+    /// other lanes wait half a microsecond at most.
     const LOOKS: u32 = 32;
 
     pub(crate) fn new(span: Duration) -> Self {
         Self { span, moved: false, until: None }
     }
 
-    /// Something was posted, or came back.
+    /// A request was posted or completed.
     #[inline]
     pub(crate) fn moved(&mut self) {
         self.moved = true;
     }
 
-    /// How often to look again at once where nothing has come of so many bytes in flight: what is looked for is then found
-    /// sooner than once a turn.
+    /// How often one poll repeats with so many bytes in flight until a completion comes: it is then seen sooner than once a
+    /// turn.
     pub(crate) fn looks(&self, bytes: Option<u64>) -> u32 {
-        if self.until.is_some() && bytes.is_some_and(|b| b <= Self::LITTLE) { Self::LOOKS } else { 0 }
+        if self.until.is_some() && bytes.is_some_and(|b| b <= Self::SMALL) { Self::LOOKS } else { 0 }
     }
 
-    /// Whether to look on, with this many bytes in flight; `None`: nothing is in flight.
+    /// Whether to go on polling with so many bytes in flight; `None`: nothing is in flight.
     pub(crate) fn goes_on(&mut self, bytes: Option<u64>, clock: impl FnOnce() -> Instant) -> bool {
-        if self.span.is_zero() || bytes.is_none_or(|b| b > Self::LITTLE) {
+        if self.span.is_zero() || bytes.is_none_or(|b| b > Self::SMALL) {
             self.until = None;
             return false;
         }
@@ -141,23 +141,5 @@ impl Spin {
         }
         self.until = self.until.filter(|t| now < *t);
         self.until.is_some()
-    }
-}
-
-/// Runs `work` on a thread of its own, which may block: destroying verbs objects waits for the device. Without a thread it
-/// runs here, which is late but right.
-pub(crate) fn undertake(name: &str, work: impl FnOnce() + Send + 'static) {
-    let slot = Arc::new(std::sync::Mutex::new(Some(work)));
-    let theirs = slot.clone();
-    let take = |s: &std::sync::Mutex<Option<_>>| s.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-    let run = move || {
-        if let Some(work) = take(&theirs) {
-            work();
-        }
-    };
-    if std::thread::Builder::new().name(name.into()).spawn(run).is_err()
-        && let Some(work) = take(&slot)
-    {
-        work();
     }
 }

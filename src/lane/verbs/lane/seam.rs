@@ -1,4 +1,4 @@
-//! The seam that every lane has, for verbs: what the owner asks, and when it may sleep.
+//! The verbs lane's side of the interface of all lanes: requests of the owner, and its sleep.
 
 use std::{io, os::fd::BorrowedFd, time::Instant};
 
@@ -8,10 +8,10 @@ use kvferry_proto::{
     plan::Read,
 };
 
-use super::{Try, VerbsLane};
+use super::{AttemptState, VerbsLane};
 use crate::lane::{
     WakingLane,
-    verbs::path::{Path, What},
+    verbs::path::{Path, Work},
 };
 
 impl Lane for VerbsLane {
@@ -25,16 +25,16 @@ impl Lane for VerbsLane {
     }
 
     fn degraded(&self) -> bool {
-        self.degraded || self.paths.iter().any(|p| !p.rung.is_live())
+        self.degraded || self.paths.iter().any(|p| !p.stage.is_live())
     }
 
     fn begin(&mut self, a: Attempt, grant: Grant) {
         if let Some(cause) = self.closing {
             self.pending.push(LaneEvent::Failed { attempt: a, cause });
-            // It never has anything in flight.
+            // It will never have anything in flight.
             self.pending.push(LaneEvent::Quiet { attempt: a });
         } else if self.find(a).is_none() {
-            let t = Try {
+            let t = AttemptState {
                 attempt: a,
                 nonce: grant.nonce.get(),
                 slot: grant.slot,
@@ -42,11 +42,11 @@ impl Lane for VerbsLane {
                 failed: false,
                 stopped: None,
             };
-            let i = self.tries.iter().position(Option::is_none).unwrap_or(self.tries.len());
-            if i == self.tries.len() {
-                self.tries.push(None);
+            let i = self.attempts.iter().position(Option::is_none).unwrap_or(self.attempts.len());
+            if i == self.attempts.len() {
+                self.attempts.push(None);
             }
-            self.tries[i] = Some(t);
+            self.attempts[i] = Some(t);
             self.fences.begin(i);
             if grant.slot >= self.fence_slots {
                 self.fail(i, Cause::BadOffer);
@@ -56,13 +56,12 @@ impl Lane for VerbsLane {
 
     fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
         let Some(i) = self.open(a) else { return reads.len() };
-        let idle = self.again.is_empty() && self.paths.iter().all(|p| p.in_flight() == 0);
-        // Asked at every turn while the window is full: it costs little then.
+        // Asked in every turn while the window is full: it must be cheap then.
         if self.paths.iter().all(|p| p.best().is_none()) {
             return 0;
         }
-        self.post_again();
-        if !self.again.is_empty() {
+        self.post_lost();
+        if !self.unposted.is_empty() {
             return 0;
         }
         let mut taken = reads.len();
@@ -71,7 +70,7 @@ impl Lane for VerbsLane {
                 self.fail(i, Cause::BadOffer);
                 break;
             }
-            let w = What {
+            let w = Work {
                 src: r.src_offset,
                 dst: r.dst_offset,
                 len: r.len as u32,
@@ -79,7 +78,7 @@ impl Lane for VerbsLane {
                 chunk: r.chunk,
                 src_segment: r.src_segment,
                 dst_segment: r.dst_segment,
-                ..What::default()
+                fence: false,
             };
             if !self.place(w) {
                 taken = n;
@@ -90,17 +89,12 @@ impl Lane for VerbsLane {
             self.fences.accepted(i, r.chunk, taken as u32, taken == reads.len());
         }
         self.flush();
-        if idle {
-            // What was not waited for cannot be late.
-            let now = Instant::now();
-            self.paths.iter_mut().for_each(|p| p.rested(now));
-        }
         taken
     }
 
     fn stop(&mut self, a: Attempt) {
         let Some(i) = self.find(a) else { return };
-        if let Some(t) = &mut self.tries[i] {
+        if let Some(t) = &mut self.attempts[i] {
             t.stopped.get_or_insert_with(Instant::now);
         }
         self.purge();
@@ -110,13 +104,14 @@ impl Lane for VerbsLane {
     fn kill(&mut self) {
         let now = Instant::now();
         self.close(Cause::LaneFailed, now);
-        self.climb(now);
+        self.tend_rails(now);
     }
 
     fn poll(&mut self, out: &mut Vec<LaneEvent>) {
         let now = Instant::now();
-        // Whoever uses it arms it before every sleep. A lane that nobody uses is polled when its descriptor is readable only.
-        if std::mem::take(&mut self.slept) || self.down.is_some() || self.tries.iter().all(Option::is_none) {
+        // An owner that uses the lane arms it before every sleep. A lane without attempts is polled only when its descriptor is
+        // readable.
+        if std::mem::take(&mut self.slept) || self.down.is_some() || self.attempts.iter().all(Option::is_none) {
             self.wake.woken(now);
             self.paths.iter_mut().for_each(Path::woken);
         }
@@ -128,39 +123,38 @@ impl Lane for VerbsLane {
         while !self.reap(now, out) && looks > 0 {
             looks -= 1;
         }
-        // Before anything else: the wire waits for it.
+        // First, since the wire is idle until then.
         self.post_fences();
-        self.climb(now);
-        self.post_again();
+        self.tend_rails(now);
+        self.post_lost();
         self.conclude_fences();
-        self.nudge();
         out.append(&mut self.pending);
     }
 }
 
 impl WakingLane for VerbsLane {
     fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
-        if !self.pending.is_empty() || self.must_spin() {
+        if !self.pending.is_empty() || self.must_poll() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         if self.down.is_some() {
             return Ok(None);
         }
-        if self.nearly_there() {
+        if self.spin.goes_on(self.bytes(), Instant::now) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let now = Instant::now();
         for path in &mut self.paths {
             path.arm(now);
         }
-        // What came before the queues were armed wakes nobody.
+        // Completions from before the queues were armed wake no one.
         let mut seen = std::mem::take(&mut self.pending);
         let any = self.reap(now, &mut seen);
         self.pending = seen;
-        if any || self.fences.any_back() {
+        if any || self.fences.any_complete() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let until = self.paths.iter().enumerate().filter_map(|(p, path)| path.until(self.waits_for(p))).min();
+        let until = self.paths.iter().filter_map(Path::until).min();
         if until.is_some_and(|t| t <= now) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -172,13 +166,7 @@ impl WakingLane for VerbsLane {
 
 #[cfg(test)]
 impl VerbsLane {
-    /// As if nothing had been wanted of it, and nobody had looked, for so long.
-    pub(crate) fn slept_for(&mut self, time: std::time::Duration) {
-        let then = Instant::now().checked_sub(time).expect("the clock can say that");
-        self.paths.iter_mut().for_each(|p| p.rested(then));
-    }
-
-    /// What its owner sleeps on.
+    /// The descriptor that its owner sleeps on.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.wake.fd()
     }

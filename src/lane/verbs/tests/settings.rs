@@ -1,15 +1,21 @@
-//! What the device is told: access, limits, and the attributes of queue pairs.
+//! Settings that reach the device: access, limits, and the attributes of queue pairs.
 
 use ibverbs_sys::{ibv_qp_attr_mask as mask, ibv_qp_state};
 
-use super::*;
+use std::sync::{Arc, Mutex};
+
+use super::{
+    fake::{Control, Set},
+    rig::Rig,
+};
+use crate::config::VerbsConfig;
 
 const LOCAL_WRITE: u32 = 1;
 const REMOTE_READ: u32 = 4;
 const RELAXED: u32 = 1 << 20;
 
-/// What was set of each queue pair in a state.
-fn set(control: &Arc<Mutex<Control>>, state: ibv_qp_state::Type) -> Vec<(standin::Set, i32)> {
+/// The attributes that were set on each queue pair in a state.
+fn set(control: &Arc<Mutex<Control>>, state: ibv_qp_state::Type) -> Vec<(Set, i32)> {
     let c = control.lock().unwrap();
     c.set.iter().filter(|(_, s, _)| s.0.qp_state == state).map(|(_, s, m)| (*s, *m)).collect()
 }
@@ -25,7 +31,7 @@ fn peers_may_read_the_pool_and_the_words_and_write_nothing() {
             c.registered.iter().find(|(a, ..)| *a == at).unwrap_or_else(|| panic!("{at:x} of {:x?}", c.registered)).2
         };
         assert_eq!(of(&r.served[0], pool), REMOTE_READ | also);
-        assert_eq!(of(&r.served[0], words), REMOTE_READ, "a word is never read before what it vouches for");
+        assert_eq!(of(&r.served[0], words), REMOTE_READ, "a word is never read before the data that it vouches for");
         let here = r.here.at(0, 0, 1).unwrap().as_ptr() as u64;
         assert_eq!(of(&r.devices[0], here), LOCAL_WRITE | also);
         let landing: Vec<_> =
@@ -41,7 +47,7 @@ fn peers_may_read_the_pool_and_the_words_and_write_nothing() {
 }
 
 #[test]
-fn queue_pairs_have_what_was_asked_for_as_far_as_the_devices_take_it() {
+fn queue_pairs_have_the_configured_attributes_within_the_limits_of_the_devices() {
     let config = VerbsConfig {
         queue_pairs: 3,
         depth: 64,
@@ -60,12 +66,12 @@ fn queue_pairs_have_what_was_asked_for_as_far_as_the_devices_take_it() {
         assert_eq!(made.len(), 3);
         assert!(made.iter().all(|(_, cap)| cap.max_send_wr == depth && cap.max_send_sge == 1));
     }
-    // The stand-in starts 8 READs at most, and answers 200.
+    // The fake device starts 8 READs at most, and answers 200.
     for (control, own, answers) in [(reader, 8, 1), (served, 1, 8)] {
         let (rtr, rts) = (set(control, ibv_qp_state::IBV_QPS_RTR), set(control, ibv_qp_state::IBV_QPS_RTS));
         assert_eq!((rtr.len(), rts.len()), (3, 3));
         for (s, _) in rtr {
-            // 5: 4096 bytes, which both ports have.
+            // 5 is 4096 bytes, the MTU of both ports.
             assert_eq!((s.0.max_dest_rd_atomic, s.0.path_mtu, s.0.min_rnr_timer), (answers, 5, 9));
             assert_eq!((s.0.ah_attr.sl, s.0.ah_attr.port_num, s.0.ah_attr.dlid), (3, 1, 7));
         }
@@ -74,17 +80,17 @@ fn queue_pairs_have_what_was_asked_for_as_far_as_the_devices_take_it() {
             assert_eq!((s.0.max_rd_atomic, s.0.timeout, s.0.retry_cnt), (own, 17, 5));
         }
     }
-    // Each pair goes to the one that it was told of, with the number that it expects.
+    // Each queue pair is connected to its counterpart, with the sequence numbers that both expect.
     let from = |control: &Arc<Mutex<Control>>| {
         let c = control.lock().unwrap();
-        let of = |state| move |(n, s, _): &(u32, standin::Set, i32)| (s.0.qp_state == state).then_some((*n, s.0));
+        let of = |state| move |(n, s, _): &(u32, Set, i32)| (s.0.qp_state == state).then_some((*n, s.0));
         let rtr: Vec<_> = c.set.iter().filter_map(of(ibv_qp_state::IBV_QPS_RTR)).collect();
         let rts: Vec<_> = c.set.iter().filter_map(of(ibv_qp_state::IBV_QPS_RTS)).collect();
         rtr.into_iter().zip(rts).map(|(a, b)| (a.0, a.1.dest_qp_num, a.1.rq_psn, b.1.sq_psn)).collect::<Vec<_>>()
     };
     let (here, there) = (from(reader), from(served));
     for (number, to, expects, sends) in here {
-        let (_, back, theirs, mine) = *there.iter().find(|t| t.0 == to).expect("a pair of the peer");
+        let (_, back, theirs, mine) = *there.iter().find(|t| t.0 == to).expect("a queue pair of the peer");
         assert_eq!((back, theirs, mine), (number, sends, expects));
     }
 }

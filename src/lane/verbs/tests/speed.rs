@@ -1,15 +1,16 @@
 //! Figures, printed: `cargo test --release --lib --features verbs speed -- --ignored --nocapture`.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use kvferry_proto::{
-    block::{BlockId, GroupId, OfferId, Rank},
+    block::{BlockId, GroupId, Incarnation, OfferId, Rank},
     frame::{PeerId, Reader},
+    group::PoolLayout,
     hello::Welcome,
-    lane::LaneKind,
+    lane::{Grant, LaneKind},
     model::Model,
     offer::{Offer, OfferGroup, OfferRank},
     plan::{ChunkSize, LocalBlocks},
@@ -18,15 +19,18 @@ use kvferry_proto::{
     shard::Shard,
 };
 
-use super::*;
-use crate::lane::WakingLane;
+use super::{
+    fake::Control,
+    rig::{BLOCK, BLOCKS, Rig},
+};
+use crate::{config::VerbsConfig, lane::WakingLane};
 
 const ADDR: &str = "10.0.0.1:7400";
 const SECOND: Duration = Duration::from_secs(1);
 
 type Driver = Puller<Box<dyn WakingLane>>;
 
-/// A rank whose lane is that of a rig.
+/// A rank with the lane of a rig.
 fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl Sized) {
     let Rig { lane, devices, served, here, there, words, nonce, server, rails, incarnation, .. } = r;
     let layout = Arc::new(PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16));
@@ -89,8 +93,8 @@ fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
     it.handle(now, In::Granted(want.claim, grant));
 }
 
-/// From a completion that is there to the next request that is posted, the stand-in's own time for both included; and a
-/// turn in which nothing has come.
+/// The time from a completion to the next post, including the fake device's time for both; and the time of a turn without
+/// a completion.
 #[test]
 #[ignore = "prints figures"]
 fn speed_of_a_turn() {
@@ -119,7 +123,7 @@ fn speed_of_a_turn() {
         }
         while it.poll().is_some() {}
     }
-    for (what, mut all) in [("a turn without anything", idle), ("from a completion to the next request", turns)] {
+    for (what, mut all) in [("a turn without a completion", idle), ("from a completion to the next request", turns)] {
         all.sort();
         println!(
             "{what}: {:?} (median of {}; a tenth is below {:?})",

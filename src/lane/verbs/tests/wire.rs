@@ -1,4 +1,4 @@
-//! The lane by itself, both ends in this process: keys that do not fit, and queue pairs that go away.
+//! The lane over soft-RoCE, with both ends in this process: wrong keys, and queue pairs that disappear.
 
 use std::{
     sync::Arc,
@@ -45,7 +45,7 @@ fn both(twist: impl FnOnce(&mut VerbsTicket)) -> Both {
     both_with(&VerbsConfig::default(), twist)
 }
 
-/// With these settings of the reader's.
+/// With these settings of the reader.
 fn both_with(reader: &VerbsConfig, twist: impl FnOnce(&mut VerbsTicket)) -> Both {
     let layout = Arc::new(PoolLayout::uniform(BLOCKS, 1, BLOCK, 16));
     let (here, there) = (Memory::alloc(&layout.segments).unwrap(), Memory::alloc(&layout.segments).unwrap());
@@ -117,7 +117,7 @@ fn down(events: &[LaneEvent]) -> bool {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn reads_land_and_the_fence_tells_a_revoked_offer() {
+fn reads_arrive_and_the_fence_shows_a_revoked_offer() {
     need_wires(1);
     let before = objects();
     let mut b = both(|_| ());
@@ -142,7 +142,7 @@ fn reads_land_and_the_fence_tells_a_revoked_offer() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn keys_and_addresses_that_are_not_the_peers_fail_the_lane() {
+fn wrong_keys_and_addresses_fail_the_lane() {
     need_wires(1);
     let before = objects();
     let twists: [fn(&mut VerbsTicket); 3] = [
@@ -212,11 +212,11 @@ fn a_peer_that_deregisters_its_memory_is_noticed() {
     settled(before);
 }
 
-/// A lane does not count on its transport: these settings are refused where they are configured, but a transport that says
-/// nothing is normal.
+/// A lane does not rely on its transport. The configuration refuses these settings, but a transport that reports nothing is
+/// normal.
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
+fn a_lane_gives_up_a_transport_that_never_gives_up() {
     need_wires(1);
     let before = objects();
     for (timeout, retry) in [(0, 3), (14, 7)] {
@@ -230,9 +230,9 @@ fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
         let started = Instant::now();
         assert_eq!(b.lane.post(A, &reads(8..40)), 32);
         until(&mut b.lane, &mut events, down);
-        let (took, why) = (started.elapsed(), reasons());
-        println!("timeout {timeout}, retry {retry}: down after {took:?}: {why:?}");
-        assert!(why.len() == 1 && why[0].contains("no completion came"), "{why:?}");
+        let (took, reasons) = (started.elapsed(), reasons());
+        println!("timeout {timeout}, retry {retry}: down after {took:?}: {reasons:?}");
+        assert!(reasons.len() == 1 && reasons[0].contains("no completion came"), "{reasons:?}");
         assert!(took >= reader.gives_up_after() * 2, "the transport has its time: {took:?}");
         assert!(events.contains(&LaneEvent::Failed { attempt: A, cause: Cause::Unreachable }), "{events:?}");
         assert_eq!(events.iter().filter(|e| matches!(e, LaneEvent::Quiet { .. })).count(), 1);
@@ -245,7 +245,7 @@ fn a_transport_that_never_gives_up_is_given_up_by_the_lane() {
 
 #[test]
 #[ignore = "needs the virtual machine of tests/vm/run"]
-fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_after() {
+fn a_killed_lane_is_quiet_soon_and_nothing_is_written_afterwards() {
     need_wires(1);
     for _ in 0..5 {
         let mut b = both(|_| ());
@@ -264,7 +264,7 @@ fn a_lane_that_is_killed_in_mid_flight_is_quiet_soon_and_nothing_is_written_afte
         let mut got = vec![0; BLOCK as usize];
         for block in 0..u64::from(BLOCKS) {
             b.memory.read_into(0, block * BLOCK, &mut got).unwrap();
-            assert!(got.iter().all(|&x| x == 0xAB), "never: block {block} was written after it was said to be quiet");
+            assert!(got.iter().all(|&x| x == 0xAB), "never: block {block} was written after the lane was quiet");
         }
     }
 }

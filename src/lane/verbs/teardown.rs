@@ -1,8 +1,8 @@
-//! The ladder: how a rail of a lane is made quiet when it does not become so by itself.
+//! Teardown: how a failed rail of a lane is made quiet when it does not become quiet by itself.
 //!
-//! Drain, then ERR and drain, then destroy, then close the device; what even that does not stop is wedged. Each rung has
-//! its own limit, which is never the transport's: transports that never report an error are normal. Each is counted, and
-//! the whole climb is logged once.
+//! The stages are: drain; ERR and drain; destroy; close the device. If none succeeds, the rail is wedged. Each stage has a
+//! time limit of its own, which is never the transport's: transports that never report an error are normal. Each outcome is
+//! counted, and each teardown is logged once.
 
 use std::{
     sync::{
@@ -13,32 +13,32 @@ use std::{
 };
 
 use super::{
-    cq::Cq,
+    cleanup,
     device::{Closed, Closing},
     qp::Qp,
-    wake::{Bell, undertake},
+    wake::Bell,
 };
 
-/// After ERR a device flushes what is posted within a millisecond or so; an emulated one under load in ten.
+/// Time limit of ERR. A device flushes posted requests within about a millisecond; an emulated one under load within ten.
 pub(crate) const ERR_BOUND: Duration = Duration::from_millis(150);
-/// Destroying is a command to the device's firmware: milliseconds, tens of them when it is busy. The next rung takes the
-/// device from all other lanes on it, so a loaded machine gets time.
+/// Time limit of destruction. It is a command to the device's firmware: milliseconds, tens of them under load. The next
+/// stage takes the device from all other lanes on it, so a loaded machine gets time.
 pub(crate) const DESTROY_BOUND: Duration = Duration::from_millis(300);
-/// Closing destroys whatever is left.
+/// Expected time of closing, which destroys all remaining objects.
 pub(crate) const CLOSE_BOUND: Duration = Duration::from_millis(130);
-/// When one that does not close is given up as wedged. Long after the bound: a pull has decided by then, and nothing is
-/// gained by an early verdict that costs the engine its blocks. A machine with four builds on two cores took 120 ms to
-/// run the thread that closes; a lane to another peer that is just being connected holds the device for up to
-/// `hello_timeout` (5 s), and a registration that is under way for about as long.
+/// Time after which a device that does not close is given up as wedged. It is much longer than the bound: a pull has decided
+/// by then, and an early verdict would only cost the engine its blocks. A machine with four builds on two cores took 120 ms
+/// to start the thread that closes. A lane to another peer that is being connected holds the device for up to
+/// `hello_timeout` (5 s), and a running registration for about as long.
 pub(crate) const WEDGED_AFTER: Duration = Duration::from_secs(10);
 
-/// All of it, once the first rung (to stop posting and let it drain) has had its time.
+/// Time limit of all stages after the first (stop posting and drain).
 pub(crate) const BOUND: Duration = ERR_BOUND.saturating_add(DESTROY_BOUND).saturating_add(CLOSE_BOUND);
 
-/// How often each rung was what made something quiet, in this process, and how long it took.
+/// How often each stage was the last one, in this process, and the time spent in it.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    /// Drain: an attempt that was stopped with reads in flight, which all came back.
+    /// Drain: an attempt was stopped with reads in flight, and all of them completed.
     pub drained: AtomicU64,
     /// ERR and drain.
     pub error: AtomicU64,
@@ -46,21 +46,21 @@ pub(crate) struct Counters {
     pub destroyed: AtomicU64,
     /// Close the device.
     pub closed: AtomicU64,
-    /// Nothing did.
+    /// No stage succeeded.
     pub wedged: AtomicU64,
-    /// Nanoseconds that stopped attempts took to drain.
+    /// Nanoseconds in which stopped attempts drained.
     pub drain_nanos: AtomicU64,
     /// Nanoseconds in ERR, draining.
     pub error_nanos: AtomicU64,
-    /// Nanoseconds being destroyed.
+    /// Nanoseconds of destruction.
     pub destroy_nanos: AtomicU64,
-    /// Nanoseconds in which the device was being closed.
+    /// Nanoseconds of closing devices.
     pub close_nanos: AtomicU64,
 }
 
 impl Counters {
-    /// Each rung's name, how often it was the last one, and how long it was stood on.
-    pub(crate) fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 5] {
+    /// Each stage's name, how often it was the last one, and the time spent in it.
+    pub(crate) fn stages(&self) -> [(&'static str, u64, Option<Duration>); 5] {
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
         let time = |n: &AtomicU64| Some(Duration::from_nanos(get(n)));
         [
@@ -70,6 +70,13 @@ impl Counters {
             ("close", get(&self.closed), time(&self.close_nanos)),
             ("wedged", get(&self.wedged), None),
         ]
+    }
+}
+
+impl Counters {
+    /// The former name of `stages`, for the metrics.
+    pub(crate) fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 5] {
+        self.stages()
     }
 }
 
@@ -92,49 +99,49 @@ pub(crate) fn drained(took: Duration) {
     COUNTERS.drain_nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
 }
 
-/// A climb: when it began, and how long the rungs before this one took.
+/// The times of one teardown: its start, and the duration of each completed stage.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Climb {
+pub(crate) struct Times {
     began: Instant,
     error: Duration,
     destroy: Duration,
 }
 
-impl Climb {
-    /// On the first rung.
+impl Times {
+    /// A teardown begins with ERR.
     pub(crate) fn from(now: Instant) -> Self {
         Self { began: now, error: Duration::ZERO, destroy: Duration::ZERO }
     }
 
-    /// ERR did not do it.
+    /// ERR did not drain the rail.
     pub(crate) fn not_drained(self, now: Instant) -> Self {
         Self { error: now.saturating_duration_since(self.began), ..self }
     }
 
-    /// Neither did destroying.
+    /// Destruction did not succeed either.
     pub(crate) fn not_destroyed(self, now: Instant) -> Self {
         Self { destroy: now.saturating_duration_since(self.began).saturating_sub(self.error), ..self }
     }
 
-    /// Counts and logs the end of it; `rung` is the one that it ended on.
-    pub(crate) fn end(self, rail: &str, peer: &str, rung: Last, now: Instant) {
+    /// Counts and logs the outcome.
+    pub(crate) fn finish(self, rail: &str, peer: &str, outcome: Outcome, now: Instant) {
         let took = now.saturating_duration_since(self.began);
         let (mut error, mut destroy, mut close) = (self.error, self.destroy, Duration::ZERO);
         let left = took.saturating_sub(error).saturating_sub(destroy);
-        let counter = match rung {
-            Last::Error => {
+        let counter = match outcome {
+            Outcome::Drained => {
                 error = left;
                 &COUNTERS.error
             }
-            Last::Destroy => {
+            Outcome::Destroyed => {
                 destroy = left;
                 &COUNTERS.destroyed
             }
-            Last::Close => {
+            Outcome::Closed => {
                 close = left;
                 &COUNTERS.closed
             }
-            Last::Wedged => {
+            Outcome::Wedged => {
                 close = left;
                 &COUNTERS.wedged
             }
@@ -145,15 +152,15 @@ impl Climb {
         for (sum, time) in times {
             sum.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
-        match rung {
-            Last::Error => tracing::debug!(rail, peer, ?error, "verbs rail quiet"),
-            Last::Wedged => tracing::error!(
+        match outcome {
+            Outcome::Drained => tracing::debug!(rail, peer, ?error, "verbs rail quiet"),
+            Outcome::Wedged => tracing::error!(
                 rail,
                 peer,
                 ?error,
                 ?destroy,
                 ?close,
-                "verbs rail wedged: nothing stops it; restart this process"
+                "verbs rail wedged: its READs cannot be stopped; restart this process"
             ),
             _ => {
                 tracing::warn!(rail, peer, ?error, ?destroy, ?close, "verbs rail quiet, after it did not drain in ERR")
@@ -162,39 +169,43 @@ impl Climb {
     }
 }
 
-/// The rung that a climb ended on.
+/// How a teardown ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Last {
-    Error,
-    Destroy,
-    Close,
+pub(crate) enum Outcome {
+    /// ERR drained it.
+    Drained,
+    /// Its queue pairs were destroyed.
+    Destroyed,
+    /// Its device was closed.
+    Closed,
+    /// Nothing stopped it.
     Wedged,
 }
 
-/// Where a rail of a lane stands.
+/// The stage of a rail of a lane.
 #[derive(Debug)]
-pub(crate) enum Rung {
+pub(crate) enum Stage {
     /// In use.
     Live,
-    /// In ERR, or on the way there; its flushed requests are awaited.
-    Error { since: Instant, climb: Climb, pairs: Erring },
-    /// Being destroyed on another thread.
-    Destroying { since: Instant, climb: Climb, job: Job },
+    /// Its queue pairs are in ERR, or on the way there, and their requests are being flushed.
+    Error { since: Instant, times: Times, pairs: FailingPairs },
+    /// Its queue pairs are being destroyed on another thread.
+    Destroying { since: Instant, times: Times, destruction: Destruction },
     /// Its device is being closed.
-    Closing { since: Instant, climb: Climb, closing: Closing },
-    /// Nothing of it can write memory any more.
+    Closing { since: Instant, times: Times, closing: Closing },
+    /// It cannot write memory any more.
     Quiet,
-    /// It may write memory for ever.
+    /// It may write memory at any later time.
     Wedged,
 }
 
-impl Rung {
-    /// When this rung's time is over.
+impl Stage {
+    /// When the rail must be looked at again.
     pub(crate) fn until(&self) -> Option<Instant> {
         match self {
             Self::Error { since, .. } => Some(*since + ERR_BOUND),
             Self::Destroying { since, .. } => Some(*since + DESTROY_BOUND),
-            // There is nobody who rings when a device has closed: look often.
+            // No bell rings when a device has closed: look often.
             Self::Closing { since, .. } => Some((*since + WEDGED_AFTER).min(Instant::now() + Duration::from_millis(2))),
             Self::Live | Self::Quiet | Self::Wedged => None,
         }
@@ -209,18 +220,18 @@ impl Rung {
     }
 }
 
-/// Queue pairs that another thread moves to ERR: that is a command to the device's firmware, and one that hangs must not
-/// keep the thread that all lanes are driven by.
+/// Queue pairs that another thread moves to ERR. That is a command to the device's firmware; if it hangs, the thread that
+/// drives all lanes must go on.
 #[derive(Debug, Clone)]
-pub(crate) struct Erring(Arc<(Mutex<Option<Vec<Qp>>>, Condvar)>);
+pub(crate) struct FailingPairs(Arc<(Mutex<Option<Vec<Qp>>>, Condvar)>);
 
-impl Erring {
-    /// Begins.
+impl FailingPairs {
+    /// Begins to move them.
     pub(crate) fn begin(pairs: Vec<Qp>, rail: &str) -> Self {
         let it = Self(Arc::default());
         let (theirs, rail) = (it.clone(), rail.to_owned());
-        undertake("kvferry-err", move || {
-            // One that is in ERR already stays there. One that cannot be moved does not flush, and is destroyed.
+        cleanup::spawn("kvferry-err", move || {
+            // A pair that is in ERR already stays there. A pair that cannot be moved does not flush, and is destroyed.
             for error in pairs.iter().filter_map(|qp| qp.fail().err()) {
                 tracing::debug!(rail, %error, "queue pair cannot be moved to ERR");
             }
@@ -231,7 +242,7 @@ impl Erring {
     }
 
     fn pairs(&self) -> MutexGuard<'_, Option<Vec<Qp>>> {
-        // The list is whole at any time.
+        // The list is consistent after any panic: it is only set and taken as a whole.
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -249,14 +260,14 @@ impl Erring {
 
 /// The destruction of a rail's queue pairs, on another thread.
 #[derive(Debug, Clone)]
-pub(crate) struct Job(Arc<AtomicU8>);
+pub(crate) struct Destruction(Arc<AtomicU8>);
 
-impl Job {
-    /// Begins. `bell` is rung when it is done. Completions of the pairs that are not polled by then never matter.
-    pub(crate) fn destroy(pairs: Erring, bell: Bell) -> Self {
+impl Destruction {
+    /// Begins, and rings `bell` at the end. Completions of the pairs that were not polled by then have no effect.
+    pub(crate) fn begin(pairs: FailingPairs, bell: Bell) -> Self {
         let state = Arc::new(AtomicU8::new(0));
         let theirs = state.clone();
-        undertake("kvferry-destroy", move || {
+        cleanup::spawn("kvferry-destroy", move || {
             let mut good = true;
             for qp in pairs.wait() {
                 if let Err(error) = qp.destroy() {
@@ -270,51 +281,42 @@ impl Job {
         Self(state)
     }
 
-    /// `None`: not yet.
-    pub(crate) fn done(&self) -> Option<bool> {
+    /// Whether it succeeded; `None` while it runs.
+    fn result(&self) -> Option<bool> {
         match self.0.load(Ordering::Acquire) {
             0 => None,
             n => Some(n == 1),
         }
     }
-}
 
-/// Gives queue pairs that are quiet back to the device, on another thread, and then what they used.
-pub(crate) fn bury(pairs: impl FnOnce() -> Vec<Qp> + Send + 'static, queue: Option<Cq>, rest: impl Send + 'static) {
-    undertake("kvferry-bury", move || {
-        drop(pairs());
-        drop(queue);
-        drop(rest);
-    });
-}
-
-/// What came out of a rung.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// Nothing yet.
-    Wait,
-    /// Quiet.
-    Quiet,
-    /// The next rung.
-    Next,
-}
-
-/// Looks at the destroying rung.
-pub(crate) fn destroying(job: &Job, since: Instant, now: Instant) -> Step {
-    match job.done() {
-        Some(true) => Step::Quiet,
-        Some(false) => Step::Next,
-        None if now >= since + DESTROY_BOUND => Step::Next,
-        None => Step::Wait,
+    /// The next step.
+    pub(crate) fn step(&self, since: Instant, now: Instant) -> Step {
+        match self.result() {
+            Some(true) => Step::Quiet,
+            Some(false) => Step::Escalate,
+            None if now >= since + DESTROY_BOUND => Step::Escalate,
+            None => Step::Wait,
+        }
     }
 }
 
-/// Looks at the closing rung.
+/// The next step of a teardown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Look again later.
+    Wait,
+    /// The stage made the rail quiet.
+    Quiet,
+    /// Go on to the next stage.
+    Escalate,
+}
+
+/// The next step while a device is being closed.
 pub(crate) fn closing(closing: &Closing, since: Instant, now: Instant) -> Step {
     match closing.state() {
-        Closed::Well => Step::Quiet,
-        Closed::Badly => Step::Next,
-        Closed::Not if now >= since + WEDGED_AFTER => Step::Next,
-        Closed::Not => Step::Wait,
+        Closed::Yes => Step::Quiet,
+        Closed::Failed => Step::Escalate,
+        Closed::NotYet if now >= since + WEDGED_AFTER => Step::Escalate,
+        Closed::NotYet => Step::Wait,
     }
 }

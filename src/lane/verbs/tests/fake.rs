@@ -1,5 +1,5 @@
-//! A device that is none: the functions of libibverbs and a context's operations table, over memory of this process. READs
-//! are copies, made when the test says so; posts, completions, destruction and closing fail the way the test wants.
+//! A fake device: the functions of libibverbs and a context's operations table, over memory of this process. READs are copies,
+//! made when the test says so. The test decides how posts, completions, destruction and closing fail.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -20,7 +20,7 @@ use crate::lane::verbs::{
     library::Library,
 };
 
-/// A request that the device has taken.
+/// A posted request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Op {
     pub wr_id: u64,
@@ -31,7 +31,7 @@ pub(super) struct Op {
     rkey: u32,
 }
 
-/// A queue pair's inside.
+/// A queue pair.
 #[derive(Debug, Default)]
 pub(super) struct Pair {
     cq: usize,
@@ -39,7 +39,7 @@ pub(super) struct Pair {
     failed: bool,
 }
 
-/// What the test wants, and what the device has.
+/// The test's orders, and the device's state.
 #[derive(Debug, Default)]
 pub(super) struct Control {
     pub pairs: BTreeMap<u32, Pair>,
@@ -48,24 +48,22 @@ pub(super) struct Control {
     channels: BTreeMap<usize, Arc<OwnedFd>>,
     /// Registered: key, first byte, length.
     regions: BTreeMap<u32, (u64, u64)>,
-    /// Requests of the next post that are taken before it fails, and with which error.
+    /// How many requests of the next post are accepted before it fails, and the error.
     pub refuse: Option<(usize, i32)>,
-    /// `bad_wr` stays null when a post fails.
-    pub mute: bool,
-    /// Going to ERR flushes nothing.
+    /// ERR flushes nothing.
     pub no_flush: bool,
     /// Error of destroying a queue pair.
     pub destroy: i32,
     /// Error of closing the context.
     pub close: i32,
-    /// What fills the fields that are not defined.
-    pub rubbish: u32,
+    /// The value of undefined fields.
+    pub undefined: u32,
     pub destroyed: u32,
     pub closed: u32,
     pub posts: u32,
-    /// What was registered so far: first byte, length, access flags.
+    /// All registrations: first byte, length, access flags.
     pub registered: Vec<(u64, u64, u32)>,
-    /// What queue pairs were made of, and all that was set of them: number, attributes, mask.
+    /// The capacities of all queue pairs, and the attributes that were set: number, attributes, mask.
     pub made: Vec<(u32, ibv_qp_cap)>,
     pub set: Vec<(u32, Set, i32)>,
 }
@@ -90,7 +88,7 @@ impl Control {
         }
     }
 
-    /// Carries out the next `n` requests of a queue pair.
+    /// Executes the next `n` requests of a queue pair.
     pub(super) fn complete(&mut self, number: u32, n: usize) {
         for _ in 0..n {
             let pair = self.pairs.get_mut(&number).unwrap();
@@ -108,30 +106,30 @@ impl Control {
                 ptr::copy_nonoverlapping(op.remote as *const u8, op.local as *mut u8, op.len as usize);
             }
             if op.signaled {
-                self.push(cq, Completion::new(op.wr_id, 0, number, self.rubbish));
+                self.push(cq, Completion::new(op.wr_id, 0, number, self.undefined));
             }
         }
     }
 
-    /// What soft-RoCE does when an answer comes out of sequence: the next request is reported as done, nothing is written,
-    /// and the pair goes to ERR.
-    pub(super) fn slip(&mut self, number: u32) {
+    /// As soft-RoCE does when an answer comes out of sequence: the next request completes successfully, nothing is written, and
+    /// the queue pair goes to ERR.
+    pub(super) fn complete_falsely(&mut self, number: u32) {
         let pair = self.pairs.get_mut(&number).unwrap();
         pair.failed = true;
         let cq = pair.cq;
         if let Some(op) = pair.ops.pop_front().filter(|op| op.signaled) {
-            self.push(cq, Completion::new(op.wr_id, 0, number, self.rubbish));
+            self.push(cq, Completion::new(op.wr_id, 0, number, self.undefined));
         }
         self.flush(number);
     }
 
-    /// Fails the next request of a queue pair, and flushes what is behind it.
+    /// Fails the next request of a queue pair, and flushes the requests behind it.
     pub(super) fn fail(&mut self, number: u32, status: u32) {
         let pair = self.pairs.get_mut(&number).unwrap();
         pair.failed = true;
         let cq = pair.cq;
         if let Some(op) = pair.ops.pop_front() {
-            self.push(cq, Completion::new(op.wr_id, status, number, self.rubbish));
+            self.push(cq, Completion::new(op.wr_id, status, number, self.undefined));
         }
         self.flush(number);
     }
@@ -141,18 +139,18 @@ impl Control {
         pair.failed = true;
         let (cq, ops) = (pair.cq, std::mem::take(&mut pair.ops));
         for op in ops {
-            self.push(cq, Completion::new(op.wr_id, Status::FLUSHED.0, number, self.rubbish));
+            self.push(cq, Completion::new(op.wr_id, Status::FLUSHED.0, number, self.undefined));
         }
     }
 
-    /// A completion of the test's own making.
+    /// A completion that the test makes up.
     pub(super) fn forge(&mut self, wr_id: u64, status: u32, number: u32) {
         if let Some(cq) = self.pairs.get(&number).map(|p| p.cq).or(self.completions.keys().next().copied()) {
-            self.push(cq, Completion::new(wr_id, status, number, self.rubbish));
+            self.push(cq, Completion::new(wr_id, status, number, self.undefined));
         }
     }
 
-    /// Numbers of the queue pairs that have something to do, or could have.
+    /// Numbers of all queue pairs.
     pub(super) fn numbers(&self) -> Vec<u32> {
         self.pairs.keys().copied().collect()
     }
@@ -162,7 +160,7 @@ impl Control {
     }
 }
 
-/// Registered regions of all stand-ins: a READ crosses from one to another.
+/// Registered regions of all fake devices: a READ crosses from one to another.
 static REGIONS: Mutex<Vec<(u32, u64, u64)>> = Mutex::new(Vec::new());
 static NEXT: AtomicU32 = AtomicU32::new(0x100);
 
@@ -173,20 +171,20 @@ struct Context {
     control: Arc<Mutex<Control>>,
 }
 
-/// The device.
-pub(super) struct Standin {
+/// A fake device.
+pub(super) struct FakeDevice {
     pub device: Arc<Device>,
     control: Arc<Mutex<Control>>,
 }
 
-impl Standin {
+impl FakeDevice {
     pub(super) fn new(name: &str) -> Self {
         let control = Arc::<Mutex<Control>>::default();
         let mut context = ibv_context::default();
         context.ops.poll_cq = Some(poll_cq);
         context.ops.post_send = Some(post_send);
         context.ops.req_notify_cq = Some(req_notify_cq);
-        // Never freed: late calls of a lane under test must find it.
+        // Never freed, for late calls of a lane under test.
         let context = Box::leak(Box::new(Context { context, control: control.clone() }));
         let device = Device::new(&LIBRARY, NonNull::from(context).cast(), name);
         Self { device: Arc::new(device), control }
@@ -237,7 +235,7 @@ unsafe extern "C" fn get_device_list(_: *mut c_int) -> *mut *mut ibv_device {
 }
 unsafe extern "C" fn free_device_list(_: *mut *mut ibv_device) {}
 unsafe extern "C" fn get_device_name(_: *mut ibv_device) -> *const c_char {
-    c"standin".as_ptr()
+    c"fake".as_ptr()
 }
 unsafe extern "C" fn open_device(_: *mut ibv_device) -> *mut ibv_context {
     ptr::null_mut()
@@ -248,14 +246,14 @@ unsafe extern "C" fn close_device(context: *mut ibv_context) -> c_int {
     c.close
 }
 unsafe extern "C" fn query_device(_: *mut ibv_context, a: *mut ibv_device_attr) -> c_int {
-    // SAFETY: the caller's place is valid.
+    // SAFETY: the caller passes a valid place.
     let a = unsafe { &mut *a };
     (a.phys_port_cnt, a.max_qp_init_rd_atom, a.max_qp_rd_atom) = (1, 8, 200);
     (a.max_qp_wr, a.max_cqe) = (4096, 1 << 16);
     0
 }
 unsafe extern "C" fn query_port(_: *mut ibv_context, _: u8, a: *mut ibv_port_attr) -> c_int {
-    // SAFETY: the caller's place is valid.
+    // SAFETY: the caller passes a valid place.
     let a = unsafe { &mut *a };
     (a.state, a.active_mtu, a.lid, a.link_layer) = (ibv_port_state::IBV_PORT_ACTIVE, 5, 7, 1);
     a.max_msg_sz = 1 << 30;
@@ -265,7 +263,7 @@ unsafe extern "C" fn alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
     Box::into_raw(Box::new(ibv_pd { context, ..Default::default() }))
 }
 unsafe extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
-    // SAFETY: it came from `alloc_pd`, and is given back once.
+    // SAFETY: it was made by `alloc_pd`, and the caller destroys it once.
     drop(unsafe { Box::from_raw(pd) });
     0
 }
@@ -277,7 +275,7 @@ unsafe extern "C" fn reg_mr_iova2(
     access: c_uint,
 ) -> *mut ibv_mr {
     assert_eq!(iova, at as u64);
-    // SAFETY: the caller's contract is that of this one.
+    // SAFETY: both functions have the same contract.
     unsafe { reg_mr(pd, at, len, access as c_int) }
 }
 unsafe extern "C" fn reg_mr(pd: *mut ibv_pd, at: *mut c_void, len: usize, access: c_int) -> *mut ibv_mr {
@@ -292,7 +290,7 @@ unsafe extern "C" fn reg_mr(pd: *mut ibv_pd, at: *mut c_void, len: usize, access
     Box::into_raw(Box::new(ibv_mr { context, pd, lkey: key, rkey: key, ..Default::default() }))
 }
 unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
-    // SAFETY: it came from `reg_mr`, and is given back once.
+    // SAFETY: it was made by `reg_mr`, and the caller destroys it once.
     let mr = unsafe { Box::from_raw(mr) };
     REGIONS.lock().unwrap().retain(|r| r.0 != mr.rkey);
     control(mr.context).regions.remove(&mr.rkey);
@@ -306,7 +304,7 @@ unsafe extern "C" fn create_comp_channel(context: *mut ibv_context) -> *mut ibv_
     channel
 }
 unsafe extern "C" fn destroy_comp_channel(channel: *mut ibv_comp_channel) -> c_int {
-    // SAFETY: it came from `create_comp_channel`, and is given back once.
+    // SAFETY: it was made by `create_comp_channel`, and the caller destroys it once.
     let c = unsafe { Box::from_raw(channel) };
     control(c.context).channels.remove(&(channel as usize));
     0
@@ -326,7 +324,7 @@ unsafe extern "C" fn create_cq(
     cq
 }
 unsafe extern "C" fn destroy_cq(cq: *mut ibv_cq) -> c_int {
-    // SAFETY: it came from `create_cq`, and is given back once.
+    // SAFETY: it was made by `create_cq`, and the caller destroys it once.
     let context = unsafe { Box::from_raw(cq) }.context;
     let mut c = control(context);
     c.channels.remove(&(cq as usize));
@@ -345,7 +343,7 @@ unsafe extern "C" fn create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_attr) -> 
     let qp_num = NEXT.fetch_add(1, Ordering::Relaxed);
     let mut c = control(context);
     c.pairs.insert(qp_num, Pair { cq: cq as usize, ..Pair::default() });
-    // SAFETY: as above.
+    // SAFETY: the caller's attributes are valid during the call.
     c.made.push((qp_num, unsafe { (*init).cap }));
     drop(c);
     Box::into_raw(Box::new(ibv_qp { context, pd, send_cq: cq, qp_num, ..Default::default() }))
@@ -373,7 +371,7 @@ unsafe extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {
     }
     c.pairs.remove(&number);
     c.destroyed += 1;
-    // SAFETY: it came from `create_qp`, and is given back once.
+    // SAFETY: it was made by `create_qp`, and the caller destroys it once.
     drop(unsafe { Box::from_raw(qp) });
     0
 }
@@ -392,10 +390,8 @@ unsafe extern "C" fn post_send(qp: *mut ibv_qp, first: *mut ibv_send_wr, bad: *m
     while !at.is_null() {
         if let Some((left, error)) = &mut refuse {
             if *left == 0 {
-                if !c.mute {
-                    // SAFETY: the caller's place is valid.
-                    unsafe { *bad = at };
-                }
+                // SAFETY: the caller passes a valid place.
+                unsafe { *bad = at };
                 return *error;
             }
             *left -= 1;

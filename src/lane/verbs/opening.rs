@@ -1,4 +1,4 @@
-//! The consumer's half of the handshake: queue pairs first, then the peer's answer, then the lane.
+//! The consumer's side of the handshake: queue pairs first, then the peer's answer, then the lane.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -6,26 +6,27 @@ use kvferry_proto::{block::Incarnation, group::PoolLayout};
 
 use super::{
     chain::MAX_DEPTH,
+    cleanup,
     cq::Cq,
     device::Port,
     error::VerbsError,
     exchange::{LinkLayer, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, ServedRail, VerbsRequest, VerbsTicket},
     gid::Gid,
-    ladder,
     landing::Landing,
     lane::{self, VerbsLane},
     memory::{Access, Region, Source},
-    path::{self, End, Path},
-    qp::{Agreed, At, Qp, Side},
+    path::{self, Path, QueuePairState},
+    qp::{Agreed, At, Qp, Side, random_psn},
     rail::Rail,
     rails::Rails,
-    wake::{Wake, undertake},
+    teardown,
+    wake::Wake,
 };
 use crate::{config::VerbsConfig, lane::LaneError, memory::Memory};
 
-/// A rail's half-open part.
+/// A rail whose queue pairs are not connected yet.
 #[derive(Debug)]
-struct Half {
+struct PendingRail {
     /// Dropped before the queue.
     pairs: Vec<Qp>,
     cq: Cq,
@@ -33,48 +34,40 @@ struct Half {
     port: Port,
     layer: LinkLayer,
     at: At,
-    /// The peer's.
+    /// The peer's host.
     host: Option<IpAddr>,
     /// Requests of a pair.
     depth: u32,
 }
 
-/// Half-open parts. What is not used of them is given back on another thread: whoever drops them, a task that was told to
-/// give up for one, must not wait for a device.
+/// Rails that are not connected yet. Unused ones are given back on another thread: a cancelled task that drops them must not
+/// wait for a device.
 #[derive(Debug)]
-struct Halves(Vec<Half>);
+struct PendingRails(Vec<PendingRail>);
 
-impl Drop for Halves {
+impl Drop for PendingRails {
     fn drop(&mut self) {
-        let halves = std::mem::take(&mut self.0);
-        if !halves.is_empty() {
-            undertake("kvferry-bury", move || drop(halves));
+        let rails = std::mem::take(&mut self.0);
+        if !rails.is_empty() {
+            cleanup::spawn("kvferry-cleanup", move || drop(rails));
         }
     }
 }
 
-/// A lane that waits for the peer's answer. Dropping it gives everything back, without waiting for it.
+/// A lane before the peer's answer. Dropping it gives everything back on another thread.
 #[derive(Debug)]
 pub(crate) struct Opening {
-    halves: Halves,
+    pending: PendingRails,
     request: VerbsRequest,
     host: Option<IpAddr>,
-    /// A rail of this side that has worked is not among them.
+    /// A rail of this side that has worked before is not among them.
     degraded: bool,
     config: VerbsConfig,
     memory: Memory,
 }
 
-/// A queue pair's first sequence number: random, so that packets of an earlier life are not taken for its own.
-pub(crate) fn random_psn() -> u32 {
-    let mut bytes = [0; 4];
-    // Without randomness a late packet may do harm, but no more than with every stack that starts at zero.
-    let _ = getrandom::fill(&mut bytes);
-    u32::from_ne_bytes(bytes) & 0xff_ffff
-}
-
 impl Opening {
-    /// Makes the queue pairs. `host` is where the peer's control plane is, as a hint which address reaches it. Blocks for a
+    /// Makes the queue pairs. `host` is the address of the peer's control plane, as a hint which GID reaches it. Blocks for a
     /// few milliseconds.
     pub(crate) fn new(rails: &Arc<Rails>, host: Option<IpAddr>) -> Result<Self, VerbsError> {
         let config = rails.config().clone();
@@ -82,11 +75,11 @@ impl Opening {
             IpAddr::V4(a) => Gid(a.to_ipv6_mapped().octets()),
             IpAddr::V6(a) => Gid(a.octets()),
         });
-        let (mut halves, mut ends, mut why) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut pending, mut ends, mut why) = (Vec::new(), Vec::new(), Vec::new());
         for (rail, port, layer) in rails.usable(host)?.into_iter().take(MAX_RAILS) {
-            match half(rail.clone(), port, layer, host, peer.as_ref(), &config) {
-                Ok((half, end)) => {
-                    halves.push(half);
+            match prepare(rail.clone(), port, layer, host, peer.as_ref(), &config) {
+                Ok((rail, end)) => {
+                    pending.push(rail);
                     ends.push(end);
                 }
                 Err(e) => {
@@ -95,19 +88,19 @@ impl Opening {
                 }
             }
         }
-        if halves.is_empty() {
+        if pending.is_empty() {
             return Err(VerbsError::NoRail { why: why.join("; ") });
         }
-        let (request, degraded) = (VerbsRequest { rails: ends }, rails.to_be_had() > halves.len());
-        Ok(Self { halves: Halves(halves), request, host, degraded, config, memory: rails.memory().clone() })
+        let (request, degraded) = (VerbsRequest { rails: ends }, rails.expected() > pending.len());
+        Ok(Self { pending: PendingRails(pending), request, host, degraded, config, memory: rails.memory().clone() })
     }
 
-    /// What to send.
+    /// The request to send to the peer.
     pub(crate) fn request(&self) -> &VerbsRequest {
         &self.request
     }
 
-    /// Connects to what the peer answered. `remote` is the pool of its Hello. Blocks for a few milliseconds.
+    /// Connects to the queue pairs of the peer's answer. `remote` is the pool of its Hello. Blocks for a few milliseconds.
     pub(crate) fn finish(
         mut self,
         ticket: &VerbsTicket,
@@ -129,17 +122,17 @@ impl Opening {
         let wake = Wake::new().map_err(LaneError::io("cannot make the lane's descriptors"))?;
         let slots = Arc::new(Landing::new().map_err(LaneError::io("cannot map the fence slots"))?);
         let config = &self.config;
-        let mut halves: Vec<Option<Half>> = std::mem::take(&mut self.halves.0).into_iter().map(Some).collect();
+        let mut pending: Vec<Option<PendingRail>> = std::mem::take(&mut self.pending.0).into_iter().map(Some).collect();
         let (mut paths, mut max_read, mut depth, mut failed) = (Vec::new(), config.max_read, 0, None);
         let mut degraded = self.degraded || ticket.degraded;
         for served in &ticket.rails {
             let of = usize::from(served.of);
-            let (Some(half), Some(mine)) = (halves.get_mut(of).and_then(Option::take), self.request.rails.get(of))
+            let (Some(own), Some(mine)) = (pending.get_mut(of).and_then(Option::take), self.request.rails.get(of))
             else {
                 continue;
             };
-            let (rail, longest, requests) = (half.rail.clone(), half.port.max_message.max(1), half.depth);
-            match path(half, mine, served, config, &wake, &slots, &self.memory) {
+            let (rail, longest, requests) = (own.rail.clone(), own.port.max_message.max(1), own.depth);
+            match path(own, mine, served, config, &wake, &slots, &self.memory) {
                 Ok(path) => {
                     depth += mine.queue_pairs.len() * requests as usize;
                     max_read = max_read.min(longest);
@@ -147,7 +140,7 @@ impl Opening {
                     paths.push(path);
                 }
                 Err(error) => {
-                    tracing::warn!(rail = rail.name(), %error, "a rail does not reach this peer: its others are used");
+                    tracing::warn!(rail = rail.name(), %error, "a rail does not reach this peer: the other rails are used");
                     degraded |= rail.has_reached(self.host);
                     failed = Some(error);
                 }
@@ -159,10 +152,10 @@ impl Opening {
         if paths.is_empty() {
             return Err(VerbsError::NoPath { why: "the peer named no rail of this side".into() }.into());
         }
-        // The tracker kills after half of the bound: that long reads may drain, or time out. The ladder has the other half.
-        let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(ladder::BOUND) * 2;
-        // A rail that has no counterpart there never had one: a lane is not the worse for it.
-        degraded |= halves.iter().flatten().any(|h| h.rail.has_reached(self.host));
+        // The tracker kills after half of the bound: until then reads may drain or time out. Teardown has the other half.
+        let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(teardown::BOUND) * 2;
+        // A rail that never reached this peer has no counterpart there, and does not count.
+        degraded |= pending.iter().flatten().any(|r| r.rail.has_reached(self.host));
         let peer = ticket.rails.first().map(|r| format!("{} {}", r.end.gid, r.end.name)).unwrap_or_default();
         Ok(VerbsLane::new(lane::Parts {
             paths,
@@ -181,9 +174,9 @@ impl Opening {
     }
 }
 
-/// A rail's part of a lane, connected to what the peer answered for it.
+/// A rail's part of a lane, connected to its counterpart in the peer's answer.
 fn path(
-    half: Half,
+    own: PendingRail,
     mine: &RailEnd,
     served: &ServedRail,
     config: &VerbsConfig,
@@ -192,51 +185,52 @@ fn path(
     memory: &Memory,
 ) -> Result<Path, LaneError> {
     let at = match config.gid_index {
-        // InfiniBand: which subnet the peer is in, only its GID says; the address of its control plane does not.
-        None if half.layer == LinkLayer::InfiniBand => {
-            half.rail.address(&half.port, half.layer, Some(&served.end.gid), config)?.1
+        // InfiniBand: only the peer's GID names its subnet; the address of its control plane does not.
+        None if own.layer == LinkLayer::InfiniBand => {
+            own.rail.address(&own.port, own.layer, Some(&served.end.gid), config)?.1
         }
-        _ => half.at,
+        _ => own.at,
     };
     let agreed = Agreed { mtu: mine.mtu.min(served.end.mtu), rd_atomic: mine.rd_atomic.min(served.end.rd_atomic) };
-    for (qp, (mine, theirs)) in half.pairs.iter().zip(mine.queue_pairs.iter().zip(&served.end.queue_pairs)) {
+    for (qp, (mine, theirs)) in own.pairs.iter().zip(mine.queue_pairs.iter().zip(&served.end.queue_pairs)) {
         qp.connect(at, &served.end, *theirs, mine.psn, agreed, config)?;
     }
-    wake.watch(half.cq.fd()).map_err(LaneError::io("epoll"))?;
-    half.rail.state().wake(wake.bell.clone());
+    wake.watch(own.cq.fd()).map_err(LaneError::io("epoll"))?;
+    own.rail.state().wake(wake.bell.clone());
     let source = Source::Address { base: slots.base(), len: Landing::BYTES };
     // Never in relaxed order: the word must not land after its completion.
     let access = Access::Landing { relaxed: false };
     // SAFETY: the slots stay mapped as long as `slots` is held, and are accessed as atomics only.
-    let landing = unsafe { Region::register(half.rail.pd(), source, access, slots.clone()) }?;
-    let end = |(i, qp)| End::new(qp, half.depth, config.signal_every, i as u8);
+    let landing = unsafe { Region::register(own.rail.pd(), source, access, slots.clone()) }?;
+    let pair = |(i, qp)| QueuePairState::new(qp, own.depth, config.signal_every, i as u8);
     Ok(Path::new(path::Parts {
-        ends: half.pairs.into_iter().enumerate().map(end).collect(),
-        cq: half.cq,
-        rail: half.rail,
+        pairs: own.pairs.into_iter().enumerate().map(pair).collect(),
+        cq: own.cq,
+        rail: own.rail,
         landing,
         slots: slots.clone(),
         memory: memory.clone(),
         segments: served.segments.clone(),
         words: served.words,
-        host: half.host,
+        host: own.host,
         window: config.window,
         stall: stall(config),
     }))
 }
 
-fn half(
+/// Makes a rail's queue pairs, and describes them for the peer.
+fn prepare(
     rail: Arc<Rail>,
     port: Port,
     layer: LinkLayer,
     host: Option<IpAddr>,
     peer: Option<&Gid>,
     config: &VerbsConfig,
-) -> Result<(Half, RailEnd), VerbsError> {
+) -> Result<(PendingRail, RailEnd), VerbsError> {
     let (gid, at) = rail.address(&port, layer, peer, config)?;
     let n = config.queue_pairs.clamp(1, MAX_QUEUE_PAIRS);
     let depth = depth(config.depth, rail.limits().max_wr);
-    // A completion for every request: when a queue pair fails, each of them reports.
+    // Room for a completion of every request: when a queue pair fails, each request reports.
     let cq = Cq::new(rail.pd().device(), (depth * n as u32).min(rail.limits().max_cqe.max(1)))?;
     let mut pairs = Vec::with_capacity(n);
     for _ in 0..n {
@@ -251,18 +245,18 @@ fn half(
         rd_atomic: config.rd_atomic.min(rail.limits().max_rd_atomic).max(1),
         queue_pairs: pairs.iter().map(|q| QpEnd { number: q.number(), psn: random_psn() }).collect(),
     };
-    Ok((Half { pairs, cq, rail, port, layer, at, host, depth }, end))
+    Ok((PendingRail { pairs, cq, rail, port, layer, at, host, depth }, end))
 }
 
-/// How long nothing may complete. The specification lets a device wait up to four times as long for an answer as it is told
-/// to, and a long READ that shares a slow wire (4 MB/s are left for it) is no lost one.
+/// Longest time without a completion. The specification lets a device wait up to four times as long for an answer as it is
+/// told to, and a long READ that shares a slow wire (with 4 MB/s left for it) is not lost.
 fn stall(config: &VerbsConfig) -> Duration {
     config.gives_up_after() * 4 + Duration::from_micros(u64::from(config.max_read) / 4) + Duration::from_millis(300)
 }
 
-/// The largest power of two that is not more than what is asked for, and not more than a device takes.
-fn depth(asked: u32, takes: u32) -> u32 {
-    1 << asked.clamp(1, MAX_DEPTH).min(takes.max(1)).ilog2()
+/// The largest power of two that is at most the configured depth, and at most the device's limit.
+fn depth(configured: u32, limit: u32) -> u32 {
+    1 << configured.clamp(1, MAX_DEPTH).min(limit.max(1)).ilog2()
 }
 
 #[cfg(test)]
@@ -270,7 +264,7 @@ mod tests {
     use super::depth;
 
     #[test]
-    fn a_queue_is_no_deeper_than_its_device_takes() {
+    fn a_queue_is_no_deeper_than_its_device_allows() {
         assert_eq!(depth(128, 1 << 15), 128);
         assert_eq!(depth(128, 100), 64);
         assert_eq!(depth(1 << 20, u32::MAX), super::MAX_DEPTH);

@@ -32,19 +32,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             producer.memory().write_from(region.segment, region.block_offset(*block), &bytes)?;
         }
     }
-    let offer = producer.offer(
-        OfferSpec {
-            id: None,
-            request: "request-1".into(),
-            tokens: 40,
-            groups: vec![OfferGroup {
-                group: GroupId(0),
-                first_position: 0,
-                blocks: blocks.iter().map(|b| Some(BlockId(*b))).collect(),
-            }],
-        },
-        Ready::Now,
-    )?;
+    let offered = blocks.iter().map(|b| Some(BlockId(*b))).collect();
+    let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: offered }];
+    let offer = producer.offer(OfferSpec::new(40, groups).request("request-1"), Ready::Now)?;
     println!("{}", offer.to_json());
 
     // The engine's loop: once a step it takes back what consumers have released, or what no consumer came for.

@@ -20,7 +20,7 @@ fn allocations_of_a_pull(producer: &Producer, consumer: &Consumer, lane: LaneKin
     let scattered = |i: u32| Some(BlockId(i.wrapping_mul(7919) % BLOCKS));
     let groups =
         vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(scattered).collect() }];
-    let spec = OfferSpec { tokens: u64::from(blocks) * 16, groups, ..OfferSpec::default() };
+    let spec = OfferSpec::new(u64::from(blocks) * 16, groups);
     let offer = producer.offer(spec, Ready::Now).expect("an offer");
     let wanted =
         LocalBlocks { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };

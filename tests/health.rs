@@ -33,7 +33,7 @@ fn a_wedged_lane_turns_the_health_service_of_its_process_to_not_serving() {
 
     let blocks: Vec<_> = (0..8).map(|b| Some(BlockId(b))).collect();
     let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }];
-    let offer = producer.offer(OfferSpec { tokens: 128, groups, ..OfferSpec::default() }, Ready::Now).unwrap();
+    let offer = producer.offer(OfferSpec::new(128, groups), Ready::Now).unwrap();
     let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
     let pull = Pull::new(offer, vec![wanted]).lanes(vec![LaneKind::Tcp]).deadline(Duration::from_millis(500));
     consumer.pull(pull).unwrap();

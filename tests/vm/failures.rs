@@ -70,15 +70,16 @@ fn a_transport_that_gives_up_after_the_deadline_decides_nothing() {
 
 #[test]
 fn a_transport_that_never_gives_up_is_refused() {
-    let refused = |verbs: VerbsConfig| {
-        let (spec, config) = (Spec::default(), Config { verbs, ..Config::default() });
+    let refused = |change: &dyn Fn(&mut VerbsConfig)| {
+        let (spec, mut config) = (Spec::default(), Config::default());
+        change(&mut config.verbs);
         let built = Consumer::builder("decode".parse().unwrap(), spec.kv_model(), spec.layout()).config(config).build();
         built.err().expect("it is refused").to_string()
     };
-    let why = refused(VerbsConfig { timeout: 0, ..VerbsConfig::default() });
-    assert!(why.contains("timeout must be 1 to 20"), "{why}");
-    let why = refused(VerbsConfig { retry: 7, ..VerbsConfig::default() });
-    assert!(why.contains("retry must be 0 to 6"), "{why}");
+    let why = refused(&|verbs| verbs.timeout = 0);
+    assert!(why.contains("timeout must be 1 to 20: 0 waits indefinitely"), "{why}");
+    let why = refused(&|verbs| verbs.retry = 7);
+    assert!(why.contains("retry must be 0 to 6: 7 has no limit on some devices"), "{why}");
 }
 
 #[test]

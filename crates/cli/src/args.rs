@@ -92,16 +92,14 @@ impl VerbsArgs {
 
     /// The settings that they stand for.
     pub(crate) fn config(&self) -> VerbsConfig {
-        let d = VerbsConfig::default();
-        VerbsConfig {
-            rails: self.device.iter().chain(&self.rails).cloned().collect(),
-            gid_index: self.gid_index,
-            queue_pairs: self.queue_pairs.map_or(d.queue_pairs, usize::from),
-            window: self.window.unwrap_or(d.window),
-            max_read: self.max_read.map_or(d.max_read, |n| u32::try_from(n).unwrap_or(u32::MAX)),
-            timeout: self.qp_timeout.unwrap_or(d.timeout),
-            ..d
-        }
+        let mut c = VerbsConfig::default();
+        c.rails = self.device.iter().chain(&self.rails).cloned().collect();
+        c.gid_index = self.gid_index;
+        c.queue_pairs = self.queue_pairs.map_or(c.queue_pairs, usize::from);
+        c.window = self.window.unwrap_or(c.window);
+        c.max_read = self.max_read.map_or(c.max_read, |n| u32::try_from(n).unwrap_or(u32::MAX));
+        c.timeout = self.qp_timeout.unwrap_or(c.timeout);
+        c
     }
 
     /// What a producer on this machine serves: `rails`, or the same as this side's where there are none.

@@ -175,7 +175,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     for lane in lanes {
         // A consumer of its own for each lane: what one lane has warmed up is not the other's.
-        let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
+        let mut config = Config::default();
+        config.verbs = args.verbs.config();
         config.pull.lanes = vec![lane];
         let consumer = Consumer::builder("bench".parse()?, args.model.model(), layout.clone())
             .memory(memory.clone())
@@ -268,7 +269,8 @@ impl Bench<'_> {
     /// READ and fence of one block, one block at a time, as perftest measures latency: a window that one READ fills, and a
     /// fence for each block. In rounds, each next to bare READs, for a machine has fast and slow minutes.
     fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<OneAtATime, Failure> {
-        let mut config = Config { verbs: self.args.verbs.config(), ..Config::default() };
+        let mut config = Config::default();
+        config.verbs = self.args.verbs.config();
         config.verbs.window = 1;
         config.pull.chunk = ChunkSize { per_pull: u32::MAX, min_bytes: size, max_bytes: size };
         let consumer = Consumer::builder("bench".parse()?, self.args.model.model(), PoolLayout::clone(warm.layout()))

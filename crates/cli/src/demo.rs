@@ -168,9 +168,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let addr = producer.ready.listen.clone();
     let theirs = kvferry::PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let layout = local_layout(&theirs, GroupId(0), blocks)?;
-    let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout)
-        .config(Config { verbs: args.verbs.config(), ..Config::default() })
-        .build()?;
+    let mut config = Config::default();
+    config.verbs = args.verbs.config();
+    let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout).config(config).build()?;
     let text = args.json.text();
     let mut stage =
         Stage { started, text, model: args.model.clone(), consumer, far, blocks, seen: Vec::new(), pulls: Vec::new() };

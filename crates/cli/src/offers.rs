@@ -79,12 +79,8 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
         }
     }
     let blocks = ids[..count as usize].iter().map(|b| Some(BlockId(*b))).collect();
-    let spec = OfferSpec {
-        request: "bench".into(),
-        tokens: u64::from(count) * u64::from(group.block_tokens),
-        groups: vec![OfferGroup { group: group.id, first_position: 0, blocks }],
-        ..OfferSpec::default()
-    };
+    let groups = vec![OfferGroup { group: group.id, first_position: 0, blocks }];
+    let spec = OfferSpec::new(u64::from(count) * u64::from(group.block_tokens), groups).request("bench");
     producer.offer(spec, Ready::Now).map_err(|e| e.to_string())
 }
 

@@ -120,7 +120,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
     let layout = local_layout(&welcome.pool, group.group, blocks)?;
     args::check_memory(layout.segments[0])?;
-    let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
+    let mut config = Config::default();
+    config.verbs = args.verbs.config();
     config.pull.faults = args.fault;
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).config(config).build()?;

@@ -113,12 +113,8 @@ pub(crate) fn layout(
 /// Every block of the pool, in its order.
 fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
     let all = (0..blocks).map(|b| Some(BlockId(b))).collect();
-    OfferSpec {
-        id: None,
-        request: "serve".into(),
-        tokens: u64::from(blocks) * u64::from(block_tokens),
-        groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: all }],
-    }
+    let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: all }];
+    OfferSpec::new(u64::from(blocks) * u64::from(block_tokens), groups).request("serve")
 }
 
 /// Serves until it is told to stop.
@@ -133,7 +129,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let memory =
         if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
     memory.touch()?;
-    let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
+    let mut config = Config::default();
+    config.verbs = args.verbs.config();
     config.lease.unclaimed = args.unclaimed_lease;
     config.lease.claimed = args.claim_lease;
     config.lease.hard_cap = args.hard_cap;

@@ -71,7 +71,9 @@ impl Settings {
             config.pull.faults = Some(fault.parse().map_err(value_error)?);
         }
         if let Some((certificate, key, ca, server_name)) = tls {
-            config.tls = Some(TlsConfig { certificate, key, ca, server_name });
+            let mut tls = TlsConfig::default();
+            (tls.certificate, tls.key, tls.ca, tls.server_name) = (certificate, key, ca, server_name);
+            config.tls = Some(tls);
         }
         let lanes = match lanes {
             Some(names) => names.iter().map(|n| lane(n)).collect::<PyResult<Vec<_>>>()?,

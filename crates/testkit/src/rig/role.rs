@@ -76,7 +76,7 @@ pub(super) fn run_producer(spec: &str) {
                 };
                 let tokens = blocks.len() as u64 * 16;
                 let made = producer.offer(
-                    OfferSpec { id, request: "test".into(), tokens, groups: vec![group] },
+                    OfferSpec::new(tokens, vec![group]).request("test").id(id),
                     if ready { Ready::Now } else { Ready::Later },
                 );
                 if let Ok(o) = &made {

@@ -11,12 +11,9 @@ impl Engine {
     pub(super) fn offer(&mut self, r: &mut Req) -> Option<Box<Offer>> {
         let producer = self.link.producer.as_ref().filter(|_| r.job.produce)?;
         let blocks = r.tables[0].get(..r.job.prompt.len().div_ceil(BLOCK))?.to_vec();
-        let spec = OfferSpec {
-            id: None,
-            request: r.job.name.chars().take(Offer::MAX_REQUEST / 4).collect(),
-            tokens: r.prompt(),
-            groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }],
-        };
+        let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }];
+        let request: String = r.job.name.chars().take(Offer::MAX_REQUEST / 4).collect();
+        let spec = OfferSpec::new(r.prompt(), groups).request(request);
         match producer.offer(spec, Ready::Now) {
             Ok(offer) => {
                 let kept: Vec<_> = offer.groups[0].blocks.iter().flatten().copied().collect();

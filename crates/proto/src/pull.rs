@@ -370,13 +370,10 @@ impl PullTracker {
         {
             return self.decide(now, cause);
         }
-        if self.phase == Phase::Decided && (quiet || planted(Bug::EndBeforeQuiet)) {
+        if self.phase == Phase::Decided && quiet {
             self.phase = Phase::Ended;
             if let Some(mut outcome) = self.outcome.take() {
                 outcome.times.ended = Some(now.saturating_duration_since(self.started));
-                if planted(Bug::EndedTwice) {
-                    self.out.push_back(Out::Ended(outcome.clone()));
-                }
                 self.out.push_back(Out::Ended(outcome));
             }
         }
@@ -488,7 +485,7 @@ impl Machine for PullTracker {
             self.stop_all(now);
             self.check_end(now);
         }
-        if now >= self.deadline && !planted(Bug::DeadlineFromTransport) {
+        if now >= self.deadline {
             self.conclude(now, Cause::Deadline);
         }
         self.out.extend(self.sources.iter_mut().filter_map(|s| s.kill(now)).map(Out::Kill));

@@ -604,10 +604,7 @@ impl<L: Lane> Puller<L> {
                 let blocks = p.tracker.report(&outcome);
                 let offer = p.start.offer.clone();
                 self.out.push_back(Out::Ended(Box::new(Ended { pull: id, offer, outcome: *outcome, blocks })));
-                // A planted bug says it twice; the second one must still find its pull.
-                if !planted(Bug::EndedTwice) {
-                    self.forget(id);
-                }
+                self.forget(id);
             }
         }
     }

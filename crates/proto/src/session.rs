@@ -337,9 +337,6 @@ impl PeerSession {
             }
             let release = u.release.clone();
             self.send(now, seq, ClientBody::Release(release));
-            if planted(Bug::ReleaseLost) {
-                self.unacked.remove(&seq);
-            }
         }
     }
 

@@ -192,7 +192,7 @@ impl Source {
         if let Some(part) = self.parts.get_mut(chunk as usize)
             && *part == Part::Fencing
         {
-            if planted(Bug::DoubtIgnored) {
+            if planted(Bug::UnverifiedLoaded) {
                 *part = Part::Good;
                 self.good += 1;
                 return;

@@ -221,11 +221,7 @@ impl OfferTable {
                 let body = self.claim(now, (to, claim), offer);
                 self.reply(to, body);
             }
-            ClientBody::Renew(claims) => {
-                if !planted(Bug::RenewLost) {
-                    self.renew(now, to, &claims);
-                }
-            }
+            ClientBody::Renew(claims) => self.renew(now, to, &claims),
             ClientBody::Release(release) => {
                 self.release(now, Some(from), &release);
                 self.out.push_back(Out::Send(to, ServerFrame { ack: frame.seq, body: None }));

@@ -132,7 +132,7 @@ impl PullTracker {
         Self {
             wanted,
             plan: None,
-            sources: (0..sources).map(|_| Source::default()).collect(),
+            sources: (0..sources).map(|_| Source::new(retry.wait)).collect(),
             started: now,
             deadline,
             retry,
@@ -303,7 +303,7 @@ impl PullTracker {
         if s.tries >= self.retry.attempts {
             return self.conclude(now, cause);
         }
-        s.wait(now, self.retry.wait);
+        s.wait(now);
         self.want_lanes(now);
     }
 

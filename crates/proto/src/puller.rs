@@ -24,7 +24,7 @@ use crate::{
     shard::Shard,
 };
 
-use self::better::{Better, Waits};
+use self::better::{Search, Waits};
 pub use self::event::{Addr, Ended, In, LaneWish, Need, Out, Progress, PullId, Start};
 
 struct PullState {
@@ -62,7 +62,7 @@ struct Peer {
     connecting: bool,
     /// A better lane than what there is is looked for, beside that: nobody waits for it.
     looking: bool,
-    better: Better,
+    better: Search,
 }
 
 /// Pulls and lanes of one consumer rank.
@@ -296,7 +296,7 @@ impl<L: Lane> Puller<L> {
         let incarnation = welcome.peer.incarnation;
         let peer = self.peers.entry(addr.clone()).or_default();
         if peer.welcome.replace(welcome).is_some_and(|old| old.peer.incarnation != incarnation) {
-            peer.better = Better::default();
+            peer.better = Search::default();
         }
         // Its session is new, and a lane ends with the session that it was made for: those of before take no new attempts,
         // and those of an earlier incarnation must not.
@@ -429,8 +429,8 @@ impl<L: Lane> Puller<L> {
             kinds.push(l.kind);
         }
         if kinds.is_empty() {
-            peer.better.well(now);
-        } else if !peer.connecting && !peer.looking && peer.better.look(now, self.waits) {
+            peer.better.not_needed(now);
+        } else if !peer.connecting && !peer.looking && peer.better.due(now, self.waits) {
             peer.looking = true;
             let wish = LaneWish { expect: rank.incarnation, kinds, need: Need::Better };
             self.out.push_back(Out::Connect(l.peer.clone(), wish));

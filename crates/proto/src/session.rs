@@ -403,7 +403,7 @@ impl PeerSession {
     /// Dials again after a while.
     fn redial(&mut self, now: Instant) {
         let random = (self.entropy)();
-        self.redial_at = Some(now + self.backoff.next(random));
+        self.redial_at = Some(now + self.backoff.wait_jittered(random));
     }
 
     /// A new claim speaks of a process that was there a moment ago: a long wait for the next dial is cut short.

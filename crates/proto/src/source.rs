@@ -13,6 +13,7 @@ use crate::{
     fence,
     lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneKind},
     plan::{Plan, Read},
+    retry::Backoff,
     sabotage::{Bug, planted},
 };
 
@@ -54,13 +55,14 @@ pub(super) enum Fenced {
     Unasked,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Source {
     pub grant: Option<Grant>,
     pub live: Option<Live>,
     /// A lane has been asked for.
     pub asked: bool,
     pub retry_at: Option<Instant>,
+    backoff: Backoff,
     /// Attempts and askings that came to nothing.
     pub tries: u32,
     /// Attempts that were begun.
@@ -81,6 +83,27 @@ pub(super) struct Source {
 }
 
 impl Source {
+    /// A source without a grant. `wait` is the wait before its third attempt.
+    pub(crate) fn new(wait: Duration) -> Self {
+        Self {
+            grant: None,
+            live: None,
+            asked: false,
+            retry_at: None,
+            backoff: Backoff::new(wait, wait.saturating_mul(1 << 10)),
+            tries: 0,
+            attempts: 0,
+            failed: Vec::new(),
+            parts: Vec::new(),
+            good: 0,
+            cursor: 0,
+            low: 0,
+            reads: Vec::new(),
+            posted: 0,
+            unfenced: VecDeque::new(),
+        }
+    }
+
     /// The plan is known: there are so many chunks.
     pub(crate) fn planned(&mut self, chunks: usize) {
         self.parts = vec![Part::Waiting; chunks];
@@ -246,10 +269,10 @@ impl Source {
     }
 
     /// When its lane may be asked for again, if a wait is on.
-    pub(crate) fn wait(&mut self, now: Instant, first: Duration) {
+    pub(crate) fn wait(&mut self, now: Instant) {
         // The second try comes at once: a broken lane says nothing about the next one.
-        if let Some(doublings) = self.tries.checked_sub(2) {
-            self.retry_at = Some(now + first.saturating_mul(1 << doublings.min(10)));
+        if self.tries >= 2 {
+            self.retry_at = Some(self.backoff.wait_from(now));
         }
     }
 }

@@ -161,16 +161,6 @@ pub enum HelloError {
         /// What the peer said.
         there: String,
     },
-    /// Another engine answers at the address.
-    #[error("engine {got:?} answers at {addr}, not {want:?}: the address has a new owner")]
-    WrongEngine {
-        /// The address.
-        addr: String,
-        /// The engine asked for.
-        want: String,
-        /// The engine that answered.
-        got: String,
-    },
     /// What the peer sent breaks the protocol's bounds.
     #[error("the peer at {addr} sent rubbish: {what}; is it a kvferry of this version?")]
     Protocol {
@@ -195,9 +185,7 @@ impl HelloError {
     /// The cause that a pull's blocks get.
     pub fn cause(&self) -> Cause {
         match self {
-            Self::Mismatch(_) | Self::Version { .. } | Self::WrongEngine { .. } | Self::Protocol { .. } => {
-                Cause::Refused
-            }
+            Self::Mismatch(_) | Self::Version { .. } | Self::Protocol { .. } => Cause::Refused,
             Self::Unreachable { .. } => Cause::Unreachable,
         }
     }

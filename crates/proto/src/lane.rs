@@ -135,6 +135,20 @@ pub enum LaneEvent {
     Wedged,
 }
 
+impl LaneEvent {
+    /// The attempt of the event; `None` for an event of the whole lane.
+    pub fn attempt(&self) -> Option<Attempt> {
+        match self {
+            Self::Done { attempt, .. }
+            | Self::Failed { attempt, .. }
+            | Self::Fence { attempt, .. }
+            | Self::Again { attempt, .. }
+            | Self::Quiet { attempt } => Some(*attempt),
+            Self::Down { .. } | Self::Wedged => None,
+        }
+    }
+}
+
 /// One data path to one peer rank.
 ///
 /// One owner thread; no call blocks. Dropping one that is not quiet leaks its memory rather than freeing it.

@@ -607,7 +607,7 @@ impl World {
             // As the driver does when an idle lane's descriptor is readable.
             if let Some(p) = &mut self.consumers[c].process {
                 let idle: Vec<_> = p.puller.idle_lanes().collect();
-                idle.into_iter().for_each(|n| p.puller.stir(n));
+                idle.into_iter().for_each(|n| p.puller.mark_ready(n));
             }
             let soon = self.now + self.rng.tail(0, 10, 80);
             self.wake_by(c, soon);

@@ -99,7 +99,7 @@ fn carry_out(plan: &Plan, sources: &[&PoolLayout], here: &PoolLayout, max_read: 
     copied
 }
 
-/// What a read says by name is what it says by address.
+/// A read's names and its addresses must mean the same bytes.
 fn check_names(plan: &Plan, there: &PoolLayout, r: &Read) {
     let region = &there.group(r.group).unwrap().regions[usize::from(r.region)];
     assert_eq!(region.segment, r.src_segment);

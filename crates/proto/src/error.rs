@@ -1,4 +1,4 @@
-//! Causes of invalid blocks, and the errors of the public calls. Each message says what to do about it.
+//! Causes of invalid blocks, and the errors of the public calls. Each message names the next step.
 
 use std::fmt;
 
@@ -164,7 +164,7 @@ pub enum HelloError {
     Protocol {
         /// The address.
         addr: String,
-        /// What was wrong.
+        /// The problem.
         what: String,
     },
     /// No process answers.

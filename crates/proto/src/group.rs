@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_region_past_its_segment_is_refused_whatever_the_numbers() {
+    fn a_region_past_its_segment_is_refused_for_any_numbers() {
         let good = PoolLayout::uniform(8, 2, 4096, 16);
         assert_eq!(good.check(), Ok(()));
         assert_eq!(good.groups[0].block_bytes(), 8192);

@@ -66,10 +66,10 @@ pub struct OfferGroup {
 #[non_exhaustive]
 pub enum BadOffer {
     /// The text is not the JSON of an offer.
-    #[error("the offer is unreadable: {0}; pass on what the producer's `offer` returned, unchanged")]
+    #[error("the offer is unreadable: {0}; pass on the producer's offer unchanged")]
     Json(String),
     /// A field is missing, repeated, or out of bounds.
-    #[error("the offer is malformed: {0}; pass on what the producer's `offer` returned, unchanged")]
+    #[error("the offer is malformed: {0}; pass on the producer's offer unchanged")]
     Malformed(String),
     /// The offer has more blocks than a pull may have.
     #[error(
@@ -78,7 +78,7 @@ pub enum BadOffer {
     TooManyBlocks {
         /// Blocks in the offer.
         blocks: usize,
-        /// Most that the limits allow.
+        /// The limit.
         limit: usize,
     },
 }

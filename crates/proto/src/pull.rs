@@ -2,7 +2,7 @@
 //!
 //! A chunk's part from a source rank goes `Waiting → Reading → Fencing → Good`; the chunk is loaded when all parts are good.
 //! A failed attempt is stopped, and its chunks are read again only after its lane's `Quiet` (promise 4): an old lane must
-//! never overwrite a good block. The sets are frozen by the deadline, whatever the lanes report (promise 3), and the engine
+//! never overwrite a good block. The sets are frozen by the deadline, even if no lane reports anything (promise 3), and the engine
 //! hears of the end only when every attempt is quiet.
 
 mod event;

@@ -1,4 +1,4 @@
-//! A consumer's session with one producer address: dial, Hello, heartbeats, claims, releases, and what happens to them when
+//! A consumer's session with one producer address: dial, Hello, heartbeats, claims, releases, and their end when
 //! the peer dies or another process takes its address.
 //!
 //! Everything that is known of a peer belongs to one incarnation of it. A claim names the incarnation that made its offer;
@@ -6,7 +6,7 @@
 //! `Suspect` first (no new claims), then down: the session dials at once, and the answer decides. The same incarnation
 //! resumes the claims; another one, or a refused connection, ends them.
 //!
-//! [`Link`] decides when to dial, [`Liveness`] whether the peer answers, and [`Claims`] what to send.
+//! `Link` decides when to dial, `Liveness` whether the peer answers, and `Claims` what to send.
 
 mod claims;
 mod link;
@@ -249,7 +249,7 @@ impl PeerSession {
         }
     }
 
-    /// The stream is unusable: closes it and dials at once. The answer decides what becomes of the claims.
+    /// The stream is unusable: closes it and dials at once. The answer decides about the claims.
     fn down(&mut self, now: Instant) {
         self.out.push_back(Out::HangUp);
         self.liveness.end_silence();

@@ -1,8 +1,8 @@
 //! A producer's offer table: which offers are live, who has claimed them, and when their blocks go back to the engine.
 //!
 //! An offer is unclaimed for a short while, then kept by its claims' renewals, and never outlives a hard cap. When it ends,
-//! its fence word is cleared *before* the engine hears that the blocks are free (promise 2), and it does end, whatever its
-//! consumers do (promise 6). A tombstone then gives the reason for a while.
+//! its fence word is cleared *before* the engine hears that the blocks are free (promise 2), and it does end, even if its
+//! consumers never release it (promise 6). A tombstone then gives the reason for a while.
 //!
 //! An offer's name may arrive before the offer itself (a router is fast), and a release before both. Unknown ids are
 //! therefore answered `NotYet` for a grace period, and a release of one is remembered.

@@ -45,8 +45,8 @@ impl Search {
 
     /// The best possible lane is in use.
     pub(super) fn not_needed(&mut self, now: Instant) {
-        // Forget the waits only after twice the last one: a lane that fails every few seconds is not searched for every few
-        // seconds.
+        // Forget the waits only after twice the last one: otherwise a lane that fails every few seconds would be
+        // replaced every few seconds.
         if self.wait.as_ref().is_some_and(|w| now.saturating_duration_since(w.until) >= w.until - w.from) {
             self.wait = None;
         }

@@ -112,7 +112,7 @@ pub enum In<L> {
 pub enum Need {
     /// Pulls wait for it.
     Now,
-    /// A background search: pulls go on with the present lane meanwhile.
+    /// A background search: pulls use the present lane meanwhile.
     Better,
 }
 

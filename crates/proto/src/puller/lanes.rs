@@ -148,7 +148,7 @@ impl<L: Lane> Lanes<L> {
                 let taken = l.lane.post(a, reads);
                 p.tracker.accepted(source, taken);
                 if taken < all {
-                    // The window is full for every attempt; this one goes first next time.
+                    // The window is full for every attempt; this one is first next time.
                     l.attempts.rotate_right(1);
                     l.full = true;
                     return;

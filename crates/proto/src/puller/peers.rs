@@ -1,4 +1,4 @@
-//! What a consumer rank knows of its peers, and the queue of pulls that wait for a lane to each.
+//! The peers of a consumer rank, and the pulls that wait for a lane to each.
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
@@ -40,7 +40,7 @@ impl Peers {
         }
     }
 
-    /// What a rank answered in the incarnation that the offer names.
+    /// The Hello of a rank, if the offer's incarnation of it answered.
     pub(super) fn welcome(&self, rank: &OfferRank) -> Option<&Welcome> {
         let welcome = self.by_addr.get(rank.addr.as_str())?.welcome.as_deref()?;
         welcome.peer.incarnation.is(rank.incarnation).then_some(welcome)

@@ -1,4 +1,4 @@
-//! What a session holds and owes: claims on offers, and releases that the producer has not acknowledged.
+//! The claims of a session, and its releases that the producer has not acknowledged.
 //!
 //! Every claim is sent until it is answered, and every release until it is acknowledged or its incarnation is dead.
 

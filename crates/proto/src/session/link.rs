@@ -1,7 +1,7 @@
 //! The connection of a session: dials, the stream, and the process that answers.
 //!
-//! Owns every decision about when to dial. At most one dial and one stream exist at a time. Whatever the peer does, waits
-//! between dials grow until a stream has lived for [`PROVEN`].
+//! Owns every decision about when to dial. At most one dial and one stream exist at a time. Waits between dials grow until a
+//! stream has lived for [`PROVEN`].
 
 use std::{
     collections::VecDeque,

@@ -176,7 +176,7 @@ impl Fabric {
         *self.faults.entry((local, pull)).or_insert(0) += 1;
     }
 
-    // What the world does to processes.
+    // Deaths, stops and the end of the faults.
 
     pub(crate) fn proc_died(&mut self, proc: usize) {
         self.procs[proc].alive = false;

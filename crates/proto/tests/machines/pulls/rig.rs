@@ -25,7 +25,7 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 /// The bound of every lane here: a pull stops that long before its deadline.
 pub(super) const QUIET: Duration = Duration::from_secs(2);
 
-/// A pull with a clock, and lanes that do what the test says.
+/// A pull with a clock, and lanes that the test plays.
 pub(super) struct Pull {
     pub(super) tracker: PullTracker,
     pub(super) start: Instant,

@@ -1,12 +1,14 @@
-//! Names of things: engines, ranks, incarnations, groups, blocks, positions, offers; and sets of positions.
+//! Identifiers of engines, ranks, incarnations, groups, blocks and offers; and sets of positions.
 //!
-//! Every id is a type of its own, so that a block id cannot be passed where a position is meant.
+//! Every identifier has its own type, so that a block id cannot be passed as a position.
 
 use std::{fmt, num::NonZeroU64, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-/// A serving engine: 1 to 128 bytes of text without control characters, chosen by whoever deploys it.
+use crate::sabotage::{Bug, planted};
+
+/// A serving engine: 1 to 128 bytes of text without control characters, chosen by the operator.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct EngineId(Arc<str>);
@@ -23,7 +25,7 @@ impl EngineId {
 
 /// An engine id that is empty, too long, or has control characters.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("engine id {0:?} is not usable: give 1 to 128 bytes without control characters")]
+#[error("engine id {0:?} is unusable: use 1 to 128 bytes without control characters")]
 pub struct BadEngineId(String);
 
 impl TryFrom<String> for EngineId {
@@ -37,7 +39,7 @@ impl FromStr for EngineId {
     type Err = BadEngineId;
     fn from_str(s: &str) -> Result<Self, BadEngineId> {
         if s.is_empty() || s.len() > Self::MAX_BYTES || s.chars().any(char::is_control) {
-            // The text may come from a peer: quote no more of it than a log line bears.
+            // The text may come from a peer: keep the quote short enough for a log line.
             return Err(BadEngineId(s.chars().take(Self::MAX_BYTES).collect()));
         }
         Ok(Self(s.into()))
@@ -84,7 +86,7 @@ impl Incarnation {
         Self(random_nonzero())
     }
 
-    /// An incarnation from the wire; zero is none.
+    /// An incarnation from the wire; `None` for zero.
     pub fn from_wire(raw: u64) -> Option<Self> {
         NonZeroU64::new(raw).map(Self)
     }
@@ -94,13 +96,19 @@ impl Incarnation {
         self.0.get()
     }
 
-    /// An engine's incarnation from those of all its ranks, in rank order: a restart of any rank makes a new one.
+    /// Whether both are the same process life. The one place where a planted bug can confuse them.
+    pub(crate) fn is(self, other: Self) -> bool {
+        self == other || planted(Bug::IncarnationIgnored)
+    }
+
+    /// An engine's incarnation from those of all its ranks, in rank order: a restart of any rank makes a new one. `None`
+    /// without ranks.
     pub fn of_engine(ranks: &[Incarnation]) -> Option<Self> {
         match ranks {
             [] => None,
             [one] => Some(*one),
             many => {
-                // FNV-1a over the numbers; 64 random bits go in for each rank, so collisions are as rare as random ones.
+                // FNV-1a over the numbers. Each rank adds 64 random bits, so collisions are as rare as between random numbers.
                 let mut h = 0xcbf2_9ce4_8422_2325u64;
                 for b in many.iter().flat_map(|r| r.get().to_le_bytes()) {
                     h = (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
@@ -123,7 +131,7 @@ impl fmt::Debug for Incarnation {
     }
 }
 
-/// Text that is no hexadecimal id of the right length.
+/// Text that is not a hexadecimal id of the right length.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} must be {digits} hexadecimal digits and not zero")]
 pub struct BadHex {
@@ -148,7 +156,7 @@ impl From<Incarnation> for String {
     }
 }
 
-/// What a fence word holds while an offer is live: random, never zero. Zero is the word of no offer.
+/// The value of a fence word while its offer is live: random, never zero. A free word is zero.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Nonce(NonZeroU64);
 
@@ -158,7 +166,7 @@ impl Nonce {
         Self(random_nonzero())
     }
 
-    /// A nonce from the wire; zero is none.
+    /// A nonce from the wire; `None` for zero.
     pub fn from_wire(raw: u64) -> Option<Self> {
         NonZeroU64::new(raw).map(Self)
     }
@@ -171,12 +179,12 @@ impl Nonce {
 
 impl fmt::Debug for Nonce {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A nonce proves a claim: it is never printed.
+        // A nonce proves a claim, so it is never printed.
         f.write_str("Nonce(..)")
     }
 }
 
-/// Names an offer. Random in its upper half, so that two producers never mint the same one.
+/// An offer's id: 128 random bits, so that two producers never mint the same one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct OfferId {
@@ -187,7 +195,7 @@ pub struct OfferId {
 }
 
 impl OfferId {
-    /// A new id. A scheduler may mint it before the worker that keeps the books has heard of the request.
+    /// A new id. A scheduler may mint it before the worker that enters the offer has heard of the request.
     pub fn random() -> Self {
         Self { high: random_nonzero().get(), low: random_nonzero().get() }
     }
@@ -235,7 +243,7 @@ pub struct GroupId(pub u16);
 pub struct BlockId(pub u32);
 
 impl BlockId {
-    /// On the wire: no block at this position (a sliding window has left it).
+    /// On the wire: no block at this position (it is before a sliding window).
     pub const NULL: u32 = u32::MAX;
 }
 
@@ -248,7 +256,7 @@ pub struct Block {
     pub id: BlockId,
 }
 
-/// A set of block positions, kept as sorted, disjoint, inclusive ranges: what arrived is nearly always a prefix.
+/// A set of block positions, kept as sorted, disjoint, inclusive ranges: loaded blocks are nearly always a prefix.
 #[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PositionSet(Vec<[u32; 2]>);
@@ -259,7 +267,7 @@ impl PositionSet {
         Self::default()
     }
 
-    /// Adds one position. Cheap at the end, linear elsewhere.
+    /// Adds one position. Takes constant time at the end of the set, linear time elsewhere.
     pub fn insert(&mut self, p: u32) {
         self.insert_range(p, p);
     }
@@ -280,7 +288,7 @@ impl PositionSet {
         }
     }
 
-    /// Adds positions that ascend, run by run.
+    /// Adds ascending positions, run by run.
     pub fn insert_ascending(&mut self, positions: impl Iterator<Item = u32>) {
         let mut run: Option<(u32, u32)> = None;
         for p in positions {
@@ -309,7 +317,7 @@ impl PositionSet {
         self.0.iter().map(|r| u64::from(r[1] - r[0]) + 1).sum()
     }
 
-    /// Whether it has none.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -341,7 +349,7 @@ impl fmt::Debug for PositionSet {
     }
 }
 
-/// Marks on the blocks of a pool, one bit each: for "is any listed twice", at a nanosecond a block.
+/// Marks on the blocks of a pool, one bit each. Finds a block that is listed twice, at a nanosecond a block.
 #[derive(Debug)]
 pub struct Marks(Vec<u64>);
 
@@ -351,7 +359,7 @@ impl Marks {
         Self(vec![0; (blocks as usize).div_ceil(64)])
     }
 
-    /// Marks a block; `false` when it was marked before, or is not one of the pool's.
+    /// Marks a block. `false` when it was marked before or is not in the pool.
     pub fn insert(&mut self, block: BlockId) -> bool {
         let Some(word) = self.0.get_mut(block.0 as usize / 64) else { return false };
         let bit = 1 << (block.0 % 64);
@@ -363,7 +371,7 @@ impl Marks {
 
 fn random_nonzero() -> NonZeroU64 {
     loop {
-        // Without a random source there is neither safety nor freshness: the one place where nothing sensible can go on.
+        // Without a random source neither ids nor nonces are safe, and no caller can continue.
         let raw = getrandom::u64().expect("the system's random source failed");
         if let Some(n) = NonZeroU64::new(raw) {
             return n;
@@ -394,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_position_set_bears_the_ends_of_the_range() {
+    fn a_position_set_holds_both_ends_of_the_range() {
         let mut set = PositionSet::new();
         set.insert(u32::MAX);
         set.insert(0);
@@ -403,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_reborn_in_one_rank_is_another_engine() {
+    fn an_engine_with_one_restarted_rank_has_a_new_incarnation() {
         let [a, b, c] = [Incarnation::random(), Incarnation::random(), Incarnation::random()];
         assert_ne!(Incarnation::of_engine(&[a, b]), Incarnation::of_engine(&[a, c]));
         assert_ne!(Incarnation::of_engine(&[a, b]), Incarnation::of_engine(&[b, a]));

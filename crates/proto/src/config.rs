@@ -5,15 +5,15 @@ use std::time::Duration;
 /// How a producer rank keeps offers.
 #[derive(Debug, Clone)]
 pub struct LeaseConfig {
-    /// An offer that nobody has claimed is revoked after this. Covers the router's and the decode side's queue.
+    /// Lifetime of an offer without a claim. Covers the queues of the router and the decode side.
     pub unclaimed: Duration,
-    /// A claim holds for this long after its last renewal. Several heartbeats, so that a lost one costs nothing.
+    /// A claim holds for this long after its last renewal. Several heartbeats, so that a lost one does no harm.
     pub claimed: Duration,
-    /// No offer lives longer than this, however often it is renewed.
+    /// Longest lifetime of an offer, however often it is renewed.
     pub hard_cap: Duration,
-    /// How long an offer id that nobody registered is answered `NotYet`: the name may overtake the books.
+    /// How long a claim of an unknown offer is answered `NotYet`: the name may overtake the offer.
     pub early_grace: Duration,
-    /// How long a tombstone tells why an offer is gone.
+    /// How long a producer remembers why an offer is gone.
     pub tombstone: Duration,
 }
 
@@ -29,18 +29,18 @@ impl Default for LeaseConfig {
     }
 }
 
-/// How a session notices that its peer died, and how it comes back.
+/// How a session notices that its peer died, and how it reconnects.
 #[derive(Debug, Clone)]
 pub struct SessionConfig {
-    /// Between two pings while claims are held.
+    /// Time between two pings while claims are held.
     pub heartbeat: Duration,
-    /// Between two pings while none is: idle sessions must cost next to nothing.
+    /// Time between two pings of an idle session, which must cost next to nothing.
     pub idle_heartbeat: Duration,
-    /// A producer ends a session that it has not heard of for this long.
+    /// A producer ends a session after this much silence.
     pub silence: Duration,
-    /// Silence that makes a peer suspect: no new claims.
+    /// Silence after which a peer is suspect and gets no new claims.
     pub suspect: Duration,
-    /// Silence that makes it down.
+    /// Silence after which a peer is down.
     pub down: Duration,
     /// Longest time for a dial and Hello.
     pub hello_timeout: Duration,
@@ -68,7 +68,7 @@ impl Default for SessionConfig {
     }
 }
 
-/// Bounds on what peers and callers may ask for. Reached ones end the request or the session with a clear error.
+/// Bounds on the demands of peers and callers. A request or a session over a bound ends with a clear error.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Largest control frame, in bytes. An offer of 1,000,000 blocks takes about 5 MB.
@@ -89,7 +89,7 @@ pub struct Limits {
     pub pulls: usize,
     /// Peers that a consumer keeps at once.
     pub peers: usize,
-    /// Tombstones and early claims that a producer remembers, each.
+    /// Most tombstones that a producer remembers, and most early claims.
     pub remembered: usize,
 }
 

@@ -1,4 +1,4 @@
-//! Why a block is invalid, and the errors of the public calls. Each message says what to do about it.
+//! Causes of invalid blocks, and the errors of the public calls. Each message names the next step.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{block::OfferId, model::Mismatch, offer::BadOffer, plan::PlanError};
 
-/// Why a block did not arrive. One for each invalid block; the names are stable, in logs, metrics and JSON.
+/// Why a block did not arrive. Each invalid block has one cause; the names are stable in logs, metrics and JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -15,7 +15,7 @@ pub enum Cause {
     Deadline,
     /// The engine cancelled the pull.
     Cancelled,
-    /// The peer's process is gone, or does not answer any more.
+    /// The peer's process is gone or does not answer.
     PeerDown,
     /// Another process answers at the peer's address: the offer died with the one that made it.
     PeerRestarted,
@@ -33,7 +33,7 @@ pub enum Cause {
     Revoked,
     /// The fence's word was not the offer's: the bytes may be another request's.
     Stale,
-    /// The lane broke, and no other one was left.
+    /// The lane broke, and no other lane was left.
     LaneFailed,
     /// Wanted here, but not in the offer.
     NotOffered,
@@ -82,7 +82,7 @@ pub enum PullError {
     /// The offer is malformed.
     #[error(transparent)]
     Offer(#[from] BadOffer),
-    /// The local blocks are.
+    /// The pull does not fit the local blocks or the peers' memory.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// A local block belongs to a pull that has not ended.
@@ -97,8 +97,8 @@ pub enum PullError {
         /// The pull that holds it.
         pull: u64,
     },
-    /// As many pulls as the limits allow are on.
-    #[error("{limit} pulls are on already: wait for one to end, or raise limits.pulls")]
+    /// The number of open pulls is at its limit.
+    #[error("{limit} pulls are open already: wait for one to end, or raise limits.pulls")]
     TooManyPulls {
         /// The limit.
         limit: usize,
@@ -107,9 +107,7 @@ pub enum PullError {
     #[error("this consumer was shut down")]
     Shutdown,
     /// The consumer's data thread panicked.
-    #[error(
-        "this consumer's data thread has died of a bug (its panic is on stderr): restart this process, and report it"
-    )]
+    #[error("this consumer's data thread panicked (the panic is on stderr): restart this process, and report it")]
     Died,
 }
 
@@ -129,20 +127,20 @@ impl PullError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OfferError {
-    /// It does not fit the pool or the limits.
+    /// The offer does not fit the pool or the limits.
     #[error(transparent)]
     Bad(#[from] BadOffer),
-    /// As many offers as the fence table has words are live.
+    /// Every word of the fence table is in use.
     #[error("{limit} offers are live already: poll for freed ones, or raise limits.offers")]
     TooManyOffers {
         /// The limit.
         limit: usize,
     },
     /// The id was used before.
-    #[error("offer {0} exists already, or did: mint a new id for every offer")]
+    #[error("offer {0} exists or existed: mint a new id for every offer")]
     Duplicate(OfferId),
     /// The producer is draining or was shut down.
-    #[error("this producer is draining: offer at another one")]
+    #[error("this producer is draining: use another one")]
     Draining,
 }
 
@@ -150,7 +148,7 @@ pub enum OfferError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HelloError {
-    /// Models differ.
+    /// The models differ.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
     /// No common protocol version.
@@ -158,35 +156,25 @@ pub enum HelloError {
     Version {
         /// Versions spoken here.
         here: String,
-        /// What the peer said.
+        /// Versions spoken by the peer.
         there: String,
     },
-    /// Another engine answers at the address.
-    #[error("engine {got:?} answers at {addr}, not {want:?}: the address has a new owner")]
-    WrongEngine {
-        /// The address.
-        addr: String,
-        /// The engine asked for.
-        want: String,
-        /// The engine that answered.
-        got: String,
-    },
-    /// What the peer sent breaks the protocol's bounds.
-    #[error("the peer at {addr} sent rubbish: {what}; is it a kvferry of this version?")]
+    /// A message of the peer breaks the protocol's bounds.
+    #[error("the peer at {addr} sent a malformed message: {what}; is it a kvferry of this version?")]
     Protocol {
         /// The address.
         addr: String,
-        /// What was wrong.
+        /// The problem.
         what: String,
     },
-    /// Nobody there.
+    /// No process answers.
     #[error("cannot reach {addr}: {why}; check that the producer runs there and the port is open")]
     Unreachable {
         /// The address.
         addr: String,
         /// The system's error.
         why: String,
-        /// The connection was refused: no process listens.
+        /// Whether the connection was refused: no process listens.
         refused: bool,
     },
 }
@@ -195,9 +183,7 @@ impl HelloError {
     /// The cause that a pull's blocks get.
     pub fn cause(&self) -> Cause {
         match self {
-            Self::Mismatch(_) | Self::Version { .. } | Self::WrongEngine { .. } | Self::Protocol { .. } => {
-                Cause::Refused
-            }
+            Self::Mismatch(_) | Self::Version { .. } | Self::Protocol { .. } => Cause::Refused,
             Self::Unreachable { .. } => Cause::Unreachable,
         }
     }

@@ -1,13 +1,13 @@
 //! The fence: the check, after the data, that the offer was still live when the last byte was read.
 //!
 //! A word of the producer's fence table holds the offer's random nonce while the offer is live. Revoking stores zero, then
-//! a full fence, and only then are the blocks given back. A reader that finds the nonce *after* its data is in knows that
-//! no byte of it was written since the revocation: the word would not have been the nonce any more. The nonce is random, so
-//! a word that was cleared and given to another offer never looks live to the first one's readers.
+//! executes a full memory fence, and only then gives the blocks back. A reader that finds the nonce *after* its data has
+//! arrived knows that none of the data was overwritten: the word would have been cleared before. The nonce is random, so a
+//! word that was cleared and given to another offer never looks live to the first offer's readers.
 
 use crate::block::Nonce;
 
-/// Whether the word, read after the data, says that the data was good.
+/// Whether the word, read after the data, proves the data good.
 pub fn holds(nonce: Nonce, word: u64) -> bool {
     word == nonce.get()
 }

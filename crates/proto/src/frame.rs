@@ -1,5 +1,5 @@
-//! The session's frames as the machines see them; the control plane turns them into protobuf and back, and checks every
-//! bound on the way in.
+//! The frames of a session as the machines see them. The control plane converts them to and from protobuf, and checks every
+//! bound of received ones.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::{
     lane::Grant,
 };
 
-/// A rank in one process life: who claims, who offers.
+/// A rank in one process life: a consumer or a producer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId {
     /// The engine.
@@ -20,16 +20,16 @@ pub struct PeerId {
     pub incarnation: Incarnation,
 }
 
-/// A claim, unique in the consumer's incarnation.
+/// A claim's id, unique in the consumer's incarnation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClaimId(pub u64);
 
 /// One of several ranks of an engine that read the same offer at the same producer rank: `index` of `of`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Reader {
-    /// Which one, below `of`.
+    /// Index of the reader, below `of`.
     pub index: u32,
-    /// How many there are, at least 1.
+    /// Number of readers, at least 1.
     pub of: u32,
 }
 
@@ -38,65 +38,65 @@ impl Reader {
     pub const ONLY: Self = Self { index: 0, of: 1 };
 }
 
-/// From consumer to producer. A non-zero `seq` is acknowledged, and sent again until it is.
+/// A frame from consumer to producer. A frame with a non-zero `seq` is sent again until it is acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientFrame {
-    /// Names a frame that must not get lost (a release); 0 for those that may.
+    /// Sequence number of a frame that must not get lost (a release); 0 for the others.
     pub seq: u64,
-    /// What it says.
+    /// The content.
     pub body: ClientBody,
 }
 
-/// What a client frame says.
+/// The content of a client frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClientBody {
     /// First frame of a stream.
     Open {
-        /// Who calls.
+        /// The caller.
         from: PeerId,
-        /// The producer's incarnation that the caller knows from Hello.
+        /// The producer's incarnation in its Hello.
         expect: Incarnation,
     },
     /// A heartbeat.
     Ping(u64),
-    /// "I am going to read this offer."
+    /// The consumer is going to read this offer.
     Claim {
         /// The claim.
         claim: ClaimId,
         /// The offer.
         offer: OfferId,
-        /// Which reader this is.
+        /// The engine's reader that claims.
         reader: Reader,
     },
-    /// "I still want these."
+    /// The consumer still needs these claims.
     Renew(Vec<ClaimId>),
-    /// "I am done with this."
+    /// The consumer is done with an offer.
     Release(Release),
 }
 
-/// A claim's, or an offer's, end on the consumer's side.
+/// The end of a claim, or of an offer without one, on the consumer's side.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Release {
     /// The claim, if one was made.
     pub claim: Option<ClaimId>,
     /// The offer.
     pub offer: OfferId,
-    /// Which reader lets go.
+    /// The engine's reader that releases.
     pub reader: Reader,
-    /// On behalf of all readers of the engine.
+    /// Whether it is on behalf of all readers of the engine.
     pub all: bool,
 }
 
-/// From producer to consumer.
+/// A frame from producer to consumer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerFrame {
-    /// The release with this sequence number has been carried out; 0: none is acknowledged.
+    /// Sequence number of the release that this frame acknowledges; 0 for none.
     pub ack: u64,
-    /// What it says; `None`: the acknowledgement only.
+    /// The content; `None` for an acknowledgement only.
     pub body: Option<ServerBody>,
 }
 
-/// What a server frame says.
+/// The content of a server frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ServerBody {
     /// Answer to `Open`.
@@ -109,14 +109,14 @@ pub enum ServerBody {
         claim: ClaimId,
         /// Its fence word.
         grant: Grant,
-        /// Of the lease.
+        /// How long the claim holds without a renewal.
         remaining: Duration,
     },
-    /// Ask again: the blocks are not ready, or the books are behind the name.
+    /// Claim again later: the blocks are not ready, or the offer is not entered yet.
     NotYet {
         /// The claim.
         claim: ClaimId,
-        /// When.
+        /// Wait before the next claim.
         retry: Duration,
     },
     /// There is nothing to claim.
@@ -133,14 +133,14 @@ pub enum ServerBody {
         /// Why.
         why: Gone,
     },
-    /// No new offers will be made; what is offered can still be claimed.
+    /// The producer makes no new offers; live ones can still be claimed.
     Draining,
 }
 
 /// Why an offer is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Gone {
-    /// Never heard of it, and waited long enough.
+    /// It was never entered, and the grace period is over.
     Unknown,
     /// The lease ran out.
     Expired,

@@ -1,10 +1,11 @@
-//! A rank's registered KV memory as both sides describe it: pool, groups, regions. No pointers: offsets into segments.
+//! The layout of a rank's registered KV memory: pool, groups, regions. It has offsets into segments instead of pointers, so
+//! that both sides can describe their memory with it.
 
 use std::sync::Arc;
 
 use crate::block::GroupId;
 
-/// What the layers of a group compute, and so what may be missing from it.
+/// The kind of a group's layers, which decides which blocks may be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum GroupKind {
     /// Full attention: every position has a block.
@@ -42,7 +43,7 @@ impl Region {
 pub struct Group {
     /// The group's number; unique in the pool.
     pub id: GroupId,
-    /// What its layers compute.
+    /// Kind of its layers.
     pub kind: GroupKind,
     /// Tokens in a block.
     pub block_tokens: u32,
@@ -85,25 +86,25 @@ pub enum BadLayout {
         segment: u16,
         /// Bytes that the region needs, from the segment's start.
         needed: u64,
-        /// Bytes of the segment; 0 when there is no such segment.
+        /// Bytes of the segment; 0 if it does not exist.
         has: u64,
     },
-    /// Something is zero, out of order, or named twice.
+    /// A value is zero, out of order, or repeated.
     #[error("group {group}: {what}")]
     Group {
         /// The group's id.
         group: u16,
-        /// What is wrong with it.
+        /// The problem.
         what: &'static str,
     },
-    /// More of something than the limits allow.
+    /// A count or a size is over its limit.
     #[error("{what}: {has} is over the limit of {limit}")]
     TooMany {
-        /// What is counted.
+        /// The counted thing.
         what: &'static str,
-        /// How many there are.
+        /// The count.
         has: u64,
-        /// How many are allowed.
+        /// The limit.
         limit: u64,
     },
 }
@@ -144,8 +145,11 @@ impl PoolLayout {
         self.groups.binary_search_by_key(&id, |g| g.id).ok().map(|i| &self.groups[i])
     }
 
-    /// Checks every bound, so that no offset computed from this layout can leave its segment. Used for one's own layout
-    /// and for a peer's, which may hold anything.
+    /// Checks every bound, so that no offset computed from this layout can leave its segment. For the local layout, and for a
+    /// peer's, which may contain any value.
+    ///
+    /// # Errors
+    /// A region does not fit its segment, a value is zero, out of order or repeated, or a limit is exceeded.
     pub fn check(&self) -> Result<(), BadLayout> {
         let over = |what, has: usize, limit: usize| BadLayout::TooMany { what, has: has as u64, limit: limit as u64 };
         if self.segments.len() > Self::MAX_SEGMENTS {
@@ -165,7 +169,7 @@ impl PoolLayout {
             }
             last = Some(g.id);
             if g.blocks == 0 || g.blocks == u32::MAX {
-                return Err(bad("has no blocks, or more than can be numbered"));
+                return Err(bad("has no blocks, or too many to number"));
             }
             if g.block_tokens == 0 {
                 return Err(bad("a block holds no tokens"));
@@ -213,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_region_past_its_segment_is_refused_whatever_the_numbers() {
+    fn a_region_past_its_segment_is_refused_for_any_numbers() {
         let good = PoolLayout::uniform(8, 2, 4096, 16);
         assert_eq!(good.check(), Ok(()));
         assert_eq!(good.groups[0].block_bytes(), 8192);

@@ -1,4 +1,4 @@
-//! Hello: who is there, do the models match, where does the memory lie. The answer is a pure function of both sides.
+//! Hello, the handshake: identities, models and memory layouts. The answer is a pure function of both sides.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,20 +18,20 @@ pub const VERSIONS: (u32, u32) = (1, 1);
 pub mod features {
     /// Several readers of one engine may share an offer.
     pub const READERS: u64 = 1 << 0;
-    /// All that this build has.
+    /// All features of this build.
     pub const ALL: u64 = READERS;
 }
 
-/// What a consumer rank says first.
+/// The first message of a consumer rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
-    /// Versions that it speaks.
+    /// Lowest and highest version that it speaks.
     pub versions: (u32, u32),
     /// Its feature bits.
     pub features: u64,
-    /// Who it is.
+    /// Its identity.
     pub peer: PeerId,
-    /// What its KV means.
+    /// Its model.
     pub model: Model,
     /// Its part of the model.
     pub shard: Shard,
@@ -39,18 +39,18 @@ pub struct Hello {
     pub host: String,
 }
 
-/// What a producer rank answers.
+/// The answer of a producer rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Welcome {
-    /// The version that both use.
+    /// The version that both sides use.
     pub version: u32,
-    /// The features that both have.
+    /// The features that both sides have.
     pub features: u64,
-    /// Who it is.
+    /// Its identity.
     pub peer: PeerId,
     /// Its engine's incarnation.
     pub engine_incarnation: Incarnation,
-    /// What its KV means.
+    /// Its model.
     pub model: Model,
     /// Its part of the model.
     pub shard: Shard,
@@ -58,15 +58,18 @@ pub struct Welcome {
     pub pool: Arc<PoolLayout>,
     /// Words in its fence table.
     pub fence_slots: u32,
-    /// Lanes that it serves, best first.
+    /// Kinds of lanes that it serves, best first.
     pub lanes: Vec<LaneKind>,
     /// Boot id and pid namespace: equal on two ranks that can reach each other's memory.
     pub host: String,
-    /// It ends a session that is silent for this long.
+    /// Silence after which it ends a session.
     pub silence: Duration,
 }
 
-/// Checks a consumer's Hello against this producer's model, and picks the version.
+/// Checks a consumer's Hello against this producer's model. Returns the highest common version.
+///
+/// # Errors
+/// The models differ, or there is no common version.
 pub fn answer(hello: &Hello, model: &Model) -> Result<u32, Mismatch> {
     let (low, high) = (hello.versions.0.max(VERSIONS.0), hello.versions.1.min(VERSIONS.1));
     if low > high {

@@ -1,16 +1,16 @@
-//! A lane: one data path to one peer rank. This file is the seam between the pull tracker, which decides what is read, and
-//! the lanes, which move bytes. The simulation has a lane of its own behind the same trait.
+//! A lane: one data path to one peer rank. The trait separates the pull tracker, which decides what to read, from the lanes,
+//! which move bytes. The simulation implements it too.
 
 use std::{fmt, time::Duration};
 
 use crate::{block::Nonce, error::Cause, plan::Read};
 
-/// One try of a pull on one lane. Never used twice in a process, so a late event of an old try cannot be taken for a new
-/// one's.
+/// One attempt of a pull on one lane. Numbers are never reused in a process, so a late event of an old attempt cannot pass
+/// for a new one's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Attempt(pub u64);
 
-/// The kinds of lanes there are.
+/// The kind of a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum LaneKind {
@@ -44,65 +44,65 @@ impl fmt::Display for LaneKind {
 pub enum FenceKind {
     /// The tracker posts it with [`Lane::post_fence`] once all the chunk's reads are done.
     Posted,
-    /// The lane reads the word once it has seen all the chunk's reads complete, without being asked: the wire does not wait
-    /// for the tracker. It comes as [`LaneEvent::Fence`] by itself.
+    /// The lane reads the word itself once all the chunk's reads have completed, and reports it as [`LaneEvent::Fence`]: the
+    /// wire does not wait for the tracker.
     Own,
-    /// The producer checks after copying the chunk, and its word comes as [`LaneEvent::Fence`] by itself.
+    /// The producer checks after it has copied the chunk. The lane reports its word as [`LaneEvent::Fence`].
     Trailer,
 }
 
-/// What a lane can do.
+/// Properties of a lane.
 #[derive(Debug, Clone, Copy)]
 pub struct LaneCaps {
-    /// Which kind it is.
+    /// Its kind.
     pub kind: LaneKind,
     /// Longest read, in bytes.
     pub max_read: u64,
-    /// How long it may take from [`Lane::stop`] to [`LaneEvent::Quiet`], the ladder included. A pull on this lane starts
-    /// to stop that long before its deadline.
+    /// Longest time from [`Lane::stop`] to [`LaneEvent::Quiet`], all teardown stages included. A pull stops its lanes that
+    /// long before its deadline.
     pub quiet_bound: Duration,
-    /// How fences come.
+    /// How it learns the fence's word.
     pub fence: FenceKind,
 }
 
-/// Where a chunk's fence word is.
+/// The place of a chunk's fence word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FenceSlot {
     /// The chunk.
     pub chunk: u32,
-    /// Word in the source rank's fence table.
+    /// Index of the word in the source rank's fence table.
     pub slot: u32,
 }
 
-/// What a lane is told of an attempt before its first read: the claim that it reads under.
+/// The claim under which an attempt reads. A lane gets it before the first read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grant {
-    /// Word in the source rank's fence table.
+    /// Index of the word in the source rank's fence table.
     pub slot: u32,
-    /// What the word holds while the offer is live.
+    /// The word's value while the offer is live.
     pub nonce: Nonce,
 }
 
-/// What happened on a lane. Every event is of one attempt, but for `Down` and `Wedged`, which are of the lane.
+/// An event of a lane. Each belongs to one attempt, except `Down` and `Wedged`, which belong to the lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LaneEvent {
-    /// `reads` more reads of the chunk are done: their bytes lie in local memory.
+    /// `reads` more reads of the chunk are done: their bytes are in local memory.
     Done {
         /// The attempt.
         attempt: Attempt,
         /// The chunk.
         chunk: u32,
-        /// How many more.
+        /// Number of reads.
         reads: u32,
     },
-    /// A read or a fence failed. The attempt goes no further on this lane; it is not quiet yet.
+    /// A read or a fence failed. The attempt makes no more progress on this lane; it is not quiet yet.
     Failed {
         /// The attempt.
         attempt: Attempt,
         /// Why.
         cause: Cause,
     },
-    /// The word that the chunk's fence read.
+    /// A chunk's fence has read its word.
     Fence {
         /// The attempt.
         attempt: Attempt,
@@ -111,39 +111,53 @@ pub enum LaneEvent {
         /// The word.
         word: u64,
     },
-    /// What was read of this chunk cannot be trusted, and no fence of it will come: read it again, on this attempt. None of
-    /// its reads is in flight. Instead of `Fence`, where the tracker would hear that; never from lanes whose fences are
-    /// trailers.
+    /// The data of this chunk is unverified, and no fence of it follows: read it again, on this attempt. None of its reads is
+    /// in flight. Comes instead of `Fence`; never from lanes with [`FenceKind::Trailer`].
     Again {
         /// The attempt.
         attempt: Attempt,
         /// The chunk.
         chunk: u32,
     },
-    /// Nothing of this attempt can write local memory any more. Comes once, after `stop` or `kill`, or by itself after
-    /// `Down`; nothing else of the attempt comes after it.
+    /// The attempt cannot write local memory any more. Comes once, after `stop`, `kill` or `Down`; it is the attempt's last
+    /// event.
     Quiet {
         /// The attempt.
         attempt: Attempt,
     },
-    /// The lane is of no more use. `Quiet` for each of its attempts comes before or after.
+    /// The lane is unusable. `Quiet` of each of its attempts comes before or after.
     Down {
         /// Why.
         cause: Cause,
     },
-    /// The ladder's last rung failed: what was in flight may still be written, for ever.
+    /// The last teardown stage failed: reads that were in flight may still write local memory, indefinitely.
     Wedged,
+}
+
+impl LaneEvent {
+    /// The attempt of the event; `None` for an event of the whole lane.
+    pub fn attempt(&self) -> Option<Attempt> {
+        match self {
+            Self::Done { attempt, .. }
+            | Self::Failed { attempt, .. }
+            | Self::Fence { attempt, .. }
+            | Self::Again { attempt, .. }
+            | Self::Quiet { attempt } => Some(*attempt),
+            Self::Down { .. } | Self::Wedged => None,
+        }
+    }
 }
 
 /// One data path to one peer rank.
 ///
-/// One owner thread; no call blocks. Dropping one that is not quiet leaks its memory rather than freeing it.
+/// A lane has one owner thread, and no call blocks. A lane that is dropped before it is quiet leaks its memory rather than
+/// freeing it.
 pub trait Lane: Send {
-    /// What it can do.
+    /// Its properties.
     fn caps(&self) -> LaneCaps;
 
-    /// Whether it has less than a new one might have: a part of it failed, or was not to be had when it was connected. It
-    /// goes on, and its owner looks for a new one now and then.
+    /// Whether a new lane might be better: a part of this one failed, or was unavailable when it was connected. The lane
+    /// still works; its owner searches for a new one from time to time.
     fn degraded(&self) -> bool {
         false
     }
@@ -152,25 +166,24 @@ pub trait Lane: Send {
     /// nothing.
     fn begin(&mut self, a: Attempt, grant: Grant);
 
-    /// Takes reads, and returns how many of them it accepted, from the front. Fewer than all means that its window is full:
-    /// offer the rest again after the next event. A slice ends with its chunk's last read, so reads of a chunk are offered
-    /// without another chunk's between them.
+    /// Posts reads of one chunk, up to its last. Returns the number that it accepted, from the front. Fewer than all: its
+    /// window is full, and the caller offers the rest again after the next event, before another chunk's.
     fn post(&mut self, a: Attempt, reads: &[Read]) -> usize;
 
-    /// Posts the chunk's fence; `false` when there is no room now. Called only where fences are [`FenceKind::Posted`].
+    /// Posts the chunk's fence; `false` when there is no room now. Only for [`FenceKind::Posted`].
     fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
         let _ = (a, f);
-        debug_assert!(false, "this lane's fences come by themselves");
+        debug_assert!(false, "this lane posts its own fences");
         true
     }
 
-    /// Posts nothing more of this attempt and lets what is in flight drain; then [`LaneEvent::Quiet`].
+    /// Ends the attempt: posts no more of it, drains its operations in flight, then reports [`LaneEvent::Quiet`].
     fn stop(&mut self, a: Attempt);
 
-    /// Up the ladder, now: after it come `Quiet` for every attempt and `Down`, or `Wedged`.
+    /// Escalates the teardown: then come `Quiet` of every attempt and `Down`, or `Wedged`.
     fn kill(&mut self);
 
-    /// Makes progress and appends what happened. `out` is used again by the caller. Moves a bounded number of bytes.
+    /// Makes progress and appends events to `out`, which the caller reuses. Moves a bounded number of bytes.
     fn poll(&mut self, out: &mut Vec<LaneEvent>);
 }
 

@@ -1,7 +1,7 @@
 //! The protocol: no I/O, no clock, no unsafe.
 //!
-//! Everything here is told what happened and what time it is, and answers what to do. Sockets, threads and memory live
-//! elsewhere, so a bad day is a unit test, and the simulation runs these machines through thousands of them a second.
+//! A state machine takes events and the time, and returns actions. Sockets, threads and memory are in another crate, so a
+//! failure is a unit test, and the simulation runs these machines through thousands of seeded failures a second.
 
 pub mod block;
 pub mod config;
@@ -29,20 +29,20 @@ use std::time::Instant;
 
 /// A state machine that is fed events and asked for actions.
 pub trait Machine {
-    /// What happens to it.
+    /// An event.
     type In;
-    /// What it wants done.
+    /// An action.
     type Out;
 
-    /// Tells it what happened. A timeout is told by [`Machine::tick`].
+    /// Takes an event. A timeout is not an event, see [`Machine::tick`].
     fn handle(&mut self, now: Instant, event: Self::In);
 
-    /// Tells it what time it is. Calling it early, late or often does no harm.
+    /// Takes the time. Calling it early, late or often does no harm.
     fn tick(&mut self, now: Instant);
 
-    /// The next thing to do, in order; `None` until something happens again.
+    /// The next action, in order; `None` until the next event.
     fn poll(&mut self) -> Option<Self::Out>;
 
-    /// When to call [`Machine::tick`], if nothing happens before.
+    /// The time of the next [`Machine::tick`] if no event comes before it.
     fn next_timeout(&self) -> Option<Instant>;
 }

@@ -1,15 +1,16 @@
-//! What must be equal on both sides for KV bytes to mean the same thing. A difference is refused by name, never hoped away.
+//! The properties of a model that must be equal on both sides for KV bytes to mean the same thing. A difference is refused
+//! with the name of the field.
 
 use serde::{Deserialize, Serialize};
 
-/// What the bytes of a block mean.
+/// The meaning of a block's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Model {
     /// Model name or weights hash.
     pub name: String,
     /// Data type of the cache, such as `bfloat16`.
     pub dtype: String,
-    /// How quantisation scales are kept; empty when there are none.
+    /// How quantisation scales are stored; empty for none.
     pub scales: String,
     /// Attention layout inside a block, such as `HND`.
     pub attention: String,
@@ -33,7 +34,10 @@ impl Model {
     /// Longest text of a field, in bytes.
     pub const MAX_TEXT: usize = 256;
 
-    /// The first difference between a consumer's model and a producer's.
+    /// Compares a consumer's model with a producer's.
+    ///
+    /// # Errors
+    /// The first field that differs, with both values.
     pub fn matches(consumer: &Model, producer: &Model) -> Result<(), Mismatch> {
         let text = [
             ("model", &consumer.name, &producer.name),

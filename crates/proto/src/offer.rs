@@ -1,11 +1,11 @@
-//! An offer: a *name* for blocks that stay put for a request. Small, self-contained, JSON or protobuf; it carries no time
-//! and no key, so a router may log it, and knowing it opens nothing.
+//! An offer: a *name* for blocks that stay put for a request. Small, self-contained, JSON or protobuf. It contains no time
+//! and no key, so a router may log it.
 
 use serde::{Deserialize, Serialize};
 
 use crate::block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank};
 
-/// A name for blocks that a producer engine holds still until they are pulled, released or revoked.
+/// A name for blocks that a producer engine keeps until they are pulled, released or revoked.
 ///
 /// ```
 /// # use kvferry_proto::offer::Offer;
@@ -22,7 +22,7 @@ use crate::block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank};
 pub struct Offer {
     /// The offer's id.
     pub id: OfferId,
-    /// The engine that offers.
+    /// The engine that made the offer.
     pub engine: EngineId,
     /// The engine's incarnation, minted from all its ranks'.
     pub incarnation: Incarnation,
@@ -37,7 +37,7 @@ pub struct Offer {
     pub request: String,
 }
 
-/// One rank of the engine that offers.
+/// One rank of the engine that made the offer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OfferRank {
@@ -65,20 +65,20 @@ pub struct OfferGroup {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BadOffer {
-    /// Not the JSON of an offer.
-    #[error("the offer is not readable: {0}; pass on what the producer's `offer` returned, unchanged")]
+    /// The text is not the JSON of an offer.
+    #[error("the offer is unreadable: {0}; pass on the producer's offer unchanged")]
     Json(String),
-    /// Something in it is missing, repeated, or out of bounds.
-    #[error("the offer is malformed: {0}; pass on what the producer's `offer` returned, unchanged")]
+    /// A field is missing, repeated, or out of bounds.
+    #[error("the offer is malformed: {0}; pass on the producer's offer unchanged")]
     Malformed(String),
-    /// More blocks than a pull may have.
+    /// The offer has more blocks than a pull may have.
     #[error(
-        "the offer names {blocks} blocks, over the limit of {limit}; raise limits.blocks_per_offer if this is meant"
+        "the offer names {blocks} blocks, over the limit of {limit}; raise limits.blocks_per_offer if this is intended"
     )]
     TooManyBlocks {
         /// Blocks in the offer.
         blocks: usize,
-        /// Most that the limits allow.
+        /// The limit.
         limit: usize,
     },
 }
@@ -97,17 +97,23 @@ impl Offer {
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// Reads an offer that `to_json` wrote. The bounds are checked by [`Offer::check`].
+    /// Parses the text of [`Offer::to_json`]. Does not check the bounds, see [`Offer::check`].
+    ///
+    /// # Errors
+    /// The text is not the JSON of an offer.
     pub fn from_json(text: &str) -> Result<Self, BadOffer> {
         serde_json::from_str(text).map_err(|e| BadOffer::Json(e.to_string()))
     }
 
-    /// Blocks that it names, in all groups, null ones not counted.
+    /// Number of blocks in all groups, without null ones.
     pub fn blocks(&self) -> usize {
         self.groups.iter().map(|g| g.blocks.iter().flatten().count()).sum()
     }
 
-    /// Checks all bounds. An offer may come from anywhere.
+    /// Checks all bounds. An offer may come from any source. `limit` bounds its blocks, null ones included.
+    ///
+    /// # Errors
+    /// A field is missing, repeated, or out of bounds.
     pub fn check(&self, limit: usize) -> Result<(), BadOffer> {
         let bad = |what: String| Err(BadOffer::Malformed(what));
         let listed: usize = self.groups.iter().map(|g| g.blocks.len()).sum();
@@ -115,15 +121,15 @@ impl Offer {
             return Err(BadOffer::TooManyBlocks { blocks: listed, limit });
         }
         if self.ranks.is_empty() || self.ranks.len() > Self::MAX_RANKS {
-            return bad(format!("{} ranks, where 1 to {} are possible", self.ranks.len(), Self::MAX_RANKS));
+            return bad(format!("{} ranks, not 1 to {}", self.ranks.len(), Self::MAX_RANKS));
         }
         if !self.ranks.windows(2).all(|w| w[0].rank < w[1].rank) {
             return bad("ranks do not ascend".into());
         }
         if let Some(r) = self.ranks.iter().find(|r| r.addr.is_empty() || r.addr.len() > Self::MAX_ADDR) {
-            return bad(format!("rank {} has no address, or one of over {} bytes", r.rank, Self::MAX_ADDR));
+            return bad(format!("rank {} has no address, or one longer than {} bytes", r.rank, Self::MAX_ADDR));
         }
-        // Told at once, and not by a deadline that passes while nobody can be reached.
+        // Refuse a bad address here: otherwise the pull fails only at its deadline.
         let reachable = |a: &str| {
             a.rsplit_once(':').is_some_and(|(host, port)| {
                 let bracketed = host.starts_with('[') && host.ends_with(']');
@@ -132,7 +138,7 @@ impl Offer {
             })
         };
         if let Some(r) = self.ranks.iter().find(|r| !reachable(&r.addr)) {
-            return bad(format!("rank {} has the address {:?}, which is no HOST:PORT", r.rank, r.addr));
+            return bad(format!("the address {1:?} of rank {0} is not a HOST:PORT", r.rank, r.addr));
         }
         if !self.groups.windows(2).all(|w| w[0].group < w[1].group) {
             return bad("groups do not ascend".into());
@@ -142,11 +148,11 @@ impl Offer {
                 return bad(format!("group {} has positions past 2^32", g.group.0));
             }
             if g.blocks.iter().flatten().any(|b| b.0 == BlockId::NULL) {
-                return bad(format!("group {} names block {}, which stands for no block", g.group.0, BlockId::NULL));
+                return bad(format!("group {} contains block {}, which means no block", g.group.0, BlockId::NULL));
             }
         }
         if self.request.len() > Self::MAX_REQUEST {
-            return bad(format!("a request id of over {} bytes", Self::MAX_REQUEST));
+            return bad(format!("the request id is longer than {} bytes", Self::MAX_REQUEST));
         }
         Ok(())
     }
@@ -158,7 +164,7 @@ mod tests {
     use proptest::{collection::vec, option, prelude::*};
 
     #[test]
-    fn an_address_that_nobody_can_be_reached_at_is_refused_at_once() {
+    fn a_malformed_address_is_refused_at_once() {
         let offer = |addr: &str| {
             let incarnation = Incarnation::random();
             Offer {
@@ -213,7 +219,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_offer_is_read_as_it_was_written_and_a_changed_byte_never_panics(
+        fn an_offer_survives_json_and_a_changed_byte_never_panics(
             offer in offers(), at in any::<prop::sample::Index>(), byte in any::<u8>(),
         ) {
             let text = offer.to_json();

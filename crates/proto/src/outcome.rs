@@ -1,4 +1,4 @@
-//! What became of a pull: two sets of positions for each group, and why.
+//! The result of a pull: two sets of positions for each group, with causes.
 
 use std::time::Duration;
 
@@ -9,21 +9,21 @@ use crate::{
     plan::LocalBlocks,
 };
 
-/// One group's part of an outcome. `loaded` and `invalid` are disjoint, and together they are what was wanted.
+/// One group's part of an outcome. `loaded` and `invalid` are disjoint, and together they are the wanted positions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupOutcome {
     /// The group.
     pub group: GroupId,
-    /// Positions whose blocks hold what the producer held while the offer was live.
+    /// Positions whose blocks hold the producer's bytes of a time when the offer was live.
     pub loaded: PositionSet,
-    /// Positions whose blocks hold nothing of use.
+    /// Positions whose blocks have unusable content.
     pub invalid: PositionSet,
     /// The invalid positions by cause; disjoint.
     pub causes: Vec<(Cause, PositionSet)>,
 }
 
 impl GroupOutcome {
-    /// Nothing that was wanted arrived.
+    /// An outcome without loaded blocks.
     pub fn all_invalid(wanted: &LocalBlocks, cause: Cause) -> Self {
         let mut invalid = PositionSet::new();
         invalid.insert_ascending(wanted.wants().map(|(p, _)| p));
@@ -32,14 +32,14 @@ impl GroupOutcome {
     }
 }
 
-/// When things happened, from the call on. `None`: they did not.
+/// Times of a pull's steps, counted from the call. `None`: the step was not reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Times {
-    /// The peer's Hello was there; zero when the session was up already.
+    /// The peers' Hellos were there; zero if the sessions were up already.
     pub hello: Option<Duration>,
     /// The last claim was granted.
     pub claim: Option<Duration>,
-    /// The first chunk was fenced, from any of its sources.
+    /// The first chunk was fenced, from any of the sources.
     pub first: Option<Duration>,
     /// The last chunk was fenced.
     pub data: Option<Duration>,
@@ -51,18 +51,18 @@ pub struct Times {
     pub deadline: Duration,
 }
 
-/// What became of a pull.
+/// The result of a pull.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     /// By group, in the order of the call.
     pub groups: Vec<GroupOutcome>,
     /// Bytes of the loaded blocks.
     pub bytes: u64,
-    /// Lanes that bytes were asked for on, in order; the last one is the one that finished.
+    /// Kinds of the lanes of all attempts, in order.
     pub lanes: Vec<LaneKind>,
     /// Attempts after the first.
     pub retries: u32,
-    /// When things happened.
+    /// Times of the steps.
     pub times: Times,
 }
 
@@ -72,12 +72,12 @@ impl Outcome {
         self.groups.iter().all(|g| g.invalid.is_empty())
     }
 
-    /// Loaded blocks, over all groups.
+    /// Number of loaded blocks, over all groups.
     pub fn loaded(&self) -> u64 {
         self.groups.iter().map(|g| g.loaded.len()).sum()
     }
 
-    /// Invalid blocks, over all groups.
+    /// Number of invalid blocks, over all groups.
     pub fn invalid(&self) -> u64 {
         self.groups.iter().map(|g| g.invalid.len()).sum()
     }
@@ -89,7 +89,7 @@ impl Outcome {
     }
 }
 
-/// An ended pull, with the local blocks that its positions stand for.
+/// The local blocks at the positions of an outcome.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockReport {
     /// Blocks that hold the prompt's KV.

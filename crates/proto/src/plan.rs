@@ -1,15 +1,21 @@
 //! The plan of a pull, a pure function: (offer, remote shards, local shard, local blocks by position) -> chunks of reads.
 //!
-//! Chunks go in prefix order; inside one, neighbours that are contiguous on both sides are merged into one read.
-//! Positions decide what is read into what, never counts. Reads are generated chunk by chunk into a buffer that is used
-//! again, so a plan costs memory for its blocks and not for its reads.
+//! Chunks are in prefix order; inside one, neighbours that are contiguous on both sides become one read. Blocks are matched
+//! by position, never by count. Reads are generated chunk by chunk into a reused buffer, so a plan costs memory for its
+//! blocks and not for its reads.
+
+mod error;
+mod piece;
 
 use crate::{
     block::{Block, BlockId, GroupId, Marks},
-    group::{Group, GroupKind, PoolLayout},
+    group::{Group, PoolLayout},
     offer::Offer,
     shard::Shard,
 };
+
+pub use self::error::PlanError;
+use self::piece::{Piece, pieces};
 
 /// The blocks that a pull writes, for consecutive positions of one group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +24,7 @@ pub struct LocalBlocks {
     pub group: GroupId,
     /// Position of `blocks[0]`, in blocks from the prompt's start.
     pub first_position: u32,
-    /// Local block ids by position; `None` where nothing is wanted (a local prefix hit, a null block).
+    /// Local block ids by position; `None` for a position that is not wanted (a local prefix hit, a null block).
     pub blocks: Vec<Option<BlockId>>,
 }
 
@@ -26,7 +32,7 @@ impl LocalBlocks {
     /// The wanted `(position, block)`s, ascending by position.
     pub fn wants(&self) -> impl Iterator<Item = (u32, BlockId)> + Clone + '_ {
         self.blocks.iter().enumerate().filter_map(|(i, b)| {
-            // Past 2^32 there is no position.
+            // Positions end at 2^32.
             let position = u32::try_from(i).ok().and_then(|i| self.first_position.checked_add(i))?;
             b.map(|b| (position, b))
         })
@@ -40,8 +46,8 @@ impl LocalBlocks {
 
 /// One contiguous copy from a source rank's memory into this rank's.
 ///
-/// `src_*` says where the bytes lie, for lanes that address memory; `group`, `region`, `position`, `blocks`, `within`
-/// and `piece` say what they are, for lanes that name it. Both say the same.
+/// `src_*` gives the place of the bytes, for lanes that address memory; `group`, `region`, `position`, `blocks`, `within` and
+/// `piece` name the same bytes, for lanes that do not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Read {
     /// Offset in the source segment, in bytes.
@@ -52,9 +58,9 @@ pub struct Read {
     pub len: u64,
     /// Bytes of each block that are read.
     pub piece: u64,
-    /// Where in the source's block the piece starts, in bytes.
+    /// Start of the piece in the source's block, in bytes.
     pub within: u64,
-    /// The chunk that it belongs to.
+    /// Its chunk.
     pub chunk: u32,
     /// First position.
     pub position: u32,
@@ -99,82 +105,25 @@ pub struct Source<'a> {
     pub shard: &'a Shard,
 }
 
-/// How large chunks are. A chunk is lost as a whole, so it must be small next to the pull; each costs a fence.
+/// The size of chunks. A chunk is lost as a whole, so it must be small compared to the pull; each costs a fence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkSize {
-    /// Aim for this many chunks a pull.
+    /// Target number of chunks in a pull.
     pub per_pull: u32,
-    /// But no smaller than this, in bytes (one block at least).
+    /// Smallest chunk, in bytes (at least one block).
     pub min_bytes: u64,
-    /// And no larger, in bytes (one block at least).
+    /// Largest chunk, in bytes (at least one block).
     pub max_bytes: u64,
 }
 
 impl Default for ChunkSize {
-    /// 128 chunks a pull: with four of them in flight, a death costs about 3 % of the prompt. 256 KiB to 8 MiB each.
+    /// 128 chunks of 256 KiB to 8 MiB: with four of them in flight, a peer's death costs about 3 % of the prompt.
     fn default() -> Self {
         Self { per_pull: 128, min_bytes: 256 << 10, max_bytes: 8 << 20 }
     }
 }
 
-/// A pull that cannot be planned.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PlanError {
-    /// The local layout lacks a group, or the caller named one twice.
-    #[error("group {0} is not in this rank's pool, or is listed twice: pass each group's blocks once")]
-    LocalGroup(u16),
-    /// A local block id past the pool.
-    #[error("local block {block} of group {group} is not in the pool, which has {blocks}")]
-    LocalBlock {
-        /// The group.
-        group: u16,
-        /// The block.
-        block: u32,
-        /// Blocks of the group.
-        blocks: u32,
-    },
-    /// A local block that is to be written twice.
-    #[error("local block {block} of group {group} is wanted for two positions: pass each destination once")]
-    LocalBlockTwice {
-        /// The group.
-        group: u16,
-        /// The block.
-        block: u32,
-    },
-    /// A block id in the offer past the source's pool.
-    #[error(
-        "the offer names block {block} of group {group}, past the {blocks} of the peer's pool: the offer is not this peer's"
-    )]
-    SourceBlock {
-        /// The group.
-        group: u16,
-        /// The block.
-        block: u32,
-        /// Blocks of the group.
-        blocks: u32,
-    },
-    /// A local region that no source has in a shape that fits.
-    #[error("region {region:?} of group {group}: {why}; start both engines with the same model and cache settings")]
-    Region {
-        /// The region's name.
-        region: String,
-        /// The group.
-        group: u16,
-        /// What does not fit.
-        why: String,
-    },
-    /// More blocks than the limits allow.
-    #[error("{blocks} blocks wanted, over the limit of {limit}; pull them in parts, or raise limits.blocks_per_offer")]
-    TooManyBlocks {
-        /// Blocks wanted.
-        blocks: usize,
-        /// Most that the limits allow.
-        limit: usize,
-    },
-}
-
-/// One block that is wanted and offered.
+/// One block that is both wanted and offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Want {
     /// Its position in the prompt, in blocks.
@@ -183,6 +132,13 @@ pub struct Want {
     pub src: BlockId,
     /// The block here.
     pub dst: BlockId,
+}
+
+impl Want {
+    /// Whether it is the next block after `prev` in the prompt, at the source, and here.
+    fn follows(&self, prev: &Self) -> bool {
+        self.position == prev.position + 1 && self.src.0 == prev.src.0 + 1 && self.dst.0 == prev.dst.0 + 1
+    }
 }
 
 /// Consecutive wanted blocks that are read, fenced and reported together.
@@ -201,38 +157,15 @@ pub struct Chunk {
 pub struct GroupPlan {
     /// The group.
     pub id: GroupId,
-    /// What its layers compute.
-    pub kind: GroupKind,
     /// Wanted and offered, ascending by position.
     pub wants: Vec<Want>,
-    /// Wanted here, but not in the offer: `(position, local block)`.
+    /// Wanted, but not in the offer: `(position, local block)`.
     pub not_offered: Vec<(u32, BlockId)>,
     /// Pieces by source.
     pieces: Vec<Vec<Piece>>,
 }
 
-/// How the blocks of one local region come out of one source region.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Piece {
-    region: u16,
-    src_segment: u16,
-    dst_segment: u16,
-    src_base: u64,
-    src_stride: u64,
-    dst_base: u64,
-    dst_stride: u64,
-    within: u64,
-    len: u64,
-}
-
-impl Piece {
-    /// Whether consecutive blocks are contiguous on both sides.
-    fn dense(&self) -> bool {
-        self.len == self.src_stride && self.len == self.dst_stride
-    }
-}
-
-/// What a pull reads, in which order.
+/// The reads of a pull, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     groups: Vec<GroupPlan>,
@@ -244,8 +177,11 @@ pub struct Plan {
 impl Plan {
     /// Plans a pull of `local` blocks out of `offer`.
     ///
-    /// `sources` are the source ranks that hold a part of what this rank needs, in the order that [`Plan::reads`] numbers
-    /// them. `limit` bounds the wanted blocks.
+    /// `sources` are the source ranks that hold a part of this rank's blocks, in the order of the numbers in [`Plan::reads`].
+    /// `limit` bounds the wanted blocks.
+    ///
+    /// # Errors
+    /// The offer, the layouts and the local blocks do not fit together.
     pub fn new(
         offer: &Offer,
         sources: &[Source<'_>],
@@ -290,7 +226,7 @@ impl Plan {
         self.sources
     }
 
-    /// Bytes that all reads together bring.
+    /// Bytes of all reads together.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -306,11 +242,6 @@ impl Plan {
         &self.groups[usize::from(self.chunks[chunk as usize].group)]
     }
 
-    /// Every local block that the plan writes.
-    pub fn local_blocks(&self) -> impl Iterator<Item = Block> + '_ {
-        self.groups.iter().flat_map(|g| g.wants.iter().map(|w| Block { group: g.id, id: w.dst }))
-    }
-
     /// Appends the reads of one chunk from one source to `out`, none longer than `max_read` bytes.
     pub fn reads(&self, chunk: u32, source: usize, max_read: u64, out: &mut Vec<Read>) {
         let c = &self.chunks[chunk as usize];
@@ -318,71 +249,15 @@ impl Plan {
         let wants = &g.wants[c.first as usize..(c.first + c.count) as usize];
         let max_read = max_read.max(1);
         for p in &g.pieces[source] {
-            if p.len > max_read {
-                split(chunk, g.id, p, wants, max_read, out);
-                continue;
-            }
-            let most = if p.dense() { (max_read / p.len).min(u64::from(u32::MAX)) as u32 } else { 1 };
-            let mut rest = wants;
-            while let [first, ..] = rest {
-                let mut n = 1;
-                while n < most as usize
-                    && rest.get(n).is_some_and(|w| {
-                        let prev = &rest[n - 1];
-                        w.position == prev.position + 1 && w.src.0 == prev.src.0 + 1 && w.dst.0 == prev.dst.0 + 1
-                    })
-                {
-                    n += 1;
-                }
-                out.push(Read {
-                    src_offset: p.src_base + u64::from(first.src.0) * p.src_stride,
-                    dst_offset: p.dst_base + u64::from(first.dst.0) * p.dst_stride,
-                    len: n as u64 * p.len,
-                    piece: p.len,
-                    within: p.within,
-                    chunk,
-                    position: first.position,
-                    blocks: n as u32,
-                    group: g.id,
-                    region: p.region,
-                    src_segment: p.src_segment,
-                    dst_segment: p.dst_segment,
-                });
-                rest = &rest[n..];
-            }
+            p.reads(chunk, g.id, wants, max_read, out);
         }
     }
 }
 
 impl GroupPlan {
-    /// Bytes that one block brings, from all sources.
+    /// Bytes of one block, from all sources.
     pub fn bytes_per_block(&self) -> u64 {
         self.pieces.iter().flatten().map(|p| p.len).sum()
-    }
-}
-
-/// Reads of pieces that are longer than a read may be.
-fn split(chunk: u32, group: GroupId, p: &Piece, wants: &[Want], max_read: u64, out: &mut Vec<Read>) {
-    for w in wants {
-        let mut done = 0;
-        while done < p.len {
-            let len = (p.len - done).min(max_read);
-            out.push(Read {
-                src_offset: p.src_base + u64::from(w.src.0) * p.src_stride + done,
-                dst_offset: p.dst_base + u64::from(w.dst.0) * p.dst_stride + done,
-                len,
-                piece: len,
-                within: p.within + done,
-                chunk,
-                position: w.position,
-                blocks: 1,
-                group,
-                region: p.region,
-                src_segment: p.src_segment,
-                dst_segment: p.dst_segment,
-            });
-            done += len;
-        }
     }
 }
 
@@ -393,7 +268,7 @@ fn plan_group(
     g: &Group,
     local: &LocalBlocks,
 ) -> Result<GroupPlan, PlanError> {
-    let mut plan = GroupPlan { id: g.id, kind: g.kind, wants: Vec::new(), not_offered: Vec::new(), pieces: Vec::new() };
+    let mut plan = GroupPlan { id: g.id, wants: Vec::new(), not_offered: Vec::new(), pieces: Vec::new() };
     let offered = offer.groups.iter().find(|o| o.group == g.id);
     let most = sources.iter().filter_map(|s| s.layout.group(g.id)).map(|s| s.blocks).min().unwrap_or(0);
     let mut seen = Marks::new(g.blocks);
@@ -429,82 +304,14 @@ fn plan_group(
             return Err(PlanError::Region {
                 region: r.name.to_string(),
                 group: g.id.0,
-                why: format!("the peer's ranks bring {covered} of its {} bytes a block", r.block_bytes),
+                why: format!("the peer's ranks hold {covered} of its {} bytes a block", r.block_bytes),
             });
         }
     }
     Ok(plan)
 }
 
-/// The pieces that one source brings for the group. `covered` adds up the bytes of each local region's block.
-fn pieces(src: Source<'_>, here: Source<'_>, g: &Group, covered: &mut [u64]) -> Result<Vec<Piece>, PlanError> {
-    let mut out = Vec::new();
-    let Some(theirs) = src.layout.group(g.id) else { return Ok(out) };
-    if theirs.block_tokens != g.block_tokens || theirs.kind != g.kind {
-        return Err(PlanError::Region {
-            region: g.regions[0].name.to_string(),
-            group: g.id.0,
-            why: format!(
-                "block_tokens and kind are {} {:?} here, {} {:?} at the peer",
-                g.block_tokens, g.kind, theirs.block_tokens, theirs.kind
-            ),
-        });
-    }
-    let by_name: std::collections::HashMap<&str, usize> =
-        theirs.regions.iter().enumerate().map(|(i, r)| (&*r.name, i)).collect();
-    for (i, r) in g.regions.iter().enumerate() {
-        let Some(&at) = by_name.get(&*r.name) else { continue };
-        let t = &theirs.regions[at];
-        let Some((first, heads)) = src.shard.common_heads(here.shard) else { continue };
-        // A head is one run of bytes in a block (heads outermost), so a range of heads is one run too.
-        let (theirs_a_head, ours_a_head) =
-            (t.block_bytes / u64::from(src.shard.heads), r.block_bytes / u64::from(here.shard.heads));
-        let whole = src.shard.first_head == here.shard.first_head && src.shard.heads == here.shard.heads;
-        let (within, dst_within, len) = if whole {
-            if t.block_bytes != r.block_bytes {
-                return Err(PlanError::Region {
-                    region: r.name.to_string(),
-                    group: g.id.0,
-                    why: format!("a block has {} bytes here, {} at the peer", r.block_bytes, t.block_bytes),
-                });
-            }
-            (0, 0, r.block_bytes)
-        } else if theirs_a_head == ours_a_head
-            && theirs_a_head * u64::from(src.shard.heads) == t.block_bytes
-            && ours_a_head * u64::from(here.shard.heads) == r.block_bytes
-        {
-            (
-                u64::from(first - src.shard.first_head) * ours_a_head,
-                u64::from(first - here.shard.first_head) * ours_a_head,
-                u64::from(heads) * ours_a_head,
-            )
-        } else {
-            return Err(PlanError::Region {
-                region: r.name.to_string(),
-                group: g.id.0,
-                why: format!(
-                    "{} bytes for {} heads here, {} bytes for {} heads at the peer: a head differs in size",
-                    r.block_bytes, here.shard.heads, t.block_bytes, src.shard.heads
-                ),
-            });
-        };
-        covered[i] += len;
-        out.push(Piece {
-            region: at as u16,
-            src_segment: t.segment,
-            dst_segment: r.segment,
-            src_base: t.offset + within,
-            src_stride: t.stride,
-            dst_base: r.offset + dst_within,
-            dst_stride: r.stride,
-            within,
-            len,
-        });
-    }
-    Ok(out)
-}
-
-/// Cuts the wants into chunks of about `target` bytes, ordered by the first token they hold.
+/// Cuts the wants into chunks of about `target` bytes, in the order of their first tokens.
 fn cut(groups: &[GroupPlan], here: &PoolLayout, target: u64) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     for (i, g) in groups.iter().enumerate() {

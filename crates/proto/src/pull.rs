@@ -1,9 +1,11 @@
-//! One pull: which chunks are read, fenced, loaded; when it decides, and when it ends.
+//! One pull: which chunks are read, fenced and loaded; when it decides, and when it ends.
 //!
-//! A chunk's part from a source rank goes `Waiting → Reading → Fencing → Good`; it is loaded when all parts are good.
-//! A failed attempt is stopped, and its chunks are read again only when its lane has said `Quiet` (promise 4): an old lane
-//! must never overwrite a good block. The sets are frozen by the deadline, whatever the lanes say (promise 3), and the
-//! engine hears of the end only when every attempt is quiet.
+//! A chunk's part from a source rank goes `Waiting → Reading → Fencing → Good`; the chunk is loaded when all parts are good.
+//! A failed attempt is stopped, and its chunks are read again only after its lane's `Quiet` (promise 4): an old lane must
+//! never overwrite a good block. The sets are frozen by the deadline, even if no lane reports anything (promise 3), and the engine
+//! hears of the end only when every attempt is quiet.
+
+mod event;
 
 use std::{
     collections::VecDeque,
@@ -14,89 +16,19 @@ use crate::{
     Machine,
     block::{Block, PositionSet},
     error::Cause,
-    lane::{Attempt, FenceSlot, Grant, LaneCaps, LaneEvent, LaneKind},
+    lane::{Attempt, FenceSlot, Grant, LaneEvent, LaneKind},
     outcome::{BlockReport, GroupOutcome, Outcome, Times},
     plan::{LocalBlocks, Plan, Read},
     sabotage::{Bug, planted},
-    source::{Fenced, Live, Source, TooManyDone},
+    source::{Fenced, Source, TooManyDone},
 };
 
-/// What happens to a pull.
-#[derive(Debug, Clone)]
-pub enum In {
-    /// Earlier work on the destination blocks is done.
-    LocalReady,
-    /// The peers' Hellos are there, and what is to be read is known.
-    Planned(Box<Plan>),
-    /// A source rank granted its claim.
-    Granted {
-        /// Index of the source.
-        source: usize,
-        /// What to read under.
-        grant: Grant,
-    },
-    /// A source's claim is gone: nothing more can be fenced.
-    Lost {
-        /// Why.
-        cause: Cause,
-    },
-    /// The lane that was asked for.
-    Lane {
-        /// Index of the source.
-        source: usize,
-        /// The new attempt.
-        attempt: Attempt,
-        /// What the lane can do.
-        caps: LaneCaps,
-    },
-    /// No lane can be had.
-    NoLane {
-        /// Index of the source.
-        source: usize,
-        /// Why.
-        cause: Cause,
-    },
-    /// Something happened on an attempt's lane. `Down` of a lane is told to each of its attempts.
-    Event(Attempt, LaneEvent),
-    /// The engine, or this side's shutdown, gives the pull up.
-    Cancel(Cause),
-}
-
-/// What a pull wants done, in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Out {
-    /// A lane to this source, if possible of none of these kinds.
-    NeedLane {
-        /// Index of the source.
-        source: usize,
-        /// Kinds that failed this pull.
-        avoid: Vec<LaneKind>,
-    },
-    /// Stop the attempt; its `Quiet` is awaited.
-    Stop(Attempt),
-    /// It did not become quiet in time: up the ladder.
-    Kill(Attempt),
-    /// The sets are frozen: the producer's blocks are not needed any more.
-    Decided,
-    /// Nothing can write the local blocks any more. Said once.
-    Ended(Box<Outcome>),
-    /// Local blocks may be written for ever: withhold them. The pull stays open.
-    Wedged,
-}
-
-/// How often and how patiently a pull tries again.
-#[derive(Debug, Clone, Copy)]
-pub struct Retry {
-    /// Attempts for each source, the first included.
-    pub attempts: u32,
-    /// Wait before the third attempt; doubles with each further one. The second comes at once.
-    pub wait: Duration,
-}
+pub use self::event::{In, Out, Retry};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Running,
-    /// Nothing new is posted; what is in flight may still make it.
+    /// Nothing new is posted; reads in flight may still complete.
     Draining(Cause),
     Decided,
     Ended,
@@ -120,7 +52,7 @@ pub struct PullTracker {
 
 impl PullTracker {
     /// A pull of the `wanted` blocks from `sources` ranks. It waits for its plan, its claims, its lanes, and (unless
-    /// `local_ready`) its destination blocks.
+    /// `local_ready`) its destination blocks. Decides by `deadline`.
     pub fn new(
         now: Instant,
         wanted: Vec<LocalBlocks>,
@@ -132,7 +64,7 @@ impl PullTracker {
         Self {
             wanted,
             plan: None,
-            sources: (0..sources).map(|_| Source::default()).collect(),
+            sources: (0..sources).map(|_| Source::new(retry.wait)).collect(),
             started: now,
             deadline,
             retry,
@@ -150,14 +82,9 @@ impl PullTracker {
         self.plan.as_deref()
     }
 
-    /// What was wanted.
+    /// The wanted blocks.
     pub fn wanted(&self) -> &[LocalBlocks] {
         &self.wanted
-    }
-
-    /// When it decides at the latest.
-    pub fn deadline(&self) -> Instant {
-        self.deadline
     }
 
     /// Whether its sets are frozen.
@@ -165,7 +92,7 @@ impl PullTracker {
         matches!(self.phase, Phase::Decided | Phase::Ended)
     }
 
-    /// Chunks that are loaded so far, and all chunks.
+    /// Number of loaded chunks, and of all chunks.
     pub fn progress(&self) -> (usize, usize) {
         (self.sources.iter().map(|s| s.good).min().unwrap_or(0), self.chunks())
     }
@@ -174,12 +101,7 @@ impl PullTracker {
         self.plan.as_ref().map_or(0, |p| p.chunks().len())
     }
 
-    /// Attempts that have not said `Quiet`.
-    pub fn attempts(&self) -> impl Iterator<Item = Attempt> + '_ {
-        self.sources.iter().filter_map(|s| s.live.as_ref().map(|l| l.attempt))
-    }
-
-    /// The next reads to post for a source: all of one chunk that are left. Tell how many were taken with
+    /// The next reads to post for a source: the rest of one chunk. The caller reports how many the lane took with
     /// [`PullTracker::accepted`].
     pub fn next_reads(&mut self, source: usize) -> Option<(Attempt, &[Read])> {
         if self.phase != Phase::Running || !self.local_ready {
@@ -188,41 +110,40 @@ impl PullTracker {
         self.sources.get_mut(source)?.next_reads(self.plan.as_deref()?, source)
     }
 
-    /// How many of the reads that [`PullTracker::next_reads`] gave were taken by the lane.
+    /// The lane took the first `reads` reads of [`PullTracker::next_reads`].
     pub fn accepted(&mut self, source: usize, reads: usize) {
         if let Some(s) = self.sources.get_mut(source) {
             s.accepted(reads);
         }
     }
 
-    /// The next fence to post for a source. Tell with [`PullTracker::fence_posted`] that it was.
+    /// The next fence to post for a source. The caller reports its post with [`PullTracker::fence_posted`].
     pub fn next_fence(&self, source: usize) -> Option<(Attempt, FenceSlot)> {
         self.sources.get(source)?.next_fence()
     }
 
-    /// The fence that [`PullTracker::next_fence`] gave was posted.
+    /// The fence of [`PullTracker::next_fence`] was posted.
     pub fn fence_posted(&mut self, source: usize) {
         if let Some(s) = self.sources.get_mut(source) {
             s.fence_posted();
         }
     }
 
-    /// What an attempt of this source must be begun with.
+    /// The grant for attempts of this source.
     pub fn grant(&self, source: usize) -> Option<Grant> {
         self.sources.get(source)?.grant
     }
 
-    /// Asks for lanes where they are needed and useful.
+    /// Asks for a lane for each source that can use one.
     fn want_lanes(&mut self, now: Instant) {
         if self.phase != Phase::Running || !self.local_ready || self.plan.is_none() {
             return;
         }
         for (source, s) in self.sources.iter_mut().enumerate() {
             let blocked = s.live.as_ref().is_some_and(|l| !(planted(Bug::RetryBeforeQuiet) && l.stopped.is_some()));
-            if s.grant.is_none() || blocked || s.asked || s.retry_at.is_some_and(|t| t > now) {
+            if s.grant.is_none() || blocked || s.asked || !s.may_retry(now) {
                 continue;
             }
-            s.retry_at = None;
             s.asked = true;
             self.out.push_back(Out::NeedLane { source, avoid: s.failed.clone() });
         }
@@ -244,14 +165,14 @@ impl PullTracker {
                     self.check_complete(now);
                 }
                 Fenced::Stale => self.conclude(now, Cause::Stale),
-                Fenced::Unasked => {}
+                Fenced::NotPosted => {}
             },
             LaneEvent::Again { chunk, .. } => self.sources[source].again(chunk),
             LaneEvent::Failed { cause, .. } | LaneEvent::Down { cause } => self.failed(now, source, cause),
             LaneEvent::Quiet { .. } => self.quiet(now, source),
             LaneEvent::Wedged => {
                 self.out.push_back(Out::Wedged);
-                // It will never be quiet, so nothing is read again into these blocks: waiting brings nothing.
+                // It will never be quiet, so nothing can be read into these blocks again.
                 self.conclude(now, Cause::LaneFailed);
             }
         }
@@ -265,13 +186,10 @@ impl PullTracker {
         }
     }
 
-    /// An attempt goes no further: stop it, and try again when it is quiet.
+    /// An attempt failed: stops it. The next one begins after its `Quiet`.
     fn failed(&mut self, now: Instant, source: usize, cause: Cause) {
         let s = &mut self.sources[source];
-        if let Some(live) = &mut s.live {
-            live.why.get_or_insert(cause);
-        }
-        if let Some(attempt) = s.stop(now) {
+        if let Some(attempt) = s.fail(now, cause) {
             self.out.push_back(Out::Stop(attempt));
             if planted(Bug::RetryBeforeQuiet) {
                 s.reread();
@@ -279,31 +197,27 @@ impl PullTracker {
             }
         }
         match cause {
-            // Another lane may do better, where time and tries are left.
+            // Another lane may succeed, if time and attempts are left.
             Cause::LaneFailed | Cause::Unreachable => {}
-            // The offer or its owner is gone: no lane helps.
+            // The offer or its owner is gone: no lane can help.
             cause => self.conclude(now, cause),
         }
     }
 
     fn quiet(&mut self, now: Instant, source: usize) {
         let s = &mut self.sources[source];
-        let Some(live) = s.live.take() else { return };
-        s.avoid(live.caps.kind);
+        let Some(cause) = s.quiet() else { return };
         if self.phase == Phase::Running {
             s.reread();
-            self.try_again(now, source, live.why.unwrap_or(Cause::LaneFailed));
+            self.try_again(now, source, cause);
         }
         self.check_end(now);
     }
 
     fn try_again(&mut self, now: Instant, source: usize, cause: Cause) {
-        let s = &mut self.sources[source];
-        s.tries += 1;
-        if s.tries >= self.retry.attempts {
+        if self.sources[source].back_off(now) >= self.retry.attempts {
             return self.conclude(now, cause);
         }
-        s.wait(now, self.retry.wait);
         self.want_lanes(now);
     }
 
@@ -311,7 +225,7 @@ impl PullTracker {
         self.out.extend(self.sources.iter_mut().filter_map(|s| s.stop(now)).map(Out::Stop));
     }
 
-    /// Nothing better can come of it: freeze the sets now.
+    /// Nothing more can be loaded: decides now.
     fn conclude(&mut self, now: Instant, cause: Cause) {
         if !self.decided() {
             self.decide(now, cause);
@@ -333,15 +247,15 @@ impl PullTracker {
         self.check_end(now);
     }
 
-    /// What is good now is loaded, and the rest is invalid by `cause`; and the loaded bytes.
+    /// The frozen sets and the loaded bytes: good chunks are loaded, and the rest is invalid by `cause`.
     fn freeze(&self, plan: &Plan, cause: Cause) -> (Vec<GroupOutcome>, u64) {
         let mut groups: Vec<GroupOutcome> = plan
             .groups()
             .iter()
             .map(|g| {
-                let not: PositionSet = g.not_offered.iter().map(|(p, _)| *p).collect();
-                let causes = if not.is_empty() { Vec::new() } else { vec![(Cause::NotOffered, not.clone())] };
-                GroupOutcome { group: g.id, loaded: PositionSet::new(), invalid: not, causes }
+                let missing: PositionSet = g.not_offered.iter().map(|(p, _)| *p).collect();
+                let causes = if missing.is_empty() { Vec::new() } else { vec![(Cause::NotOffered, missing.clone())] };
+                GroupOutcome { group: g.id, loaded: PositionSet::new(), invalid: missing, causes }
             })
             .collect();
         let mut bytes = 0;
@@ -370,37 +284,34 @@ impl PullTracker {
         {
             return self.decide(now, cause);
         }
-        if self.phase == Phase::Decided && (quiet || planted(Bug::EndBeforeQuiet)) {
+        if self.phase == Phase::Decided && quiet {
             self.phase = Phase::Ended;
             if let Some(mut outcome) = self.outcome.take() {
                 outcome.times.ended = Some(now.saturating_duration_since(self.started));
-                if planted(Bug::EndedTwice) {
-                    self.out.push_back(Out::Ended(outcome.clone()));
-                }
                 self.out.push_back(Out::Ended(outcome));
             }
         }
     }
 
-    /// The longest time that any of its lanes may take to become quiet.
+    /// The longest time that one of its lanes may take to become quiet.
     fn quiet_bound(&self) -> Duration {
         self.sources.iter().filter_map(|s| s.live.as_ref()).map(|l| l.caps.quiet_bound).max().unwrap_or_default()
     }
 
-    /// When it starts to stop. A deadline that is short next to the bound still leaves half of its time for reading: the
-    /// pull then ends later, but decides no later.
+    /// When it starts to stop its lanes. If the deadline is short compared to the bound, half of the time is still for reading:
+    /// the pull then ends later, but decides no later.
     fn stop_at(&self) -> Instant {
         let half = self.started + self.deadline.saturating_duration_since(self.started) / 2;
         self.deadline.checked_sub(self.quiet_bound()).map_or(half, |t| t.max(half))
     }
 
-    /// The local blocks that an outcome's positions stand for.
+    /// The local blocks at the positions of an outcome.
     pub fn report(&self, outcome: &Outcome) -> BlockReport {
         let mut report = BlockReport { loaded: Vec::new(), invalid: Vec::new() };
         for (l, o) in self.wanted.iter().zip(&outcome.groups) {
             report.loaded.reserve_exact(o.loaded.len() as usize);
             report.invalid.reserve_exact(o.invalid.len() as usize);
-            // Both ascend by position, so one walk over the ranges does.
+            // Both ascend by position, so one pass over the ranges is enough.
             let mut ranges = o.loaded.ranges().iter().peekable();
             for (position, id) in l.wants() {
                 let block = Block { group: l.group, id };
@@ -439,7 +350,7 @@ impl Machine for PullTracker {
             }
             In::Granted { source, grant } => {
                 if let Some(s) = self.sources.get_mut(source) {
-                    // Granted again after the session came back: the nonce may not change while the offer lives.
+                    // A second grant after the session came back: the nonce cannot change while the offer lives.
                     let same = s.grant.is_none_or(|g| g == grant);
                     s.grant = Some(grant);
                     if !same {
@@ -455,13 +366,11 @@ impl Machine for PullTracker {
             In::Lane { source, attempt, caps } => {
                 let running = self.phase == Phase::Running;
                 if let Some(s) = self.sources.get_mut(source) {
-                    s.asked = false;
-                    s.live = Some(Live { attempt, caps, stopped: None, killed: false, why: None });
-                    s.attempts += u32::from(running);
+                    s.begin(attempt, caps, running);
                     if running {
                         self.lanes.push(caps.kind);
                     } else {
-                        // It came too late to be of use.
+                        // It came too late.
                         self.stop_all(now);
                     }
                 }
@@ -488,7 +397,7 @@ impl Machine for PullTracker {
             self.stop_all(now);
             self.check_end(now);
         }
-        if now >= self.deadline && !planted(Bug::DeadlineFromTransport) {
+        if now >= self.deadline {
             self.conclude(now, Cause::Deadline);
         }
         self.out.extend(self.sources.iter_mut().filter_map(|s| s.kill(now)).map(Out::Kill));
@@ -509,8 +418,8 @@ impl Machine for PullTracker {
         }
         for s in &self.sources {
             s.kill_at().map(&mut at);
-            if s.live.is_none() && self.phase == Phase::Running && !s.asked {
-                s.retry_at.map(&mut at);
+            if self.phase == Phase::Running {
+                s.retry_at().map(&mut at);
             }
         }
         next

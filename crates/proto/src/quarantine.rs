@@ -1,5 +1,5 @@
-//! Which local blocks a pull may still write. A block is in here from the pull's start until its end, and for ever when a
-//! lane wedged: nobody else gets it meanwhile, so no late write can hit a good block (promise 4).
+//! The local blocks that a pull may still write. A block stays here from the pull's start until its end, and indefinitely if
+//! a lane wedged. No other pull gets it meanwhile, so a late write cannot hit a good block (promise 4).
 
 use crate::{
     block::{Block, GroupId},
@@ -10,25 +10,28 @@ use crate::{
 /// The local blocks that pulls hold.
 #[derive(Debug, Default)]
 pub struct Quarantine {
-    /// By group, ascending; for each block, the pull that holds it; 0: none. Pull ids start at 1.
+    /// By group, ascending: for each block the pull that holds it, or 0. Pull ids start at 1.
     held: Vec<(GroupId, Vec<u64>)>,
     count: usize,
 }
 
 impl Quarantine {
-    /// Nothing is held.
+    /// An empty quarantine for this pool.
     pub fn new(layout: &PoolLayout) -> Self {
         let held = layout.groups.iter().map(|g| (g.id, vec![0; g.blocks as usize])).collect();
         Self { held, count: 0 }
     }
 
-    /// Who holds a block; `None` for one that is not in the pool.
+    /// The holder of a block; `None` for a block outside the pool.
     fn holder(&mut self, b: Block) -> Option<&mut u64> {
         let i = self.held.binary_search_by_key(&b.group, |(g, _)| *g).ok()?;
         self.held[i].1.get_mut(b.id.0 as usize)
     }
 
-    /// Takes all of `blocks` for a pull, or none of them. A block past the pool is left to the plan to refuse.
+    /// Takes all of `blocks` for a pull, or none of them. Ignores a block outside the pool; the plan refuses it.
+    ///
+    /// # Errors
+    /// Another pull holds a block.
     pub fn take(&mut self, pull: u64, blocks: impl Iterator<Item = Block> + Clone) -> Result<(), PullError> {
         for b in blocks.clone() {
             if let Some(&mut holder) = self.holder(b)
@@ -47,7 +50,7 @@ impl Quarantine {
         Ok(())
     }
 
-    /// Gives back what a pull holds of `blocks`.
+    /// Gives back those of `blocks` that a pull holds.
     pub fn give_back(&mut self, pull: u64, blocks: impl Iterator<Item = Block>) {
         for b in blocks {
             if let Some(h) = self.holder(b)
@@ -59,12 +62,12 @@ impl Quarantine {
         }
     }
 
-    /// Blocks held.
+    /// Number of held blocks.
     pub fn len(&self) -> usize {
         self.count
     }
 
-    /// Whether none is.
+    /// Whether no block is held.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
@@ -76,7 +79,7 @@ mod tests {
     use crate::block::BlockId;
 
     #[test]
-    fn a_block_has_one_pull_at_a_time_and_a_refusal_takes_nothing() {
+    fn a_block_belongs_to_one_pull_at_a_time_and_a_refusal_takes_none() {
         let mut q = Quarantine::new(&PoolLayout::uniform(8, 1, 64, 16));
         let b = |id| Block { group: GroupId(0), id: BlockId(id) };
         assert!(q.take(1, [b(0), b(1)].into_iter()).is_ok());

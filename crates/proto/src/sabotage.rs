@@ -1,59 +1,50 @@
-//! Bugs to plant, so that the simulation can prove that it would see them. Compiled away without the feature `sabotage`,
-//! which only tests turn on.
+//! Bugs for the simulation to plant, to prove that it would see them.
+//!
+//! Only bugs whose wrong behaviour needs meaning are planted here; small edits are the job of mutation testing (see
+//! `docs/development.md`). They exist only in builds with both the feature `sabotage`, which only tests turn on, and debug
+//! assertions. In any other build, a release build with the feature included, [`planted`] is `false` at compile time and
+//! nothing can plant a bug.
 
-/// A bug that was made, or nearly made, by some system in the field.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A bug that some system in the field has had, or almost had.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(all(feature = "sabotage", debug_assertions), derive(Debug))]
 pub enum Bug {
     /// Data counts as loaded without a fence.
     FenceSkipped,
-    /// The fence is posted behind the data's posts instead of after their completions: by the tracker, or by the simulation's
-    /// lanes that post it themselves.
+    /// The fence is posted behind the data's posts instead of after their completions: by the tracker, or by those lanes of
+    /// the simulation that post their own fences.
     FenceBeforeData,
     /// A failed attempt's blocks are read again before the old lane is quiet.
     RetryBeforeQuiet,
     /// Blocks go back to the engine before the fence word is cleared.
     FreeBeforeClear,
-    /// A restarted peer is taken for the one that made the offer.
+    /// A restarted peer passes for the one that made the offer.
     IncarnationIgnored,
-    /// A release is sent once, and never again.
-    ReleaseLost,
-    /// The pull decides when the lane reports, not at its deadline.
-    DeadlineFromTransport,
-    /// An ended pull is reported again.
-    EndedTwice,
-    /// A pull ends at its decision, though its lane may still write.
-    EndBeforeQuiet,
-    /// A lease is not renewed by heartbeats.
-    RenewLost,
-    /// A chunk that a lane takes back counts as loaded.
-    DoubtIgnored,
+    /// A chunk that its lane takes back as unverified counts as loaded.
+    UnverifiedLoaded,
 }
 
-impl Bug {
-    /// All of them.
-    pub const ALL: [Bug; 11] = [
-        Bug::FenceSkipped,
-        Bug::FenceBeforeData,
-        Bug::RetryBeforeQuiet,
-        Bug::FreeBeforeClear,
-        Bug::IncarnationIgnored,
-        Bug::ReleaseLost,
-        Bug::DeadlineFromTransport,
-        Bug::EndedTwice,
-        Bug::EndBeforeQuiet,
-        Bug::RenewLost,
-        Bug::DoubtIgnored,
-    ];
-}
-
-#[cfg(feature = "sabotage")]
-mod on {
-    use crate::sabotage::Bug;
+#[cfg(all(feature = "sabotage", debug_assertions))]
+mod planting {
     use std::cell::Cell;
+
+    use super::Bug;
+
+    impl Bug {
+        /// All planted bugs.
+        pub const ALL: [Bug; 6] = [
+            Bug::FenceSkipped,
+            Bug::FenceBeforeData,
+            Bug::RetryBeforeQuiet,
+            Bug::FreeBeforeClear,
+            Bug::IncarnationIgnored,
+            Bug::UnverifiedLoaded,
+        ];
+    }
 
     thread_local!(static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) });
 
-    /// Plants a bug in this thread, or takes it out.
+    /// Plants a bug in this thread, or removes it.
     pub fn plant(bug: Option<Bug>) {
         PLANTED.set(bug);
     }
@@ -65,12 +56,12 @@ mod on {
     }
 }
 
-#[cfg(feature = "sabotage")]
-pub use on::{plant, planted};
+#[cfg(all(feature = "sabotage", debug_assertions))]
+pub use planting::{plant, planted};
 
-/// Whether this bug is planted in this thread: never, without the feature.
-#[cfg(not(feature = "sabotage"))]
+/// Whether this bug is planted in this thread: never, in this build.
+#[cfg(not(all(feature = "sabotage", debug_assertions)))]
 #[inline(always)]
-pub fn planted(_: Bug) -> bool {
+pub const fn planted(_: Bug) -> bool {
     false
 }

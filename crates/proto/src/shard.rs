@@ -1,4 +1,4 @@
-//! Which part of the model a rank holds. Differences between two ranks are planned for (see [`crate::plan`]).
+//! The part of a model that a rank holds. [`crate::plan`] handles differences between two ranks.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,14 +29,17 @@ impl Shard {
         Self { tp_rank: 0, tp_size: 1, pp_rank: 0, pp_size: 1, first_head: 0, heads, first_layer: 0, layers }
     }
 
-    /// The KV heads that both hold, as `(first, count)`; `None` when they share none.
+    /// The KV heads that both ranks hold, as `(first, count)`; `None` if they share none.
     pub fn common_heads(&self, other: &Shard) -> Option<(u32, u32)> {
         let first = self.first_head.max(other.first_head);
         let end = self.first_head.saturating_add(self.heads).min(other.first_head.saturating_add(other.heads));
         (first < end).then(|| (first, end - first))
     }
 
-    /// Whether the numbers make sense together.
+    /// Checks that the numbers are consistent.
+    ///
+    /// # Errors
+    /// The first inconsistency, as text.
     pub fn check(&self) -> Result<(), &'static str> {
         if self.tp_size == 0 || self.pp_size == 0 || self.tp_rank >= self.tp_size || self.pp_rank >= self.pp_size {
             return Err("shard: a rank must be below its size, and sizes at least 1");

@@ -1,7 +1,6 @@
-//! One source rank of a pull: which of its parts of the chunks are read, fenced and good, and the attempt that is at it.
+//! One source rank of a pull: which of its parts of the chunks are read, fenced and good, and the attempt that reads them.
 //!
-//! Owns the order in which reads are posted, and fences where the lane does not post them itself, and the count of what is in flight. Never decides what becomes of
-//! the pull: that is [`super::pull`]'s.
+//! Owns the order of reads and fences, and the count of reads in flight. Never decides the pull: [`super::pull`] does.
 
 use std::{
     collections::VecDeque,
@@ -13,6 +12,7 @@ use crate::{
     fence,
     lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneKind},
     plan::{Plan, Read},
+    retry::Backoff,
     sabotage::{Bug, planted},
 };
 
@@ -22,9 +22,9 @@ enum Part {
     Waiting,
     /// Reads not done yet.
     Reading(u32),
-    /// All reads done; the fence is to be posted.
+    /// All reads are done; the fence must be posted.
     Unfenced,
-    /// The fence's word is awaited.
+    /// The fence's word is not here yet.
     Fencing,
     Good,
 }
@@ -34,39 +34,46 @@ enum Part {
 pub(super) struct Live {
     pub attempt: Attempt,
     pub caps: LaneCaps,
-    /// Since when it is being stopped.
+    /// When it was told to stop.
     pub stopped: Option<Instant>,
     pub killed: bool,
-    /// What it failed of first.
+    /// Its first failure.
     pub why: Option<Cause>,
 }
 
-/// More completions came than reads were posted: the lane's count cannot be trusted any more.
+/// More completions came than reads were posted: the lane's count cannot be trusted.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TooManyDone;
 
-/// What a fence's word said.
+/// The result of a fence.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Fenced {
     Good,
     Stale,
-    /// No fence of this chunk was awaited.
-    Unasked,
+    /// No fence of this chunk was posted.
+    NotPosted,
 }
 
-#[derive(Debug, Default)]
+/// How many attempts a source made, and when it may make the next.
+#[derive(Debug)]
+struct Tries {
+    /// Attempts and lane requests that failed.
+    failed: u32,
+    backoff: Backoff,
+    retry_at: Option<Instant>,
+}
+
+#[derive(Debug)]
 pub(super) struct Source {
     pub grant: Option<Grant>,
     pub live: Option<Live>,
-    /// A lane has been asked for.
+    /// A lane was asked for, and the answer is not here.
     pub asked: bool,
-    pub retry_at: Option<Instant>,
-    /// Attempts and askings that came to nothing.
-    pub tries: u32,
-    /// Attempts that were begun.
+    /// Attempts that were begun in time.
     pub attempts: u32,
     /// Kinds of lanes that failed this pull.
     pub failed: Vec<LaneKind>,
+    tries: Tries,
     parts: Vec<Part>,
     /// Parts that are good.
     pub good: usize,
@@ -76,12 +83,31 @@ pub(super) struct Source {
     low: usize,
     reads: Vec<Read>,
     posted: usize,
-    /// Chunks whose fence is to be posted.
+    /// Chunks whose fence must be posted.
     unfenced: VecDeque<u32>,
 }
 
 impl Source {
-    /// The plan is known: there are so many chunks.
+    /// A source without a grant. `wait` is the wait before its third attempt.
+    pub(crate) fn new(wait: Duration) -> Self {
+        Self {
+            grant: None,
+            live: None,
+            asked: false,
+            attempts: 0,
+            failed: Vec::new(),
+            tries: Tries { failed: 0, backoff: Backoff::new(wait, wait.saturating_mul(1 << 10)), retry_at: None },
+            parts: Vec::new(),
+            good: 0,
+            cursor: 0,
+            low: 0,
+            reads: Vec::new(),
+            posted: 0,
+            unfenced: VecDeque::new(),
+        }
+    }
+
+    /// The plan is known.
     pub(crate) fn planned(&mut self, chunks: usize) {
         self.parts = vec![Part::Waiting; chunks];
     }
@@ -89,6 +115,11 @@ impl Source {
     /// Whether this source's part of a chunk is good.
     pub(crate) fn is_good(&self, chunk: usize) -> bool {
         self.parts.get(chunk) == Some(&Part::Good)
+    }
+
+    fn set_good(&mut self, chunk: usize) {
+        self.parts[chunk] = Part::Good;
+        self.good += 1;
     }
 
     /// The attempt that may still post.
@@ -112,14 +143,13 @@ impl Source {
             self.parts[next] = Part::Reading(self.reads.len() as u32);
             if self.reads.is_empty() {
                 // This source holds nothing of the chunk.
-                self.parts[next] = Part::Good;
-                self.good += 1;
+                self.set_good(next);
             }
         }
         Some((attempt, &self.reads[self.posted..]))
     }
 
-    /// So many of the offered reads were taken by the lane.
+    /// The lane took the first `reads` of the offered reads.
     pub(crate) fn accepted(&mut self, reads: usize) {
         self.posted = (self.posted + reads).min(self.reads.len());
         if planted(Bug::FenceBeforeData)
@@ -137,7 +167,7 @@ impl Source {
         Some((live.attempt, FenceSlot { chunk, slot: self.grant?.slot }))
     }
 
-    /// The fence that [`Source::next_fence`] gave was posted.
+    /// The fence of [`Source::next_fence`] was posted.
     pub(crate) fn fence_posted(&mut self) {
         if let Some(chunk) = self.unfenced.pop_front()
             && let Some(part) = self.parts.get_mut(chunk as usize)
@@ -154,62 +184,77 @@ impl Source {
         if *left > 0 {
             return Ok(());
         }
-        let part = &mut self.parts[chunk as usize];
-        if planted(Bug::FenceSkipped) {
-            *part = Part::Good;
-            self.good += 1;
-            return Ok(());
-        }
         let posted = self.live.as_ref().is_some_and(|l| l.caps.fence == FenceKind::Posted);
-        if posted && !planted(Bug::FenceBeforeData) {
-            // Not before all of the chunk's data is in: reads may execute in any order (promise 2).
-            *part = Part::Unfenced;
+        if planted(Bug::FenceSkipped) {
+            self.set_good(chunk as usize);
+        } else if posted && !planted(Bug::FenceBeforeData) {
+            // Only after all of the chunk's data has arrived: reads may execute in any order (promise 2).
+            self.parts[chunk as usize] = Part::Unfenced;
             self.unfenced.push_back(chunk);
         } else {
-            *part = Part::Fencing;
+            self.parts[chunk as usize] = Part::Fencing;
         }
         Ok(())
     }
 
     /// A chunk's fence read `word`.
     pub(crate) fn fenced(&mut self, chunk: u32, word: u64) -> Fenced {
-        let Some(part) = self.parts.get_mut(chunk as usize) else { return Fenced::Unasked };
-        let early = planted(Bug::FenceBeforeData) && matches!(part, Part::Reading(_));
-        if *part != Part::Fencing && !early {
-            return Fenced::Unasked;
+        match self.parts.get(chunk as usize) {
+            Some(Part::Fencing) => {}
+            Some(Part::Reading(_)) if planted(Bug::FenceBeforeData) => {}
+            _ => return Fenced::NotPosted,
         }
         if self.grant.is_some_and(|g| fence::holds(g.nonce, word)) {
-            *part = Part::Good;
-            self.good += 1;
+            self.set_good(chunk as usize);
             Fenced::Good
         } else {
             Fenced::Stale
         }
     }
 
-    /// What the lane has of a chunk is in doubt: it is read again. All its reads are done, so none is in flight.
+    /// The lane takes a chunk back as unverified: reads it again. All its reads are done, so none is in flight.
     pub(crate) fn again(&mut self, chunk: u32) {
-        if let Some(part) = self.parts.get_mut(chunk as usize)
-            && *part == Part::Fencing
-        {
-            if planted(Bug::DoubtIgnored) {
-                *part = Part::Good;
-                self.good += 1;
-                return;
-            }
-            *part = Part::Waiting;
-            self.low = self.low.min(chunk as usize);
+        let chunk = chunk as usize;
+        if self.parts.get(chunk) != Some(&Part::Fencing) {
+            return;
         }
+        if planted(Bug::UnverifiedLoaded) {
+            return self.set_good(chunk);
+        }
+        self.parts[chunk] = Part::Waiting;
+        self.low = self.low.min(chunk);
     }
 
-    /// The attempt goes no further: it is to be stopped, unless it is being stopped already.
+    /// A lane was connected for a new attempt. `counts` is false for one that came after the decision.
+    pub(crate) fn begin(&mut self, attempt: Attempt, caps: LaneCaps, counts: bool) {
+        self.asked = false;
+        self.live = Some(Live { attempt, caps, stopped: None, killed: false, why: None });
+        self.attempts += u32::from(counts);
+    }
+
+    /// The attempt failed. Returns it if it must be stopped.
+    pub(crate) fn fail(&mut self, now: Instant, cause: Cause) -> Option<Attempt> {
+        self.live.as_mut()?.why.get_or_insert(cause);
+        self.stop(now)
+    }
+
+    /// Stops the attempt. Returns it if it was not stopping already.
     pub(crate) fn stop(&mut self, now: Instant) -> Option<Attempt> {
         let live = self.live.as_mut().filter(|l| l.stopped.is_none())?;
         live.stopped = Some(now);
         Some(live.attempt)
     }
 
-    /// The attempt has been stopping for half of its lane's bound: the ladder needs the other half.
+    /// The attempt is quiet. Returns the cause of its failure.
+    pub(crate) fn quiet(&mut self) -> Option<Cause> {
+        let live = self.live.take()?;
+        if !self.failed.contains(&live.caps.kind) {
+            self.failed.push(live.caps.kind);
+        }
+        Some(live.why.unwrap_or(Cause::LaneFailed))
+    }
+
+    /// Kills the attempt once it has been stopping for half of its lane's bound: the teardown stages need the other half.
     pub(crate) fn kill(&mut self, now: Instant) -> Option<Attempt> {
         if self.kill_at()? > now {
             return None;
@@ -225,14 +270,7 @@ impl Source {
         Some(live.stopped? + live.caps.quiet_bound / 2)
     }
 
-    /// Lanes of this kind are tried last from now on.
-    pub(crate) fn avoid(&mut self, kind: LaneKind) {
-        if !self.failed.contains(&kind) {
-            self.failed.push(kind);
-        }
-    }
-
-    /// What is not good is waiting again.
+    /// Makes all parts that are not good wait again.
     pub(crate) fn reread(&mut self) {
         for p in &mut self.parts {
             if *p != Part::Good {
@@ -245,11 +283,25 @@ impl Source {
         self.unfenced.clear();
     }
 
-    /// When its lane may be asked for again, if a wait is on.
-    pub(crate) fn wait(&mut self, now: Instant, first: Duration) {
-        // The second try comes at once: a broken lane says nothing about the next one.
-        if let Some(doublings) = self.tries.checked_sub(2) {
-            self.retry_at = Some(now + first.saturating_mul(1 << doublings.min(10)));
+    /// An attempt or a lane request failed. Returns the number of failures, and waits before the next attempt.
+    pub(crate) fn back_off(&mut self, now: Instant) -> u32 {
+        let tries = &mut self.tries;
+        tries.failed += 1;
+        // The second attempt comes at once: a broken lane says nothing about the next one.
+        if tries.failed >= 2 {
+            tries.retry_at = Some(tries.backoff.wait_from(now));
         }
+        tries.failed
+    }
+
+    /// Whether a back-off is over, or there is none.
+    pub(crate) fn may_retry(&mut self, now: Instant) -> bool {
+        self.tries.retry_at.take_if(|t| *t <= now);
+        self.tries.retry_at.is_none()
+    }
+
+    /// When the back-off is over, if the source waits for that.
+    pub(crate) fn retry_at(&self) -> Option<Instant> {
+        self.tries.retry_at.filter(|_| self.live.is_none() && !self.asked)
     }
 }

@@ -1,20 +1,24 @@
-//! The producer's books: which offers are live, who has claimed them, and when their blocks go back.
+//! A producer's offer table: which offers are live, who has claimed them, and when their blocks go back to the engine.
 //!
-//! An offer is `unclaimed` for a short while, then `claimed` and kept by its claims' renewals, and never outlives a hard
-//! cap. When it ends, its fence word is cleared *before* the engine hears that the blocks are free (promise 2), and it
-//! does end, whatever its consumers do (promise 6). A tombstone then says why for a while.
+//! An offer is unclaimed for a short while, then kept by its claims' renewals, and never outlives a hard cap. When it ends,
+//! its fence word is cleared *before* the engine hears that the blocks are free (promise 2), and it does end, even if its
+//! consumers never release it (promise 6). A tombstone then gives the reason for a while.
 //!
-//! An offer's name may come before the offer itself (a router is fast) and a release before both. Unknown ids are
+//! An offer's name may arrive before the offer itself (a router is fast), and a release before both. Unknown ids are
 //! therefore answered `NotYet` for a grace period, and a release of one is remembered.
 
+mod aged;
+mod claims;
+mod entry;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
-    time::Instant,
+    collections::{BTreeSet, HashMap, VecDeque},
+    time::{Duration, Instant},
 };
 
 use crate::{
     Machine,
-    block::{EngineId, Incarnation, Nonce, OfferId},
+    block::{Incarnation, Nonce, OfferId},
     config::{LeaseConfig, Limits},
     error::OfferError,
     frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
@@ -22,22 +26,28 @@ use crate::{
     sabotage::{Bug, planted},
 };
 
-/// What happens to the books.
+use self::{
+    aged::Aged,
+    claims::ClaimIndex,
+    entry::{ClaimKey, Entry},
+};
+
+/// An event for the offer table.
 #[derive(Debug, Clone)]
 pub enum In {
     /// The work that fills the offer's blocks is done.
     Ready(OfferId),
-    /// A frame of a consumer's session, but for `Open`, which is the session's own affair.
+    /// A frame of a consumer's session. `Open` is ignored: the session handles it.
     Frame(PeerId, ClientFrame),
-    /// A release that came without a session; `None`: on behalf of whoever it may concern.
+    /// A release that came without a session. `None`: on behalf of every reader.
     Release(Option<PeerId>, OfferId),
-    /// The engine takes the offer back, or the name, if it never entered it.
+    /// The engine takes the offer back, or the name if it never entered the offer.
     Revoke(OfferId),
     /// No new offers.
     Drain,
 }
 
-/// What the books want done, in order.
+/// An action of the offer table. The caller carries them out in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Out {
     /// Set the fence word: from now on the offer can be read.
@@ -46,10 +56,10 @@ pub enum Out {
         offer: OfferId,
         /// Its word.
         slot: u32,
-        /// What to store there.
+        /// The word's new value.
         nonce: Nonce,
     },
-    /// Clear the fence word, with a full fence, and forget what the slot stood for.
+    /// Clear the fence word, with a full memory fence, and forget the slot's offer.
     Withdraw {
         /// The offer.
         offer: OfferId,
@@ -64,7 +74,7 @@ pub enum Out {
     Broadcast(ServerFrame),
 }
 
-/// An offer whose blocks went back.
+/// An offer whose blocks went back to the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Freed {
     /// The offer.
@@ -73,42 +83,17 @@ pub struct Freed {
     pub why: Gone,
 }
 
-/// A claim's name: the consumer's incarnation, and the claim in it.
-type ClaimKey = (Incarnation, ClaimId);
-
 /// Released claims that an offer remembers, at least.
-const LET_GO: usize = 16;
+const ENDED_CLAIMS: usize = 16;
 
-#[derive(Debug)]
-struct Entry {
-    slot: u32,
-    nonce: Nonce,
-    ready: bool,
-    cap: Instant,
-    unclaimed_until: Instant,
-    /// Until when each claim holds, unless renewed.
-    claims: BTreeMap<ClaimKey, Instant>,
-    /// Claims that were released: a late frame of an old stream must not bring one back.
-    let_go: BTreeSet<ClaimKey>,
-    /// Readers that let go, by engine.
-    released: HashMap<EngineId, HashSet<u32>>,
-    /// Somebody's last reader let go: free as soon as nobody reads.
-    done: bool,
-    /// The time under which this entry stands in `timers`; its true end may be later.
-    timer: Instant,
-}
+/// Between two claims of an offer whose blocks are being filled: a few engine steps, and 200 small frames a second.
+const UNREADY_RETRY: Duration = Duration::from_millis(5);
 
-impl Entry {
-    fn end(&self) -> Instant {
-        if !self.ready {
-            // The engine still writes the blocks: no lease runs yet.
-            return self.cap;
-        }
-        self.claims.values().copied().max().unwrap_or(self.unclaimed_until).min(self.cap)
-    }
-}
+/// Bounds on the wait between two claims of an unknown offer. The first waits are short, since the offer is usually about to
+/// be entered; 2 ms is about one step of a fast engine.
+const EARLY_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
-/// A name that was used before the books knew it.
+/// A name that was used before its offer was entered.
 #[derive(Debug)]
 struct Early {
     since: Instant,
@@ -118,59 +103,55 @@ struct Early {
 /// Random 64-bit numbers. From the system in production, from a seed in the simulation.
 pub type Entropy = Box<dyn FnMut() -> u64 + Send>;
 
-/// The producer's books.
+/// A producer's offer table.
 pub struct OfferTable {
     lease: LeaseConfig,
     limits: Limits,
     entropy: Entropy,
     live: HashMap<OfferId, Entry>,
-    by_claim: HashMap<ClaimKey, OfferId>,
-    claims_of: HashMap<Incarnation, usize>,
+    claims: ClaimIndex,
     free_slots: VecDeque<u32>,
-    early: HashMap<OfferId, Early>,
-    tombs: HashMap<OfferId, Gone>,
-    /// Tombs and early names by age, oldest first.
-    tomb_age: VecDeque<(Instant, OfferId)>,
-    early_age: VecDeque<(Instant, OfferId)>,
-    /// Entries by a time no later than their end. A renewal leaves the old, earlier time standing; it is looked at again
-    /// when it comes, so renewals in any order cannot hide an end.
+    early: Aged<Early>,
+    tombs: Aged<Gone>,
+    /// Entries by a time no later than their end. A renewal leaves the old, earlier time in place; the entry is looked at
+    /// again at that time, so renewals in any order cannot hide an end.
     timers: BTreeSet<(Instant, OfferId)>,
     draining: bool,
     out: VecDeque<Out>,
 }
 
 impl OfferTable {
-    /// Empty books.
+    /// An empty table with [`Limits::offers`] fence words.
     pub fn new(lease: LeaseConfig, limits: Limits, entropy: Entropy) -> Self {
         let slots = u32::try_from(limits.offers).unwrap_or(u32::MAX);
         Self {
-            lease,
-            limits,
-            entropy,
             live: HashMap::new(),
-            by_claim: HashMap::new(),
-            claims_of: HashMap::new(),
+            claims: ClaimIndex::default(),
             free_slots: (0..slots).collect(),
-            early: HashMap::new(),
-            tombs: HashMap::new(),
-            tomb_age: VecDeque::new(),
-            early_age: VecDeque::new(),
+            early: Aged::new(limits.remembered),
+            tombs: Aged::new(limits.remembered),
             timers: BTreeSet::new(),
             draining: false,
             out: VecDeque::new(),
+            lease,
+            limits,
+            entropy,
         }
     }
 
-    /// Enters an offer. It can be claimed once `ready`. One that was released before it was entered is freed at once.
+    /// Enters an offer, which can be claimed once it is `ready`. An offer that was released before is freed at once.
+    ///
+    /// # Errors
+    /// The table is draining or full, or the id was used before.
     pub fn offer(&mut self, now: Instant, id: OfferId, ready: bool) -> Result<(), OfferError> {
         if self.draining {
             return Err(OfferError::Draining);
         }
-        if self.live.contains_key(&id) || self.tombs.contains_key(&id) {
+        if self.live.contains_key(&id) || self.tombs.get(id).is_some() {
             return Err(OfferError::Duplicate(id));
         }
-        if self.early.remove(&id).is_some_and(|e| e.released) {
-            self.bury(now, id, Gone::Released);
+        if self.early.remove(id).is_some_and(|e| e.released) {
+            self.tombs.insert(now, id, Gone::Released);
             self.out.push_back(Out::Freed(Freed { offer: id, why: Gone::Released }));
             return Ok(());
         }
@@ -180,19 +161,7 @@ impl OfferTable {
                 break n;
             }
         };
-        let entry = Entry {
-            slot,
-            nonce,
-            ready,
-            cap: now + self.lease.hard_cap,
-            unclaimed_until: now + self.lease.unclaimed,
-            claims: BTreeMap::new(),
-            let_go: BTreeSet::new(),
-            released: HashMap::new(),
-            done: false,
-            timer: now,
-        };
-        let entry = Entry { timer: entry.end(), ..entry };
+        let entry = Entry::new(now, slot, nonce, ready, &self.lease);
         self.timers.insert((entry.timer, id));
         self.live.insert(id, entry);
         if ready {
@@ -201,31 +170,26 @@ impl OfferTable {
         Ok(())
     }
 
-    /// Live offers.
+    /// Number of live offers.
     pub fn live(&self) -> usize {
         self.live.len()
     }
 
-    /// Claims on live offers.
+    /// Number of claims on live offers.
     pub fn claims(&self) -> usize {
-        self.by_claim.len()
+        self.claims.len()
     }
 
     fn frame(&mut self, now: Instant, from: PeerId, frame: ClientFrame) {
         let to = from.incarnation;
         match frame.body {
-            // The session has dealt with it.
             ClientBody::Open { .. } => {}
             ClientBody::Ping(n) => self.reply(to, ServerBody::Pong(n)),
             ClientBody::Claim { claim, offer, .. } => {
                 let body = self.claim(now, (to, claim), offer);
                 self.reply(to, body);
             }
-            ClientBody::Renew(claims) => {
-                if !planted(Bug::RenewLost) {
-                    self.renew(now, to, &claims);
-                }
-            }
+            ClientBody::Renew(claims) => self.renew(now, to, &claims),
             ClientBody::Release(release) => {
                 self.release(now, Some(from), &release);
                 self.out.push_back(Out::Send(to, ServerFrame { ack: frame.seq, body: None }));
@@ -240,141 +204,102 @@ impl OfferTable {
     fn claim(&mut self, now: Instant, key: ClaimKey, id: OfferId) -> ServerBody {
         let claim = key.1;
         let gone = |why| ServerBody::Gone { claim, why };
-        if let Some(&why) = self.tombs.get(&id) {
+        if let Some(&why) = self.tombs.get(id) {
             return gone(why);
         }
         let Some(entry) = self.live.get_mut(&id) else { return self.claim_early(now, claim, id) };
-        // A timer may be late; an end is an end.
+        // The timer may be late.
         if entry.end() <= now {
             self.expire(now, id);
-            return gone(self.tombs.get(&id).copied().unwrap_or(Gone::Expired));
+            return gone(self.tombs.get(id).copied().unwrap_or(Gone::Expired));
         }
         if !entry.ready {
-            // The engine is filling the blocks: whoever waits for them waits for a first token.
+            // The engine is filling the blocks, and a user waits for the first token.
             return ServerBody::NotYet { claim, retry: UNREADY_RETRY };
         }
-        if entry.let_go.contains(&key) {
+        if entry.has_ended(key) {
             return gone(Gone::Released);
         }
         // One claim id names one offer; the same pair again is a claim that was sent again.
-        if self.by_claim.get(&key).is_some_and(|o| *o != id) {
+        if self.claims.offer(key).is_some_and(|o| o != id) {
             return gone(Gone::Limit);
         }
-        let fresh = !entry.claims.contains_key(&key);
-        let held = self.claims_of.entry(key.0).or_default();
-        if fresh && (entry.claims.len() >= self.limits.claims_per_offer || *held >= self.limits.claims_per_session) {
+        if !entry.is_claimed_by(key)
+            && (entry.claims().len() >= self.limits.claims_per_offer
+                || self.claims.of_consumer(key.0) >= self.limits.claims_per_session)
+        {
             return gone(Gone::Limit);
         }
-        if fresh {
-            *held += 1;
-        }
-        let until = (now + self.lease.claimed).min(entry.cap);
-        entry.claims.insert(key, until);
-        self.by_claim.insert(key, id);
+        let until = entry.claim(now, key, self.lease.claimed);
         let (grant, end) = (Grant { slot: entry.slot, nonce: entry.nonce }, entry.end());
+        self.claims.insert(key, id);
         self.watch(id, end);
         ServerBody::Granted { claim, grant, remaining: until - now }
     }
 
-    /// An id that nobody entered: it may be early, or long gone.
+    /// A claim of an id that was never entered: it may be early, or long gone.
     fn claim_early(&mut self, now: Instant, claim: ClaimId, id: OfferId) -> ServerBody {
-        let waited = match self.early.get(&id) {
+        let waited = match self.early.get(id) {
             Some(e) if e.released => return ServerBody::Gone { claim, why: Gone::Released },
             Some(e) => now.saturating_duration_since(e.since),
             None if self.draining => return ServerBody::Gone { claim, why: Gone::Unknown },
             None => {
-                self.remember_early(now, id, false);
-                std::time::Duration::ZERO
+                self.early.insert(now, id, Early { since: now, released: false });
+                Duration::ZERO
             }
         };
         if waited >= self.lease.early_grace {
             ServerBody::Gone { claim, why: Gone::Unknown }
         } else {
-            ServerBody::NotYet { claim, retry: retry_after(waited) }
+            ServerBody::NotYet { claim, retry: (waited / 4).clamp(EARLY_RETRY.0, EARLY_RETRY.1) }
         }
-    }
-
-    fn remember_early(&mut self, now: Instant, id: OfferId, released: bool) {
-        while self.early.len() >= self.limits.remembered.max(1) {
-            let Some((_, old)) = self.early_age.pop_front() else { break };
-            self.early.remove(&old);
-        }
-        let e = self.early.entry(id).or_insert(Early { since: now, released });
-        e.released |= released;
-        self.early_age.push_back((now, id));
     }
 
     fn renew(&mut self, now: Instant, from: Incarnation, claims: &[ClaimId]) {
         for claim in claims {
             let key = (from, *claim);
-            let Some(entry) = self.by_claim.get(&key).and_then(|id| self.live.get_mut(id)) else { continue };
-            let cap = entry.cap;
-            if let Some(until) = entry.claims.get_mut(&key)
-                && *until > now
-            {
-                *until = (now + self.lease.claimed).min(cap);
+            if let Some(entry) = self.claims.offer(key).and_then(|id| self.live.get_mut(&id)) {
+                entry.renew(now, key, self.lease.claimed);
             }
         }
     }
 
-    /// Whether the offer was freed by it.
-    fn release(&mut self, now: Instant, from: Option<PeerId>, r: &Release) -> bool {
-        let key = r.claim.and_then(|c| from.as_ref().map(|f| (f.incarnation, c)));
+    fn release(&mut self, now: Instant, from: Option<PeerId>, r: &Release) {
         let Some(entry) = self.live.get_mut(&r.offer) else {
-            if !self.tombs.contains_key(&r.offer) && (r.all || r.reader.of == 1) {
-                self.remember_early(now, r.offer, true);
+            if self.tombs.get(r.offer).is_none() && (r.all || r.reader.of == 1) {
+                self.early.insert(now, r.offer, Early { since: now, released: true }).released = true;
             }
-            return false;
+            return;
         };
-        if let Some(key) = key {
-            if entry.claims.remove(&key).is_some() {
-                forget_claim(&mut self.by_claim, &mut self.claims_of, key);
-            }
-            entry.let_go.insert(key);
-            if entry.let_go.len() > self.limits.claims_per_offer.max(LET_GO) {
-                entry.let_go.pop_first();
+        if let (Some(claim), Some(from)) = (r.claim, &from) {
+            let key = (from.incarnation, claim);
+            if entry.end_claim(key, self.limits.claims_per_offer.max(ENDED_CLAIMS)) {
+                self.claims.remove(key);
             }
         }
-        match from {
-            _ if r.all => entry.done = true,
-            Some(from) => {
-                let seen = entry.released.entry(from.engine).or_default();
-                if r.reader.index < r.reader.of {
-                    seen.insert(r.reader.index);
-                }
-                entry.done |= seen.len() >= r.reader.of as usize;
-            }
-            None => entry.done = true,
-        }
-        // The engine's other readers are still to come.
-        entry.unclaimed_until = entry.unclaimed_until.max(now + self.lease.unclaimed);
-        self.lapse(now, r.offer);
-        let Some(entry) = self.live.get(&r.offer) else { return true };
-        if entry.done && entry.claims.is_empty() {
-            self.end(now, r.offer, Gone::Released);
-            return true;
+        entry.release(now, from, r, self.lease.unclaimed);
+        self.drop_lapsed(now, r.offer);
+        let Some(entry) = self.live.get(&r.offer) else { return };
+        if entry.is_released() {
+            return self.end(now, r.offer, Gone::Released);
         }
         let end = entry.end();
         self.watch(r.offer, end);
-        false
     }
 
-    /// Drops an offer's claims that ran out, and tells whose they were, so that their pulls stop early. Whether there were
-    /// any.
-    fn lapse(&mut self, now: Instant, id: OfferId) -> bool {
+    /// Drops the claims of an offer that ran out, and tells their consumers, so that their pulls stop early. `true` when there
+    /// were any.
+    fn drop_lapsed(&mut self, now: Instant, id: OfferId) -> bool {
         let Some(entry) = self.live.get_mut(&id) else { return false };
-        let lapsed: Vec<_> = entry.claims.iter().filter(|(_, until)| **until <= now).map(|(k, _)| *k).collect();
-        for key in &lapsed {
-            entry.claims.remove(key);
-            forget_claim(&mut self.by_claim, &mut self.claims_of, *key);
-        }
-        for (to, claim) in &lapsed {
-            self.reply(*to, ServerBody::Gone { claim: *claim, why: Gone::Expired });
+        let lapsed = entry.take_lapsed(now);
+        for &(to, claim) in &lapsed {
+            self.claims.remove((to, claim));
+            self.reply(to, ServerBody::Gone { claim, why: Gone::Expired });
         }
         !lapsed.is_empty()
     }
 
-    /// Has `id` looked at no later than `end`.
+    /// Makes sure that a timer looks at `id` no later than `end`.
     fn watch(&mut self, id: OfferId, end: Instant) {
         if let Some(e) = self.live.get_mut(&id)
             && end < e.timer
@@ -385,107 +310,58 @@ impl OfferTable {
         }
     }
 
-    /// Drops claims that ran out, and the offer when none is left.
+    /// Drops claims that ran out, and ends the offer when none is left.
     fn expire(&mut self, now: Instant, id: OfferId) {
         let Some(entry) = self.live.get_mut(&id) else { return };
         self.timers.remove(&(entry.timer, id));
-        if entry.cap <= now {
+        if entry.is_over_cap(now) {
             return self.end(now, id, Gone::HardCap);
         }
-        let lapsed = self.lapse(now, id);
+        let lapsed = self.drop_lapsed(now, id);
         let Some(entry) = self.live.get_mut(&id) else { return };
-        if entry.claims.is_empty() && entry.done {
+        if entry.is_released() {
             return self.end(now, id, Gone::Released);
         }
-        // A consumer that claimed and fell silent does not give the offer back to the unclaimed: its lease was the offer's.
-        // Readers of the same engine that are still to come keep it until the unclaimed time runs out.
-        let waits_for_others = entry.released.values().any(|s| !s.is_empty());
-        if entry.claims.is_empty() && (entry.unclaimed_until <= now || (lapsed && !waits_for_others)) {
+        if entry.is_expired(now, lapsed) {
             return self.end(now, id, Gone::Expired);
         }
-        let end = entry.end();
-        entry.timer = end;
-        self.timers.insert((end, id));
+        entry.timer = entry.end();
+        self.timers.insert((entry.timer, id));
     }
 
-    /// The offer's end: word cleared, then blocks freed, then everybody told.
+    /// Ends an offer: clears the word, then frees the blocks, then tells the consumers.
     fn end(&mut self, now: Instant, id: OfferId, why: Gone) {
         let Some(entry) = self.live.remove(&id) else { return };
         self.timers.remove(&(entry.timer, id));
-        if planted(Bug::FreeBeforeClear) {
-            self.out.push_back(Out::Freed(Freed { offer: id, why }));
-        }
+        let freed = self.out.len();
         if entry.ready {
             self.out.push_back(Out::Withdraw { offer: id, slot: entry.slot });
         }
-        if !planted(Bug::FreeBeforeClear) {
-            self.out.push_back(Out::Freed(Freed { offer: id, why }));
+        self.out.push_back(Out::Freed(Freed { offer: id, why }));
+        if planted(Bug::FreeBeforeClear) {
+            self.out.make_contiguous()[freed..].reverse();
         }
         self.free_slots.push_back(entry.slot);
         let mut told = BTreeSet::new();
-        for (key, _) in entry.claims {
-            forget_claim(&mut self.by_claim, &mut self.claims_of, key);
+        for key in entry.claims() {
+            self.claims.remove(key);
             if told.insert(key.0) {
                 self.reply(key.0, ServerBody::Revoked { offer: id, why });
             }
         }
-        self.bury(now, id, why);
+        self.tombs.insert(now, id, why);
     }
 
-    /// A name that will never be entered is buried too: whoever came early need not wait for it.
+    /// Ends an offer, or a name that will never be entered, so that early claims of it do not wait.
     fn revoke(&mut self, now: Instant, id: OfferId) {
         if self.live.contains_key(&id) {
             return self.end(now, id, Gone::Revoked);
         }
-        if !self.tombs.contains_key(&id) {
-            self.early.remove(&id);
-            self.bury(now, id, Gone::Revoked);
+        if self.tombs.get(id).is_none() {
+            self.early.remove(id);
+            self.tombs.insert(now, id, Gone::Revoked);
         }
     }
-
-    fn bury(&mut self, now: Instant, id: OfferId, why: Gone) {
-        while self.tombs.len() >= self.limits.remembered.max(1) {
-            let Some((_, old)) = self.tomb_age.pop_front() else { break };
-            self.tombs.remove(&old);
-        }
-        self.tombs.insert(id, why);
-        self.tomb_age.push_back((now, id));
-    }
-
-    fn age(&mut self, now: Instant) {
-        while let Some(&(t, id)) = self.tomb_age.front()
-            && t + self.lease.tombstone <= now
-        {
-            self.tomb_age.pop_front();
-            self.tombs.remove(&id);
-        }
-        // An early name's release must outlast the books' delay, so it is kept as long as a tombstone.
-        while let Some(&(t, id)) = self.early_age.front()
-            && t + self.lease.tombstone <= now
-        {
-            self.early_age.pop_front();
-            self.early.remove(&id);
-        }
-    }
-}
-
-fn forget_claim(by_claim: &mut HashMap<ClaimKey, OfferId>, claims_of: &mut HashMap<Incarnation, usize>, key: ClaimKey) {
-    if by_claim.remove(&key).is_some()
-        && let Some(n) = claims_of.get_mut(&key.0)
-    {
-        *n = n.saturating_sub(1);
-        if *n == 0 {
-            claims_of.remove(&key.0);
-        }
-    }
-}
-
-/// Between two looks at an offer whose blocks are being filled: a few engine steps, and 200 small frames a second.
-const UNREADY_RETRY: std::time::Duration = std::time::Duration::from_millis(5);
-
-/// Soon at first, since the books are nearly there; then slower. 2 ms is about one step of a fast engine.
-fn retry_after(waited: std::time::Duration) -> std::time::Duration {
-    (waited / 4).clamp(std::time::Duration::from_millis(2), std::time::Duration::from_millis(50))
 }
 
 impl Machine for OfferTable {
@@ -495,12 +371,8 @@ impl Machine for OfferTable {
     fn handle(&mut self, now: Instant, event: In) {
         match event {
             In::Ready(id) => {
-                if let Some(e) = self.live.get_mut(&id)
-                    && !e.ready
-                {
-                    e.ready = true;
-                    // The time to fill the blocks was the engine's, not the consumer's.
-                    e.unclaimed_until = now + self.lease.unclaimed;
+                if let Some(e) = self.live.get_mut(&id).filter(|e| !e.ready) {
+                    e.set_ready(now, self.lease.unclaimed);
                     let end = e.end();
                     self.out.push_back(Out::Publish { offer: id, slot: e.slot, nonce: e.nonce });
                     self.watch(id, end);
@@ -533,7 +405,9 @@ impl Machine for OfferTable {
                 None => {}
             }
         }
-        self.age(now);
+        // A release of an early name must outlast any delay of the offer, so early names are kept as long as tombstones.
+        self.tombs.age(now, self.lease.tombstone);
+        self.early.age(now, self.lease.tombstone);
     }
 
     fn poll(&mut self) -> Option<Out> {
@@ -541,7 +415,7 @@ impl Machine for OfferTable {
     }
 
     fn next_timeout(&self) -> Option<Instant> {
-        // Tombstones age when something happens; only leases need a clock.
+        // Only leases need a clock; tombstones age at the next event.
         self.timers.first().map(|t| t.0)
     }
 }

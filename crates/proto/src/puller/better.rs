@@ -1,52 +1,56 @@
-//! When to look for a better lane than the one that a peer is read over: one of a kind that is preferred and was not to be
-//! had, or one with all of its paths. Never reads a clock, and knows no lane.
+//! When to search for a better lane than the one in use: one of a preferred kind that was unavailable, or one with all of
+//! its paths. Never reads a clock, and knows no lane.
 
 use std::time::{Duration, Instant};
 
-/// How long to wait with a look for a better lane.
+use crate::retry::Backoff;
+
+/// How long to wait before each search for a better lane.
 #[derive(Debug, Clone, Copy)]
 pub struct Waits {
-    /// After something worse than possible is noticed.
+    /// From the first use of a worse lane to the first search.
     pub first: Duration,
-    /// At most.
+    /// The longest wait; each wait is twice the one before.
     pub longest: Duration,
 }
 
-/// The wait for the next look; doubles with each look until all has been well for a while.
+/// When the next search is due. Waits double with each search until the best lane has been in use for a while.
 #[derive(Debug, Default)]
-pub struct Better {
-    next: Option<(Instant, Duration)>,
+pub(super) struct Search {
+    wait: Option<Wait>,
 }
 
-impl Better {
-    /// What is used is worse than what might be had. `true`: look for it now.
-    pub fn look(&mut self, now: Instant, waits: Waits) -> bool {
-        match self.next {
-            None => {
-                self.next = Some((after(now, waits.first), waits.first));
-                false
-            }
-            Some((at, _)) if now < at => false,
-            Some((_, wait)) => {
-                let wait = wait.saturating_mul(2).min(waits.longest);
-                self.next = Some((after(now, wait), wait));
-                true
-            }
-        }
-    }
-
-    /// What is used is the best there is.
-    pub fn well(&mut self, now: Instant) {
-        // For as long again as the wait was: what fails every few seconds is not tried every few seconds.
-        if self.next.is_some_and(|(at, wait)| now >= after(at, wait)) {
-            self.next = None;
-        }
-    }
+#[derive(Debug)]
+struct Wait {
+    backoff: Backoff,
+    from: Instant,
+    until: Instant,
 }
 
-/// A wait that no clock can hold is as good as for ever: a year.
-fn after(now: Instant, wait: Duration) -> Instant {
-    now + wait.min(Duration::from_secs(365 * 86_400))
+impl Search {
+    /// A worse lane than possible is in use. `true`: search now.
+    pub(super) fn due(&mut self, now: Instant, waits: Waits) -> bool {
+        let Some(w) = &mut self.wait else {
+            let mut backoff = Backoff::new(waits.first, waits.longest);
+            let until = backoff.wait_from(now);
+            self.wait = Some(Wait { backoff, from: now, until });
+            return false;
+        };
+        let due = now >= w.until;
+        if due {
+            (w.from, w.until) = (now, w.backoff.wait_from(now));
+        }
+        due
+    }
+
+    /// The best possible lane is in use.
+    pub(super) fn not_needed(&mut self, now: Instant) {
+        // Forget the waits only after twice the last one: otherwise a lane that fails every few seconds would be
+        // replaced every few seconds.
+        if self.wait.as_ref().is_some_and(|w| now.saturating_duration_since(w.until) >= w.until - w.from) {
+            self.wait = None;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -56,26 +60,31 @@ mod tests {
     const WAITS: Waits = Waits { first: Duration::from_secs(1), longest: Duration::from_secs(60) };
 
     #[test]
-    fn looks_get_rarer_until_all_was_well_for_long() {
-        let (mut b, mut now) = (Better::default(), Instant::now());
-        assert!(!b.look(now, WAITS), "what failed just now is not tried at once");
+    fn searches_become_rare_until_the_best_lane_has_worked_for_long() {
+        let (mut s, mut now) = (Search::default(), Instant::now());
+        assert!(!s.due(now, WAITS), "a kind that failed just now is not tried at once");
         let mut waits = Vec::new();
         for _ in 0..8 {
             let since = now;
-            while !b.look(now, WAITS) {
+            while !s.due(now, WAITS) {
                 now += Duration::from_millis(100);
             }
             waits.push((now - since).as_secs());
         }
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
+        s.not_needed(now + WAITS.longest);
+        assert!(!s.due(now + WAITS.longest - WAITS.first, WAITS), "the lane may have worked for a moment only");
+        s.not_needed(now + 2 * WAITS.longest);
+        assert!(!s.due(now + 2 * WAITS.longest, WAITS));
+        assert!(s.due(now + 2 * WAITS.longest + WAITS.first, WAITS));
+    }
+
+    #[test]
+    fn the_longest_wait_turns_searches_off() {
+        let (mut s, now) = (Search::default(), Instant::now());
         let never = Waits { first: Duration::MAX, longest: Duration::MAX };
-        let mut off = Better::default();
-        assert!(!off.look(now, never) && !off.look(now + WAITS.longest, never), "it can be turned off");
-        off.well(now);
-        b.well(now + WAITS.longest);
-        assert!(!b.look(now + WAITS.longest - WAITS.first, WAITS), "it may have been well for a moment only");
-        b.well(now + 2 * WAITS.longest);
-        assert!(!b.look(now + 2 * WAITS.longest, WAITS));
-        assert!(b.look(now + 2 * WAITS.longest + WAITS.first, WAITS));
+        assert!(!s.due(now, never) && !s.due(now + WAITS.longest, never));
+        s.not_needed(now);
+        assert!(!s.due(now + WAITS.longest, never));
     }
 }

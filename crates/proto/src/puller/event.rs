@@ -1,4 +1,4 @@
-//! Events for the puller, and actions that it asks for.
+//! Events for the puller, and its actions.
 
 use std::{
     sync::{
@@ -21,11 +21,11 @@ use crate::{
     session::Want,
 };
 
-/// A pull, unique in this consumer's life; never 0.
+/// A pull's id, unique in this process; never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PullId(pub u64);
 
-/// A peer rank's address: what sessions are kept by.
+/// A peer rank's address, the key of its session.
 pub type Addr = Arc<str>;
 
 /// A pull to start.
@@ -35,29 +35,29 @@ pub struct Start {
     pub id: PullId,
     /// The offer.
     pub offer: Arc<Offer>,
-    /// Indices into the offer's ranks: whom to read from.
+    /// The source ranks: indices into the offer's ranks.
     pub sources: Vec<usize>,
-    /// What is wanted, and where it goes.
+    /// The wanted blocks, and their destinations.
     pub wanted: Vec<LocalBlocks>,
-    /// Which reader of the offer this rank is.
+    /// This rank's place among the offer's readers.
     pub reader: Reader,
-    /// When it was asked for: its times count from here.
+    /// The time of the engine's call; [`Outcome::times`] counts from here.
     pub started: Instant,
-    /// When it decides at the latest.
+    /// The latest time of its decision.
     pub deadline: Instant,
-    /// How often it tries again.
+    /// How often and how patiently it tries again.
     pub retry: Retry,
-    /// How chunks are cut.
+    /// The size of chunks.
     pub chunk: ChunkSize,
-    /// Which lanes may be used, best first.
+    /// The permitted kinds of lanes, best first.
     pub lanes: Vec<LaneKind>,
     /// Whether earlier work on the destination blocks is done.
     pub local_ready: bool,
-    /// Where to say how far it is.
+    /// The progress of the pull, shared with the engine.
     pub progress: Arc<Progress>,
 }
 
-/// How far a pull is, for whoever looks from another thread.
+/// The progress of a pull, readable from any thread.
 #[derive(Debug, Default)]
 pub struct Progress {
     loaded: AtomicUsize,
@@ -65,7 +65,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Loaded chunks, and all chunks; both zero until the pull is planned.
+    /// Number of loaded chunks, and of all chunks; both are zero until the pull is planned.
     pub fn get(&self) -> (usize, usize) {
         (self.loaded.load(Ordering::Relaxed), self.chunks.load(Ordering::Relaxed))
     }
@@ -78,69 +78,69 @@ impl Progress {
 
 /// An event for the puller.
 pub enum In<L> {
-    /// A pull is wanted.
+    /// The engine starts a pull.
     Start(Box<Start>),
     /// Earlier work on a pull's destination blocks is done.
     LocalReady(PullId),
-    /// A pull is given up.
+    /// The engine cancels a pull.
     Cancel(PullId, Cause),
-    /// A peer answered Hello; anything of another incarnation of it is void.
+    /// A peer answered Hello; state of another incarnation of it is void.
     Peer(Addr, Arc<Welcome>),
     /// A claim was granted.
     Granted(ClaimId, Grant),
     /// A claim is gone.
     Lost(ClaimId, Cause),
-    /// A lane that was asked for.
+    /// The answer to [`Out::Connect`].
     Lane {
         /// The peer.
         peer: Addr,
-        /// The peer's incarnation that it was connected to.
+        /// The peer's incarnation that answered.
         incarnation: Incarnation,
-        /// What it was asked for.
+        /// The need in the wish.
         need: Need,
-        /// The lane, or why there is none.
+        /// The lane, or the cause of the failure.
         lane: Result<L, Cause>,
     },
-    /// The peer's session was dropped: its lanes go too, once no pull uses them.
+    /// The peer's session was dropped: its lanes are dropped too, once no pull uses them.
     Dropped(Addr),
-    /// Everything ends: all pulls are cancelled.
+    /// The consumer shuts down: cancel all pulls.
     Shutdown,
 }
 
-/// Whether anybody waits for a lane.
+/// Why a lane is connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// Pulls wait for it.
     Now,
-    /// It is to replace one that pulls go on with meanwhile.
+    /// A background search: pulls use the present lane meanwhile.
     Better,
 }
 
-/// A lane that is to be connected.
+/// A lane to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LaneWish {
-    /// To this incarnation of the peer.
+    /// The peer's incarnation that must answer.
     pub expect: Incarnation,
-    /// In the order to try.
+    /// Kinds, in the order to try.
     pub kinds: Vec<LaneKind>,
-    /// Whether anybody waits for it.
+    /// Whether pulls wait for it.
     pub need: Need,
 }
 
-/// An action that the puller asks for, in order.
+/// An action of the puller. The caller carries them out in order.
 #[derive(Debug)]
 pub enum Out {
-    /// Have the peer's session make a claim.
+    /// The peer's session must make a claim.
     Claim(Addr, Want),
-    /// Have the peer's session let go.
+    /// The peer's session must release a claim or an offer.
     Release(Addr, Incarnation, Release),
     /// Connect a lane.
     Connect(Addr, LaneWish),
     /// The pull's sets are frozen.
     Decided(PullId),
-    /// The pull has ended: its blocks are the engine's again.
+    /// The pull has ended: its blocks belong to the engine again.
     Ended(Box<Ended>),
-    /// A pull's blocks may be written for ever.
+    /// A pull's blocks may be written at any time, indefinitely.
     Wedged(PullId),
 }
 
@@ -151,8 +151,8 @@ pub struct Ended {
     pub pull: PullId,
     /// The offer.
     pub offer: Arc<Offer>,
-    /// What became of it.
+    /// The result, by position.
     pub outcome: Outcome,
-    /// The same by local block.
+    /// The result, by local block.
     pub blocks: BlockReport,
 }

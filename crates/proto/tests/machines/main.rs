@@ -1,5 +1,5 @@
-//! The protocol's machines one at a time, with a clock that the test moves by hand: what each must hold, readable alone.
-//! The simulation (`tests/sim`) runs them together through bad days.
+//! The protocol's machines one at a time, with a clock that the test moves by hand.
+//! The simulation (`tests/sim`) runs them together through seeded failures.
 
 mod offers;
 mod plans;

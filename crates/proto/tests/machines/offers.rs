@@ -1,4 +1,4 @@
-//! The producer's books.
+//! The producer's offer table.
 
 use std::time::{Duration, Instant};
 
@@ -18,14 +18,14 @@ const NANO: Duration = Duration::from_nanos(1);
 const UNCLAIMED: u32 = 30;
 const CLAIMED: u32 = 10;
 
-/// Books with a clock.
-struct Books {
+/// An offer table with a clock.
+struct Table {
     table: OfferTable,
     start: Instant,
     now: Instant,
 }
 
-impl Books {
+impl Table {
     fn new(limits: Limits) -> Self {
         Self::with(LeaseConfig::default(), limits)
     }
@@ -115,7 +115,7 @@ fn gone(claim: u64, why: Gone) -> ServerBody {
 
 #[test]
 fn a_name_that_is_claimed_before_it_is_entered_waits_and_is_granted() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     assert!(matches!(b.claim(&a, 1, 1), ServerBody::NotYet { .. }));
     b.at(SECOND);
@@ -126,7 +126,7 @@ fn a_name_that_is_claimed_before_it_is_entered_waits_and_is_granted() {
 
 #[test]
 fn a_name_that_is_taken_back_before_it_is_entered_is_revoked_at_once() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     assert!(matches!(b.claim(&a, 1, 1), ServerBody::NotYet { .. }));
     b.tell(In::Revoke(id(1)));
@@ -137,7 +137,7 @@ fn a_name_that_is_taken_back_before_it_is_entered_is_revoked_at_once() {
 
 #[test]
 fn a_name_that_is_never_entered_is_unknown_after_the_grace_period() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     assert!(matches!(b.claim(&a, 1, 1), ServerBody::NotYet { .. }));
     b.at(2 * SECOND - NANO);
@@ -148,7 +148,7 @@ fn a_name_that_is_never_entered_is_unknown_after_the_grace_period() {
 
 #[test]
 fn a_release_before_the_offer_is_entered_frees_it_at_once_and_never_publishes_it() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.release(&a, Some(1), 1, Reader::ONLY);
     b.tell(In::Release(None, id(2)));
@@ -163,8 +163,8 @@ fn a_release_before_the_offer_is_entered_frees_it_at_once_and_never_publishes_it
 }
 
 #[test]
-fn an_offer_that_nobody_claims_is_freed_at_its_leases_end_and_not_before() {
-    let mut b = Books::new(Limits::default());
+fn an_unclaimed_offer_is_freed_at_its_leases_end_and_not_before() {
+    let mut b = Table::new(Limits::default());
     b.offer(1);
     b.at(UNCLAIMED * SECOND - NANO);
     assert_eq!(b.freed(), []);
@@ -174,7 +174,7 @@ fn an_offer_that_nobody_claims_is_freed_at_its_leases_end_and_not_before() {
 
 #[test]
 fn a_claimed_offer_is_freed_at_the_claims_end_and_not_before() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.offer(1);
     b.at(25 * SECOND);
@@ -188,7 +188,7 @@ fn a_claimed_offer_is_freed_at_the_claims_end_and_not_before() {
 
 #[test]
 fn a_claim_at_the_leases_end_is_refused_even_if_the_timer_is_late() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     b.offer(1);
     b.now += UNCLAIMED * SECOND; // no tick
     assert_eq!(b.claim(&peer("a", 1), 1, 1), gone(1, Gone::Expired));
@@ -196,7 +196,7 @@ fn a_claim_at_the_leases_end_is_refused_even_if_the_timer_is_late() {
 
 #[test]
 fn a_renewal_after_the_claims_end_does_not_bring_it_back() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.offer(1);
     b.granted(&a, 1, 1);
@@ -210,7 +210,7 @@ proptest! {
     /// Each renewal: after how many milliseconds, and of which claim.
     #[test]
     fn renewals_in_any_order_cannot_hide_an_end(renewals in proptest::collection::vec((0u64..6000, 0usize..3), 0..30)) {
-        let mut b = Books::new(Limits::default());
+        let mut b = Table::new(Limits::default());
         let peers = [peer("a", 1), peer("b", 2), peer("c", 3)];
         b.offer(1);
         for p in &peers {
@@ -239,7 +239,7 @@ proptest! {
 
 #[test]
 fn several_readers_of_one_engine_all_have_to_release() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let readers = [peer("a", 1), peer("a", 2), peer("a", 3)];
     let reader = |index| Reader { index, of: 3 };
     b.offer(1);
@@ -257,7 +257,7 @@ fn several_readers_of_one_engine_all_have_to_release() {
 
 #[test]
 fn a_reader_that_never_comes_holds_the_offer_for_the_unclaimed_lease_only() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.offer(1);
     b.claim_as(&a, 1, 1, Reader { index: 0, of: 2 });
@@ -271,7 +271,7 @@ fn a_reader_that_never_comes_holds_the_offer_for_the_unclaimed_lease_only() {
 
 #[test]
 fn a_release_does_not_free_what_another_consumer_still_reads() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let (a, c) = (peer("a", 1), peer("c", 2));
     b.offer(1);
     b.granted(&a, 1, 1);
@@ -285,7 +285,7 @@ fn a_release_does_not_free_what_another_consumer_still_reads() {
 
 #[test]
 fn a_released_claim_is_not_brought_back_by_a_late_frame() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let (a, c) = (peer("a", 1), peer("c", 2));
     b.offer(1);
     b.granted(&c, 1, 1);
@@ -298,7 +298,7 @@ fn a_released_claim_is_not_brought_back_by_a_late_frame() {
 
 #[test]
 fn every_release_is_acknowledged_even_of_an_unknown_offer() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     let release = Release { claim: None, offer: id(9), reader: Reader::ONLY, all: false };
     b.tell(In::Frame(a.clone(), ClientFrame { seq: 5, body: ClientBody::Release(release) }));
@@ -307,7 +307,7 @@ fn every_release_is_acknowledged_even_of_an_unknown_offer() {
 
 #[test]
 fn no_offer_outlives_the_hard_cap_however_often_it_is_renewed() {
-    let mut b = Books::with(LeaseConfig { hard_cap: 60 * SECOND, ..Default::default() }, Limits::default());
+    let mut b = Table::with(LeaseConfig { hard_cap: 60 * SECOND, ..Default::default() }, Limits::default());
     let a = peer("a", 1);
     b.offer(1);
     b.granted(&a, 1, 1);
@@ -321,12 +321,12 @@ fn no_offer_outlives_the_hard_cap_however_often_it_is_renewed() {
     let outs = b.outs();
     assert!(outs.contains(&Out::Freed(Freed { offer: id(1), why: Gone::HardCap })), "{outs:?}");
     let told = ServerFrame { ack: 0, body: Some(ServerBody::Revoked { offer: id(1), why: Gone::HardCap }) };
-    assert!(outs.contains(&Out::Send(a.incarnation, told)), "who claimed it is told: {outs:?}");
+    assert!(outs.contains(&Out::Send(a.incarnation, told)), "its consumer is told: {outs:?}");
 }
 
-/// Books with three ended offers: 1 expired, 2 released, 3 revoked.
-fn three_ends() -> Books {
-    let mut b = Books::new(Limits::default());
+/// A table with three ended offers: 1 expired, 2 released, 3 revoked.
+fn three_ends() -> Table {
+    let mut b = Table::new(Limits::default());
     b.offer(1);
     b.at(UNCLAIMED * SECOND);
     b.offer(2);
@@ -358,9 +358,9 @@ fn a_tombstone_says_why_an_offer_is_gone_until_it_is_forgotten() {
 
 #[test]
 fn the_word_is_withdrawn_before_the_blocks_are_freed() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
-    let ends: [fn(&mut Books, &PeerId); 3] = [
+    let ends: [fn(&mut Table, &PeerId); 3] = [
         |b, a| b.release(a, Some(1), 1, Reader::ONLY),
         |b, _| b.tell(In::Revoke(id(2))),
         |b, _| b.at(CLAIMED * SECOND),
@@ -392,7 +392,7 @@ fn an_offer_is_freed_once() {
 
 #[test]
 fn claims_on_one_offer_are_limited_and_a_repeated_claim_counts_once() {
-    let mut b = Books::new(Limits { claims_per_offer: 2, ..Default::default() });
+    let mut b = Table::new(Limits { claims_per_offer: 2, ..Default::default() });
     let [a, c, d] = [peer("a", 1), peer("c", 2), peer("d", 3)];
     b.offer(1);
     b.granted(&a, 1, 1);
@@ -404,7 +404,7 @@ fn claims_on_one_offer_are_limited_and_a_repeated_claim_counts_once() {
 
 #[test]
 fn claims_of_one_session_are_limited_and_a_release_makes_room() {
-    let mut b = Books::new(Limits { claims_per_session: 1, ..Default::default() });
+    let mut b = Table::new(Limits { claims_per_session: 1, ..Default::default() });
     let (a, c) = (peer("a", 1), peer("c", 2));
     b.offer(1);
     b.offer(2);
@@ -417,7 +417,7 @@ fn claims_of_one_session_are_limited_and_a_release_makes_room() {
 
 #[test]
 fn one_claim_names_one_offer() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.offer(1);
     b.offer(2);
@@ -427,7 +427,7 @@ fn one_claim_names_one_offer() {
 
 #[test]
 fn offers_are_limited_by_the_words_and_a_freed_one_gives_its_word_back() {
-    let mut b = Books::new(Limits { offers: 2, ..Default::default() });
+    let mut b = Table::new(Limits { offers: 2, ..Default::default() });
     b.offer(1);
     b.offer(2);
     assert_eq!(b.table.offer(b.now, id(3), true), Err(OfferError::TooManyOffers { limit: 2 }));
@@ -444,7 +444,7 @@ fn offers_are_limited_by_the_words_and_a_freed_one_gives_its_word_back() {
 
 #[test]
 fn a_live_id_is_refused_and_the_first_offer_stays() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     b.offer(1);
     assert_eq!(b.table.offer(b.now, id(1), true), Err(OfferError::Duplicate(id(1))));
     b.granted(&peer("a", 1), 1, 1);
@@ -452,7 +452,7 @@ fn a_live_id_is_refused_and_the_first_offer_stays() {
 
 #[test]
 fn an_unready_offer_is_not_granted_and_its_unclaimed_lease_runs_from_ready_on() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.table.offer(b.now, id(1), false).unwrap();
     b.at(10 * UNCLAIMED * SECOND);
@@ -468,7 +468,7 @@ fn an_unready_offer_is_not_granted_and_its_unclaimed_lease_runs_from_ready_on() 
 
 #[test]
 fn an_offer_that_never_becomes_ready_is_freed_at_the_hard_cap() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     b.table.offer(b.now, id(1), false).unwrap();
     b.at(600 * SECOND);
     assert_eq!(b.outs(), [Out::Freed(Freed { offer: id(1), why: Gone::HardCap })], "there is no word to withdraw");
@@ -476,7 +476,7 @@ fn an_offer_that_never_becomes_ready_is_freed_at_the_hard_cap() {
 
 #[test]
 fn a_draining_producer_takes_no_offers_and_grants_what_it_has() {
-    let mut b = Books::new(Limits::default());
+    let mut b = Table::new(Limits::default());
     b.offer(1);
     b.outs();
     b.tell(In::Drain);

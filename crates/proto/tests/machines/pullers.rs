@@ -1,4 +1,4 @@
-//! Pulls and lanes of a rank, joined.
+//! The puller: pulls and lanes of a rank.
 
 use std::{
     sync::{
@@ -26,7 +26,7 @@ use kvferry_proto::{
 const SECOND: Duration = Duration::from_secs(1);
 const ADDR: &str = "10.0.0.1:7400";
 
-/// A lane that reads nothing, and is quiet as soon as it is stopped: it says so when it is polled.
+/// A lane that reads nothing and is quiet at once when it is stopped. It reports that when it is polled.
 struct Prompt {
     kind: LaneKind,
     degraded: bool,
@@ -34,7 +34,7 @@ struct Prompt {
     stopped: Vec<Attempt>,
     begun: Arc<AtomicUsize>,
     killed: Arc<AtomicBool>,
-    /// It is to go down.
+    /// The next poll goes down.
     down: Arc<AtomicBool>,
 }
 
@@ -88,7 +88,7 @@ struct Rig {
     now: Instant,
     incarnation: Incarnation,
     pulls: u64,
-    /// Of what was wanted last.
+    /// The need of the last wish.
     need: Need,
     welcome: Arc<Welcome>,
 }
@@ -122,7 +122,7 @@ impl Rig {
         Self { puller, now, incarnation, pulls: 0, need: Need::Now, welcome }
     }
 
-    /// A pull of four blocks, granted. Returns what it wants to have connected.
+    /// A granted pull of four blocks. Returns the kinds that it wants connected.
     fn pull(&mut self) -> Option<Vec<LaneKind>> {
         self.pulls += 1;
         let blocks: Vec<_> = (0..4).map(|b| Some(BlockId(b))).collect();
@@ -153,11 +153,11 @@ impl Rig {
         let Some(Out::Claim(_, want)) = self.puller.poll() else { panic!("it claims first") };
         let grant = Grant { slot: 0, nonce: Nonce::from_wire(7).unwrap() };
         self.puller.handle(self.now, In::Granted(want.claim, grant));
-        self.wanted()
+        self.wish()
     }
 
-    /// What is to be connected.
-    fn wanted(&mut self) -> Option<Vec<LaneKind>> {
+    /// The kinds of the next wish.
+    fn wish(&mut self) -> Option<Vec<LaneKind>> {
         match self.puller.poll()? {
             Out::Connect(_, wish) => {
                 self.need = wish.need;
@@ -167,7 +167,7 @@ impl Rig {
         }
     }
 
-    /// What was wanted is there. Returns the number of attempts on it.
+    /// Answers the wish with a lane. Returns the number of attempts on it.
     fn connected(&mut self, lane: Prompt) -> Arc<AtomicUsize> {
         let begun = lane.begun.clone();
         self.answer(Ok(Box::new(lane)));
@@ -193,7 +193,7 @@ fn count(n: &AtomicUsize) -> usize {
 }
 
 #[test]
-fn a_lane_that_is_quiet_in_time_is_not_killed_by_a_thread_that_looks_late() {
+fn a_quiet_lane_is_not_killed_by_a_thread_that_runs_late() {
     let mut rig = Rig::new();
     assert!(rig.pull().is_some());
     let lane = Prompt::of(LaneKind::Verbs);
@@ -205,27 +205,27 @@ fn a_lane_that_is_quiet_in_time_is_not_killed_by_a_thread_that_looks_late() {
     puller.turn(now + SECOND);
     let outs: Vec<_> = std::iter::from_fn(|| puller.poll()).collect();
     assert!(outs.iter().any(|o| matches!(o, Out::Ended(_))), "{outs:?}");
-    assert!(!killed.load(Ordering::Relaxed), "everybody's reads on it would be lost");
+    assert!(!killed.load(Ordering::Relaxed), "the reads of every pull on it would be lost");
     assert_eq!(puller.lanes().count(), 1);
 }
 
 #[test]
-fn pulls_leave_a_lane_of_the_second_choice_once_the_first_is_to_be_had() {
+fn pulls_leave_a_lane_of_the_second_choice_once_the_first_is_available() {
     let mut rig = Rig::new();
     assert_eq!(rig.pull().unwrap(), BOTH);
     let tcp = rig.connected(Prompt::of(LaneKind::Tcp));
-    assert_eq!(rig.pull(), None, "what is not to be had now is not tried at once");
+    assert_eq!(rig.pull(), None, "an unavailable kind is not tried again at once");
     rig.now += 2 * SECOND;
-    // It goes on over what there is, and does not wait.
+    // The pull uses the present lane and does not wait.
     assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
     assert_eq!(count(&tcp), 3);
     rig.answer(Err(Cause::LaneFailed));
     rig.now += SECOND;
-    assert_eq!(rig.pull(), None, "it is tried rarer and rarer");
+    assert_eq!(rig.pull(), None, "waits between searches grow");
     rig.now += 2 * SECOND;
     assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
     let verbs = rig.connected(Prompt::of(LaneKind::Verbs));
-    assert_eq!((count(&tcp), count(&verbs)), (5, 0), "what is being read goes on where it is");
+    assert_eq!((count(&tcp), count(&verbs)), (5, 0), "running attempts stay on their lane");
     rig.now += 100 * SECOND;
     assert_eq!(rig.pull(), None);
     assert_eq!(count(&verbs), 1);
@@ -252,15 +252,15 @@ fn pulls_of_a_new_session_take_no_lane_of_an_old_one() {
     rig.pull();
     let old = rig.connected(Prompt::of(LaneKind::Verbs));
     assert_eq!((rig.pull(), count(&old)), (None, 2));
-    // The stream broke, and the same producer was met again: it let go of the lanes of the session that ended.
+    // The stream broke, and the same producer answers again: it has released the lanes of the old session.
     rig.puller.handle(rig.now, In::Peer(ADDR.into(), rig.welcome.clone()));
     assert_eq!(rig.pull().unwrap(), BOTH);
     let new = rig.connected(Prompt::of(LaneKind::Verbs));
-    assert_eq!((count(&old), count(&new)), (2, 1), "what is being read goes on where it is");
+    assert_eq!((count(&old), count(&new)), (2, 1), "running attempts stay on their lane");
 }
 
 #[test]
-fn a_pull_without_a_lane_does_not_fail_because_a_better_one_was_not_to_be_had() {
+fn a_pull_without_a_lane_does_not_fail_when_a_search_for_a_better_one_does() {
     let mut rig = Rig::new();
     rig.pull();
     let tcp = Prompt::of(LaneKind::Tcp);
@@ -269,13 +269,13 @@ fn a_pull_without_a_lane_does_not_fail_because_a_better_one_was_not_to_be_had() 
     rig.pull();
     rig.now += 2 * SECOND;
     assert_eq!(rig.pull().unwrap(), [LaneKind::Verbs]);
-    // The lane that there was goes down while the better one is looked for.
+    // The present lane goes down during the search for a better one.
     down.store(true, Ordering::Relaxed);
     rig.puller.turn(rig.now);
-    assert_eq!(rig.wanted().unwrap(), BOTH, "it does not wait for that");
+    assert_eq!(rig.wish().unwrap(), BOTH, "it does not wait for the search");
     let now = std::mem::replace(&mut rig.need, Need::Better);
     rig.answer(Err(Cause::LaneFailed));
-    assert_eq!(rig.wanted(), None);
+    assert_eq!(rig.wish(), None);
     rig.need = now;
     let tcp = rig.connected(Prompt::of(LaneKind::Tcp));
     assert_eq!(count(&tcp), 3, "none of them has failed");

@@ -30,7 +30,7 @@ impl Session {
         Self { machine, now: start, stream: 0 }
     }
 
-    /// A session that is up with the producer's process `n`, with nothing left to do.
+    /// An idle session that is up with the producer's process `n`.
     fn up(n: u64) -> Self {
         let mut s = Self::new();
         s.claim(999, n);
@@ -41,7 +41,7 @@ impl Session {
         s
     }
 
-    /// Moves the clock on by so long, by way of every timeout.
+    /// Moves the clock on by `by`, through every timeout.
     fn wait(&mut self, by: Duration) {
         let then = self.now + by;
         while let Some(t) = self.machine.next_timeout().filter(|t| *t <= then) {
@@ -51,7 +51,7 @@ impl Session {
         self.machine.tick(then);
     }
 
-    /// As `wait`, with a peer that answers everything at once.
+    /// The same with a peer that answers every ping at once.
     fn wait_answered(&mut self, by: Duration) -> Vec<Out> {
         let (then, mut all) = (self.now + by, Vec::new());
         while self.now < then {
@@ -208,8 +208,8 @@ fn a_claim_for_another_incarnation_probes_while_the_stream_stays() {
     let mut s = Session::up(2);
     s.hold(1, 2);
     s.claim(2, 3);
-    assert_eq!(s.outs(), [Out::Dial], "neither sent to the wrong process, nor is the stream hung up");
-    // It is still the old one: the claim was for a process that is gone, and the held one stays.
+    assert_eq!(s.outs(), [Out::Dial], "the claim is not sent to the wrong process, and the stream stays");
+    // The old process answers: the new claim was for a dead one, and the held claim stays.
     s.welcome(2);
     assert_eq!(s.outs(), [lost(2, Cause::PeerRestarted)]);
     assert_eq!(s.machine.claims(), 1);
@@ -242,7 +242,7 @@ fn a_restart_at_the_same_address_loses_the_old_claims_and_grants_the_new() {
     assert_eq!(claims(&s.outs()), [2]);
     s.grant(2);
     assert!(matches!(s.outs()[..], [Out::Granted { claim: ClaimId(2), .. }]));
-    // Of a process that is known to be dead nothing is asked any more.
+    // A process that is known to be dead gets no more claims.
     s.claim(4, 2);
     assert_eq!(s.outs(), [lost(4, Cause::PeerRestarted)]);
 }
@@ -292,7 +292,7 @@ fn a_refused_first_dial_ends_claims_with_unreachable() {
 }
 
 #[test]
-fn a_dial_that_finds_no_way_is_tried_again_and_keeps_the_claims() {
+fn a_dial_without_an_answer_is_tried_again_and_keeps_the_claims() {
     let mut s = Session::new();
     s.claim(1, 2);
     s.outs();
@@ -352,11 +352,11 @@ fn releases_of_an_incarnation_that_is_gone_are_dropped() {
     assert_eq!(releases(&s.outs()), []);
     assert_eq!(s.machine.unacked(), 0);
     s.release(1, 2);
-    assert_eq!((s.outs(), s.machine.unacked()), (vec![], 0), "nor is one of it begun");
+    assert_eq!((s.outs(), s.machine.unacked()), (vec![], 0), "a new release is dropped too");
 }
 
 #[test]
-fn a_claim_that_is_not_yet_there_is_asked_again_when_the_peer_says() {
+fn a_claim_of_an_offer_that_is_not_ready_is_sent_again_when_the_peer_says() {
     let mut s = Session::up(2);
     s.claim(1, 2);
     s.outs();
@@ -455,7 +455,7 @@ fn wait_after_break(s: &mut Session, lived: Duration) -> Duration {
     s.breaks();
     let from = s.now;
     while !s.outs().contains(&Out::Dial) {
-        s.now = s.machine.next_timeout().expect("it dials some time");
+        s.now = s.machine.next_timeout().expect("a dial is scheduled");
         s.machine.tick(s.now);
     }
     let waited = s.now - from;
@@ -466,7 +466,7 @@ fn wait_after_break(s: &mut Session, lived: Duration) -> Duration {
 }
 
 #[test]
-fn a_peer_whose_streams_break_at_once_is_redialled_ever_more_slowly() {
+fn a_peer_whose_streams_break_at_once_is_redialled_more_and_more_slowly() {
     let mut s = Session::new();
     s.claim(1, 2);
     s.welcome(2);
@@ -476,7 +476,7 @@ fn a_peer_whose_streams_break_at_once_is_redialled_ever_more_slowly() {
     assert_eq!(waits[0], Duration::ZERO, "the first one may be an accident");
     assert!(waits[1..].windows(2).all(|w| w[0] > Duration::ZERO && w[0] <= w[1]), "{waits:?}");
     assert!(waits[11] >= Duration::from_secs(1), "{waits:?}");
-    // A stream that lived for a while makes it good again.
+    // A stream that lived for a while resets the waits.
     assert_eq!(wait_after_break(&mut s, Duration::from_secs(1)), Duration::ZERO);
     assert_eq!(wait_after_break(&mut s, MILLI), Duration::ZERO);
     let after = wait_after_break(&mut s, MILLI);

@@ -1,4 +1,4 @@
-//! The promises, checked. Each check stands on its own knowledge of what happened, not on the machines' word.
+//! Checks of the promises. Each check uses its own record of the events, and does not trust the machines.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +19,7 @@ use crate::{
 /// How late a woken machine may be, in all.
 const SLACK: Micros = 1500;
 
-/// What a fair observer knows of an offer at one rank.
+/// An observer's record of an offer at one rank.
 #[derive(Debug, Clone)]
 pub(crate) struct Lease {
     entered: Micros,
@@ -27,9 +27,9 @@ pub(crate) struct Lease {
     /// Until when each claim holds.
     claims: BTreeMap<(Incarnation, ClaimId), Micros>,
     released: BTreeMap<EngineId, BTreeSet<u32>>,
-    /// Claims that were let go. One that is heard of again, out of order, holds nothing.
-    let_go: BTreeSet<(Incarnation, ClaimId)>,
-    /// The last reader of some engine let go.
+    /// Released claims. A late frame does not bring one back.
+    ended_claims: BTreeSet<(Incarnation, ClaimId)>,
+    /// The last reader of some engine released it.
     done: Option<Micros>,
     unclaimed_until: Micros,
     claimed_ever: bool,
@@ -51,8 +51,8 @@ impl World {
             ready: ready.then_some(self.now),
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
-            let_go: BTreeSet::new(),
-            // Books that may remember little forget some of what came early.
+            ended_claims: BTreeSet::new(),
+            // A table with tight limits forgets some early releases.
             done: (early && !self.weather.tight).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
             claimed_ever: false,
@@ -83,7 +83,7 @@ impl World {
         }
     }
 
-    /// A frame is about to reach the books.
+    /// A frame is about to reach the offer table.
     pub(crate) fn lease_frame(&mut self, q: usize, from: &PeerId, frame: &ClientFrame) {
         let now = self.now;
         let claimed = self.weather.lease.claimed.as_micros() as Micros;
@@ -115,7 +115,7 @@ impl World {
                 };
                 if let Some(claim) = r.claim {
                     l.claims.remove(&(from.incarnation, claim));
-                    l.let_go.insert((from.incarnation, claim));
+                    l.ended_claims.insert((from.incarnation, claim));
                 }
                 let readers = l.released.entry(from.engine.clone()).or_default();
                 readers.insert(r.reader.index);
@@ -129,7 +129,7 @@ impl World {
         }
     }
 
-    /// The books say something.
+    /// The offer table emits an action.
     pub(crate) fn lease_out(&mut self, q: usize, out: &table::Out) {
         let now = self.now;
         let claimed = self.weather.lease.claimed.as_micros() as Micros;
@@ -140,7 +140,7 @@ impl World {
                     let lease = self.procs[q].claimed.get(&key).copied();
                     if let Some(l) = lease.and_then(|o| self.procs[q].leases.get_mut(&o)) {
                         l.claimed_ever = true;
-                        if !l.let_go.contains(&key) {
+                        if !l.ended_claims.contains(&key) {
                             l.claims.insert(key, now + claimed);
                         }
                     }
@@ -170,7 +170,7 @@ impl World {
                 Gone::Expired if !lease.claimed_ever && now < lease.unclaimed_until => {
                     Some("before its unclaimed time is over")
                 }
-                Gone::Released if lease.done.is_none() && !early => Some("though not all its readers let go"),
+                Gone::Released if lease.done.is_none() && !early => Some("though not all its readers released it"),
                 Gone::Released if held.is_some() => Some("while another claim holds"),
                 Gone::Revoked if !lease.revoked => Some("as revoked, though the engine did not revoke it"),
                 Gone::HardCap if now < lease.entered + cap => Some("before the hard cap"),
@@ -181,7 +181,7 @@ impl World {
         if let Some(wrong) = wrong {
             self.broken(Promise::LeakFree, format!("process {q} frees {id} ({why:?}) {wrong}: {lease:?}"));
         }
-        // A live consumer's lease does not run out under it: that excuses nothing, unless its frames got lost.
+        // A live consumer's lease does not run out. An expiry excuses a loss only if frames were lost.
         let explains = match why {
             Gone::Expired => !lease.claimed_ever || !self.weather.sure_network() || !self.all_awake(),
             Gone::Released => false,
@@ -203,14 +203,14 @@ impl World {
         }
     }
 
-    /// A session is dropped: it may not owe anything to a live peer whose leases still run.
+    /// A session is dropped: forgets its releases to the present process.
     pub(crate) fn check_expired(&mut self, c: usize, p: usize) {
         let Some(me) = self.consumers[c].process.as_ref().map(|p| p.me.incarnation) else { return };
         let Some(incarnation) = self.producers[p].proc.map(|q| self.procs[q].id.incarnation) else { return };
         self.pending.retain(|k, _| k.0 != me || k.3 != incarnation);
     }
 
-    /// Looks at everything that could be forgotten.
+    /// Checks for forgotten offers, pulls and releases.
     pub(crate) fn audit(&mut self) {
         let t = self.now + 2000;
         self.at(t, Event::Audit);
@@ -263,7 +263,7 @@ impl World {
         }
     }
 
-    /// Everything that was taken has been given back.
+    /// Checks that every block and claim was given back.
     fn check_end(&mut self, live: usize) {
         let busy = self.consumers.iter().filter_map(|c| c.process.as_ref()).any(|p| {
             let open = p.pulls.values().filter(|p| !(p.ended || p.wedged && p.decided.is_some())).count();
@@ -281,8 +281,11 @@ impl World {
         }
         for (q, proc) in self.procs.iter().enumerate().filter(|(_, p)| p.alive) {
             if proc.table.live() + proc.table.claims() > 0 {
-                let what =
-                    format!("process {q}'s books keep {} offers and {} claims", proc.table.live(), proc.table.claims());
+                let what = format!(
+                    "process {q}'s table keeps {} offers and {} claims",
+                    proc.table.live(),
+                    proc.table.claims()
+                );
                 self.broken(Promise::LeakFree, what);
             }
         }
@@ -306,7 +309,7 @@ impl World {
                 self.broken(Promise::LeakFree, format!("consumer {c} keeps {lanes} lanes"));
             }
         }
-        say!(self, "the day is over");
+        say!(self, "the run is over");
         self.stats.wedged += wedged as u64;
         self.finished = true;
     }
@@ -336,10 +339,10 @@ impl World {
         }
     }
 
-    /// A pull that waits for a process whose host says that it is gone, for longer than it takes to ask.
+    /// A pull that still waits for a dead process, although a dial would have been refused by now.
     fn knows_of_a_death(&self, p: &Process) -> Option<String> {
         let bound = 2 * self.weather.session.redial_max.as_micros() as Micros + 30_000;
-        // A host that died as well, once, may have swallowed the question.
+        // A host that died too may have dropped the dial.
         let silent = |p: &usize| self.producers[*p].silent_once;
         p.pulls.iter().filter(|(_, pull)| pull.decided.is_none() && !pull.producers.iter().any(silent)).find_map(
             |(id, pull)| {

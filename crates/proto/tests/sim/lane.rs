@@ -1,4 +1,4 @@
-//! The lane behind the real seam: it passes everything on to the [`Fabric`].
+//! The simulation's `Lane`: passes every call to the [`Fabric`].
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,7 +27,7 @@ pub(crate) struct SimLane {
     fabric: Shared,
     number: usize,
     caps: LaneCaps,
-    /// It has not all of its paths.
+    /// Some of its paths failed.
     degraded: bool,
 }
 

@@ -1,5 +1,5 @@
 //! Stamped memory. Every 8 bytes of a block say which request wrote them, and for which group, layer, head and position:
-//! a stale, torn or misplaced byte is seen for what it is.
+//! a stale, torn or misplaced byte is recognised.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use kvferry_proto::{
 
 use crate::rng::Rng;
 
-/// The model that all engines of a seed run, whatever their layouts and shards.
+/// The model that all engines of a seed run, with any layouts and shards.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
     pub heads: u32,
@@ -43,7 +43,7 @@ impl Shape {
         Self { heads: *rng.pick(&[2, 4, 6]), groups: (0..n).map(|i| group(i, rng)).collect() }
     }
 
-    /// A rank's memory: its part of every block, laid out as this process happens to.
+    /// A rank's memory: its part of every block, in this process's own layout.
     pub(crate) fn layout(&self, rng: &mut Rng, shard: &Shard, blocks: u32) -> Layout {
         let split = rng.chance(300);
         let mut segments: Vec<u64> = vec![0];
@@ -102,7 +102,7 @@ impl Layout {
         Memory(self.pool.segments.iter().map(|s| vec![0; (*s / 8) as usize]).collect())
     }
 
-    /// Where the words of a block lie, and what each of them is.
+    /// The place and the meaning of each word of a block.
     fn words(&self, shape: &Shape, group: GroupId, block: BlockId, mut f: impl FnMut(u16, usize, Piece)) {
         let Ok(at) = self.pool.groups.binary_search_by_key(&group, |g| g.id) else { return };
         let words = shape.group(group).words;
@@ -118,7 +118,7 @@ impl Layout {
     }
 }
 
-/// What a word of a block is a part of.
+/// The meaning of a word of a block.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
     group: GroupId,
@@ -127,7 +127,7 @@ struct Piece {
     word: u32,
 }
 
-/// Who wrote a block: a request's version, or an engine's scribbles.
+/// The writer of a block: a request, or an engine that reuses it.
 pub(crate) type Version = u32;
 
 fn stamp(version: Version, p: Piece, position: u32) -> u64 {
@@ -180,7 +180,7 @@ impl Memory {
         });
     }
 
-    /// The first word of a block that is not what the version wrote there: `(found, wanted)`.
+    /// The first word of a block that the version did not write: `(found, wanted)`.
     pub(crate) fn differs(
         &self,
         shape: &Shape,
@@ -211,7 +211,7 @@ impl Memory {
     }
 }
 
-/// Which words of a block.
+/// A selection of a block's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     All,
@@ -243,7 +243,7 @@ impl ProcMem {
     }
 }
 
-/// What is known of a local word, for the checks.
+/// The checks' record of a local word.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Note {
     /// Index into [`LocalMem::holders`].

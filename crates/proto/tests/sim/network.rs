@@ -1,4 +1,4 @@
-//! The control network: dials, streams, and frames that get lost, late, doubled and out of order.
+//! The control network: dials, streams, and frames that are lost, late, doubled and out of order.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ pub(crate) struct Conn {
     pub stream: u64,
     pub from: Option<PeerId>,
     pub broken: bool,
-    /// Carries nothing, and does not say so.
+    /// Carries nothing, without an error.
     pub dead: bool,
     last_up: Micros,
     last_down: Micros,
@@ -182,7 +182,7 @@ impl World {
         if self.conns[conn].dead || !self.procs[q].alive {
             return;
         }
-        // What was sent before a hang-up may still arrive, or not.
+        // A frame that was sent before a hang-up may still arrive, or not.
         if self.conns[conn].broken && self.rng.chance(500) {
             return;
         }

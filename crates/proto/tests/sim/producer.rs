@@ -1,4 +1,6 @@
-//! Prefill engines: processes that fill blocks, offer them, and use them again as soon as they hear that they are free.
+//! Prefill engines: processes that fill blocks, offer them, and reuse them as soon as they are free.
+
+mod request;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -8,19 +10,18 @@ use std::{
 
 use kvferry_proto::{
     Machine,
-    block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank},
+    block::{EngineId, Incarnation, OfferId, Rank},
     frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, ServerBody, ServerFrame},
-    group::GroupKind,
     hello::Welcome,
     lane::LaneKind,
-    offer::{Offer, OfferGroup, OfferRank},
+    offer::Offer,
     shard::Shard,
     table::{self, Freed, OfferTable},
 };
 
 use crate::{
     checks::Lease,
-    memory::{Layout, Part, ProcMem, Version},
+    memory::{Layout, ProcMem, Version},
     rng::Rng,
     trace::{Micros, Promise},
     world::{Event, World, say},
@@ -223,221 +224,6 @@ impl World {
         })
     }
 
-    /// A request is prefilled and offered. `heal`: for this consumer, by this engine, with nothing in its way.
-    pub(crate) fn request(&mut self, heal: Option<(usize, usize)>) {
-        let up: Vec<usize> = (0..self.engines.len()).filter(|&e| self.engine_up(e)).collect();
-        let e = match heal {
-            Some((_, e)) => e,
-            None if up.is_empty() => return,
-            None => *self.rng.pick(&up),
-        };
-        let Some(groups) = self.allocate(e) else { return };
-        let games = self.weather.games.clone();
-        let version = self.version();
-        let procs: Vec<usize> = self.engines[e].ranks.iter().filter_map(|&p| self.producers[p].proc).collect();
-        let incarnations: Vec<_> = procs.iter().map(|&q| self.procs[q].id.incarnation).collect();
-        let offer = Offer {
-            id: self.offer_id(),
-            engine: self.engines[e].id.clone(),
-            incarnation: Incarnation::of_engine(&incarnations).expect("an engine has ranks"),
-            ranks: procs
-                .iter()
-                .map(|&q| OfferRank {
-                    rank: self.procs[q].id.rank,
-                    incarnation: self.procs[q].id.incarnation,
-                    addr: self.producers[self.procs[q].producer].addr.to_string(),
-                })
-                .collect(),
-            groups,
-            tokens: 1,
-            request: format!("v{version}"),
-        };
-        if let Err(error) = offer.check(1 << 20) {
-            self.broken(Promise::Sound, format!("the simulation's own offer: {error}"));
-        }
-        let r = self.requests.len();
-        self.stats.offers += 1;
-        say!(self, "engine {e} offers v{version} as {} {:?}", offer.id, offer.groups);
-        let late = self.rng.chance(games.late_ready);
-        self.requests.push(Request {
-            version,
-            engine: e,
-            offer: Arc::new(offer),
-            ranks: procs.iter().map(|&proc| RankPart { proc, ready: !late, back: false }).collect(),
-            given_back: false,
-            excused: None,
-        });
-        let early = if self.rng.chance(games.early) { self.rng.tail(100, 10_000, 60_000) } else { 0 };
-        if early > 20_000 {
-            self.requests[r].excused = Some("the books were very late");
-        }
-        for k in 0..procs.len() {
-            self.fill(r, k, if late { Part::Even } else { Part::All });
-            let t = self.now + if early == 0 { 0 } else { self.rng.below(early) };
-            if t == self.now {
-                self.register(r, k);
-            } else {
-                self.at(t, Event::Register { r, k });
-            }
-            if late {
-                let t = t + self.rng.tail(10, 8000, 40_000);
-                self.at(t, Event::Ready { r, k });
-            }
-        }
-        if let Some((c, _)) = heal {
-            return self.handover(r, c, true, true);
-        }
-        self.route(r);
-        if self.rng.chance(games.revoke) {
-            let t = self.now + self.rng.tail(10, 15_000, 80_000);
-            self.at(t, Event::Revoke { r });
-        }
-    }
-
-    /// The router: who gets the offer, and when.
-    fn route(&mut self, r: usize) {
-        let games = self.weather.games.clone();
-        let ranks = self.requests[r].ranks.len();
-        if self.rng.chance(games.unpulled) {
-            let t = self.now + self.rng.tail(0, 2000, 50_000);
-            match self.rng.below(3) {
-                0 => (0..ranks).for_each(|k| self.at(t, Event::Forget { r, k })),
-                1 => {
-                    let c = self.rng.below(self.consumers.len() as u64) as usize;
-                    self.at(t, Event::Handover { r, c, pull: false });
-                }
-                _ => {}
-            }
-            return;
-        }
-        let mut engines: Vec<u32> = self.consumers.iter().map(|c| c.engine).collect();
-        engines.dedup();
-        self.rng.shuffle(&mut engines);
-        engines.truncate(if self.rng.chance(games.twice) { 2 } else { 1 });
-        if engines.len() > 1 {
-            self.requests[r].excused = Some("two engines pull it: the first to finish releases it");
-        }
-        for engine in engines {
-            let unclaimed = self.weather.lease.unclaimed.as_micros() as Micros;
-            let late = if self.rng.chance(games.late_handover) { self.rng.below(unclaimed * 3 / 2) } else { 0 };
-            if late > unclaimed / 2 {
-                self.requests[r].excused = Some("the router was very late");
-            }
-            for c in 0..self.consumers.len() {
-                if self.consumers[c].engine == engine {
-                    let t = self.now + late + self.rng.tail(0, 300, 5000);
-                    self.at(t, Event::Handover { r, c, pull: true });
-                }
-            }
-        }
-    }
-
-    fn allocate(&mut self, e: usize) -> Option<Vec<OfferGroup>> {
-        let shape = self.shape.clone();
-        let mut groups = Vec::new();
-        let n = self.rng.between(1, 12);
-        for (g, s) in shape.groups.iter().enumerate() {
-            let first_position = *self.rng.pick(&[0, 0, 1, 3]);
-            let mut blocks: Vec<Option<BlockId>> = Vec::new();
-            let nulls = if s.kind == GroupKind::SlidingWindow { self.rng.below(n) } else { 0 };
-            for i in 0..n {
-                if i < nulls || (s.kind == GroupKind::SlidingWindow && self.rng.chance(50)) {
-                    blocks.push(None);
-                    continue;
-                }
-                let Some(b) = self.engines[e].free[g].pop() else { break };
-                blocks.push(Some(BlockId(b)));
-            }
-            if self.rng.chance(300) {
-                blocks.reverse();
-            }
-            groups.push(OfferGroup { group: GroupId(s.id), first_position, blocks });
-        }
-        if groups.iter().all(|g| g.blocks.is_empty()) { None } else { Some(groups) }
-    }
-
-    /// The engine writes the request's KV into its blocks at one rank.
-    fn fill(&mut self, r: usize, k: usize, part: Part) {
-        let request = &self.requests[r];
-        let q = request.ranks[k].proc;
-        let mut fabric = self.fabric.get();
-        for g in &request.offer.groups {
-            for (i, b) in g.blocks.iter().enumerate() {
-                if let Some(b) = b {
-                    let position = g.first_position + i as u32;
-                    let memory = &mut fabric.procs[q].memory;
-                    memory.write(&self.shape, &self.procs[q].layout, (g.group, *b), position, request.version, part);
-                }
-            }
-        }
-    }
-
-    fn awake(&mut self, q: usize, event: Event) -> bool {
-        if self.procs[q].alive && self.procs[q].stopped {
-            let t = self.now + 1000;
-            self.at(t, event);
-            return false;
-        }
-        self.procs[q].alive
-    }
-
-    pub(crate) fn register(&mut self, r: usize, k: usize) {
-        let q = self.requests[r].ranks[k].proc;
-        if !self.awake(q, Event::Register { r, k }) || self.requests[r].ranks[k].back {
-            return;
-        }
-        let (id, ready, now) = (self.requests[r].offer.id, self.requests[r].ranks[k].ready, self.clock());
-        self.procs[q].requests.insert(id, (r, k));
-        self.lease_begins(q, id, ready);
-        match self.procs[q].table.offer(now, id, ready) {
-            Ok(()) => {}
-            Err(error) => {
-                say!(self, "process {q}: cannot offer v{}: {error}", self.requests[r].version);
-                self.procs[q].leases.remove(&id);
-                self.requests[r].excused = Some("the books refused it");
-                self.rank_back(r, k);
-            }
-        }
-        self.drain_table(q);
-    }
-
-    pub(crate) fn ready(&mut self, r: usize, k: usize) {
-        let q = self.requests[r].ranks[k].proc;
-        if !self.awake(q, Event::Ready { r, k }) || self.requests[r].ranks[k].back {
-            return;
-        }
-        // An offer that is not entered yet is entered as ready.
-        self.requests[r].ranks[k].ready = true;
-        self.fill(r, k, Part::Odd);
-        let id = self.requests[r].offer.id;
-        self.lease_ready(q, id);
-        self.table(q, table::In::Ready(id));
-    }
-
-    pub(crate) fn revoke(&mut self, r: usize) {
-        for k in 0..self.requests[r].ranks.len() {
-            let q = self.requests[r].ranks[k].proc;
-            if self.procs[q].alive && !self.procs[q].stopped {
-                let id = self.requests[r].offer.id;
-                // A name that is taken back cannot be entered any more; engines here enter whatever they have named.
-                let Some(lease) = self.procs[q].leases.get_mut(&id) else { continue };
-                lease.revoked = true;
-                self.table(q, table::In::Revoke(id));
-            }
-        }
-    }
-
-    /// A release without a session reaches a rank.
-    pub(crate) fn forget(&mut self, r: usize, k: usize) {
-        let q = self.requests[r].ranks[k].proc;
-        if self.awake(q, Event::Forget { r, k }) {
-            let id = self.requests[r].offer.id;
-            self.requests[r].excused.get_or_insert("a scheduler released it");
-            self.lease_released_by_anyone(q, id);
-            self.table(q, table::In::Release(None, id));
-        }
-    }
-
     pub(crate) fn drain_proc(&mut self, p: usize) {
         if let Some(q) = self.producers[p].proc.filter(|&q| !self.procs[q].stopped) {
             self.procs[q].draining = true;
@@ -464,12 +250,12 @@ impl World {
         let now = self.clock();
         self.procs[q].table.tick(now);
         if self.procs[q].table.next_timeout().is_some_and(|t| t <= now) {
-            self.broken(Promise::Sound, format!("process {q}'s books want a tick in the past, after a tick"));
+            self.broken(Promise::Sound, format!("process {q}'s table wants a tick in the past, after a tick"));
         }
         self.drain_table(q);
     }
 
-    /// What the books want done is queued, in order; the engine may be slow to do it.
+    /// Queues the table's actions in order; the engine may be slow to carry them out.
     fn drain_table(&mut self, q: usize) {
         while let Some(out) = self.procs[q].table.poll() {
             self.lease_out(q, &out);
@@ -542,32 +328,6 @@ impl World {
         }
     }
 
-    /// Free blocks are somebody else's at once.
-    fn scribble(&mut self, r: usize, k: usize) {
-        let version = self.version();
-        let request = &self.requests[r];
-        let q = request.ranks[k].proc;
-        let mut fabric = self.fabric.get();
-        for g in &request.offer.groups {
-            for b in g.blocks.iter().flatten() {
-                let memory = &mut fabric.procs[q].memory;
-                memory.write(&self.shape, &self.procs[q].layout, (g.group, *b), 0, version, Part::All);
-            }
-        }
-    }
-
-    /// A rank's part of a request is free, or gone with its process.
-    fn rank_back(&mut self, r: usize, k: usize) {
-        let request = &mut self.requests[r];
-        request.ranks[k].back = true;
-        if request.ranks.iter().all(|k| k.back) && !std::mem::replace(&mut request.given_back, true) {
-            let e = request.engine;
-            for (g, s) in request.offer.groups.iter().zip(&mut self.engines[e].free) {
-                s.extend(g.blocks.iter().flatten().map(|b| b.0));
-            }
-        }
-    }
-
     pub(crate) fn crash(&mut self, p: usize) {
         let Some(q) = self.producers[p].proc.take() else { return };
         let silent = self.rng.chance(300);
@@ -586,7 +346,7 @@ impl World {
         for r in 0..self.requests.len() {
             for k in 0..self.requests[r].ranks.len() {
                 if self.requests[r].ranks[k].proc == q {
-                    // A pull that is still on loses what was not fenced yet.
+                    // An open pull loses the chunks that are not fenced yet.
                     self.requests[r].excused.get_or_insert("its producer died");
                     if !self.requests[r].ranks[k].back {
                         self.rank_back(r, k);
@@ -628,7 +388,7 @@ impl World {
 
     pub(crate) fn continue_proc(&mut self, p: usize) {
         let Some(q) = self.producers[p].proc.filter(|&q| self.procs[q].stopped) else { return };
-        say!(self, "process {q} goes on");
+        say!(self, "process {q} continues");
         self.procs[q].stopped = false;
         self.procs[q].resumed = self.now;
         self.fabric.get().proc_stopped(q, false);
@@ -668,7 +428,7 @@ impl World {
             return self.send_to_client(conn, ServerFrame { ack: 0, body: Some(ServerBody::Opened(incarnation)) });
         }
         let Some(from) = self.conns[conn].from.clone() else {
-            // Something went wrong on the way: this is no session.
+            // The `Open` was lost: there is no session.
             let t = self.now + self.delay();
             return self.at(t, Event::Break { conn });
         };

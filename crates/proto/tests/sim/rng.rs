@@ -1,4 +1,4 @@
-//! Where a seed's luck comes from. SplitMix64: small, quick, and the same on every machine.
+//! The random numbers of a seed. SplitMix64: small, quick, and the same on every machine.
 
 /// A stream of random numbers.
 #[derive(Debug, Clone)]

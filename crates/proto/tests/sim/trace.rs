@@ -1,4 +1,4 @@
-//! What happened, for a reader, and what should not have.
+//! The trace of a seed for a reader, and the violation that ended it.
 
 use std::{collections::VecDeque, fmt};
 
@@ -34,7 +34,7 @@ impl fmt::Display for Violation {
     }
 }
 
-/// The last things that happened. Costs nothing while it is off.
+/// The last events. Costs nothing while it is off.
 #[derive(Debug, Default)]
 pub(crate) struct Trace {
     pub on: bool,

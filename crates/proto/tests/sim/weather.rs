@@ -1,4 +1,4 @@
-//! How bad a day is. Some days only one thing goes wrong, so that what the others promise can be demanded in full.
+//! The faults of a seed. Some seeds have one kind of fault only, so that the other promises can be checked in full.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use kvferry_proto::{
 
 use crate::{rng::Rng, trace::Micros};
 
-/// What kind of day it is.
+/// The kind of a seed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Day {
-    /// Nothing goes wrong: everything must be loaded.
+    /// No faults: everything must be loaded.
     Calm,
     /// Lanes fail, hang, wedge.
     Lanes,
@@ -36,7 +36,7 @@ pub(crate) struct Net {
     pub reorder: u64,
     /// A stream breaks after about this long; 0: never.
     pub breaks: Micros,
-    /// New streams that carry nothing, and do not say so.
+    /// New streams that carry nothing, without an error.
     pub blackhole: u64,
     pub dial_timeout: u64,
     pub dial_refused: u64,
@@ -50,8 +50,8 @@ pub(crate) struct LaneLuck {
     pub lost: u64,
     pub late: u64,
     pub torn: u64,
-    /// A read that is reported as done and was not; the chunk's fence finds out.
-    pub slip: u64,
+    /// A read that is reported as done although nothing was read. The lane takes the chunk back.
+    pub unread: u64,
     /// An attempt that does not drain, once stopped.
     pub stuck: u64,
     /// Reads in flight at a stop land late.
@@ -62,12 +62,12 @@ pub(crate) struct LaneLuck {
     pub latency: (Micros, Micros, Micros),
 }
 
-/// What engines and routers do. Chances are per mille.
+/// Behaviour of engines and routers. Chances are per mille.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Games {
     pub revoke: u64,
     pub cancel: u64,
-    /// The name overtakes the books.
+    /// The name overtakes the offer.
     pub early: u64,
     pub late_ready: u64,
     pub late_handover: u64,
@@ -90,10 +90,10 @@ pub(crate) struct Weather {
     pub lease: LeaseConfig,
     pub session: SessionConfig,
     pub limits: Limits,
-    /// Limits are so small that they are met.
+    /// Limits are so small that they are reached.
     pub tight: bool,
     pub retry: Retry,
-    /// How soon a better lane is looked for.
+    /// Waits before a search for a better lane.
     pub looks: Waits,
     pub requests: u64,
     /// How long the storm lasts.
@@ -168,7 +168,7 @@ impl Weather {
             w.limits.claims_per_session = rng.between(1, 3) as usize;
             w.limits.remembered = rng.between(1, 4) as usize;
         }
-        // Borrowed anew for each use.
+        // A macro, since a closure would keep `rng` borrowed.
         macro_rules! some {
             ($most:expr) => {
                 if rng.chance(600) { rng.between(1, $most) } else { 0 }
@@ -176,7 +176,7 @@ impl Weather {
         }
         if lanes {
             w.lanes.fail = some!(40);
-            w.lanes.slip = some!(40);
+            w.lanes.unread = some!(40);
             w.lanes.hang = some!(8);
             w.lanes.lost = some!(8);
             w.lanes.late = some!(100);

@@ -1,4 +1,4 @@
-//! A seed's world: who is there, what time it is, and what happens next.
+//! The world of a seed: its processes, its clock, and its event queue.
 
 use std::{
     cmp::Reverse,
@@ -28,7 +28,7 @@ use crate::{
     weather::Weather,
 };
 
-/// What happens. Numbers: `p` a producer's address, `q` a producer's process, `c` a consumer, `e` its life, `r` a request,
+/// An event. Numbers: `p` a producer's address, `q` a producer's process, `c` a consumer, `e` its life, `r` a request,
 /// `k` a rank of the request's engine.
 #[derive(Debug, Clone)]
 pub(crate) enum Event {
@@ -102,16 +102,16 @@ pub(crate) struct World {
     pub versions: u32,
     /// Releases on their way, and since when.
     pub pending: BTreeMap<PendingKey, Micros>,
-    /// Why word of a death may not get through.
+    /// Why the news of a death may not get through.
     pub unsure: Option<&'static str>,
-    /// Since when all is well.
+    /// When the faults ended.
     pub calm: Option<Micros>,
     pub healing: usize,
     pub finished: bool,
     pub stats: Stats,
 }
 
-/// What a seed saw; summed over seeds, it shows that the checks have something to check.
+/// Counts of a seed. Their sums over seeds show that the checks have work to do.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Stats {
     pub events: u64,
@@ -168,7 +168,7 @@ macro_rules! say {
 pub(crate) use say;
 
 impl World {
-    /// Runs a seed to its end. `Err`: what was broken, and the last lines of the trace when `tracing`.
+    /// Runs a seed to its end. `Err`: the broken promise.
     pub(crate) fn run(seed: u64, fabric_out: &mut Option<Shared>, tracing: bool) -> Result<Stats, Violation> {
         let mut rng = Rng::new(seed);
         let weather = Weather::new(&mut rng);
@@ -271,16 +271,16 @@ impl World {
                 fabric = self.fabric.get();
             }
             self.stats.events += 1;
-            let stirred = std::mem::take(&mut fabric.stirred);
+            let ready = std::mem::take(&mut fabric.ready);
             drop(fabric);
-            for local in stirred {
-                self.lanes_stirred(local);
+            for local in ready {
+                self.lanes_ready(local);
             }
             if let Some(v) = self.fabric.get().violation.clone() {
                 return Err(v);
             }
             if self.stats.events > 2_000_000 {
-                return Err(Violation { promise: Promise::Sound, at: self.now, what: "the day does not end".into() });
+                return Err(Violation { promise: Promise::Sound, at: self.now, what: "the run does not end".into() });
             }
         }
         self.stats.reads = self.fabric.get().reads;
@@ -324,7 +324,7 @@ impl World {
         }
     }
 
-    /// The faults are over: who is dead comes back, and everybody tries again.
+    /// The faults are over: dead processes return, and every consumer pulls from every engine.
     fn all_calm(&mut self) {
         say!(self, "---- the faults are over ----");
         self.weather.calm();
@@ -389,7 +389,7 @@ impl World {
         self.versions
     }
 
-    /// A frame's or a dial's way.
+    /// The delay of a frame or a dial.
     pub(crate) fn delay(&mut self) -> Micros {
         let (low, usual, high) = self.weather.net.delay;
         self.rng.tail(low, usual, high.max(usual))

@@ -1,0 +1,83 @@
+//! Events for a pull's tracker, and its actions.
+
+use std::time::Duration;
+
+use crate::{
+    error::Cause,
+    lane::{Attempt, Grant, LaneCaps, LaneEvent, LaneKind},
+    outcome::Outcome,
+    plan::Plan,
+};
+
+/// An event for a pull.
+#[derive(Debug, Clone)]
+pub enum In {
+    /// Earlier work on the destination blocks is done.
+    LocalReady,
+    /// All peers have answered Hello, and the reads are planned.
+    Planned(Box<Plan>),
+    /// A source rank granted its claim.
+    Granted {
+        /// Index of the source.
+        source: usize,
+        /// The fence word and its nonce.
+        grant: Grant,
+    },
+    /// A source's claim is gone: no more fences can hold.
+    Lost {
+        /// Why.
+        cause: Cause,
+    },
+    /// The answer to [`Out::NeedLane`].
+    Lane {
+        /// Index of the source.
+        source: usize,
+        /// The new attempt.
+        attempt: Attempt,
+        /// The lane's properties.
+        caps: LaneCaps,
+    },
+    /// The other answer to [`Out::NeedLane`]: no lane is available.
+    NoLane {
+        /// Index of the source.
+        source: usize,
+        /// Why.
+        cause: Cause,
+    },
+    /// An event of an attempt's lane. `Down` of a lane is passed to each of its attempts.
+    Event(Attempt, LaneEvent),
+    /// The engine cancels the pull, or this side shuts down.
+    Cancel(Cause),
+}
+
+/// An action of a pull. The caller carries them out in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Out {
+    /// Find a lane to this source, if possible of none of these kinds.
+    NeedLane {
+        /// Index of the source.
+        source: usize,
+        /// Kinds that failed this pull.
+        avoid: Vec<LaneKind>,
+    },
+    /// Stop the attempt; the tracker waits for its `Quiet`.
+    Stop(Attempt),
+    /// The attempt did not become quiet in time: kill its lane.
+    Kill(Attempt),
+    /// The sets are frozen: the producer's blocks are not needed any more.
+    Decided,
+    /// Nothing can write the local blocks any more. Comes once.
+    Ended(Box<Outcome>),
+    /// The local blocks may be written at any time, indefinitely: withhold them. The pull stays open.
+    Wedged,
+}
+
+/// How often and how patiently a pull tries again.
+#[derive(Debug, Clone, Copy)]
+pub struct Retry {
+    /// Attempts for each source, the first included.
+    pub attempts: u32,
+    /// Wait before the third attempt; doubles with each further one. The second comes at once: a broken lane says nothing
+    /// about the next one.
+    pub wait: Duration,
+}

@@ -1,0 +1,167 @@
+//! The pulls of a consumer rank: their trackers, claims and timers.
+//!
+//! A tracker changes only through [`Pulls::tell`] and [`Pulls::tick`], which mark its pull as touched. The puller then polls
+//! touched pulls only, so a turn costs nothing for pulls without events.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    time::Instant,
+};
+
+use crate::{
+    Machine,
+    frame::{ClaimId, Release},
+    offer::OfferRank,
+    pull::{self, PullTracker},
+    session::Want,
+};
+
+use super::{Out, PullId, PullSource, Start};
+
+/// A pull that has not ended.
+pub(super) struct Pull {
+    pub(super) tracker: PullTracker,
+    pub(super) start: Box<Start>,
+    /// One for each source; empty once they are released.
+    claims: Vec<ClaimId>,
+    timer: Option<Instant>,
+}
+
+impl Pull {
+    /// The ranks to read from.
+    pub(super) fn ranks(&self) -> impl Iterator<Item = &OfferRank> {
+        self.start.sources.iter().map(|&at| &self.start.offer.ranks[at])
+    }
+
+    pub(super) fn rank(&self, source: usize) -> &OfferRank {
+        &self.start.offer.ranks[self.start.sources[source]]
+    }
+}
+
+/// The pulls of a consumer rank.
+#[derive(Default)]
+pub(super) struct Pulls {
+    by_id: BTreeMap<PullId, Pull>,
+    by_claim: HashMap<ClaimId, PullSource>,
+    last_claim: u64,
+    timers: BTreeSet<(Instant, PullId)>,
+    touched: BTreeSet<PullId>,
+}
+
+impl Pulls {
+    pub(super) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    pub(super) fn get(&self, id: PullId) -> Option<&Pull> {
+        self.by_id.get(&id)
+    }
+
+    pub(super) fn get_mut(&mut self, id: PullId) -> Option<&mut Pull> {
+        self.by_id.get_mut(&id)
+    }
+
+    pub(super) fn of_claim(&self, claim: ClaimId) -> Option<PullSource> {
+        self.by_claim.get(&claim).copied()
+    }
+
+    /// Pulls without a plan that read from a peer.
+    pub(super) fn unplanned(&self, addr: &str) -> Vec<PullId> {
+        let unplanned = self.by_id.iter().filter(|(_, p)| p.tracker.plan().is_none());
+        unplanned.filter(|(_, p)| p.ranks().any(|r| r.addr == addr)).map(|(id, _)| *id).collect()
+    }
+
+    /// Adds a pull and claims its offer at each source.
+    pub(super) fn start(&mut self, mut start: Box<Start>, out: &mut VecDeque<Out>) -> PullId {
+        let id = start.id;
+        let sources = start.sources.len();
+        let wanted = std::mem::take(&mut start.wanted);
+        let tracker = PullTracker::new(start.started, wanted, sources, start.deadline, start.retry, start.local_ready);
+        let mut pull = Pull { tracker, start, claims: Vec::with_capacity(sources), timer: None };
+        for source in 0..sources {
+            self.last_claim += 1;
+            let claim = ClaimId(self.last_claim);
+            self.by_claim.insert(claim, PullSource { pull: id, source });
+            pull.claims.push(claim);
+            let (offer, rank) = (&pull.start.offer, pull.rank(source));
+            let want = Want {
+                claim,
+                offer: offer.id,
+                engine: offer.engine.clone(),
+                expect: rank.incarnation,
+                reader: pull.start.reader,
+            };
+            out.push_back(Out::Claim(rank.addr.as_str().into(), want));
+        }
+        self.by_id.insert(id, pull);
+        self.touched.insert(id);
+        id
+    }
+
+    pub(super) fn tell(&mut self, now: Instant, id: PullId, event: pull::In) {
+        if let Some(p) = self.by_id.get_mut(&id) {
+            p.tracker.handle(now, event);
+            self.touched.insert(id);
+        }
+    }
+
+    pub(super) fn tell_all(&mut self, now: Instant, event: &pull::In) {
+        for (id, p) in &mut self.by_id {
+            p.tracker.handle(now, event.clone());
+            self.touched.insert(*id);
+        }
+    }
+
+    /// Tells the time to every pull whose timer is due.
+    pub(super) fn tick(&mut self, now: Instant) {
+        for (_, id) in self.timers.range(..=(now, PullId(u64::MAX))) {
+            if let Some(p) = self.by_id.get_mut(id) {
+                p.tracker.tick(now);
+                self.touched.insert(*id);
+            }
+        }
+    }
+
+    pub(super) fn next_timeout(&self) -> Option<Instant> {
+        self.timers.first().map(|t| t.0)
+    }
+
+    pub(super) fn next_touched(&mut self) -> Option<PullId> {
+        self.touched.pop_first()
+    }
+
+    pub(super) fn poll(&mut self, id: PullId) -> Option<pull::Out> {
+        self.by_id.get_mut(&id)?.tracker.poll()
+    }
+
+    /// Publishes a touched pull's progress and sets its timer.
+    pub(super) fn update(&mut self, id: PullId) {
+        let Some(p) = self.by_id.get_mut(&id) else { return };
+        p.start.progress.set(p.tracker.progress());
+        let next = p.tracker.next_timeout();
+        if p.timer != next {
+            if let Some(t) = p.timer {
+                self.timers.remove(&(t, id));
+            }
+            self.timers.extend(next.map(|t| (t, id)));
+            p.timer = next;
+        }
+    }
+
+    /// Releases a pull's claims, once.
+    pub(super) fn release(&mut self, id: PullId, out: &mut VecDeque<Out>) {
+        let Some(p) = self.by_id.get_mut(&id) else { return };
+        for (source, claim) in std::mem::take(&mut p.claims).into_iter().enumerate() {
+            self.by_claim.remove(&claim);
+            let rank = p.rank(source);
+            let release = Release { claim: Some(claim), offer: p.start.offer.id, reader: p.start.reader, all: false };
+            out.push_back(Out::Release(rank.addr.as_str().into(), rank.incarnation, release));
+        }
+    }
+
+    pub(super) fn remove(&mut self, id: PullId) {
+        if let Some(t) = self.by_id.remove(&id).and_then(|p| p.timer) {
+            self.timers.remove(&(t, id));
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The end of attempts and of lanes: quiet, killed, down.
+
+use kvferry_proto::{
+    error::Cause,
+    lane::{Attempt, LaneEvent},
+};
+
+use crate::trace::Micros;
+
+use super::{Fabric, Task, state::LaneState};
+
+impl Fabric {
+    pub(super) fn check_quiet(&mut self, l: usize, a: Attempt) {
+        let Some(s) = self.lanes[l].attempts.get(&a) else { return };
+        let state = self.lanes[l].state;
+        let without_teardown = matches!(state, LaneState::Up | LaneState::Gone | LaneState::Wedged);
+        if s.stopped && !s.quiet && s.in_flight == 0 && !s.stuck && without_teardown {
+            let t = self.now + self.rng.tail(0, 30, 500);
+            self.at(t, Task::Quiet(l, a));
+        }
+    }
+
+    pub(super) fn quiet(&mut self, l: usize, a: Attempt) {
+        let Some(s) = self.lanes[l].attempts.get_mut(&a) else { return };
+        if !s.quiet && s.in_flight == 0 {
+            s.quiet = true;
+            self.emit(l, LaneEvent::Quiet { attempt: a });
+        }
+    }
+
+    pub(super) fn killed(&mut self, l: usize) {
+        if self.lanes[l].state != LaneState::Killing {
+            return;
+        }
+        let busy = self.lanes[l].in_flight > 0;
+        let wedge = self.luck.wedge;
+        if busy && self.rng.chance(wedge) {
+            self.lanes[l].state = LaneState::Wedged;
+            let local = self.lanes[l].local;
+            // Attempts without operations in flight are quiet; the others never will be.
+            self.all_quiet(l);
+            for o in 0..self.lanes[l].ops.len() {
+                if self.lanes[l].ops[o].in_flight {
+                    let pull = self.lanes[l].ops[o].pull;
+                    if !self.wedged.contains(&(local, pull)) {
+                        self.wedged.push((local, pull));
+                    }
+                    self.excuse(l, pull, "a wedge");
+                    let t = self.now + self.rng.between(0, 300_000);
+                    self.at(t, Task::Store(l, o));
+                }
+            }
+            self.emit(l, LaneEvent::Wedged);
+            return;
+        }
+        self.lanes[l].cancel_all();
+        let early = self.rng.chance(500);
+        if early {
+            self.emit(l, LaneEvent::Down { cause: Cause::LaneFailed });
+        }
+        self.all_quiet(l);
+        if !early {
+            self.emit(l, LaneEvent::Down { cause: Cause::LaneFailed });
+        }
+        self.lanes[l].state = LaneState::Gone;
+    }
+
+    fn all_quiet(&mut self, l: usize) {
+        let mut all: Vec<_> = self.lanes[l].attempts.iter().filter(|(_, s)| !s.quiet).map(|(a, _)| *a).collect();
+        self.rng.shuffle(&mut all);
+        for a in all {
+            self.quiet(l, a);
+        }
+    }
+
+    /// The lane breaks, in one of several ways.
+    pub(super) fn go_down(&mut self, l: usize, cause: Cause) {
+        if self.lanes[l].state != LaneState::Up {
+            return;
+        }
+        // Work a broken stream has not carried, it never will.
+        self.lanes[l].hung = self.lanes[l].is_stream();
+        let mut hit: Vec<u64> = self.lanes[l].ops.iter().filter(|o| o.in_flight).map(|o| o.pull).collect();
+        hit.dedup();
+        for pull in hit {
+            self.fault(l, pull);
+        }
+        if self.rng.chance(300) {
+            // All attempts are quiet before `Down` is out.
+            self.lanes[l].cancel_all();
+            self.all_quiet(l);
+            self.emit(l, LaneEvent::Down { cause });
+            self.lanes[l].state = LaneState::Gone;
+            return;
+        }
+        if self.rng.chance(500) {
+            let all: Vec<_> =
+                self.lanes[l].attempts.iter().filter(|(_, s)| !s.quiet && !s.failed).map(|(a, _)| *a).collect();
+            for attempt in all {
+                if let Some(s) = self.lanes[l].attempts.get_mut(&attempt) {
+                    s.failed = true;
+                }
+                self.emit(l, LaneEvent::Failed { attempt, cause });
+            }
+        }
+        self.emit(l, LaneEvent::Down { cause });
+        self.lanes[l].state = LaneState::Down;
+        let bound = self.lanes[l].caps.quiet_bound.as_micros() as Micros;
+        let t = self.now + self.rng.between(0, bound / 3);
+        self.at(t, Task::Cleanup(l));
+    }
+
+    pub(super) fn cleanup(&mut self, l: usize) {
+        if self.lanes[l].state == LaneState::Down {
+            self.lanes[l].cancel_all();
+            self.all_quiet(l);
+            self.lanes[l].state = LaneState::Gone;
+        }
+    }
+}

@@ -9,7 +9,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvferry::{
     BlockId, ChunkSize, Config, Consumer, LaneKind, LocalBlocks, Memory, Offer, PoolLayout, Pull, Times, Welcome,
 };
-use serde::Serialize;
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
@@ -20,6 +19,7 @@ use crate::{
     pull::verify,
     raw::Raw,
     report::{Failure, us},
+    row::{self, Latency, OneAtATime, Row},
     serve,
 };
 
@@ -71,66 +71,6 @@ pub(crate) struct Args {
     json: JsonArg,
 }
 
-/// Latencies of a pull, in microseconds.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Latency {
-    /// Mean.
-    pub avg: f64,
-    /// Median.
-    pub p50: u64,
-    /// 99th percentile.
-    pub p99: u64,
-}
-
-/// One lane at one block size.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Row {
-    /// The lane.
-    pub lane: &'static str,
-    /// Always `pull`.
-    pub op: &'static str,
-    /// Bytes of a block.
-    pub block_size: u64,
-    /// Blocks of a pull.
-    pub blocks: u32,
-    /// Bytes of a pull by the median latency, in 10^9 bytes a second.
-    pub gb_per_s: f64,
-    /// The same for the bare copy; `null` without `--vs-raw`.
-    pub raw_gb_per_s: Option<f64>,
-    /// Rate of a pull over that of the bare copy right after it, median: a machine that has fast and slow minutes has them
-    /// for both. `null` without `--vs-raw`.
-    pub raw_ratio: Option<f64>,
-    /// From the call to the end.
-    pub lat_us: Latency,
-    /// One block at a time; `null` but for verbs with `--vs-raw`, and where a pull has one block only.
-    pub one_at_a_time: Option<OneAtATime>,
-    /// Median from the call to the granted claim.
-    pub prep_us: u64,
-    /// Median from the last fence to the end.
-    pub post_us: u64,
-}
-
-/// READ and fence of one block, one block at a time, next to bare READs of a block, one at a time. Medians of rounds.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(crate) struct OneAtATime {
-    /// A block after the first, in microseconds: the mean of a pull's, the median of a round's.
-    pub block_us: f64,
-    /// From the granted claim to the first block's fence, in microseconds: by threads that slept until then.
-    pub first_block_us: f64,
-    /// A bare READ, in microseconds: the median of a round's.
-    pub raw_us: f64,
-    /// A block's time over the same round's bare READ.
-    pub ratio: f64,
-    /// A first block's.
-    pub first_ratio: f64,
-}
-
-impl OneAtATime {
-    fn of(block_us: f64, first_block_us: f64, raw_us: f64) -> Self {
-        Self { block_us, first_block_us, raw_us, ratio: block_us / raw_us, first_ratio: first_block_us / raw_us }
-    }
-}
-
 /// Rounds of pulls and bare READs in turn.
 const ROUNDS: usize = 7;
 
@@ -171,7 +111,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let bar = bench.bar(lanes.len() * sizes.len());
     if args.json.text() {
-        header(args.vs_raw);
+        row::header(args.vs_raw);
     }
     for lane in lanes {
         // A consumer of its own for each lane: what one lane has warmed up is not the other's.
@@ -185,7 +125,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
             match bench.measure(&consumer, lane, size, raw.as_mut(), &bar)? {
                 Some(row) => {
                     if args.json.text() {
-                        bar.suspend(|| print(&row));
+                        bar.suspend(|| row::print(&row));
                     }
                     bench.rows.push(row);
                 }
@@ -407,36 +347,6 @@ fn median(mut v: Vec<f64>) -> f64 {
 fn percentile<T: Copy>(sorted: &[T], p: usize) -> Option<T> {
     let rank = (sorted.len() * p).div_ceil(100).max(1);
     sorted.get(rank - 1).copied()
-}
-
-fn header(raw: bool) {
-    let more = if raw { format!(" {:>13} {:>6}", "Raw (GB/Sec)", "ratio") } else { String::new() };
-    println!(
-        "{:<6} {:>15} {:>10} {:>12}{more} {:>14} {:>14} {:>14} {:>14}",
-        "Lane",
-        "Block Size (B)",
-        "Batch Size",
-        "B/W (GB/Sec)",
-        "Avg Lat. (us)",
-        "P99 Lat. (us)",
-        "Avg Prep (us)",
-        "Avg Post (us)"
-    );
-}
-
-fn print(r: &Row) {
-    let raw = r.raw_gb_per_s.zip(r.raw_ratio);
-    let more = raw.map_or(String::new(), |(raw, ratio)| format!(" {raw:>13.2} {ratio:>6.2}"));
-    println!(
-        "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
-        r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
-    );
-    if let Some(o) = r.one_at_a_time {
-        println!(
-            "       one block at a time, READ and fence: {:.0} us; ib_read_lat: {:.0} us; ratio {:.2}; first of a pull: {:.0} us, {:.2}",
-            o.block_us, o.raw_us, o.ratio, o.first_block_us, o.first_ratio
-        );
-    }
 }
 
 #[cfg(test)]

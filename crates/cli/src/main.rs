@@ -12,6 +12,7 @@ mod plot;
 mod pull;
 mod raw;
 mod report;
+mod row;
 mod serve;
 
 use std::{io::IsTerminal as _, process::ExitCode};

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use plotters::prelude::*;
 
-use crate::{bench::Row, report::Failure};
+use crate::{report::Failure, row::Row};
 
 /// Writes the SVG.
 pub(crate) fn draw(path: &Path, rows: &[Row]) -> Result<(), Failure> {

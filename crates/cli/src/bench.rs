@@ -6,17 +6,14 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kvferry::{
-    BlockId, ChunkSize, Config, Consumer, LaneKind, LocalBlocks, Memory, Offer, PoolLayout, Pull, Times, Welcome,
-};
+use kvferry::{ChunkSize, Config, Consumer, LaneKind, Memory, Offer, PoolLayout, Times};
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     child::Serve,
-    offers,
+    peer::{self, Peer},
     perftest::Perftest,
     plot,
-    pull::verify,
     raw::Raw,
     report::{Failure, us},
     row::{self, Latency, OneAtATime, Row},
@@ -91,9 +88,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         (None, Some(serve)) => serve.ready.listen.clone(),
         (None, None) => return Err(Failure::failed("no producer")),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let engine = "bench".parse()?;
-    let welcome = runtime.block_on(kvferry::probe(&addr, &engine, &args.model.model(), LIMIT))?;
+    let peer = Peer::probe(&addr, &"bench".parse()?, &args.model.model(), LIMIT)?;
     let blocks = u32::try_from(total / args.max_block_size).map_err(|_| Failure::usage("--total-bytes: too large"))?;
     let layout = serve::layout(blocks, 1, args.max_block_size, args.model.block_tokens, &sizes)?;
     let memory =
@@ -104,8 +99,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         .transpose()?;
     let ready = child.as_ref().map(|c| c.ready.clone());
     let mut raw = args.vs_raw.then(|| Raw::new(&memory, ready, perftest)).transpose()?;
-    let mut bench = Bench { args: &args, addr, runtime, welcome, total, rows: Vec::new() };
-    let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.welcome.lanes.contains(l)).collect();
+    let mut bench = Bench { args: &args, peer, total, rows: Vec::new() };
+    let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.peer.welcome.lanes.contains(l)).collect();
     if lanes.is_empty() {
         return Err(Failure::failed("the peer serves none of these lanes: choose another with --lane"));
     }
@@ -182,9 +177,7 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
 
 struct Bench<'a> {
     args: &'a Args,
-    addr: String,
-    runtime: tokio::runtime::Runtime,
-    welcome: Welcome,
+    peer: Peer,
     total: u64,
     rows: Vec<Row>,
 }
@@ -200,7 +193,7 @@ impl Bench<'_> {
 
     fn offer(&self, blocks: u32, size: u64) -> Result<Offer, Failure> {
         let size = u32::try_from(size).map_err(|_| Failure::usage("a block of 4 GiB or more is not possible here"))?;
-        self.runtime.block_on(offers::make_offer(&self.addr, blocks, true, size, LIMIT)).map_err(|e| {
+        self.peer.offer(blocks, size).map_err(|e| {
             Failure::failed(format!("{}; start the other side with `kvferry serve --views {size}`", e.message))
         })
     }
@@ -221,12 +214,7 @@ impl Bench<'_> {
             let (mut block, mut first_block) = (Vec::new(), Vec::new());
             for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
-                let wanted = LocalBlocks {
-                    group: offer.groups[0].group,
-                    first_position: 0,
-                    blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
-                };
-                consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Verbs]))?;
+                consumer.pull(peer::pull(offer, blocks, vec![LaneKind::Verbs], LIMIT)?)?;
                 let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
@@ -264,14 +252,7 @@ impl Bench<'_> {
         let mut lat = Vec::new();
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
-            let offer = self.offer(blocks, size)?;
-            let group = offer.groups[0].clone();
-            let wanted = LocalBlocks {
-                group: group.group,
-                first_position: 0,
-                blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
-            };
-            consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![lane]))?;
+            consumer.pull(peer::pull(self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?)?;
             let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
             let o = &ended.outcome;
             if !o.complete() {
@@ -282,14 +263,13 @@ impl Bench<'_> {
                 return Err(Failure::failed(format!("a pull over {lane} lost {} blocks: {cause}", o.invalid())));
             }
             if self.args.check_consistency {
-                let seed = self.welcome.peer.incarnation.get();
-                let (_, bad) = verify(&ended, consumer.memory(), consumer.layout(), &self.welcome.pool, seed)?;
+                let (_, bad) = self.peer.verify(&ended, consumer)?;
                 if bad > 0 {
                     return Err(Failure::failed(format!("{bad} bytes of {lane} at {size} are not the pattern's")));
                 }
             }
             if let Some(raw) = raw.as_deref_mut() {
-                let src: Vec<u32> = group.blocks.iter().flatten().map(|b| b.0).collect();
+                let src: Vec<u32> = ended.offer.groups[0].blocks.iter().flatten().map(|b| b.0).collect();
                 let t = raw.copy(lane, size, &src)?;
                 if i >= self.args.warmup {
                     bare.push(t);

@@ -5,16 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{
-    BlockId, Cause, Config, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Offer, Pull, PullId, Welcome,
-};
+use kvferry::{Cause, Config, Consumer, Ended, LaneKind, Offer, PoolLayout, PullId};
 use serde::Serialize;
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     child::Serve,
-    offers,
-    pull::{local_layout, verify},
+    peer::{self, Peer},
     report::{Failure, PullRecord, ranges, size},
 };
 
@@ -88,38 +85,31 @@ impl Stage {
         self.seen.push(Seen { promise, seen, held });
     }
 
-    fn offer(&self, addr: &str) -> Result<(Welcome, Offer), Failure> {
-        let engine: EngineId = "demo".parse()?;
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-            let welcome = kvferry::probe(addr, &engine, &self.model.model(), LIMIT).await?;
-            let offer = offers::make_offer(addr, self.blocks, true, 0, LIMIT).await?;
-            Ok((welcome, offer))
-        })
+    fn offer(&self, addr: &str) -> Result<(Peer, Offer), Failure> {
+        let peer = Peer::probe(addr, &"demo".parse()?, &self.model.model(), LIMIT)?;
+        let offer = peer.offer(self.blocks, 0)?;
+        Ok((peer, offer))
     }
 
-    fn start(&self, offer: &Offer, lane: LaneKind) -> Result<PullId, Failure> {
-        let blocks = (0..self.blocks).map(|b| Some(BlockId(b))).collect();
-        let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
-        Ok(self.consumer.pull(Pull::new(offer.clone(), vec![wanted]).deadline(LIMIT).lanes(vec![lane]))?)
+    fn start(&self, offer: Offer, lane: LaneKind) -> Result<PullId, Failure> {
+        Ok(self.consumer.pull(peer::pull(offer, self.blocks, vec![lane], LIMIT)?)?)
     }
 
-    fn end(&mut self, welcome: &Welcome) -> Result<(Ended, PullRecord), Failure> {
+    fn end(&mut self, peer: &Peer) -> Result<(Ended, PullRecord), Failure> {
         let ended = self
             .consumer
             .wait(LIMIT + LIMIT)
             .ok_or_else(|| Failure::failed("a pull did not end: its lane is wedged"))?;
-        let layout = self.consumer.layout().clone();
-        let (good, bad) =
-            verify(&ended, self.consumer.memory(), &layout, &welcome.pool, welcome.peer.incarnation.get())?;
+        let (good, bad) = peer.verify(&ended, &self.consumer)?;
         let record = PullRecord::new(&ended, good, bad);
         self.pulls.push(record.clone());
         Ok((ended, record))
     }
 
     fn pull(&mut self, addr: &str, lane: LaneKind) -> Result<PullRecord, Failure> {
-        let (welcome, offer) = self.offer(addr)?;
-        self.start(&offer, lane)?;
-        let (_, r) = self.end(&welcome)?;
+        let (peer, offer) = self.offer(addr)?;
+        self.start(offer, lane)?;
+        let (_, r) = self.end(&peer)?;
         let seconds = r.data_us.unwrap_or(0) as f64 / 1e6;
         self.say(format!(
             "{lane}: {} of {} blocks, {} in {:.0} ms ({:.2} GB/s), {} bytes verified, {} wrong",
@@ -166,8 +156,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     };
     let mut producer = Serve::start(&flags(&args.listen))?;
     let addr = producer.ready.listen.clone();
-    let theirs = kvferry::PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
-    let layout = local_layout(&theirs, GroupId(0), blocks)?;
+    let layout = PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout)
         .config(Config { verbs: args.verbs.config(), ..Config::default() })
         .build()?;
@@ -240,9 +229,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
 
 /// Act 2. Returns the time from the kill to the decision.
 fn kill_in_mid_pull(stage: &mut Stage, producer: &mut Serve, addr: &str) -> Result<Duration, Failure> {
-    let (welcome, offer) = stage.offer(addr)?;
+    let (peer, offer) = stage.offer(addr)?;
     let started = Instant::now();
-    let pull = stage.start(&offer, stage.far)?;
+    let pull = stage.start(offer, stage.far)?;
     let mut at = 0.0;
     while started.elapsed() < LIMIT {
         let Some((done, all)) = stage.consumer.progress(pull) else { break };
@@ -255,7 +244,7 @@ fn kill_in_mid_pull(stage: &mut Stage, producer: &mut Serve, addr: &str) -> Resu
     let killed = started.elapsed();
     producer.kill()?;
     stage.say(format!("SIGKILL to process {} with {:.0} % loaded", producer.pid(), at * 100.0));
-    let (ended, r) = stage.end(&welcome)?;
+    let (ended, r) = stage.end(&peer)?;
     let decided = Duration::from_micros(r.decided_us.unwrap_or(u64::MAX / 2)).saturating_sub(killed);
     stage.say(format!("decided {:.1} ms after the kill", decided.as_secs_f64() * 1e3));
     stage.say(format!(

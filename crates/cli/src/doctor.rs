@@ -2,14 +2,13 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Memory, Pull};
+use kvferry::{Consumer, GroupId, LaneKind, Memory};
 use serde::Serialize;
 
 use crate::{
     args::{JsonArg, ModelArgs},
     child::Serve,
-    offers,
-    pull::{local_layout, verify},
+    peer::{self, Peer},
     report::{Failure, size},
 };
 
@@ -288,19 +287,12 @@ fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
     let serve = Serve::start(&flags)?;
     let addr = &serve.ready.listen;
     let model = ModelArgs::default().model();
-    let (welcome, offer) = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let welcome = kvferry::probe(addr, &"doctor".parse()?, &model, limit).await?;
-        let offer = offers::make_offer(addr, BLOCKS, true, 0, limit).await?;
-        Ok::<_, Failure>((welcome, offer))
-    })?;
-    let layout = local_layout(&welcome.pool, GroupId(0), BLOCKS)?;
-    let consumer = Consumer::builder("doctor".parse()?, model, layout.clone()).build()?;
-    let blocks = (0..BLOCKS).map(|b| Some(BlockId(b))).collect();
-    let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
-    consumer.pull(Pull::new(offer, vec![wanted]).deadline(limit).lanes(vec![lane]))?;
+    let peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;
+    let layout = peer.local_layout(GroupId(0), BLOCKS)?;
+    let consumer = Consumer::builder("doctor".parse()?, model, layout).build()?;
+    consumer.pull(peer::pull(peer.offer(BLOCKS, 0)?, BLOCKS, vec![lane], limit)?)?;
     let ended = consumer.wait(limit * 2).ok_or_else(|| Failure::failed("a small pull did not end"))?;
-    let seed = welcome.peer.incarnation.get();
-    let (good, bad) = verify(&ended, consumer.memory(), &layout, &welcome.pool, seed)?;
+    let (good, bad) = peer.verify(&ended, &consumer)?;
     if let Some(cause) = ended.outcome.cause() {
         return Err(Failure::failed(format!("a small pull failed: {cause}")));
     }

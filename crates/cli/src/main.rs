@@ -7,6 +7,7 @@ mod child;
 mod demo;
 mod doctor;
 mod offers;
+mod peer;
 mod perftest;
 mod plot;
 mod pull;

@@ -92,7 +92,6 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
 pub(crate) async fn make_offer(
     addr: &str,
     blocks: u32,
-    scattered: bool,
     block_bytes: u32,
     limit: Duration,
 ) -> Result<Offer, Failure> {
@@ -101,7 +100,7 @@ pub(crate) async fn make_offer(
         let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|e| failed(e.to_string()))?;
         let channel: Channel = endpoint.connect().await.map_err(|e| failed(e.to_string()))?;
         let mut bench = BenchClient::new(channel).max_decoding_message_size(FRAME_BYTES);
-        let request = MakeOfferRequest { blocks, scattered, block_bytes };
+        let request = MakeOfferRequest { blocks, scattered: true, block_bytes };
         let reply = bench.make_offer(request).await.map_err(|s| failed(s.message().into()))?;
         Offer::from_json(&reply.into_inner().offer).map_err(|e| failed(e.to_string()))
     };

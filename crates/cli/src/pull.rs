@@ -2,14 +2,11 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use kvferry::{
-    BlockId, Config, Consumer, Ended, EngineId, Faults, GroupId, LocalBlocks, Memory, Offer, PoolLayout, Pull,
-};
-use kvferry_testkit::pattern::Check;
+use kvferry::{Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
-    offers,
+    peer::{self, Peer},
     report::{Failure, PullRecord, ranges, size},
 };
 
@@ -54,44 +51,6 @@ fn read_offer(path: &PathBuf) -> Result<Offer, Failure> {
     Offer::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
 }
 
-/// A layout of the same shape as the peer's group, for `blocks` blocks.
-pub(crate) fn local_layout(theirs: &PoolLayout, group: GroupId, blocks: u32) -> Result<PoolLayout, Failure> {
-    let g = theirs.group(group).ok_or_else(|| Failure::failed("the peer's pool lacks the offer's group"))?;
-    let mut g = g.clone();
-    let mut offset = 0;
-    g.blocks = blocks.max(1);
-    for r in &mut g.regions {
-        (r.segment, r.offset, r.stride) = (0, offset, r.block_bytes);
-        offset = u64::from(g.blocks)
-            .checked_mul(r.block_bytes)
-            .and_then(|n| n.checked_add(offset))
-            .ok_or_else(|| Failure::failed("the peer's blocks are too large for this machine"))?;
-    }
-    Ok(PoolLayout { segments: vec![offset], groups: vec![g] })
-}
-
-/// Compares what was loaded with what the peer holds. Returns verified and mismatched bytes.
-pub(crate) fn verify(
-    ended: &Ended,
-    memory: &Memory,
-    ours: &PoolLayout,
-    theirs: &PoolLayout,
-    seed: u64,
-) -> Result<(u64, u64), Failure> {
-    let mut check = Check::new();
-    let (mut good, mut bad) = (0, 0);
-    for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
-        for position in g.loaded.iter() {
-            let at = (position - offered.first_position) as usize;
-            let Some(src) = offered.blocks[at] else { continue };
-            let (ok, wrong) = check.block(seed, (theirs, src.0), (memory, ours, position), g.group)?;
-            good += ok;
-            bad += wrong;
-        }
-    }
-    Ok((good, bad))
-}
-
 /// Pulls once.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, false)?;
@@ -104,36 +63,28 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         (None, Some(offer)) => offer.ranks[0].addr.clone(),
         (None, None) => return Err(Failure::usage("--from or --offer is needed")),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (welcome, offer) = runtime.block_on(async {
-        let welcome = kvferry::probe(&from, &args.engine, &args.model.model(), args.deadline).await?;
-        let offer = match file {
-            Some(offer) => offer,
-            None => offers::make_offer(&from, args.blocks.unwrap_or(0), true, 0, args.deadline).await?,
-        };
-        Ok::<_, Failure>((welcome, offer))
-    })?;
-    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?.clone();
+    let peer = Peer::probe(&from, &args.engine, &args.model.model(), args.deadline)?;
+    let offer = match file {
+        Some(offer) => offer,
+        None => peer.offer(args.blocks.unwrap_or(0), 0)?,
+    };
+    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?;
     if group.first_position != 0 {
         return Err(Failure::failed("the offer does not start at position 0: it was not made by `kvferry serve`"));
     }
     let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
-    let layout = local_layout(&welcome.pool, group.group, blocks)?;
+    let layout = peer.local_layout(group.group, blocks)?;
     args::check_memory(layout.segments[0])?;
     let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
     config.pull.faults = args.fault;
     config.pull.lanes = args.lane.lanes();
-    let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).config(config).build()?;
-    let wanted =
-        LocalBlocks { group: group.group, first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
-    let pull = Pull::new(offer, vec![wanted]).deadline(args.deadline).lanes(args.lane.lanes());
-    consumer.pull(pull)?;
+    let consumer = Consumer::builder(args.engine, args.model.model(), layout).config(config).build()?;
+    consumer.pull(peer::pull(offer, blocks, args.lane.lanes(), args.deadline)?)?;
     // The end comes soon after the deadline, or a lane is wedged.
     let ended = consumer
         .wait(args.deadline + Duration::from_secs(30))
         .ok_or_else(|| Failure::failed("the pull decided but did not end: its lane is wedged, see the log"))?;
-    let (verified, mismatched) =
-        verify(&ended, consumer.memory(), &layout, &welcome.pool, welcome.peer.incarnation.get())?;
+    let (verified, mismatched) = peer.verify(&ended, &consumer)?;
     let record = PullRecord::new(&ended, verified, mismatched);
     if args.json.text() {
         print(&record);

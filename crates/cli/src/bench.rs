@@ -1,16 +1,16 @@
-//! `kvferry bench`: pulls of scattered blocks, size by size, with nixlbench's columns.
+//! `kvferry bench`: measures pulls of scattered blocks for several block sizes, with the columns of nixlbench.
 //!
-//! Each iteration is a whole pull of a fresh offer: claim, read, fence, decide, release. With `--vs-raw` the bare copy of
-//! the same scatter runs in turn with it, so that a machine whose speed drifts hits both.
+//! Each iteration is a complete pull of a new offer: claim, read, fence, decide, release. With `--vs-raw`, pulls alternate
+//! with bare copies of the same blocks, so that a drift of the machine's speed affects both.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kvferry::{ChunkSize, Config, Consumer, LaneKind, Memory, Offer, PoolLayout, Times};
+use kvferry_testkit::serve::Serve;
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
-    child::Serve,
     peer::{self, Peer},
     perftest::Perftest,
     plot,
@@ -23,43 +23,43 @@ use crate::{
 /// Flags of `bench`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// Measure against a `kvferry serve --views SIZES` on another machine, instead of one that is started here.
+    /// Address of a `kvferry serve --views SIZES` on another machine. By default bench starts a producer here.
     #[arg(long, value_name = "HOST:PORT")]
     connect: Option<String>,
-    /// Lanes to measure; `auto` measures each that works.
+    /// Lanes to measure. `auto` measures every lane that works.
     #[arg(long, value_enum, default_value = "auto")]
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
-    /// RDMA ports of the producer that is started here; by default the consumer's.
+    /// RDMA ports of the producer that bench starts. The default is the consumer's ports.
     #[arg(long, value_name = "RAIL,…", value_delimiter = ',', conflicts_with = "connect")]
     serve_rails: Vec<String>,
     /// Smallest block size.
     #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = args::bytes)]
     start_block_size: u64,
-    /// Largest block size; sizes go up by powers of four.
+    /// Largest block size. Each size is four times the one before.
     #[arg(long, value_name = "BYTES", default_value = "1M", value_parser = args::bytes)]
     max_block_size: u64,
-    /// Bytes of each pull.
+    /// Bytes per pull.
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = args::bytes)]
     total_bytes: u64,
-    /// Counted pulls of each size.
+    /// Measured pulls for each size.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     iterations: u32,
-    /// Pulls of each size that are not counted, first.
+    /// Pulls for each size before the measured ones.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(..=100_000))]
     warmup: u32,
     /// Compare every pulled byte with the pattern.
     #[arg(long)]
     check_consistency: bool,
-    /// Measure the bare copy of the same blocks in turn: process_vm_readv or memcpy for local, one loopback connection
-    /// for tcp, perftest's ib_read_bw and ib_read_lat over the first rail for verbs.
+    /// Also measure bare copies of the same blocks, alternating with pulls: process_vm_readv or memcpy for local, one
+    /// loopback connection for tcp, ib_read_bw and ib_read_lat of perftest over the first rail for verbs.
     #[arg(long)]
     vs_raw: bool,
-    /// Memory as an engine would bring it, on both sides, instead of pools that can be mapped.
+    /// Use anonymous memory on both sides, like an engine's own, instead of pools that other processes can map.
     #[arg(long)]
     engine_memory: bool,
-    /// Draw the rows into this file.
+    /// Draw the results as an SVG file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
     #[command(flatten)]
@@ -68,12 +68,12 @@ pub(crate) struct Args {
     json: JsonArg,
 }
 
-/// Rounds of pulls and bare READs in turn.
+/// Rounds in which pulls and bare READs alternate.
 const ROUNDS: usize = 7;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Measures.
+/// Runs the benchmark.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, false)?;
     let sizes = sizes(&args)?;
@@ -81,7 +81,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args::check_memory(total * if args.vs_raw { 3 } else { 2 })?;
     let mut child = match &args.connect {
         Some(_) => None,
-        None => Some(Serve::start(&serve_flags(&args, &sizes, total))?),
+        None => Some(Serve::start(std::env::current_exe()?, &serve_flags(&args, &sizes, total))?),
     };
     let addr = match (&args.connect, &child) {
         (Some(addr), _) => addr.clone(),
@@ -102,14 +102,14 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut bench = Bench { args: &args, peer, total, rows: Vec::new() };
     let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.peer.welcome.lanes.contains(l)).collect();
     if lanes.is_empty() {
-        return Err(Failure::failed("the peer serves none of these lanes: choose another with --lane"));
+        return Err(Failure::failed("the peer serves none of these lanes: choose another one with --lane"));
     }
     let bar = bench.bar(lanes.len() * sizes.len());
     if args.json.text() {
         row::header(args.vs_raw);
     }
     for lane in lanes {
-        // A consumer of its own for each lane: what one lane has warmed up is not the other's.
+        // Each lane has its own consumer, so that no lane profits from another one's warm-up.
         let mut config = Config { verbs: args.verbs.config(), ..Config::default() };
         config.pull.lanes = vec![lane];
         let consumer = Consumer::builder("bench".parse()?, args.model.model(), layout.clone())
@@ -140,7 +140,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The block sizes, smallest first.
+/// The block sizes in ascending order.
 fn sizes(args: &Args) -> Result<Vec<u64>, Failure> {
     if args.start_block_size > args.max_block_size {
         return Err(Failure::usage("--start-block-size is larger than --max-block-size"));
@@ -192,14 +192,15 @@ impl Bench<'_> {
     }
 
     fn offer(&self, blocks: u32, size: u64) -> Result<Offer, Failure> {
-        let size = u32::try_from(size).map_err(|_| Failure::usage("a block of 4 GiB or more is not possible here"))?;
+        let size =
+            u32::try_from(size).map_err(|_| Failure::usage("--max-block-size: a block must be smaller than 4 GiB"))?;
         self.peer.offer(blocks, size).map_err(|e| {
             Failure::failed(format!("{}; start the other side with `kvferry serve --views {size}`", e.message))
         })
     }
 
-    /// READ and fence of one block, one block at a time, as perftest measures latency: a window that one READ fills, and a
-    /// fence for each block. In rounds, each next to bare READs, for a machine has fast and slow minutes.
+    /// Measures READ and fence of one block at a time, as perftest measures latency: one READ fills the window, and each
+    /// block has a fence. Rounds of pulls alternate with rounds of bare READs, since a machine's speed drifts.
     fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<OneAtATime, Failure> {
         let mut config = Config { verbs: self.args.verbs.config(), ..Config::default() };
         config.verbs.window = 1;
@@ -219,7 +220,7 @@ impl Bench<'_> {
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
                 };
-                // The very first one connects the lane, and each round's finds the caches cold.
+                // The first pull of a round finds cold caches, and the very first one also connects the lane.
                 if i > 0 {
                     block.push(us_of(data.saturating_sub(first) / (blocks - 1)));
                     first_block.push(us_of(first.saturating_sub(claim)));
@@ -238,7 +239,7 @@ impl Bench<'_> {
         })
     }
 
-    /// One row; `None` when the lane cannot be had.
+    /// Measures one row. `None` if the lane does not work here.
     fn measure(
         &self,
         consumer: &Consumer,
@@ -265,7 +266,7 @@ impl Bench<'_> {
             if self.args.check_consistency {
                 let (_, bad) = self.peer.verify(&ended, consumer)?;
                 if bad > 0 {
-                    return Err(Failure::failed(format!("{bad} bytes of {lane} at {size} are not the pattern's")));
+                    return Err(Failure::failed(format!("{bad} bytes of {lane} at {size} differ from the pattern")));
                 }
             }
             if let Some(raw) = raw.as_deref_mut() {
@@ -334,7 +335,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_percentile_is_a_value_that_was_measured() {
+    fn a_percentile_is_one_of_the_values() {
         let v: Vec<_> = (1..=10).map(Duration::from_secs).collect();
         assert_eq!(percentile(&v, 50), Some(Duration::from_secs(5)));
         assert_eq!(percentile(&v, 99), Some(Duration::from_secs(10)));

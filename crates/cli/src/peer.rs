@@ -57,8 +57,7 @@ impl Peer {
             for position in g.loaded.iter() {
                 let at = (position - offered.first_position) as usize;
                 let Some(src) = offered.blocks[at] else { continue };
-                let (ok, wrong) =
-                    check.block(seed, (theirs, src.0), (consumer.memory(), ours, position), g.group)?;
+                let (ok, wrong) = check.block(seed, (theirs, src.0), (consumer.memory(), ours, position), g.group)?;
                 good += ok;
                 bad += wrong;
             }

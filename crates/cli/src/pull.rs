@@ -1,4 +1,4 @@
-//! `kvferry pull`: one pull from a `kvferry serve`, every loaded byte checked against the pattern.
+//! `kvferry pull`: one pull from a `kvferry serve`. It checks every loaded byte against the pattern.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -13,13 +13,13 @@ use crate::{
 /// Flags of `pull`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// Where `kvferry serve` listens.
+    /// Address of the `kvferry serve`.
     #[arg(long, value_name = "HOST:PORT", required_unless_present = "offer")]
     from: Option<String>,
-    /// Blocks to pull; all of the peer's by default.
+    /// Number of blocks. The default is all blocks of the peer.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     blocks: Option<u32>,
-    /// From the call to the decision.
+    /// Time from the start of the pull to its decision.
     #[arg(long, default_value = "5s", value_parser = args::duration)]
     deadline: Duration,
     /// Lanes to use.
@@ -27,12 +27,12 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
-    /// Pull the offer in this file (JSON) instead of a fresh one.
+    /// Pull the offer in this file (JSON) instead of a new one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
-    /// Break the lane on purpose: throttle=BYTES (a second), down@BYTES, silent@BYTES, stale@BYTES, noquiet, wedge, lanes=N
-    /// (break only the first N connections); joined by commas.
-    #[arg(long, value_name = "FAULTS")]
+    /// Break the lane on purpose. A list of: throttle=BYTES (per second), down@BYTES, silent@BYTES, stale@BYTES,
+    /// panic@BYTES, noquiet, wedge, lanes=N (break only the first N connections).
+    #[arg(long, value_name = "FAULT,…")]
     fault: Option<Faults>,
     /// Engine id of this side.
     #[arg(long, default_value = "pull")]
@@ -45,9 +45,8 @@ pub(crate) struct Args {
 
 /// Reads an offer from a file.
 fn read_offer(path: &PathBuf) -> Result<Offer, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|e| {
-        Failure::failed(format!("cannot read {}: {e}; name a file that holds an offer", path.display()))
-    })?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::failed(format!("cannot read {}: {e}; the file must hold an offer", path.display())))?;
     Offer::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
 }
 
@@ -61,7 +60,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let from = match (&args.from, &file) {
         (Some(addr), _) => addr.clone(),
         (None, Some(offer)) => offer.ranks[0].addr.clone(),
-        (None, None) => return Err(Failure::usage("--from or --offer is needed")),
+        (None, None) => return Err(Failure::usage("--from or --offer is missing")),
     };
     let peer = Peer::probe(&from, &args.engine, &args.model.model(), args.deadline)?;
     let offer = match file {
@@ -80,7 +79,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine, args.model.model(), layout).config(config).build()?;
     consumer.pull(peer::pull(offer, blocks, args.lane.lanes(), args.deadline)?)?;
-    // The end comes soon after the deadline, or a lane is wedged.
+    // A pull ends soon after its deadline, unless a lane is wedged.
     let ended = consumer
         .wait(args.deadline + Duration::from_secs(30))
         .ok_or_else(|| Failure::failed("the pull decided but did not end: its lane is wedged, see the log"))?;

@@ -1,4 +1,4 @@
-//! The rows of `kvferry bench`, as people and as programs read them.
+//! The rows of `kvferry bench`, as text and as JSON.
 
 use serde::Serialize;
 
@@ -20,20 +20,20 @@ pub(crate) struct Row {
     pub lane: &'static str,
     /// Always `pull`.
     pub op: &'static str,
-    /// Bytes of a block.
+    /// Bytes per block.
     pub block_size: u64,
-    /// Blocks of a pull.
+    /// Blocks per pull.
     pub blocks: u32,
-    /// Bytes of a pull by the median latency, in 10^9 bytes a second.
+    /// Bytes per pull by the median latency, in 10^9 bytes per second.
     pub gb_per_s: f64,
-    /// The same for the bare copy; `null` without `--vs-raw`.
+    /// The same for bare copies; `null` without `--vs-raw`.
     pub raw_gb_per_s: Option<f64>,
-    /// Rate of a pull over that of the bare copy right after it, median: a machine that has fast and slow minutes has them
-    /// for both. `null` without `--vs-raw`.
+    /// Median of the ratios of a pull's rate to the rate of the bare copy right after it. A drift of the machine's speed
+    /// affects both. `null` without `--vs-raw`.
     pub raw_ratio: Option<f64>,
-    /// From the call to the end.
+    /// From the call to the end of the pull.
     pub lat_us: Latency,
-    /// One block at a time; `null` but for verbs with `--vs-raw`, and where a pull has one block only.
+    /// Figures for one block at a time; only for verbs with `--vs-raw` and more than one block per pull, otherwise `null`.
     pub one_at_a_time: Option<OneAtATime>,
     /// Median from the call to the granted claim.
     pub prep_us: u64,
@@ -41,18 +41,18 @@ pub(crate) struct Row {
     pub post_us: u64,
 }
 
-/// READ and fence of one block, one block at a time, next to bare READs of a block, one at a time. Medians of rounds.
+/// READ and fence of one block at a time, compared with one bare READ at a time. Medians over the rounds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct OneAtATime {
-    /// A block after the first, in microseconds: the mean of a pull's, the median of a round's.
+    /// Microseconds for a block after the first: the mean over a pull, the median over a round.
     pub block_us: f64,
-    /// From the granted claim to the first block's fence, in microseconds: by threads that slept until then.
+    /// Microseconds from the granted claim to the first block's fence. The threads were asleep before.
     pub first_block_us: f64,
-    /// A bare READ, in microseconds: the median of a round's.
+    /// Microseconds for a bare READ: the median over a round.
     pub raw_us: f64,
-    /// A block's time over the same round's bare READ.
+    /// `block_us` divided by `raw_us` of the same round.
     pub ratio: f64,
-    /// A first block's.
+    /// `first_block_us` divided by `raw_us` of the same round.
     pub first_ratio: f64,
 }
 
@@ -62,7 +62,7 @@ impl OneAtATime {
     }
 }
 
-/// Prints the columns' names.
+/// Prints the names of the columns.
 pub(crate) fn header(raw: bool) {
     let more = if raw { format!(" {:>13} {:>6}", "Raw (GB/Sec)", "ratio") } else { String::new() };
     println!(
@@ -78,7 +78,7 @@ pub(crate) fn header(raw: bool) {
     );
 }
 
-/// Prints the row under it.
+/// Prints a row.
 pub(crate) fn print(r: &Row) {
     let raw = r.raw_gb_per_s.zip(r.raw_ratio);
     let more = raw.map_or(String::new(), |(raw, ratio)| format!(" {raw:>13.2} {ratio:>6.2}"));

@@ -52,12 +52,24 @@ pub enum Belongings {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Heard {
     /// It serves.
-    Up { addr: String, incarnation: String, seed: u64 },
+    Up {
+        addr: String,
+        incarnation: String,
+        seed: u64,
+    },
     /// The new offer, or the reason for refusing it.
     Offered(Result<Offer, String>),
     /// An offer was freed, this long after the process started.
-    Freed { offer: OfferId, why: String, at_us: u64 },
-    Counted { offers: usize, claims: usize, sessions: usize },
+    Freed {
+        offer: OfferId,
+        why: String,
+        at_us: u64,
+    },
+    Counted {
+        offers: usize,
+        claims: usize,
+        sessions: usize,
+    },
     /// Resources that were taken.
     Taken(usize),
 }

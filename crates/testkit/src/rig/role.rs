@@ -40,11 +40,7 @@ pub fn play() {
     let seed = producer.me().incarnation.get();
     pattern::write(seed, producer.memory()).expect("the pool can be filled");
     let tell = |h: &Heard| println!("@@{}", serde_json::to_string(h).expect("JSON"));
-    tell(&Heard::Up {
-        addr: producer.addr().into(),
-        incarnation: producer.me().incarnation.to_string(),
-        seed,
-    });
+    tell(&Heard::Up { addr: producer.addr().into(), incarnation: producer.me().incarnation.to_string(), seed });
     let mut offered: HashMap<OfferId, Vec<u32>> = HashMap::new();
     let mut reuse = false;
     let mut revoked = HashSet::new();

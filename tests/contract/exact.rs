@@ -79,8 +79,8 @@ fn an_invalid_pull_is_refused_and_holds_no_blocks() {
     assert!(matches!(consumer.pull(Pull::new(no_ranks, local([0, 1]))), Err(PullError::Offer(_))));
     assert_eq!((consumer.blocks_held(), consumer.pulls()), (0, 0));
 
-    // An offer that names blocks past the producer's pool is caught when the pool is known, and loses nothing.
-    let mut liar = offer.clone();
+    // An offer of blocks beyond the producer's pool is refused when the pool is known.
+    let mut forged = offer.clone();
     forged.groups[0].blocks[1] = Some(BlockId(1 << 30));
     consumer.pull(Pull::new(forged, local([0, 1])).deadline(SOON)).unwrap();
     let end = ended(&consumer);

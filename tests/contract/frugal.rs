@@ -2,8 +2,8 @@
 
 use kvferry::{LaneKind, Pull};
 use kvferry_testkit::rig::{
-    Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, killable, pull_all, really,
-    throttled, wait_until_loaded,
+    Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, killable, pull_all, really, throttled,
+    wait_until_loaded,
 };
 use rustix::process::Signal;
 

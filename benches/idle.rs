@@ -1,12 +1,12 @@
-//! What idle sessions cost: processor time and memory, on both sides. `cargo bench --bench idle`.
+//! The cost of idle sessions: processor time and memory on both sides. `cargo bench --bench idle`.
 //!
-//! One producer listens on every loopback address; the consumer pulls a block from it under as many addresses as it has
-//! peers, and then does nothing. Each address is a peer of its own to the consumer, with a connection, a session and a lane.
+//! One producer listens on every loopback address. The consumer pulls one block from each of many addresses, and then is
+//! idle. To the consumer each address is another peer, with a connection, a session and a lane.
 
 use std::time::{Duration, Instant};
 
-use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Pull};
-use kvferry_testkit::rig::{self, Producer, Spec};
+use kvferry::{Consumer, LaneKind, Pull};
+use kvferry_testkit::rig::{self, Producer, Spec, local};
 
 const WATCH: Duration = Duration::from_secs(10);
 
@@ -15,10 +15,10 @@ struct Usage {
     rss: u64,
 }
 
-/// Processor time and resident memory of a process.
+/// Reads the processor time and the resident memory of a process.
 fn usage(pid: u32) -> Usage {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there");
-    // Fields after the command's closing parenthesis; user and system time are the 12th and 13th of them, in ticks.
+    // After the command's closing parenthesis, user and system time are fields 12 and 13, in ticks.
     let fields: Vec<&str> = stat.rsplit_once(')').expect("a stat line").1.split_whitespace().collect();
     let ticks: u64 = fields[11].parse::<u64>().unwrap_or(0) + fields[12].parse::<u64>().unwrap_or(0);
     let hz = rustix::param::clock_ticks_per_second();
@@ -38,13 +38,12 @@ fn measure(sessions: u32, lane: LaneKind) {
         let addr = format!("127.1.{}.{}:{port}", i / 250, i % 250 + 1);
         let mut offer = producer.offer(&[0]);
         offer.ranks[0].addr = addr;
-        let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
-        consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");
+        consumer.pull(Pull::new(offer, local([0])).lanes(vec![lane]).deadline(limit)).expect("a pull");
         let ended = consumer.wait(limit * 2).expect("it ends");
         assert!(ended.outcome.complete(), "{:?}", ended.outcome);
         ended.outcome.times.ended.unwrap_or_default()
     };
-    // The first ones warm up what all share.
+    // The first pull allocates everything that all sessions share.
     pull(2000);
     let (here, there) = (std::process::id(), pid);
     let before = (usage(here), usage(there));

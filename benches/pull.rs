@@ -1,9 +1,9 @@
-//! What a pull costs beside its bytes: claim, fence, decide, release, one small block at a time. `cargo bench --bench pull`.
+//! The fixed cost of a pull: claim, fence, decide and release, with one small block. `cargo bench --bench pull`.
 
 use std::time::{Duration, Instant};
 
-use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Pull};
-use kvferry_testkit::rig::{self, Producer, Spec};
+use kvferry::{Consumer, LaneKind, Pull};
+use kvferry_testkit::rig::{self, Producer, Spec, local};
 
 fn main() {
     rig::play();
@@ -22,9 +22,8 @@ fn main() {
         let mut first = Duration::ZERO;
         for i in 0..2001 {
             let offer = producer.offer(&[0]);
-            let blocks = LocalBlocks { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(0))] };
             let start = Instant::now();
-            consumer.pull(Pull::new(offer, vec![blocks]).lanes(vec![lane]).deadline(limit)).expect("a pull");
+            consumer.pull(Pull::new(offer, local([0])).lanes(vec![lane]).deadline(limit)).expect("a pull");
             let ended = consumer.wait(limit * 2).expect("it ends");
             let took = start.elapsed();
             assert!(ended.outcome.complete(), "{:?}", ended.outcome);

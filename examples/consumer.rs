@@ -1,10 +1,10 @@
-//! A decode engine in small: reads an offer from standard input, pulls it, and says what arrived.
+//! A minimal decode engine: reads an offer from standard input, pulls it, and prints which blocks arrived.
 
 use std::time::Duration;
 
 use kvferry::{BlockId, Consumer, GroupId, LocalBlocks, Model, Offer, PoolLayout, Pull};
 
-/// What both sides must agree on; an engine takes it from its model's configuration.
+/// Both sides must have the same model. An engine fills this from its model's configuration.
 fn model() -> Model {
     Model {
         name: "example".into(),
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let layout = PoolLayout::uniform(128, 4, 4096, 16);
     let consumer = Consumer::builder("decode-0".parse()?, model(), layout.clone()).build()?;
 
-    // Position 0 is a local prefix hit, so only positions 1 and 2 are wanted; they go into local blocks 50 and 20.
+    // Position 0 is a local prefix hit. Positions 1 and 2 are pulled into local blocks 50 and 20.
     let wanted = [(1, 50), (2, 20)];
     let blocks = LocalBlocks {
         group: GroupId(0),
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     consumer.pull(Pull::new(offer, vec![blocks]).deadline(Duration::from_secs(5)))?;
 
-    // The engine's loop would call `poll` once a step; here there is nothing else to do.
+    // An engine would call `poll` once per step; this example has nothing else to do.
     let ended = consumer.wait(Duration::from_secs(10)).ok_or("the pull's lane is wedged")?;
     let outcome = &ended.outcome;
     println!(
@@ -44,14 +44,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     for g in &outcome.groups {
         for (cause, positions) in &g.causes {
-            println!("positions {positions:?} must be computed here: {cause}");
+            println!("positions {positions:?} must be computed here ({cause})");
         }
         for position in g.loaded.iter() {
             let region = &layout.groups[0].regions[0];
             let local = wanted.iter().find(|(p, _)| *p == position).map_or(0, |(_, block)| *block);
             let mut byte = [0];
             consumer.memory().read_into(region.segment, region.block_offset(local), &mut byte)?;
-            println!("position {position} is in local block {local}, and starts with {}", byte[0]);
+            println!("position {position} is in local block {local}; its first byte is {}", byte[0]);
         }
     }
     Ok(())

@@ -1,13 +1,11 @@
-//! No allocation per read in steady state: a pull of four times the blocks allocates hardly more often.
+//! In the steady state no read allocates: a pull of four times as many blocks makes hardly more allocations.
 
 use std::time::Duration;
 
-use kvferry::{
-    BlockId, Consumer, GroupId, LaneKind, LocalBlocks, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready,
-};
+use kvferry::{BlockId, Consumer, GroupId, LaneKind, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready};
 use kvferry_testkit::{
     counting::{Counting, allocations},
-    rig::model,
+    rig::{local, model},
 };
 
 #[global_allocator]
@@ -22,9 +20,7 @@ fn allocations_of_a_pull(producer: &Producer, consumer: &Consumer, lane: LaneKin
         vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(scattered).collect() }];
     let spec = OfferSpec::new(u64::from(blocks) * 16, groups);
     let offer = producer.offer(spec, Ready::Now).expect("an offer");
-    let wanted =
-        LocalBlocks { group: GroupId(0), first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
-    let pull = Pull::new(offer, vec![wanted]).lanes(vec![lane]).deadline(Duration::from_secs(20));
+    let pull = Pull::new(offer, local(0..blocks)).lanes(vec![lane]).deadline(Duration::from_secs(20));
     let before = allocations();
     consumer.pull(pull).expect("a pull");
     let ended = consumer.wait(Duration::from_secs(40)).expect("it ends");
@@ -34,7 +30,7 @@ fn allocations_of_a_pull(producer: &Producer, consumer: &Consumer, lane: LaneKin
 }
 
 #[test]
-fn reads_are_planned_posted_and_carried_out_without_an_allocation_each() {
+fn planning_and_carrying_out_a_read_does_not_allocate() {
     let model = model("m", "uint8");
     let layout = PoolLayout::uniform(BLOCKS, 2, 512, 16);
     let producer =
@@ -42,7 +38,7 @@ fn reads_are_planned_posted_and_carried_out_without_an_allocation_each() {
     for lane in [LaneKind::Local, LaneKind::Tcp] {
         let consumer =
             Consumer::builder("decode".parse().unwrap(), model.clone(), layout.clone()).build().expect("a consumer");
-        // Buffers grow to their size, and connections are made.
+        // The first pulls grow buffers and open connections.
         for _ in 0..3 {
             allocations_of_a_pull(&producer, &consumer, lane, BLOCKS);
         }
@@ -50,7 +46,7 @@ fn reads_are_planned_posted_and_carried_out_without_an_allocation_each() {
         let many = allocations_of_a_pull(&producer, &consumer, lane, BLOCKS);
         let more_reads = u64::from(BLOCKS / 4 * 3) * 2;
         let more = many.saturating_sub(few);
-        // A pull allocates for itself and for its chunks (128 at most here), never for a read.
+        // A pull allocates once, and for each of its chunks (at most 128 here), but not for a read.
         assert!(more < more_reads / 20, "{lane}: {few} allocations for a quarter of the reads, {many} for all of them");
     }
 }

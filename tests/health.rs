@@ -1,20 +1,17 @@
-//! A wedged lane turns the health of the whole process bad. In a process of its own: nothing turns it good again.
+//! A wedged lane makes its whole process unhealthy. This test has a binary of its own, because that is permanent.
 
 use std::time::Duration;
 
-use kvferry::{
-    BlockId, Config, Consumer, GroupId, LaneKind, LocalBlocks, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready,
-};
-use kvferry_testkit::rig::{SOON, model};
+use kvferry::{Consumer, LaneKind, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready};
+use kvferry_testkit::rig::{SOON, local, model, throttled};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 #[test]
-fn a_wedged_lane_turns_the_health_service_of_its_process_to_not_serving() {
+fn a_wedged_lane_sets_the_health_of_its_process_to_not_serving() {
     let (model, layout) = (model("m", "uint8"), PoolLayout::uniform(8, 1, 64 << 10, 16));
     let producer =
         Producer::builder("prefill".parse().unwrap(), model.clone(), layout.clone()).build().expect("a producer");
-    let mut config = Config::default();
-    config.pull.faults = Some("silent@64K,wedge".parse().expect("faults"));
+    let config = throttled("silent@64K,wedge");
     let consumer = Consumer::builder("decode".parse().unwrap(), model, layout).config(config).build().expect("starts");
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -31,16 +28,16 @@ fn a_wedged_lane_turns_the_health_service_of_its_process_to_not_serving() {
     };
     assert_eq!(next(&mut watch), ServingStatus::Serving);
 
-    let blocks: Vec<_> = (0..8).map(|b| Some(BlockId(b))).collect();
-    let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }];
+    let wanted = local(0..8);
+    let groups =
+        wanted.iter().map(|w| OfferGroup { group: w.group, first_position: 0, blocks: w.blocks.clone() }).collect();
     let offer = producer.offer(OfferSpec::new(128, groups), Ready::Now).unwrap();
-    let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
-    let pull = Pull::new(offer, vec![wanted]).lanes(vec![LaneKind::Tcp]).deadline(Duration::from_millis(500));
+    let pull = Pull::new(offer, wanted).lanes(vec![LaneKind::Tcp]).deadline(Duration::from_millis(500));
     consumer.pull(pull).unwrap();
     assert_eq!(next(&mut watch), ServingStatus::NotServing);
     assert_eq!(consumer.wedged(), 1);
     let whole = runtime.block_on(client.check(HealthCheckRequest { service: String::new() })).unwrap().into_inner();
-    assert_eq!(whole.status(), ServingStatus::NotServing, "and that of the server as a whole");
-    // Its blocks are withheld: a clean end would wait for them in vain.
+    assert_eq!(whole.status(), ServingStatus::NotServing, "the health of the whole server");
+    // Its blocks are withheld, so a clean shutdown would wait for them indefinitely.
     std::mem::forget(consumer);
 }

@@ -1,4 +1,4 @@
-//! Compiles the Bench service's proto with a compiler written in Rust, and keeps the descriptors for the reflection service.
+//! Compiles the proto file of the Bench service, and keeps its descriptors for the reflection service.
 
 use std::{env, error::Error, fs, path::PathBuf};
 

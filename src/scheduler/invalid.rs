@@ -1,9 +1,9 @@
-//! From a set of invalid blocks to what follows for each request: a pure function over block tables.
+//! Decides the outcome of a set of invalid blocks for each request: a pure function over block tables.
 //!
-//! It owns the decision, and changes nothing itself. It keeps the promise *frugal* for requests that share blocks, and
-//! never lets a request count on a block whose bytes did not arrive, or on anything computed on top of one. Reports may
-//! come one block a step, again and again, late, and name blocks that belong to somebody else by now or to nobody: all
-//! that is normal input, and a report that says nothing new changes nothing.
+//! It only decides, and changes nothing itself. It keeps the promise *frugal* for requests that share blocks, and never
+//! lets a request count on a block that did not arrive, or on tokens that were computed on top of one. Reports may come
+//! one block per step, repeatedly or late, and may name blocks that belong to another request by now, or to none. All
+//! that is normal input. A report without news changes nothing.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -18,17 +18,17 @@ use super::{
     turn::{Owners, Reach, Shared},
 };
 
-/// What happens to requests that lose blocks.
+/// How requests that lose blocks are treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Policy {
-    /// They keep what they have up to the first invalid block, and compute the rest.
+    /// They keep the tokens before the first invalid block, and compute the rest.
     #[default]
     Recompute,
     /// They fail.
     Fail,
 }
 
-/// What did not arrive, since the last report or again.
+/// The blocks that did not arrive. It may repeat earlier reports.
 #[derive(Debug, Clone)]
 pub struct Report<R> {
     blocks: HashMap<Block, Cause>,
@@ -42,7 +42,7 @@ impl<R> Default for Report<R> {
 }
 
 impl<R: Eq + Hash> Report<R> {
-    /// A report of nothing.
+    /// An empty report.
     pub fn new() -> Self {
         Self::default()
     }
@@ -54,14 +54,14 @@ impl<R: Eq + Hash> Report<R> {
         self
     }
 
-    /// Adds a request whose whole load failed, without a word about blocks.
+    /// Adds a request whose whole load failed.
     #[must_use]
     pub fn load_failed(mut self, request: R, cause: Cause) -> Self {
         self.requests.insert(request, cause);
         self
     }
 
-    /// Whether it says nothing.
+    /// Whether the report is empty.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty() && self.requests.is_empty()
     }
@@ -73,33 +73,33 @@ impl<R: Eq + Hash> Extend<(Block, Cause)> for Report<R> {
     }
 }
 
-/// A block that a request counted on and cannot.
+/// A block that a request counted on, and that is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lost {
     /// The block.
     pub block: Block,
     /// Its first token, counted from the request's start.
     pub token: u64,
-    /// Why it did not arrive.
+    /// The reason why it did not arrive.
     pub cause: Cause,
 }
 
-/// A request that goes on with less.
+/// A request that continues with fewer tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Affected<R> {
     /// The request.
     pub id: R,
-    /// What it holds now: whole blocks, none at or behind the first one lost. For a load under way: what it will hold
-    /// when the load ends, if nothing else is lost.
+    /// The tokens that it holds now: whole blocks, all before the first lost one. During a load: the tokens that it will
+    /// hold when the load ends, if no more blocks are lost.
     pub held: Held,
-    /// What it held and does not hold any more, by part.
+    /// The tokens that it does not hold any more, by part.
     pub lost: Held,
-    /// Tokens that this step computed for it in vain.
+    /// Tokens that this step computed for it and that are discarded.
     pub discarded: u64,
-    /// The first block that it cannot count on.
+    /// Its first lost block.
     pub first: Lost,
-    /// Who computes or loads the block that it needs next. `None`: the request itself. Ask
-    /// [`turns`](super::turn::turns) again at every step: owners change.
+    /// The request that computes or loads the block that it needs next; `None` if it does that itself. Owners change:
+    /// call [`turns`](super::turn::turns) at every step.
     pub waits_for: Option<R>,
 }
 
@@ -108,38 +108,37 @@ pub struct Affected<R> {
 pub struct Failed<R> {
     /// The request.
     pub id: R,
-    /// Why, for its client.
+    /// The reason, for its client.
     pub reason: Reason,
-    /// What it could have gone on with.
+    /// The tokens with which it could have continued.
     pub held: Held,
-    /// Tokens that this step computed for it in vain.
+    /// Tokens that this step computed for it and that are discarded.
     pub discarded: u64,
 }
 
-/// Why a request fails.
+/// The reason why a request fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Reason {
     /// The policy is to fail.
     #[error(
-        "the KV of the prompt from token {} on did not arrive ({}), and this engine's policy is to fail then: \
+        "the KV of the prompt did not arrive from token {} on ({}), and the policy of this engine is to fail: \
          try again, or set the policy to recompute", .0.token, .0.cause
     )]
     Policy(Lost),
 }
 
-/// What follows from a report.
+/// The outcome of a report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome<R> {
-    /// The requests that go on with less, in the order given. All others keep what they have.
+    /// The requests that continue with fewer tokens, in the given order. All others keep their tokens.
     pub affected: Vec<Affected<R>>,
-    /// The requests to fail, in the order given. Those that shared blocks with them are judged like any other.
+    /// The requests to fail, in the given order. Requests that shared blocks with them are treated like all others.
     pub failed: Vec<Failed<R>>,
-    /// The blocks that more than one request needs and nobody has: who computes (or loads) each, and who inherits. A
-    /// snapshot, for logs: [`turns`](super::turn::turns) says the same at every step, as it is then. Empty for a report
-    /// that says nothing.
+    /// The missing blocks that more than one request needs: the request that computes or loads each, and its heirs. This
+    /// is a snapshot for logs; [`turns`](super::turn::turns) gives the current state at every step.
     pub shared: Vec<Shared<R>>,
-    /// The blocks to drop from the prefix cache before the next look-up: the invalid ones and all behind them, ascending.
+    /// The blocks to drop from the prefix cache before the next lookup, ascending: the invalid ones, and all after them.
     pub uncache: Vec<Block>,
 }
 
@@ -149,17 +148,17 @@ impl<R> Default for Outcome<R> {
     }
 }
 
-/// Decides what follows from a report for each request.
+/// Decides the outcome of a report for each request.
 ///
-/// `requests` are all that hold blocks, in the scheduler's order (it decides who computes a shared block), as they were
-/// when the step that is being reported ran: [`held`](Request::held) before it, [`scheduled`](Request::scheduled) in it.
-/// Apply the outcome before the tokens of the step are counted.
+/// `requests` are all requests that hold blocks, as they were in the reported step: [`held`](Request::held) before it,
+/// [`scheduled`](Request::scheduled) in it. Their order decides which one computes a shared block. Apply the outcome
+/// before the tokens of the step are counted.
 ///
-/// - A request keeps what lies before the first block that it cannot count on, cut to whole blocks of every group, to
-///   what its windows and states can go on from, and to what it held before the step.
-/// - With several groups, or with state, a load arrives as a whole or not at all.
-/// - What a request computed on top of an invalid block is invalid too, for everyone who shares it.
-/// - A reported block that some request computed itself is good: the report is late, the block has a new use.
+/// - A request keeps the tokens before its first lost block, cut to whole blocks of every group, to a length from which
+///   its windows and states can continue, and to the tokens that it held before the step.
+/// - With several groups, or with state, a load counts as a whole or not at all.
+/// - Blocks that a request computed on top of an invalid block are invalid too, for all requests that share them.
+/// - A reported block that a request computed itself is valid: the report is late, and the block has a new use.
 pub fn resolve<R: Clone + Eq + Hash>(
     groups: &[GroupSpec],
     requests: &[Request<'_, R>],
@@ -171,7 +170,7 @@ pub fn resolve<R: Clone + Eq + Hash>(
     }
     let layout = Layout::new(groups);
     let authored = authored(layout, requests);
-    let mut bad = believed(layout, requests, report, &authored);
+    let mut bad = reported(layout, requests, report, &authored);
     let mut uncache: BTreeSet<Block> = bad.keys().copied().collect();
     let first = spread(layout, requests, &authored, &mut bad);
 
@@ -216,7 +215,7 @@ pub fn resolve<R: Clone + Eq + Hash>(
     out
 }
 
-/// The blocks that some request computed itself, in the step or before.
+/// The blocks that a request computed itself, in the step or before.
 fn authored<R>(layout: Layout<'_>, requests: &[Request<'_, R>]) -> HashSet<Block> {
     let own = |r: &Request<'_, R>| (r.held.loaded_end(), if r.loading { 0 } else { r.ran_to() });
     let blocks = requests.iter().flat_map(|r| {
@@ -226,8 +225,8 @@ fn authored<R>(layout: Layout<'_>, requests: &[Request<'_, R>]) -> HashSet<Block
     blocks.collect()
 }
 
-/// The reported blocks that are to be believed: all but those that some request computed itself.
-fn believed<R: Eq + Hash>(
+/// The reported blocks, without those that a request computed itself.
+fn reported<R: Eq + Hash>(
     layout: Layout<'_>,
     requests: &[Request<'_, R>],
     report: &Report<R>,
@@ -246,8 +245,8 @@ fn believed<R: Eq + Hash>(
     bad
 }
 
-/// Spreads what is bad to what was computed on top of it, until nothing changes, and returns the first lost block of
-/// each request.
+/// Adds the blocks that were computed on top of bad ones, until nothing changes. Returns the first lost block of each
+/// request.
 fn spread<R>(
     layout: Layout<'_>,
     requests: &[Request<'_, R>],
@@ -274,15 +273,15 @@ fn spread<R>(
             if r.loading || sabotage::planted(Bug::TaintIgnored) {
                 continue;
             }
-            // What it computed since, also where a load had begun the block.
+            // Tokens that it computed after the lost one, even in a block that a load had begun.
             let written = lost.token.max(r.held.loaded_end())..r.ran_to();
             for (g, start, b) in layout.blocks(r, lost.token) {
                 let end = start.saturating_add(layout.groups[g].tokens());
                 let computed = !written.is_empty() && start < written.end && end > written.start;
-                // What a load brought is as good as the load says. What was taken over may be anybody's, unless the one
-                // who computed it is here to be judged himself.
-                let taken = (lost.token..r.held.cached).contains(&start) && !authored.contains(&b);
-                if computed || taken {
+                // A loaded block is valid unless reported. An adopted block may come from any request, unless the request
+                // that computed it is among these, and is checked itself.
+                let adopted = (lost.token..r.held.cached).contains(&start) && !authored.contains(&b);
+                if computed || adopted {
                     bad.entry(b).or_insert(lost.cause);
                 }
             }
@@ -293,7 +292,7 @@ fn spread<R>(
     }
 }
 
-/// The length that a request keeps.
+/// The number of tokens that a request keeps.
 fn keeps<R>(layout: Layout<'_>, r: &Request<'_, R>, first: Lost, bad: &HashMap<Block, Cause>) -> u64 {
     let mut bound = first.token.min(r.held.total());
     if sabotage::planted(Bug::GroupsApart) {
@@ -339,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_whose_lost_blocks_are_all_shared_is_cut_like_the_one_that_loaded_them() {
+    fn a_request_whose_lost_blocks_are_all_shared_is_cut_like_the_request_that_loaded_them() {
         let (a, b) = (tables(&[&[1, 2, 3]]), tables(&[&[1, 2, 4, 5]]));
         // a loads blocks 1 and 2; b found them in the cache in the same step, and loads 4 for itself.
         let requests = [request("a", &a, 0, 8, 2), request("b", &b, 8, 4, 3)];
@@ -356,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_may_come_one_block_a_step_and_again_and_again() {
+    fn reports_may_come_one_block_per_step_and_repeatedly() {
         let a = tables(&[&[1, 2, 3, 4]]);
         let mut r = Request { loading: true, ..request("a", &a, 0, 16, 0) };
         for (report, left) in [(4, 12), (2, 4), (4, 4), (2, 4), (3, 4), (1, 0), (1, 0)] {
@@ -366,23 +365,19 @@ mod tests {
                 r.held = a.held;
             }
             assert_eq!(r.held.total(), left, "after block {report}");
-            assert_eq!(
-                out.affected.len(),
-                usize::from(before > left),
-                "a report that says nothing new changes nothing"
-            );
+            assert_eq!(out.affected.len(), usize::from(before > left), "a report without news changes nothing");
         }
     }
 
     #[test]
-    fn a_block_of_nobody_leaves_the_cache_and_no_more() {
+    fn a_reported_block_without_a_request_only_leaves_the_cache() {
         let a = tables(&[&[1, 2]]);
         let out = resolve(&full(4), &[request("a", &a, 0, 8, 1)], &lost(&[9]), Policy::Fail);
         assert_eq!(out, Outcome { uncache: vec![block(9)], ..Outcome::default() });
     }
 
     #[test]
-    fn a_late_report_does_not_touch_who_has_computed_the_block_since() {
+    fn a_late_report_does_not_affect_a_request_that_has_computed_the_block_since() {
         let (a, b) = (tables(&[&[1, 2]]), tables(&[&[1, 3]]));
         let mut computed = request("a", &a, 0, 0, 3);
         computed.held.computed = 4;
@@ -391,8 +386,8 @@ mod tests {
     }
 
     #[test]
-    fn what_was_computed_on_top_of_a_lost_block_is_lost_for_everyone() {
-        // c has its own copy of the first block, and found what a computes in this step on top of a load that fails.
+    fn blocks_computed_on_top_of_a_lost_block_are_lost_for_all_requests() {
+        // c has its own copy of the first block, and found a block that a computes in this step on top of a failed load.
         let (a, c) = (tables(&[&[1, 2, 3]]), tables(&[&[7, 2, 8]]));
         let requests = [request("a", &a, 0, 4, 8), request("c", &c, 8, 0, 1)];
         let out = resolve(&full(4), &requests, &lost(&[1]), Policy::Recompute);
@@ -401,24 +396,24 @@ mod tests {
     }
 
     #[test]
-    fn under_fail_exactly_the_affected_fail_and_say_why() {
+    fn under_the_policy_fail_exactly_the_affected_requests_fail_with_a_reason() {
         let (a, b, c) = (tables(&[&[1, 2]]), tables(&[&[1, 3]]), tables(&[&[4, 5]]));
         let requests = [request("a", &a, 0, 8, 1), request("b", &b, 4, 4, 1), request("c", &c, 0, 8, 1)];
         let out = resolve(&full(4), &requests, &lost(&[1]), Policy::Fail);
         assert_eq!(out.failed.iter().map(|f| f.id).collect::<Vec<_>>(), ["a", "b"]);
         assert!(out.affected.is_empty() && out.shared.is_empty());
-        let why = out.failed[1].reason.to_string();
-        assert!(why.contains("from token 0 on") && why.contains("peer_down"), "{why}");
+        let reason = out.failed[1].reason.to_string();
+        assert!(reason.contains("from token 0 on") && reason.contains("peer_down"), "{reason}");
     }
 
     #[test]
-    fn a_load_of_several_groups_or_of_state_arrives_whole_or_not_at_all() {
+    fn a_load_of_several_groups_or_of_state_counts_as_a_whole_or_not_at_all() {
         let spec = |id, keeps| GroupSpec::new(GroupId(id), 4, keeps).unwrap();
         let two = tables(&[&[1, 2, 3], &[1, 2, 3]]);
         let groups = [spec(0, Keeps::All), spec(1, Keeps::All)];
         let out = resolve(&groups, &[request("a", &two, 4, 8, 1)], &lost(&[3]), Policy::Recompute);
         assert_eq!(out.affected[0].held, Held { cached: 4, loaded: 0, computed: 0 });
-        // Of a state only the last one was kept, so there is nothing to go on from.
+        // Only the last state was kept, so the request starts again from 0.
         let state: Tables = vec![vec![None, None, Some(BlockId(3))]];
         let groups = [spec(0, Keeps::State)];
         let out = resolve(&groups, &[request("a", &state, 4, 8, 1)], &lost(&[3]), Policy::Recompute);
@@ -426,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_fails_without_a_word_about_blocks_fails_whole() {
+    fn a_load_that_fails_without_naming_blocks_is_lost_as_a_whole() {
         let (a, b) = (tables(&[&[1, 2, 3]]), tables(&[&[1, 2, 4]]));
         let loading = Request { loading: true, ..request("a", &a, 4, 8, 0) };
         let report = Report::new().load_failed("a", Cause::Refused).load_failed("gone", Cause::Refused);
@@ -437,7 +432,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn rubbish_is_borne(
+        fn no_input_causes_a_panic_or_adds_tokens(
             ids in prop::collection::vec(prop::collection::vec(prop::collection::vec(prop::option::of(0u32..6), 0..5), 0..4), 0..5),
             held in prop::collection::vec(prop_oneof![0u64..20, Just(u64::MAX)], 20),
             keeps in prop::collection::vec(prop_oneof![Just(Keeps::All), (0u64..9).prop_map(Keeps::Window), Just(Keeps::State)], 0..4),

@@ -1,9 +1,9 @@
-//! The books: where the prompt tokens of all requests came from, and the counters that say so.
+//! The sources of the prompt tokens of all requests, and their counters.
 //!
-//! Owns the tokens of each request that has not ended, and the totals. A token is counted in the totals once, when it
-//! is final: when its request has its first token, or ends without one. Until then it can still be lost, and moves
-//! between the parts of its request alone. So no correction ever subtracts from a counter, and what is exported only
-//! grows; a scrape is true to the token for every prompt that is done, and silent about the others.
+//! Owns the tokens of each request that has not ended, and the totals. The totals count a token once, when it is final:
+//! when its request has its first token, or ends without one. Before that a token can still be lost, and moves only
+//! between the parts of its request. So no correction ever subtracts from a counter, and exported values only grow. A
+//! scrape is exact for all finished prompts, and does not contain the others.
 
 use std::{collections::HashMap, hash::Hash};
 
@@ -19,11 +19,11 @@ use super::{
     tokens::{Parts, PromptTokens},
 };
 
-/// How a request ended that had no first token.
+/// The reason why a request ended without a first token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 #[non_exhaustive]
-pub enum End {
-    /// Its client went away, or the engine gave it up.
+pub enum EndReason {
+    /// Its client disconnected, or the engine dropped it.
     Aborted,
     /// It failed.
     Failed,
@@ -48,18 +48,17 @@ struct OutcomeLabels {
 #[derive(Debug)]
 struct Entry {
     tokens: PromptTokens,
-    /// Its tokens are in the totals.
+    /// The totals contain its tokens.
     settled: bool,
 }
 
-/// The books of an engine. `R` is its name for a request.
+/// The token accounting of an engine. `R` is the engine's name for a request.
 ///
-/// Calls about requests that it does not know (ended ones, for instance) do nothing: a late word about a request is
-/// normal.
+/// Calls about unknown requests, such as ended ones, do nothing: late calls are normal.
 #[derive(Debug)]
 pub struct Ledger<R> {
     requests: HashMap<R, Entry>,
-    /// What is final. The counters that follow grow with it, in one place.
+    /// All final tokens. The counters below grow together with it.
     totals: Parts,
     tokens: Family<SourceLabels, Counter>,
     recomputed: Family<RecomputedLabels, Counter>,
@@ -81,10 +80,10 @@ impl<R> Default for Ledger<R> {
 }
 
 impl<R: Eq + Hash> Ledger<R> {
-    /// Empty books.
+    /// An empty ledger.
     pub fn new() -> Self {
         let mut ledger = Self::default();
-        // Every series is there from the start, at 0: a rate over one that appears later misses its first step.
+        // Every series exists from the start with value 0: a rate over a series that appears later misses its first step.
         ledger.count(&Parts::default());
         for outcome in ["first_token", "aborted", "failed"] {
             ledger.prompts.get_or_create(&OutcomeLabels { outcome }).inc_by(0);
@@ -92,15 +91,15 @@ impl<R: Eq + Hash> Ledger<R> {
         ledger
     }
 
-    /// Exports the counters, all in tokens but the last:
+    /// Exports the counters. All but the last count tokens:
     ///
     /// - `kvferry_prompt_tokens_total{source}`: final prompt tokens by `source`: `computed`, `local_cache`, `external`,
-    ///   and `none` for those of requests that ended before they had them. They add up to the prompts.
+    ///   and `none` for tokens that the request never had before it ended. They add up to the prompts.
     /// - `kvferry_prompt_tokens_recomputed_total{was,by}`: the part of `computed` that had been a hit or a load (`was`:
-    ///   `local_cache`, `external`), was lost, and was computed again, `by` the request itself (`own`) or by one that
-    ///   shares the blocks (`other`). What this engine really recomputed is `by="own"`.
-    /// - `kvferry_prefill_tokens_total`: prompt tokens that ran through the model, in vain or again after a preemption
-    ///   too. Counted as they run.
+    ///   `local_cache`, `external`), was lost, and was computed again, `by` the request itself (`own`) or by a request that
+    ///   shares the blocks (`other`). `by="own"` is the work that losses caused in this engine.
+    /// - `kvferry_prefill_tokens_total`: prompt tokens that ran through the model, with those that were discarded or ran
+    ///   again after a preemption. Counted when they run.
     /// - `kvferry_prompts_total{outcome}`: prompts whose tokens are counted: `first_token`, `aborted`, `failed`.
     pub fn register(&self, registry: &mut Registry) {
         registry.register("kvferry_prompt_tokens", "Prompt tokens by source", self.tokens.clone());
@@ -113,29 +112,29 @@ impl<R: Eq + Hash> Ledger<R> {
         registry.register("kvferry_prompts", "Prompts whose tokens are counted", self.prompts.clone());
     }
 
-    /// A request comes in. One of the same name that has not ended is aborted first.
+    /// Adds a request. If another request of this name has not ended, it is aborted first.
     pub fn admit(&mut self, request: R, prompt_tokens: u64) {
-        self.ended(&request, End::Aborted);
+        self.ended(&request, EndReason::Aborted);
         self.requests.insert(request, Entry { tokens: PromptTokens::new(prompt_tokens), settled: false });
     }
 
-    /// See [`PromptTokens::lookup`]. Also after a preemption, and for another try at a load.
+    /// See [`PromptTokens::lookup`]. Also call it after a preemption, and when a load is repeated.
     pub fn lookup(&mut self, request: &R, local: u64, external: u64) {
         self.with(request, |t| t.lookup(local, external));
     }
 
-    /// See [`PromptTokens::load_ended`]. It does not matter whether the report of what was lost comes before or after.
+    /// See [`PromptTokens::load_ended`]. The report of lost blocks may come before or after it.
     pub fn load_ended(&mut self, request: &R) {
         self.with(request, PromptTokens::load_ended);
     }
 
-    /// See [`PromptTokens::lost`]. [`apply`](Self::apply) calls it for every affected request. An engine calls it itself
-    /// to give up what it holds, for instance the last token of a full hit, which must run to have logits.
+    /// See [`PromptTokens::lost`]. [`apply`](Self::apply) calls it for every affected request. An engine calls it itself to
+    /// discard tokens: for instance, the last token of a full hit must run to give logits.
     pub fn lost(&mut self, request: &R, from: u64) {
         self.with(request, |t| t.lost(from));
     }
 
-    /// The request's tokens ran up to `to`, and are good.
+    /// The request's tokens up to `to` were computed and are valid.
     pub fn computed(&mut self, request: &R, to: u64) {
         if let Some(e) = self.requests.get_mut(request) {
             let before = e.tokens.held();
@@ -144,7 +143,7 @@ impl<R: Eq + Hash> Ledger<R> {
         }
     }
 
-    /// This many tokens ran behind what the request holds, in vain. [`apply`](Self::apply) calls it.
+    /// This many tokens after the held ones ran and were discarded. [`apply`](Self::apply) calls it.
     pub fn discarded(&mut self, request: &R, tokens: u64) {
         if let Some(e) = self.requests.get(request) {
             self.prefilled.inc_by(tokens.min(e.tokens.missing()));
@@ -168,8 +167,8 @@ impl<R: Eq + Hash> Ledger<R> {
         self.with(request, PromptTokens::preempted);
     }
 
-    /// The request has its first token: its prompt's tokens are final. It stays known until it has ended, so that what
-    /// runs again after a preemption is in `kvferry_prefill_tokens_total`.
+    /// The request has its first token, so the tokens of its prompt are final. The ledger keeps the request until its end:
+    /// tokens that run again after a preemption count in `kvferry_prefill_tokens_total`.
     pub fn first_token(&mut self, request: &R) {
         let Some(e) = self.requests.get_mut(request).filter(|e| !e.settled) else { return };
         e.settled = true;
@@ -177,20 +176,20 @@ impl<R: Eq + Hash> Ledger<R> {
         self.settle(&parts, "first_token");
     }
 
-    /// The request has ended. Without a first token, its prompt's tokens are final as they are now.
-    pub fn ended(&mut self, request: &R, end: End) {
+    /// The request has ended. Without a first token, the tokens of its prompt become final in their current state.
+    pub fn ended(&mut self, request: &R, reason: EndReason) {
         if let Some(e) = self.requests.remove(request).filter(|e| !e.settled) {
             self.settle(
                 &e.tokens.parts(),
-                match end {
-                    End::Aborted => "aborted",
-                    End::Failed => "failed",
+                match reason {
+                    EndReason::Aborted => "aborted",
+                    EndReason::Failed => "failed",
                 },
             );
         }
     }
 
-    /// Tells the books what follows from a report: what was lost, what ran in vain, and who failed.
+    /// Applies the outcome of a report: lost tokens, discarded tokens, and failed requests.
     pub fn apply(&mut self, outcome: &Outcome<R>) {
         for a in &outcome.affected {
             self.discarded(&a.id, a.discarded);
@@ -202,11 +201,11 @@ impl<R: Eq + Hash> Ledger<R> {
         for f in &outcome.failed {
             self.discarded(&f.id, f.discarded);
             self.lost(&f.id, f.held.total());
-            self.ended(&f.id, End::Failed);
+            self.ended(&f.id, EndReason::Failed);
         }
     }
 
-    /// A request's tokens by source, as they are now.
+    /// A request's tokens by current source.
     pub fn request(&self, request: &R) -> Option<Parts> {
         Some(self.requests.get(request)?.tokens.parts())
     }
@@ -216,7 +215,7 @@ impl<R: Eq + Hash> Ledger<R> {
         self.totals
     }
 
-    /// Prompt tokens that ran through the model, in vain or again too.
+    /// Prompt tokens that ran through the model, with discarded and repeated ones.
     pub fn prefilled(&self) -> u64 {
         self.prefilled.get()
     }
@@ -265,11 +264,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_exported_before_it_is_final_and_nothing_goes_down() {
+    fn tokens_are_exported_when_they_are_final_and_no_counter_decreases() {
         let (mut ledger, mut registry) = (Ledger::new(), Registry::default());
         ledger.register(&mut registry);
         let mut last = scrape(&registry);
-        assert_eq!(last.len(), 4 + 4 + 1 + 3, "every series is there from the start: {last:?}");
+        assert_eq!(last.len(), 4 + 4 + 1 + 3, "every series exists from the start: {last:?}");
         let mut step = |ledger: &Ledger<&str>| {
             let now = scrape(&registry);
             assert!(now.iter().all(|(name, n)| last[name] <= *n), "{last:?}, then {now:?}");
@@ -291,16 +290,16 @@ mod tests {
         ledger.computed(&"a", 100);
         ledger.first_token(&"a");
         assert_eq!(step(&ledger), [68, 16, 16, 0]);
-        // Counted is counted.
+        // Later calls do not change counted tokens.
         ledger.preempted(&"a");
         ledger.lookup(&"a", 0, 0);
         ledger.computed(&"a", 100);
         ledger.first_token(&"a");
-        ledger.ended(&"a", End::Failed);
-        ledger.ended(&"a", End::Failed);
+        ledger.ended(&"a", EndReason::Failed);
+        ledger.ended(&"a", EndReason::Failed);
         assert_eq!(step(&ledger), [68, 16, 16, 0]);
         assert_eq!(ledger.prefilled(), (90 - 32) + (100 - 80) + 100);
-        // An aborted one is counted as far as it came.
+        // An aborted request is counted in its current state.
         ledger.admit("b", 50);
         ledger.lookup(&"b", 16, 16);
         ledger.admit("b", 10);
@@ -308,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_about_a_request_that_is_gone_does_nothing() {
+    fn calls_about_an_unknown_request_do_nothing() {
         let mut ledger: Ledger<u64> = Ledger::new();
         ledger.lookup(&1, 5, 5);
         ledger.load_ended(&1);
@@ -318,7 +317,7 @@ mod tests {
         ledger.adopted(&1, 5);
         ledger.preempted(&1);
         ledger.first_token(&1);
-        ledger.ended(&1, End::Aborted);
+        ledger.ended(&1, EndReason::Aborted);
         assert_eq!((ledger.totals(), ledger.prefilled(), ledger.request(&1)), (Parts::default(), 0, None));
     }
 }

@@ -1,38 +1,38 @@
-//! What a decode engine's scheduler needs when blocks do not arrive: who loses what, who computes what again, and token
-//! accounting that cannot lie.
+//! Support for a decode engine's scheduler when blocks do not arrive: which requests lose which tokens, which request
+//! computes a shared block again, and exact token accounting.
 //!
 //! Everything here is a pure function or a small state machine: no I/O, no clock, no unsafe. It keeps the promise
-//! *frugal* on the engine's side (what did arrive is kept, what is shared is computed once) and makes the books balance:
-//! no state can be written down in which a count is negative or a token is lost.
+//! *frugal* on the engine's side: loaded blocks are kept, and a shared block is computed once. Token accounting always
+//! adds up, since no state can represent a negative count or a lost token.
 //!
-//! | file | its noun |
+//! | module | content |
 //! | --- | --- |
-//! | [`table`] | what a scheduler knows of a request: block tables, and the tokens held in them |
-//! | [`invalid`] | a report of invalid blocks, and what follows from it for each request |
-//! | [`turn`] | who may run, up to where, and who waits for whom |
-//! | [`tokens`] | where the tokens of one prompt came from |
+//! | [`table`] | a request as the scheduler sees it: block tables, and the tokens held in them |
+//! | [`invalid`] | a report of invalid blocks, and its outcome for each request |
+//! | [`turn`] | which requests may run, up to which token, and which request each of the others waits for |
+//! | [`tokens`] | the source of each token of one prompt |
 //! | [`ledger`] | the same for all requests, exported as Prometheus counters |
 //!
 //! # One step of an engine
-//! 1. Before scheduling, if a load failed lately: [`turn::turns`]. Take over what others computed, skip who must wait,
-//!    and let nobody run past his limit.
+//! 1. Before scheduling, if a load failed recently: call [`turn::turns`]. Adopt the blocks that other requests computed,
+//!    skip requests that must wait, and let no request run beyond its limit.
 //! 2. Run the step.
-//! 3. If blocks were reported: [`invalid::resolve`] first, over *all* requests that hold blocks, then drop
-//!    [`Outcome::uncache`](invalid::Outcome::uncache) from the prefix cache, set the new lengths, fail who must fail, and
-//!    tell the [`Ledger`](ledger::Ledger). Only then count what the others computed in the step.
+//! 3. If blocks were reported: call [`invalid::resolve`] first, with *all* requests that hold blocks. Then drop
+//!    [`Outcome::uncache`](invalid::Outcome::uncache) from the prefix cache, set the new lengths, fail the failed requests,
+//!    and update the [`Ledger`](ledger::Ledger). Count the tokens that the other requests computed only after that.
 //!
-//! Four rules make what these functions see the whole truth:
-//! - Between a step and the report of what its loads brought, nobody is aborted, preempted or given a first token: what
-//!   was computed on top of a lost block would stay behind with nobody to name it.
-//! - The blocks of an asynchronous load are not in the prefix cache before it has ended. A request may share them
-//!   nevertheless, by having them in its table behind what it holds: it then waits for the load.
-//! - A load that is tried again goes no further than the request's own [`limit`](turn::Turn::limit), and what has arrived
-//!   counts as [`cached`](table::Held::cached) from then on.
-//! - A load is stopped, and quiet, before a request that inherits its blocks runs.
+//! The functions rely on four rules:
+//! - Between a step and the report of its loads, no request is aborted, preempted or given a first token. Otherwise blocks
+//!   that were computed on top of a lost block would remain, and no request could name them.
+//! - The blocks of an asynchronous load enter the prefix cache only after its end. A request may still share them earlier:
+//!   it has them in its table after the tokens that it holds, and waits for the load.
+//! - A repeated load goes no further than the request's own [`limit`](turn::Turn::limit), and the tokens that had arrived
+//!   before count as [`cached`](table::Held::cached) from then on.
+//! - A load is stopped and quiet before a request that inherits its blocks runs.
 //!
-//! # The day that this is for
-//! Two requests share the first two blocks of their prompts. `a` loads them in this step, and `b`, scheduled right
-//! behind it, finds them in the prefix cache and loads one more block for itself. Then the prefill engine dies.
+//! # Example
+//! Two requests share the first two blocks of their prompts. `a` loads them in this step. `b`, scheduled right after it,
+//! finds them in the prefix cache and loads one more block for itself. Then the prefill engine dies.
 //! ```
 //! use kvferry::{Block, BlockId, Cause, GroupId};
 //! use kvferry::scheduler::invalid::{Policy, Report, resolve};
@@ -63,18 +63,18 @@
 //! let outcome = resolve(&groups, &requests, &report, Policy::Recompute);
 //! ledger.apply(&outcome);
 //!
-//! // Both keep the first block and nothing else: what they computed in this step stood on a block that never came.
+//! // Both keep only the first block: the tokens that they computed in this step depend on the lost block.
 //! for (affected, request) in outcome.affected.iter().zip(&mut requests) {
 //!     assert_eq!(affected.held.total(), 16);
 //!     request.held = affected.held;
 //!     request.scheduled = 0;
 //! }
-//! // a computes block 2 again, and b waits for it; should a go away, b is its heir.
+//! // a computes block 2 again, and b waits for it. If a is removed, b inherits the block.
 //! assert_eq!(outcome.affected[0].waits_for, None);
 //! assert_eq!(outcome.affected[1].waits_for, Some("a"));
 //! assert_eq!((outcome.shared[0].owner, &outcome.shared[0].heirs[..]), ("a", &["b"][..]));
 //!
-//! // a runs; then b takes block 2 over and computes the rest of its prompt.
+//! // a runs. Then b adopts block 2 and computes the rest of its prompt.
 //! requests[0].held.computed += 24;
 //! ledger.computed(&"a", 40);
 //! ledger.first_token(&"a");
@@ -93,6 +93,7 @@
 
 pub mod invalid;
 pub mod ledger;
+#[doc(hidden)]
 pub mod sabotage;
 pub mod table;
 pub mod tokens;

@@ -1,42 +1,42 @@
-//! Bugs to plant, so that the property tests can prove that they would see them. Compiled away without the feature
-//! `sabotage`, which only tests turn on.
+//! Planted bugs, with which the property tests prove that they find such bugs. Only a build with debug assertions and the
+//! feature `sabotage` contains them, so a release build cannot.
 
 use std::hash::Hash;
 
 use kvferry_proto::block::Block;
 
-/// A bug that was made, or nearly made, by some scheduler in the field.
+/// A bug that a real scheduler had, or nearly had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Bug {
-    /// The bug that started this: a request whose invalid blocks are all shared keeps its external count.
+    /// A request whose invalid blocks are all shared keeps its external count.
     ExternalLeftStale,
-    /// What was lost is subtracted from the load alone, though part of it was a cache hit, and wraps below zero.
+    /// All lost tokens are subtracted from the load, although some were cache hits, and the count wraps below zero.
     Wraps,
-    /// The same, stopped at zero: nothing crashes, and the load's tokens stay counted.
+    /// The same, but the count stops at zero, and the load's tokens stay counted.
     Saturates,
-    /// A preempted request's tokens are counted as final, and again when it has ended.
+    /// The tokens of a preempted request are counted as final, and again when it ends.
     CountedAtPreemption,
-    /// Recomputed tokens are counted when they are lost, not when they are computed.
+    /// Recomputed tokens are counted when they are lost instead of when they are computed.
     CountedWhenLost,
-    /// What a sharer computed is taken over, but not told to the books.
+    /// A request adopts tokens, but the ledger is not told.
     AdoptionForgotten,
-    /// The owner of a shared block goes away, and the others wait for it for ever.
-    NobodyInherits,
-    /// Every sharer computes the block again.
-    EveryoneComputes,
-    /// A sharer counts on a block at once, though its owner has yet to compute it.
+    /// The owner of a shared block is removed, and the other requests wait for it indefinitely.
+    NoInheritance,
+    /// Every request that shares a lost block computes it.
+    AllCompute,
+    /// A request counts on a shared block before its owner has computed it.
     CountedOnAtOnce,
-    /// A request takes a block for its own to compute while another one's load writes it.
+    /// A request computes a block while another request's load writes it.
     LoaderOverruled,
     /// Tokens that were computed on top of an invalid block stay counted.
     ComputedKept,
-    /// What was computed on top of an invalid block is good enough for others.
+    /// A block that was computed on top of an invalid one counts as valid for other requests.
     TaintIgnored,
-    /// The blocks behind an invalid one stay in the prefix cache.
+    /// The blocks after an invalid one stay in the prefix cache.
     DependentsStayCached,
     /// A late report of a block truncates the request that has computed it since.
     LateReportBelieved,
-    /// With several groups, what the other groups need of the past is not looked at.
+    /// With several groups, the blocks that the other groups need are not checked.
     GroupsApart,
 }
 
@@ -49,8 +49,8 @@ impl Bug {
         Bug::CountedAtPreemption,
         Bug::CountedWhenLost,
         Bug::AdoptionForgotten,
-        Bug::NobodyInherits,
-        Bug::EveryoneComputes,
+        Bug::NoInheritance,
+        Bug::AllCompute,
         Bug::CountedOnAtOnce,
         Bug::LoaderOverruled,
         Bug::ComputedKept,
@@ -61,7 +61,7 @@ impl Bug {
     ];
 }
 
-#[cfg(feature = "sabotage")]
+#[cfg(all(feature = "sabotage", debug_assertions))]
 mod on {
     use super::{Block, Bug, Hash};
     use std::{
@@ -72,11 +72,11 @@ mod on {
 
     thread_local! {
         static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
-        /// What a scheduler remembers that should remember nothing: who owned a block when it was lost.
+        /// The owner of each block at the time of its loss. A correct scheduler remembers no owners.
         static OWNERS: RefCell<HashMap<Block, u64>> = RefCell::default();
     }
 
-    /// Plants a bug in this thread, or takes it out.
+    /// Plants a bug in this thread, or removes it.
     pub fn plant(bug: Option<Bug>) {
         PLANTED.set(bug);
         OWNERS.take();
@@ -94,37 +94,37 @@ mod on {
         h.finish()
     }
 
-    /// Whether somebody else owned the block when it was lost, who cannot be its owner any more.
+    /// Whether another request owned the block when it was lost.
     pub(in crate::scheduler) fn disinherited(block: Block, owner: &impl Hash) -> bool {
-        planted(Bug::NobodyInherits) && OWNERS.with_borrow(|o| o.get(&block).is_some_and(|was| *was != key(owner)))
+        planted(Bug::NoInheritance) && OWNERS.with_borrow(|o| o.get(&block).is_some_and(|was| *was != key(owner)))
     }
 
-    /// Remembers who owns a lost block.
+    /// Remembers the owner of a lost block.
     pub(in crate::scheduler) fn remember(block: Block, owner: &impl Hash) {
-        if planted(Bug::NobodyInherits) {
+        if planted(Bug::NoInheritance) {
             OWNERS.with_borrow_mut(|o| o.insert(block, key(owner)));
         }
     }
 }
 
-#[cfg(feature = "sabotage")]
+#[cfg(all(feature = "sabotage", debug_assertions))]
 pub(super) use on::{disinherited, remember};
-#[cfg(feature = "sabotage")]
+#[cfg(all(feature = "sabotage", debug_assertions))]
 pub use on::{plant, planted};
 
-/// Whether this bug is planted in this thread: never, without the feature.
-#[cfg(not(feature = "sabotage"))]
+/// Always false: this build has no planted bugs.
+#[cfg(not(all(feature = "sabotage", debug_assertions)))]
 #[inline(always)]
 pub fn planted(_: Bug) -> bool {
     false
 }
 
-#[cfg(not(feature = "sabotage"))]
+#[cfg(not(all(feature = "sabotage", debug_assertions)))]
 #[inline(always)]
 pub(super) fn disinherited(_: Block, _: &impl Hash) -> bool {
     false
 }
 
-#[cfg(not(feature = "sabotage"))]
+#[cfg(not(all(feature = "sabotage", debug_assertions)))]
 #[inline(always)]
 pub(super) fn remember(_: Block, _: &impl Hash) {}

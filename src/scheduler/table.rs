@@ -1,31 +1,31 @@
-//! What a scheduler knows of a request: its block tables, and which tokens are held in them and how they got there.
+//! A request as the scheduler sees it: its block tables, and the tokens held in them by source.
 //!
-//! Owns nothing: a view over the engine's own tables, made for one call. Tokens are counted in disjoint, unsigned,
-//! consecutive parts ([`Held`]), so that a length that does not fit its parts cannot be written down.
+//! Owns nothing: these are views of the engine's own tables for one call. Tokens are counted in disjoint, unsigned,
+//! consecutive parts ([`Held`]), so a length always fits its parts.
 
 use std::num::NonZeroU32;
 
 use kvferry_proto::block::{Block, BlockId, GroupId};
 
-/// How much of the past the layers of a group need, and so where a request may go on after a loss.
+/// The past tokens that the layers of a group need. They determine from which lengths a request can continue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Keeps {
-    /// Full attention: every block from the prompt's start on.
+    /// Full attention: all blocks from the start of the prompt.
     All,
-    /// Sliding window attention: the last this many tokens, the current one included. Blocks before them may be null.
+    /// Sliding window attention: this many last tokens, with the current one. Blocks before them may be null.
     Window(u64),
-    /// Recurrent state: a block holds the state at its end. A request can go on only where a state was kept, or from 0.
+    /// Recurrent state: a block holds the state at its end. A request can continue only from a kept state, or from 0.
     State,
 }
 
-/// A group of layers that share a block table, as a scheduler sees it.
+/// A group of layers that share a block table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GroupSpec {
-    /// The group's number.
+    /// The number of the group.
     pub id: GroupId,
-    /// Tokens in a block.
+    /// Tokens per block.
     pub block_tokens: NonZeroU32,
-    /// How much of the past it needs.
+    /// The past tokens that it needs.
     pub keeps: Keeps,
 }
 
@@ -45,40 +45,38 @@ impl GroupSpec {
     }
 }
 
-/// The tokens whose KV a request counts on, from its start: three consecutive parts, in this order.
-///
-/// `cached` come first, then `loaded`, then `computed`; each is a number of tokens. A request that counts on nothing yet
-/// holds [`Held::default`].
+/// The tokens whose KV a request counts on, from its start, in three consecutive parts: first `cached`, then `loaded`,
+/// then `computed`. Each is a number of tokens. A new request holds [`Held::default`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Held {
-    /// Found in the local prefix cache; or taken over from a sharer, with all that comes before (see [`Held::adopt`]).
+    /// Found in the local prefix cache, or adopted together with all tokens before them (see [`Held::adopt`]).
     pub cached: u64,
-    /// Brought by a load: one that has ended, one of this step, or one under way.
+    /// Brought by a load, which has ended, runs in this step, or is asynchronous and still running.
     pub loaded: u64,
     /// Computed by the request itself.
     pub computed: u64,
 }
 
 impl Held {
-    /// All of them: the request's computed length, in tokens.
+    /// All held tokens: the computed length of the request.
     pub fn total(&self) -> u64 {
         self.loaded_end().saturating_add(self.computed)
     }
 
-    /// Where the loaded part ends and the computed part begins.
+    /// The end of the loaded part, where the computed part begins.
     pub fn loaded_end(&self) -> u64 {
         self.cached.saturating_add(self.loaded)
     }
 
-    /// Takes over what others have filled, up to token `to` (see [`Turn::computed`](super::turn::Turn::computed)). From
-    /// then on all of it is `cached`: nobody can say any more which of these tokens the request itself vouches for.
+    /// Adopts the tokens up to `to`, which other requests have filled (see [`Turn::computed`](super::turn::Turn::computed)).
+    /// All of them count as `cached` from then on, because it is unknown which of them the request computed itself.
     pub fn adopt(&mut self, to: u64) {
         if to > self.total() {
             *self = Held { cached: to, loaded: 0, computed: 0 };
         }
     }
 
-    /// Keeps the first `to` tokens, and returns what was cut off, part by part. Cutting where nothing is cuts nothing.
+    /// Keeps the first `to` tokens, and returns the tokens that were cut off by part.
     pub fn cut(&mut self, to: u64) -> Held {
         let before = *self;
         self.cached = before.cached.min(to);
@@ -92,25 +90,25 @@ impl Held {
     }
 }
 
-/// A request that holds blocks. Preempted requests hold none, and are not passed.
+/// A request that holds blocks. Preempted requests hold none, and are left out.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a, R> {
     /// The engine's name for it.
     pub id: R,
-    /// One block table for each group, in the order of the groups: block ids by position, `None` for a null block. May
-    /// reach past what is held.
+    /// One block table for each group, in the order of the groups: block ids by position, `None` for a null block. A table
+    /// may be longer than the held tokens.
     pub blocks: &'a [Vec<Option<BlockId>>],
-    /// The tokens that it counts on, without those of the step that is being reported.
+    /// The tokens that it counts on, without those of the reported step.
     pub held: Held,
-    /// Whether the load that brings `held.loaded` is still under way (an asynchronous load). Those tokens are a promise
-    /// until it ends: the request cannot run, and no sharer can count on them.
+    /// Whether the load that brings `held.loaded` is still running (an asynchronous load). Until its end the request cannot
+    /// run, and other requests cannot count on these tokens.
     pub loading: bool,
-    /// Tokens that the step computed on top of `held`. [`turns`](super::turn::turns) has no use for it.
+    /// Tokens that the step computed on top of `held`. [`turns`](super::turn::turns) ignores them.
     pub scheduled: u64,
 }
 
 impl<R> Request<'_, R> {
-    /// Tokens whose KV is really in the blocks, as far as is known; what a load under way brings is not.
+    /// Tokens whose KV is in the blocks, without those that a running load brings.
     pub(super) fn real(&self) -> u64 {
         if self.loading { self.held.cached } else { self.held.total() }
     }
@@ -121,27 +119,27 @@ impl<R> Request<'_, R> {
     }
 }
 
-/// The groups together.
+/// All groups together.
 #[derive(Clone, Copy)]
 pub(super) struct Layout<'a> {
     pub groups: &'a [GroupSpec],
-    /// The least number of whole blocks of every group, in tokens: where a request may be cut.
+    /// The smallest number of tokens that fills whole blocks of every group. A request is cut at a multiple of it.
     pub unit: u64,
 }
 
 impl<'a> Layout<'a> {
     pub(super) fn new(groups: &'a [GroupSpec]) -> Self {
-        // Block sizes without a common multiple below 2^64 can be cut at 0 alone.
+        // With block sizes that have no common multiple below 2^64, a request can be cut only at 0.
         let unit = groups.iter().try_fold(1, |unit, g| lcm(unit, g.tokens())).unwrap_or(u64::MAX);
         Self { groups, unit }
     }
 
-    /// Whether a load is brought by all groups or not at all.
+    /// Whether a load counts only as a whole.
     pub(super) fn whole_loads(&self) -> bool {
         self.groups.len() > 1 || self.groups.iter().any(|g| g.keeps == Keeps::State)
     }
 
-    /// Every block of a request with its group's index and its first token, from the one that holds token `from` on.
+    /// Every block of a request from the one with token `from` on: group index, first token, block.
     pub(super) fn blocks<'b, R>(
         self,
         r: &Request<'b, R>,
@@ -156,8 +154,8 @@ impl<'a> Layout<'a> {
         })
     }
 
-    /// The longest length up to `bound` at which a request can go on: whole blocks in every group, and what each group
-    /// needs of the past there. `good` says whether a block (of this group, with this first token) may be counted on.
+    /// The longest length up to `bound` from which a request can continue: whole blocks in every group, with the past
+    /// tokens that each group needs. `good` tells whether a block (of this group, with this first token) is valid.
     pub(super) fn resume(
         &self,
         tables: &[Vec<Option<BlockId>>],
@@ -171,9 +169,9 @@ impl<'a> Layout<'a> {
         };
         let mut bound = bound;
         for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| !matches!(s.keeps, Keeps::Window(0 | 1))) {
-            // No block, nothing to go on from: without this, a length made of thin air would be searched through.
-            let there = tables.get(g).map_or(0, |t| t.len() as u64);
-            bound = bound.min(there.saturating_mul(spec.tokens()));
+            // Tokens without a block cannot be resumed from. Without this bound the search below could take 2^64 steps.
+            let present = tables.get(g).map_or(0, |t| t.len() as u64);
+            bound = bound.min(present.saturating_mul(spec.tokens()));
         }
         for (g, spec) in self.groups.iter().enumerate().filter(|(_, s)| s.keeps == Keeps::All) {
             let blocks = bound / spec.tokens();
@@ -216,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_and_what_is_kept_add_up() {
+    fn kept_and_cut_tokens_add_up() {
         let before = Held { cached: 5, loaded: 7, computed: 3 };
         for to in 0..20 {
             let mut kept = before;
@@ -233,18 +231,18 @@ mod tests {
     }
 
     #[test]
-    fn a_window_goes_on_only_where_its_blocks_are() {
+    fn a_window_continues_only_from_its_blocks() {
         let spec = |id, tokens, keeps| GroupSpec::new(GroupId(id), tokens, keeps).unwrap();
         let groups = [spec(0, 4, Keeps::All), spec(1, 4, Keeps::Window(6))];
         let layout = Layout::new(&groups);
-        // The window's blocks of tokens 0..8 are gone: at 16 it needs tokens 11..16, at 12 tokens 7..12.
+        // The window has no blocks for tokens 0..8. Length 16 needs tokens 11..16, length 12 needs tokens 7..12.
         let tables = [table(&[1, 2, 3, 4]), table(&[-1, -1, 7, 8])];
         assert_eq!(layout.resume(&tables, 16, |_, _, _| true), 16);
         assert_eq!(layout.resume(&tables, 15, |_, _, _| true), 0);
     }
 
     #[test]
-    fn a_state_goes_on_only_where_one_was_kept() {
+    fn a_state_continues_only_from_a_kept_one() {
         let groups = [GroupSpec::new(GroupId(0), 4, Keeps::State).unwrap()];
         let layout = Layout::new(&groups);
         let tables = [table(&[-1, 5, -1, 6])];
@@ -254,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_cut_where_all_have_whole_blocks() {
+    fn requests_are_cut_at_whole_blocks_of_all_groups() {
         let spec = |id, tokens| GroupSpec::full(GroupId(id), tokens).unwrap();
         let groups = [spec(0, 4), spec(1, 6)];
         let layout = Layout::new(&groups);

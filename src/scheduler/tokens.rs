@@ -1,54 +1,54 @@
-//! Where the tokens of one prompt came from.
+//! The source of each token of one prompt.
 //!
-//! Every token has exactly one state, kept by position in runs, and every count is a sum over them: parts are disjoint,
-//! unsigned and add up because nothing else can be written down. There is no counter to correct, and so none to forget.
+//! Every token has exactly one state, stored by position in runs, and every count is a sum over the states. So the parts
+//! are disjoint and unsigned, and add up by construction. No counter ever needs a correction.
 //!
-//! A token's source is the dearest that was ever paid for it: a preempted request that finds its own blocks again in the
-//! prefix cache has computed them nevertheless. What turns out never to have arrived was not paid.
+//! A token's source is the most expensive one that it ever had: a preempted request that finds its own blocks in the
+//! prefix cache has still computed them. A source that turned out to be lost does not count.
 
 use super::sabotage::{Bug, planted};
 
-/// Where a lost token had seemed to come from.
+/// The source that a lost token seemed to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Was {
+enum LostSource {
     LocalCache,
     External,
 }
 
-/// How a token was had, cheapest first.
+/// The source of a token, cheapest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Had {
+enum Source {
     LocalCache,
     External,
-    /// Lost, and computed again by a request that shares it.
-    Other(Was),
-    /// Computed by the request itself; again, if it had been lost.
-    Own(Option<Was>),
+    /// Lost, and computed again by another request that shares the block.
+    Other(LostSource),
+    /// Computed by the request itself; `Some` if it had been lost before.
+    Own(Option<LostSource>),
 }
 
-/// What is known of a token.
+/// The state of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Token {
-    /// Before the last preemption.
-    before: Option<Had>,
-    /// Since then.
-    now: Option<Had>,
-    /// Set from when it is lost until it is had again.
-    lost: Option<Was>,
+    /// The source before the last preemption.
+    before: Option<Source>,
+    /// The source since then.
+    now: Option<Source>,
+    /// Set when it is lost, and cleared when it has a source again.
+    lost: Option<LostSource>,
 }
 
 impl Token {
-    fn had(self) -> Option<Had> {
+    fn source(self) -> Option<Source> {
         self.before.max(self.now)
     }
 
-    fn get(&mut self, had: Had) {
-        self.now = Some(had);
+    fn get(&mut self, source: Source) {
+        self.now = Some(source);
         self.lost = None;
     }
 }
 
-/// Tokens that were lost and computed again, by what they had seemed to be.
+/// Tokens that were lost and computed again, by the source that they seemed to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Recomputed {
     /// They had been found in the local prefix cache, in blocks whose load failed.
@@ -58,7 +58,7 @@ pub struct Recomputed {
 }
 
 impl Recomputed {
-    /// Both.
+    /// The sum.
     pub fn total(&self) -> u64 {
         self.local_cache + self.external
     }
@@ -67,7 +67,7 @@ impl Recomputed {
 /// A prompt's tokens by source: seven disjoint parts that add up to the prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Parts {
-    /// Computed by the request itself, and never had otherwise.
+    /// Computed by the request itself, without a loss before.
     pub first: u64,
     /// Lost, and computed again by the request itself.
     pub own: Recomputed,
@@ -77,22 +77,22 @@ pub struct Parts {
     pub local_cache: u64,
     /// Brought by a load.
     pub external: u64,
-    /// Not had yet; at the end of a request, never had (it was aborted or failed first).
+    /// Without a source yet. At the end of a request: tokens that it never had.
     pub pending: u64,
 }
 
 impl Parts {
-    /// Source `computed`: computed here, by whichever request.
+    /// Source `computed`: computed by any request here.
     pub fn computed(&self) -> u64 {
         self.first + self.own.total() + self.other.total()
     }
 
-    /// Computed after they were lost, by whichever request. A part of [`Parts::computed`].
+    /// Lost, and computed again by any request. A part of [`Parts::computed`].
     pub fn recomputed(&self) -> u64 {
         self.own.total() + self.other.total()
     }
 
-    /// Tokens that were had: `computed + local_cache + external`.
+    /// Tokens with a source: `computed + local_cache + external`.
     pub fn total(&self) -> u64 {
         self.computed() + self.local_cache + self.external
     }
@@ -102,7 +102,7 @@ impl Parts {
         self.total() + self.pending
     }
 
-    /// The older form.
+    /// The same tokens in the older form.
     pub fn older(&self) -> Older {
         Older {
             computed: self.computed(),
@@ -114,7 +114,7 @@ impl Parts {
         }
     }
 
-    /// The sum of two.
+    /// The sum of both.
     #[must_use]
     pub fn plus(&self, o: &Parts) -> Parts {
         let add = |a: Recomputed, b: Recomputed| Recomputed {
@@ -132,8 +132,7 @@ impl Parts {
     }
 }
 
-/// The form in which hits are counted as they were looked up and `recomputed` takes back what was lost. Derived, never
-/// stored:
+/// The form that counts all hits of the lookup, and corrects lost ones by `recomputed`. It is derived, and never stored:
 ///
 /// - `computed + local_cache_hit + external_kv_transfer - recomputed = total`
 /// - `local_cache_hit + external_kv_transfer - recomputed = cached`
@@ -141,48 +140,48 @@ impl Parts {
 pub struct Older {
     /// Tokens computed here.
     pub computed: u64,
-    /// Tokens found in the local prefix cache, lost ones too.
+    /// Tokens found in the local prefix cache, with lost ones.
     pub local_cache_hit: u64,
-    /// Tokens expected from loads, lost ones too.
+    /// Tokens expected from loads, with lost ones.
     pub external_kv_transfer: u64,
-    /// Tokens that were a hit or a load, were lost, and were computed after all.
+    /// Tokens that were a hit or a load, were lost, and were computed.
     pub recomputed: u64,
-    /// Tokens that nobody had to compute.
+    /// Tokens that no request had to compute.
     pub cached: u64,
-    /// All tokens that were had.
+    /// All tokens with a source.
     pub total: u64,
 }
 
-/// The tokens of one prompt, through the whole life of its request. Positions past the prompt (generated tokens) are
-/// nobody's concern here: every call may name them, and they are left out.
+/// The tokens of one prompt, through the whole life of its request. Calls may name positions after the prompt (generated
+/// tokens), which are ignored.
 #[derive(Debug, Clone)]
 pub struct PromptTokens {
-    /// Where each run ends, and the state of its tokens; ascending, neighbours differ, the last ends with the prompt.
+    /// The end of each run, and the state of its tokens. Ascending; neighbours differ; the last run ends with the prompt.
     runs: Vec<(u64, Token)>,
-    /// Tokens from the start whose KV is there.
+    /// Tokens from the start whose KV is present.
     held: u64,
-    /// Tokens behind `held` that a load promises.
+    /// Tokens after `held` that a load promises.
     promised: u64,
 }
 
 impl PromptTokens {
-    /// A prompt of this many tokens, of which nothing is there.
+    /// A prompt of this many tokens, without any KV.
     pub fn new(prompt: u64) -> Self {
         let runs = if prompt == 0 { Vec::new() } else { vec![(prompt, Token::default())] };
         Self { runs, held: 0, promised: 0 }
     }
 
-    /// Tokens of the prompt.
+    /// Tokens in the prompt.
     pub fn prompt(&self) -> u64 {
         self.runs.last().map_or(0, |r| r.0)
     }
 
-    /// Tokens from the start whose KV is there. Without what a load promises.
+    /// Tokens from the start whose KV is present, without those that a load promises.
     pub fn held(&self) -> u64 {
         self.held
     }
 
-    /// Tokens behind what is held and what a load promises.
+    /// Tokens that are neither held nor promised.
     pub fn missing(&self) -> u64 {
         self.prompt() - self.held - self.promised
     }
@@ -194,56 +193,56 @@ impl PromptTokens {
         for (to, t) in &self.runs {
             let n = to - from;
             from = *to;
-            let part = match t.had() {
+            let part = match t.source() {
                 None if t.lost.is_some() && planted(Bug::CountedWhenLost) => &mut p.own.external,
                 None => &mut p.pending,
-                Some(Had::LocalCache) => &mut p.local_cache,
-                Some(Had::External) => &mut p.external,
-                Some(Had::Other(Was::LocalCache)) => &mut p.other.local_cache,
-                Some(Had::Other(Was::External)) => &mut p.other.external,
-                Some(Had::Own(None)) => &mut p.first,
-                Some(Had::Own(Some(Was::LocalCache))) => &mut p.own.local_cache,
-                Some(Had::Own(Some(Was::External))) => &mut p.own.external,
+                Some(Source::LocalCache) => &mut p.local_cache,
+                Some(Source::External) => &mut p.external,
+                Some(Source::Other(LostSource::LocalCache)) => &mut p.other.local_cache,
+                Some(Source::Other(LostSource::External)) => &mut p.other.external,
+                Some(Source::Own(None)) => &mut p.first,
+                Some(Source::Own(Some(LostSource::LocalCache))) => &mut p.own.local_cache,
+                Some(Source::Own(Some(LostSource::External))) => &mut p.own.external,
             };
             *part += n;
         }
         p
     }
 
-    /// A look-up: the prefix cache has the first `local` tokens, and a load is to bring `external` more behind them (or
-    /// behind what is held, if that is more). The load's tokens count when it has ended.
+    /// A lookup: the prefix cache has the first `local` tokens, and a load will bring `external` more after them (or after
+    /// the held tokens, if those are more). The load's tokens count after its end.
     pub fn lookup(&mut self, local: u64, external: u64) {
         let local = local.min(self.prompt());
-        self.each(self.held, local, |t| t.get(Had::LocalCache));
+        self.each(self.held, local, |t| t.get(Source::LocalCache));
         self.held = self.held.max(local);
         self.promised = external.min(self.prompt() - self.held);
     }
 
-    /// The load has ended: what it promised and was not [lost](Self::lost) is there. Without a load, nothing happens.
+    /// The load has ended: the promised tokens that were not [lost](Self::lost) are held now. Does nothing without a load.
     pub fn load_ended(&mut self) {
         let to = self.held + self.promised;
-        self.each(self.held, to, |t| t.get(Had::External));
+        self.each(self.held, to, |t| t.get(Source::External));
         self.held = to;
         self.promised = 0;
     }
 
-    /// Nothing from token `from` on can be counted on: it was not there when it seemed to be, and a load under way will
-    /// not bring it. Said again, it changes nothing.
+    /// The tokens from `from` on are lost: their KV is not in the blocks, and a running load will not bring it. A repeated
+    /// call changes nothing.
     pub fn lost(&mut self, from: u64) {
         let held = self.held;
         self.each(from, held, |t| {
-            if planted(Bug::Saturates) && t.now == Some(Had::LocalCache) {
+            if planted(Bug::Saturates) && t.now == Some(Source::LocalCache) {
                 return;
             }
             t.lost = match t.now.take() {
-                Some(Had::LocalCache) => Some(Was::LocalCache),
-                Some(Had::External) => Some(Was::External),
-                Some(Had::Other(was)) => Some(was),
-                Some(Had::Own(was)) => was,
+                Some(Source::LocalCache) => Some(LostSource::LocalCache),
+                Some(Source::External) => Some(LostSource::External),
+                Some(Source::Other(was)) => Some(was),
+                Some(Source::Own(was)) => was,
                 None => t.lost,
             }
         });
-        self.each(from.max(held), held + self.promised, |t| t.lost = Some(Was::External));
+        self.each(from.max(held), held + self.promised, |t| t.lost = Some(LostSource::External));
         let lost = (held + self.promised).saturating_sub(from);
         self.held = held.min(from);
         self.promised = if planted(Bug::Wraps) {
@@ -255,19 +254,19 @@ impl PromptTokens {
 
     /// The request has computed its tokens up to `to`.
     pub fn computed(&mut self, to: u64) {
-        self.advance(to, |t| t.get(Had::Own(t.lost)));
+        self.advance(to, |t| t.get(Source::Own(t.lost)));
     }
 
-    /// A sharer has filled the blocks up to `to`, and the request goes on behind them.
+    /// Another request has filled the blocks up to `to`, and this one adopts them.
     pub fn adopted(&mut self, to: u64) {
-        self.advance(to, |t| t.get(t.lost.map_or(Had::LocalCache, Had::Other)));
+        self.advance(to, |t| t.get(t.lost.map_or(Source::LocalCache, Source::Other)));
     }
 
-    /// The request's blocks are taken away. What was paid for its tokens stays paid.
+    /// The request loses its blocks. Its tokens keep the sources that they had.
     pub fn preempted(&mut self) {
         let prompt = self.prompt();
         self.each(0, prompt, |t| {
-            t.before = t.had();
+            t.before = t.source();
             t.now = None;
         });
         self.held = 0;
@@ -278,7 +277,7 @@ impl PromptTokens {
         let to = to.min(self.prompt());
         if to > self.held {
             self.each(self.held, to, f);
-            // Whoever computes does not wait for a load.
+            // Computed tokens are not promised any more.
             self.promised = (self.held + self.promised).saturating_sub(to);
             self.held = to;
         }
@@ -326,10 +325,10 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_fails_in_part_moves_its_tokens_and_no_others() {
+    fn a_partly_failed_load_moves_only_its_own_tokens() {
         let mut t = PromptTokens::new(100);
         t.lookup(32, 48);
-        assert_eq!(parts(&t), [0, 0, 0, 32, 0, 68], "a promise is not a token");
+        assert_eq!(parts(&t), [0, 0, 0, 32, 0, 68], "promised tokens do not count");
         t.lost(48);
         t.lost(64);
         t.load_ended();
@@ -342,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn it_does_not_matter_whether_the_loss_is_told_before_or_after_the_end_of_the_load() {
+    fn a_loss_may_be_reported_before_or_after_the_end_of_the_load() {
         let [mut a, mut b] = [PromptTokens::new(10), PromptTokens::new(10)];
         a.lookup(2, 6);
         b.lookup(2, 6);
@@ -358,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_sharer_computes_counts_as_computed_by_another() {
+    fn tokens_computed_by_another_request_count_as_other() {
         let mut t = PromptTokens::new(50);
         t.lookup(32, 16);
         t.load_ended();
@@ -375,24 +374,24 @@ mod tests {
         t.computed(30);
         t.preempted();
         t.lookup(24, 0);
-        assert_eq!(parts(&t), [14, 0, 0, 16, 0, 10], "it has computed tokens 16..24 nevertheless");
+        assert_eq!(parts(&t), [14, 0, 0, 16, 0, 10], "it has computed tokens 16..24 before");
         t.computed(40);
         assert_eq!(parts(&t), [24, 0, 0, 16, 0, 0]);
     }
 
     #[test]
-    fn a_loss_is_remembered_over_a_preemption_until_the_tokens_are_had() {
+    fn a_loss_is_remembered_across_a_preemption() {
         let mut t = PromptTokens::new(40);
         t.lookup(0, 32);
         t.lost(8);
         t.preempted();
         t.lookup(16, 0);
         t.computed(40);
-        assert_eq!(parts(&t), [8, 16, 0, 16, 0, 0], "8..16 were found in the cache, 16..32 had to be computed");
+        assert_eq!(parts(&t), [8, 16, 0, 16, 0, 0], "8..16 were found in the cache, and 16..32 were computed");
     }
 
     #[test]
-    fn the_last_token_of_a_full_hit_runs_nevertheless() {
+    fn the_last_token_of_a_full_hit_counts_as_recomputed() {
         let mut t = PromptTokens::new(32);
         t.lookup(32, 0);
         t.lost(31);
@@ -402,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn no_call_makes_more_tokens_than_the_prompt_has() {
+    fn no_call_counts_more_tokens_than_the_prompt_has() {
         let mut t = PromptTokens::new(10);
         t.lookup(u64::MAX, u64::MAX);
         t.lost(u64::MAX);

@@ -1,10 +1,10 @@
-//! Whose turn it is after a load failed: who may run and up to where, who takes over what another computed, and who
-//! waits for whom.
+//! The turns after a failed load: which requests may run and up to which token, which tokens a request adopts from others,
+//! and which request each of the others waits for.
 //!
-//! A pure function of the block tables and lengths as they are now. Nothing is remembered between calls, so nothing can
-//! be stale: when an owner finishes, is aborted or is preempted, it is not among the requests any more, and the next
-//! one that holds the block is its owner. It never lets two requests compute one block, and among the requests that
-//! wait there is always one that may run.
+//! A pure function of the current block tables and lengths. It remembers nothing between calls, so no state can be stale:
+//! when the owner of a block finishes, is aborted or is preempted, it is no longer among the requests, and the next
+//! request that holds the block becomes its owner. Two requests never compute the same block, and at least one of the
+//! requests that need a shared block may run.
 
 use std::{collections::HashMap, hash::Hash};
 
@@ -15,59 +15,58 @@ use super::{
     table::{GroupSpec, Keeps, Layout, Request},
 };
 
-/// What a request may do in the next step.
+/// The turn of a request in the next step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Turn<R> {
     /// The request.
     pub id: R,
-    /// Its computed length: longer than what it held where sharers have filled the blocks that follow. Then tell it to
-    /// [`Held::adopt`](super::table::Held::adopt) and [`Ledger::adopted`](super::ledger::Ledger::adopted).
+    /// Its computed length. It is longer than the held tokens if other requests have filled the next blocks. In that case
+    /// call [`Held::adopt`](super::table::Held::adopt) and [`Ledger::adopted`](super::ledger::Ledger::adopted).
     pub computed: u64,
-    /// The first token that it must not compute in this step: from there on, another request computes the block or has
-    /// it already. `None`: no limit.
+    /// The first token that it must not compute in this step, because another request computes or already has its block.
+    /// `None`: no limit.
     pub limit: Option<u64>,
-    /// Who computes or loads the block at the limit. `None` with a limit: the block is there already and will be taken
-    /// over in the next step, or the request's own load is under way.
+    /// The request that computes or loads the block at the limit. `None` with a limit: the block is present and will be
+    /// adopted in the next step, or the request's own load is running.
     pub waits_for: Option<R>,
 }
 
 impl<R> Turn<R> {
-    /// Whether it may compute anything in this step.
+    /// Whether the request may compute tokens in this step.
     pub fn may_run(&self) -> bool {
         self.limit.is_none_or(|l| l > self.computed)
     }
 }
 
-/// Who computes a block that several requests share, and who is next should that request go away.
+/// The owner of a missing block that several requests share, and its heirs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shared<R> {
     /// The block.
     pub block: Block,
-    /// The request that computes it again (or whose load under way brings it).
+    /// The request that computes it again, or whose running load brings it.
     pub owner: R,
-    /// The others that hold it and wait for it, in the order in which they inherit.
+    /// The other requests that hold it and wait for it, in the order in which they inherit it.
     pub heirs: Vec<R>,
 }
 
-/// Whose turn it is, for each request, in the order given. That order is also the one in which blocks find their owner:
-/// of the requests that hold a block and need it, the one whose load brings it, else the one that has begun it, else the
-/// first.
+/// The turn of each request, in the given order. The order also decides the owner of a block: of the requests that hold
+/// and need it, the one whose load brings it, else the one that has begun it, else the first one.
 ///
-/// Call it before scheduling for as long as a request is short of blocks that it shares: after a load failed, or when
-/// requests share a load under way. Pass every request that may hold such a block; passing all is always right, and costs
-/// one look at each block past the shortest of them.
+/// Call it before scheduling while a request lacks blocks that it shares: after a failed load, or while requests share a
+/// running load. Pass every request that may hold such a block. Passing all requests is always correct, and costs one
+/// lookup for each block after the shortest request's length.
 pub fn turns<R: Clone + Hash>(groups: &[GroupSpec], requests: &[Request<'_, R>]) -> Vec<Turn<R>> {
     let reach = requests.iter().map(|r| Some(Reach::now(r))).collect();
     let owners = Owners::new(Layout::new(groups), requests, reach);
     (0..requests.len()).filter_map(|i| owners.turn(i)).collect()
 }
 
-/// How far a request is.
+/// The progress of a request.
 #[derive(Clone, Copy)]
 pub(super) struct Reach {
-    /// Tokens whose KV is there.
+    /// Tokens whose KV is present.
     pub real: u64,
-    /// Tokens that will be there when its load ends; `real` without one.
+    /// Tokens whose KV will be present after its load; `real` without a load.
     pub promised: u64,
 }
 
@@ -77,7 +76,7 @@ impl Reach {
     }
 }
 
-/// A block, as one of its holders sees it.
+/// A request that holds a block, and the tokens of the block in it.
 #[derive(Clone, Copy)]
 struct Holder {
     request: usize,
@@ -85,27 +84,27 @@ struct Holder {
     end: u64,
 }
 
-/// What becomes of a block.
-struct Fate {
-    /// Somebody has it.
-    there: bool,
-    /// Who computes or loads it, of those that are not past it.
+/// The state of a block.
+struct State {
+    /// A request has its KV.
+    present: bool,
+    /// The request that computes or loads it.
     owner: Option<usize>,
     holders: Vec<Holder>,
 }
 
-/// Who has or will have each block, as far as it matters.
+/// The blocks that a request may lack, and their owners.
 pub(super) struct Owners<'a, 'b, R> {
     layout: Layout<'a>,
     requests: &'a [Request<'b, R>],
-    /// How far each request is, with what it takes over; `None` for one that is out.
+    /// The progress of each request, with adopted tokens; `None` for a failed one.
     reach: Vec<Option<Reach>>,
-    /// The blocks that end behind the shortest request's length. All others are there.
-    blocks: HashMap<Block, Fate>,
+    /// The blocks that end after the length of the shortest request. All others are present.
+    blocks: HashMap<Block, State>,
 }
 
 impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
-    /// `reach` says how far each request is; `None` for one that is about to be failed, and holds nothing any more.
+    /// `reach` is the progress of each request; `None` for a failed one, which holds no blocks any more.
     pub(super) fn new(layout: Layout<'a>, requests: &'a [Request<'b, R>], reach: Vec<Option<Reach>>) -> Self {
         let mut it = Self { layout, requests, reach, blocks: HashMap::new() };
         let shortest = it.reach.iter().flatten().map(|s| s.real).min().unwrap_or(0);
@@ -113,9 +112,9 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
             let Some(reach) = *reach else { continue };
             for (g, start, b) in layout.blocks(r, shortest) {
                 let end = start.saturating_add(layout.groups[g].tokens());
-                let fate = it.blocks.entry(b).or_insert(Fate { there: false, owner: None, holders: Vec::new() });
-                fate.there |= reach.real >= end;
-                fate.holders.push(Holder { request, start, end });
+                let state = it.blocks.entry(b).or_insert(State { present: false, owner: None, holders: Vec::new() });
+                state.present |= reach.real >= end;
+                state.holders.push(Holder { request, start, end });
             }
         }
         let adopted: Vec<_> =
@@ -125,46 +124,46 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
                 reach.real = adopted;
             }
         }
-        let owners: Vec<_> = it.blocks.iter().map(|(b, fate)| (*b, it.owner(fate))).collect();
+        let owners: Vec<_> = it.blocks.iter().map(|(b, state)| (*b, it.owner(state))).collect();
         for (b, owner) in owners {
-            if let Some(fate) = it.blocks.get_mut(&b) {
-                fate.owner = owner;
+            if let Some(state) = it.blocks.get_mut(&b) {
+                state.owner = owner;
             }
         }
         it
     }
 
-    /// How far a request is that holds the block and is not past it.
-    fn short(&self, h: &Holder) -> Option<Reach> {
+    /// The progress of a request that holds the block and lacks its KV.
+    fn lacking(&self, h: &Holder) -> Option<Reach> {
         self.reach[h.request].filter(|r| r.real < h.end)
     }
 
-    fn owner(&self, fate: &Fate) -> Option<usize> {
-        let short = || fate.holders.iter().filter_map(|h| Some((h, self.short(h)?)));
-        let loader = short().find(|(h, r)| self.requests[h.request].loading && h.start < r.promised);
-        // Whoever has begun a unit goes on with it: were it judged block by block, two requests could each wait for the
-        // other's half where groups have blocks of different sizes.
-        let begun = short().find(|(h, r)| {
+    fn owner(&self, state: &State) -> Option<usize> {
+        let lacking = || state.holders.iter().filter_map(|h| Some((h, self.lacking(h)?)));
+        let loader = lacking().find(|(h, r)| self.requests[h.request].loading && h.start < r.promised);
+        // A request that has begun a unit continues with it. If each block were decided separately, two requests could
+        // wait for each other's part, since groups have blocks of different sizes.
+        let begun = lacking().find(|(h, r)| {
             let first = h.start - h.start % self.layout.unit;
             r.real > first && r.real < first.saturating_add(self.layout.unit)
         });
         let loader = loader.filter(|_| !sabotage::planted(Bug::LoaderOverruled));
-        loader.or(begun).or_else(|| short().next()).map(|(h, _)| h.request)
+        loader.or(begun).or_else(|| lacking().next()).map(|(h, _)| h.request)
     }
 
-    fn there(&self, b: Block) -> bool {
-        self.blocks.get(&b).is_none_or(|f| f.there)
+    fn present(&self, b: Block) -> bool {
+        self.blocks.get(&b).is_none_or(|f| f.present)
     }
 
-    /// Whether a request may compute a block; else who does. A block that is there is computed once more all the same by
-    /// a request that lacks another group's block at these tokens: by one after the other, not by two at a time.
-    fn mine(&self, i: usize, b: Block) -> Result<(), usize> {
+    /// Whether a request may compute a block; otherwise the error is its owner. A request that lacks another group's block
+    /// at these tokens computes even a present block again, but two requests never do so at the same time.
+    fn may_compute(&self, i: usize, b: Block) -> Result<(), usize> {
         let owner = self.blocks.get(&b).and_then(|f| f.owner).unwrap_or(i);
         let orphan = sabotage::disinherited(b, &self.requests[owner].id);
-        if (owner == i && !orphan) || sabotage::planted(Bug::EveryoneComputes) { Ok(()) } else { Err(owner) }
+        if (owner == i && !orphan) || sabotage::planted(Bug::AllCompute) { Ok(()) } else { Err(owner) }
     }
 
-    /// The turn of a request by its index; `None` for one that is out.
+    /// The turn of the request with this index; `None` for a failed one.
     pub(super) fn turn(&self, i: usize) -> Option<Turn<R>> {
         let (r, computed) = (self.requests.get(i)?, (*self.reach.get(i)?)?.real);
         let id = r.id.clone();
@@ -173,14 +172,16 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
         }
         let mut first: Option<(u64, Option<usize>)> = None;
         for (_, start, b) in self.layout.blocks(r, computed) {
-            let stop = match self.mine(i, b) {
+            let stop = match self.may_compute(i, b) {
                 Err(owner) => (start.max(computed), Some(owner)),
-                // It may be able to take over from here in the next step.
-                Ok(()) if self.there(b) && start > computed && start.is_multiple_of(self.layout.unit) => (start, None),
+                // It may be able to adopt this block in the next step.
+                Ok(()) if self.present(b) && start > computed && start.is_multiple_of(self.layout.unit) => {
+                    (start, None)
+                }
                 Ok(()) => continue,
             };
-            // At one token, somebody to wait for comes before a block that is there.
-            if first.is_none_or(|(at, who)| stop.0 < at || (stop.0 == at && who.is_none())) {
+            // At the same token, an owner to wait for takes precedence over a present block.
+            if first.is_none_or(|(at, owner)| stop.0 < at || (stop.0 == at && owner.is_none())) {
                 first = Some(stop);
             }
         }
@@ -188,14 +189,14 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
         Some(Turn { id, computed, limit: first.map(|(at, _)| at), waits_for })
     }
 
-    /// How far the blocks that follow `real` are filled by others.
+    /// The length up to which other requests have filled the blocks after `real`.
     fn adopt(&self, r: &Request<'_, R>, real: u64) -> u64 {
         let mut bound = u64::MAX;
         for (spec, table) in self.layout.groups.iter().zip(r.blocks) {
             let skip = usize::try_from(real / spec.tokens()).unwrap_or(usize::MAX);
-            // A block that is not there ends it, in every group: a prefix cache takes all before the length for filled.
+            // A missing block of any group ends it: a prefix cache assumes that all blocks before the length are filled.
             let stop = table.iter().enumerate().skip(skip).find(|(_, id)| match **id {
-                Some(id) => !self.there(Block { group: spec.id, id }),
+                Some(id) => !self.present(Block { group: spec.id, id }),
                 None => spec.keeps == Keeps::All,
             });
             let stop = stop.map_or(table.len(), |(p, _)| p) as u64;
@@ -204,19 +205,19 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
         if r.loading || bound <= real || self.layout.groups.is_empty() {
             return real;
         }
-        self.layout.resume(r.blocks, bound, |_, _, b| self.there(b)).max(real)
+        self.layout.resume(r.blocks, bound, |_, _, b| self.present(b)).max(real)
     }
 
-    /// Blocks that more than one request needs and nobody has, in a stable order.
+    /// Missing blocks that more than one request needs, in a stable order.
     pub(super) fn shared(&self) -> Vec<Shared<R>> {
         let mut out: Vec<(u64, Shared<R>)> = Vec::new();
-        for (&block, fate) in self.blocks.iter().filter(|(_, f)| !f.there) {
-            let Some(owner) = fate.owner else { continue };
+        for (&block, state) in self.blocks.iter().filter(|(_, f)| !f.present) {
+            let Some(owner) = state.owner else { continue };
             let id = |i: usize| self.requests[i].id.clone();
-            let heirs = fate.holders.iter().filter(|h| h.request != owner && self.short(h).is_some());
+            let heirs = state.holders.iter().filter(|h| h.request != owner && self.lacking(h).is_some());
             let heirs: Vec<R> = heirs.map(|h| id(h.request)).collect();
             if !heirs.is_empty() {
-                out.push((fate.holders[0].start, Shared { block, owner: id(owner), heirs }));
+                out.push((state.holders[0].start, Shared { block, owner: id(owner), heirs }));
             }
         }
         out.sort_by_key(|(start, s)| (*start, s.block));
@@ -245,49 +246,49 @@ mod tests {
         Request { id, blocks, held, loading: false, scheduled: 0 }
     }
 
-    fn ask<'a>(requests: &[Request<'a, &'a str>]) -> Vec<(&'a str, u64, Option<u64>, Option<&'a str>)> {
+    fn turns_of<'a>(requests: &[Request<'a, &'a str>]) -> Vec<(&'a str, u64, Option<u64>, Option<&'a str>)> {
         turns(&groups(), requests).into_iter().map(|t| (t.id, t.computed, t.limit, t.waits_for)).collect()
     }
 
     #[test]
-    fn a_shared_block_is_computed_by_the_first_and_taken_over_by_the_others() {
+    fn a_shared_block_is_computed_by_the_first_request_and_adopted_by_the_others() {
         let (a, b) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]));
-        assert_eq!(ask(&[at("a", &a, 4), at("b", &b, 4)]), [("a", 4, None, None), ("b", 4, Some(4), Some("a"))]);
-        // Half a block is none.
-        assert_eq!(ask(&[at("a", &a, 7), at("b", &b, 4)])[1], ("b", 4, Some(4), Some("a")));
-        assert_eq!(ask(&[at("a", &a, 9), at("b", &b, 4)])[1], ("b", 8, None, None));
+        assert_eq!(turns_of(&[at("a", &a, 4), at("b", &b, 4)]), [("a", 4, None, None), ("b", 4, Some(4), Some("a"))]);
+        // A partly filled block does not count.
+        assert_eq!(turns_of(&[at("a", &a, 7), at("b", &b, 4)])[1], ("b", 4, Some(4), Some("a")));
+        assert_eq!(turns_of(&[at("a", &a, 9), at("b", &b, 4)])[1], ("b", 8, None, None));
     }
 
     #[test]
-    fn whoever_has_begun_a_block_goes_on_with_it_whatever_the_order() {
+    fn a_request_that_has_begun_a_block_continues_with_it_in_any_order() {
         let (a, b) = (tables(&[1, 2]), tables(&[1, 2]));
-        assert_eq!(ask(&[at("b", &b, 4), at("a", &a, 6)]), [("b", 4, Some(4), Some("a")), ("a", 6, None, None)]);
+        assert_eq!(turns_of(&[at("b", &b, 4), at("a", &a, 6)]), [("b", 4, Some(4), Some("a")), ("a", 6, None, None)]);
     }
 
     #[test]
-    fn when_the_owner_goes_away_the_next_one_inherits() {
+    fn the_next_request_inherits_a_block_when_its_owner_is_removed() {
         let (a, b, c) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]), tables(&[1, 2, 5]));
         let requests = [at("a", &a, 4), at("b", &b, 4), at("c", &c, 4)];
-        assert_eq!(ask(&requests)[1..], [("b", 4, Some(4), Some("a")), ("c", 4, Some(4), Some("a"))]);
+        assert_eq!(turns_of(&requests)[1..], [("b", 4, Some(4), Some("a")), ("c", 4, Some(4), Some("a"))]);
         // a is aborted.
-        assert_eq!(ask(&requests[1..]), [("b", 4, None, None), ("c", 4, Some(4), Some("b"))]);
-        assert_eq!(ask(&requests[2..]), [("c", 4, None, None)]);
+        assert_eq!(turns_of(&requests[1..]), [("b", 4, None, None), ("c", 4, Some(4), Some("b"))]);
+        assert_eq!(turns_of(&requests[2..]), [("c", 4, None, None)]);
     }
 
     #[test]
-    fn nobody_computes_what_a_load_is_writing() {
+    fn no_request_computes_a_block_that_a_load_is_writing() {
         let (a, b) = (tables(&[1, 2, 3]), tables(&[1, 2, 4]));
         let held = Held { cached: 0, loaded: 8, computed: 0 };
         let load = Request { id: "a", blocks: &a, held, loading: true, scheduled: 0 };
-        assert_eq!(ask(&[at("b", &b, 0), load]), [("b", 0, Some(0), Some("a")), ("a", 0, Some(0), None)]);
-        assert_eq!(ask(&[at("b", &b, 0), Request { loading: false, ..load }])[0], ("b", 8, None, None));
+        assert_eq!(turns_of(&[at("b", &b, 0), load]), [("b", 0, Some(0), Some("a")), ("a", 0, Some(0), None)]);
+        assert_eq!(turns_of(&[at("b", &b, 0), Request { loading: false, ..load }])[0], ("b", 8, None, None));
     }
 
     #[test]
-    fn a_block_that_somebody_has_is_not_computed_again() {
-        // b's first block is its own; its second one is a's, who has it.
+    fn a_present_block_is_not_computed_again() {
+        // b's first block is its own. Its second block is shared with a, which has it.
         let (a, b) = (tables(&[1, 2, 3]), tables(&[7, 2, 4]));
-        assert_eq!(ask(&[at("a", &a, 12), at("b", &b, 0)])[1], ("b", 0, Some(4), None));
-        assert_eq!(ask(&[at("a", &a, 12), at("b", &b, 4)])[1], ("b", 8, None, None));
+        assert_eq!(turns_of(&[at("a", &a, 12), at("b", &b, 0)])[1], ("b", 0, Some(4), None));
+        assert_eq!(turns_of(&[at("a", &a, 12), at("b", &b, 4)])[1], ("b", 8, None, None));
     }
 }

@@ -1,4 +1,5 @@
-//! Bytes read under an expired, revoked or re-used offer, or from an earlier life of the peer, are never loaded.
+//! Bytes that were read under an expired, revoked or reused offer, or from an earlier incarnation of the peer, are never
+//! loaded.
 
 use std::time::Duration;
 
@@ -30,9 +31,9 @@ fn an_offer_revoked_in_mid_read_with_its_blocks_reused_at_once_loads_nothing_sta
 }
 
 #[test]
-fn a_lease_that_runs_out_in_mid_read_with_its_blocks_reused_at_once_loads_nothing_stale() {
+fn a_lease_that_expires_in_mid_read_with_its_blocks_reused_at_once_loads_nothing_stale() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
-        // The cap ends it whatever is renewed.
+        // The hard cap ends the offer although its claim is renewed.
         let spec = Spec { claimed_ms: 1000, hard_cap_ms: 1000, ..Spec::default() };
         let mut producer = Producer::start(&spec);
         producer.say(&Say::ReuseAtOnce);
@@ -52,7 +53,7 @@ fn a_lease_that_runs_out_in_mid_read_with_its_blocks_reused_at_once_loads_nothin
 }
 
 #[test]
-fn an_offer_of_an_earlier_life_of_the_peer_is_never_read() {
+fn an_offer_of_an_earlier_incarnation_is_never_read() {
     let spec = Spec::default();
     let mut first = Producer::start(&spec);
     let old = first.offer_all();
@@ -64,7 +65,7 @@ fn an_offer_of_an_earlier_life_of_the_peer_is_never_read() {
     consumer.pull(pull_all(&old, LaneKind::Tcp, SOON)).unwrap();
     let end = ended(&consumer);
     assert_eq!((end.outcome.loaded(), end.outcome.cause()), (0, Some(Cause::PeerRestarted)));
-    // And the new life's offers are good.
+    // Offers of the new incarnation are valid.
     let new = second.offer_all();
     consumer.pull(pull_all(&new, LaneKind::Tcp, SOON)).unwrap();
     let end = ended(&consumer);
@@ -73,13 +74,11 @@ fn an_offer_of_an_earlier_life_of_the_peer_is_never_read() {
 }
 
 #[test]
-fn a_fence_that_reads_another_word_loads_nothing_of_its_chunk() {
+fn a_chunk_whose_fence_reads_another_word_is_not_loaded() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     for lane in [LaneKind::Tcp, LaneKind::Local] {
-        let mut config = Config::default();
-        config.pull.faults = Some("stale@0".parse().unwrap());
-        let consumer = consumer(&spec, config);
+        let consumer = consumer(&spec, throttled("stale@0"));
         let offer = producer.offer_all();
         consumer.pull(pull_all(&offer, lane, Duration::from_secs(10))).unwrap();
         let end = ended(&consumer);

@@ -1,8 +1,8 @@
-//! What did arrive is kept, and a failed lane is replaced within the deadline.
+//! The blocks that arrived are kept, and a failed lane is replaced within the deadline.
 
-use kvferry::{Config, LaneKind, Pull};
+use kvferry::{LaneKind, Pull};
 use kvferry_testkit::rig::{
-    Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, killable, pull_all, really,
+    Producer, SOON, Spec, all_of, assert_loaded_is_exact, consumer, ended, killable, pull_all, really, throttled,
     wait_until_loaded,
 };
 use rustix::process::Signal;
@@ -27,7 +27,7 @@ fn a_producer_killed_at_a_share_of_the_bytes_leaves_nearly_that_share_of_the_pro
 }
 
 #[test]
-fn a_lane_that_breaks_is_replaced_and_only_what_is_missing_is_read_again() {
+fn a_broken_lane_is_replaced_and_only_the_missing_part_is_read_again() {
     let (tcp, local) = (really(LaneKind::Tcp), LaneKind::Local);
     let mut pairs = vec![(tcp, local), (local, tcp), (tcp, tcp)];
     if tcp == LaneKind::Verbs {
@@ -36,10 +36,8 @@ fn a_lane_that_breaks_is_replaced_and_only_what_is_missing_is_read_again() {
     for (first, second) in pairs {
         let spec = Spec::default();
         let mut producer = Producer::start(&spec);
-        let mut config = Config::default();
         // The first lane breaks after 6 of 16 MiB.
-        config.pull.faults = Some("down@6M,lanes=1".parse().unwrap());
-        let consumer = consumer(&spec, config);
+        let consumer = consumer(&spec, throttled("down@6M,lanes=1"));
         let offer = producer.offer_all();
         let lanes = if first == second { vec![first] } else { vec![first, second] };
         consumer.pull(Pull::new(offer.clone(), all_of(&offer)).lanes(lanes).deadline(SOON)).unwrap();

@@ -1,4 +1,4 @@
-//! A peer that comes back at the same address is served again by both sides without a restart.
+//! A peer that returns at the same address is served again by both sides without a restart.
 
 use kvferry::{Config, LaneKind};
 use kvferry_testkit::rig::{
@@ -29,7 +29,7 @@ fn a_producer_that_restarts_at_the_same_address_is_pulled_from_again_by_the_same
 }
 
 #[test]
-fn a_producer_that_restarts_under_a_pull_ends_that_pull_and_serves_the_next() {
+fn a_restart_of_the_producer_in_mid_pull_ends_that_pull_and_the_next_one_is_served() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("throttle=32M"));

@@ -1,4 +1,4 @@
-//! The contract with real processes and sockets: one module for each promise.
+//! The contract, with real processes and sockets: one module for each promise.
 
 mod exact;
 mod fresh;
@@ -8,11 +8,13 @@ mod isolated;
 mod leak_free;
 mod network;
 mod quiet;
+mod sockets;
 mod timely;
 
-/// Not a test: the work of a producer's or a consumer's process. Does nothing unless it was started as one.
+/// Not a test: the work of a producer or consumer process, which other tests start.
 #[test]
 #[ignore = "a role: other tests start it"]
 fn role() {
+    leak_free::play_consumer();
     kvferry_testkit::rig::play();
 }

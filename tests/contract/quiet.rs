@@ -1,4 +1,4 @@
-//! A pull ends, and only then does the engine hear of it, when nothing can write its local blocks any more.
+//! A pull ends only when nothing can write its local blocks any more, and only then is the engine told.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use kvferry_testkit::rig::{
 
 const MARK: u8 = 0xA5;
 
-/// What an engine does that gets its blocks back: it writes them.
+/// Writes all blocks, as an engine does that gets them back.
 fn reuse_all(consumer: &Consumer, spec: &Spec) {
     let mark = vec![MARK; spec.block_size as usize];
     for r in &spec.layout().groups[0].regions {
@@ -30,7 +30,7 @@ fn assert_untouched(consumer: &Consumer, spec: &Spec) {
 }
 
 #[test]
-fn blocks_of_an_aborted_pull_are_never_written_after_its_end() {
+fn blocks_of_a_cancelled_pull_are_never_written_after_its_end() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
@@ -43,7 +43,7 @@ fn blocks_of_an_aborted_pull_are_never_written_after_its_end() {
             let end = ended(&consumer);
             assert_eq!(end.outcome.cause(), Some(Cause::Cancelled));
             reuse_all(&consumer, &spec);
-            // The producer has heard of the release, so what it had sent is long here or thrown away.
+            // The producer has received the release, so all that it sent before has arrived or is discarded.
             assert_eq!(producer.freed(offer.id).0, "Released");
             assert_untouched(&consumer, &spec);
         }
@@ -67,7 +67,7 @@ fn a_block_belongs_to_one_pull_until_that_pull_has_ended() {
 }
 
 #[test]
-fn a_lane_that_does_not_drain_is_killed_and_the_pull_ends_after_that() {
+fn a_lane_that_does_not_drain_is_killed_before_the_pull_ends() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("silent@4M,noquiet"));
@@ -79,7 +79,7 @@ fn a_lane_that_does_not_drain_is_killed_and_the_pull_ends_after_that() {
 }
 
 #[test]
-fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
+fn a_wedged_lane_withholds_its_blocks_and_the_producer_gets_its_own_back() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("silent@4M,wedge,lanes=1"));
@@ -88,7 +88,7 @@ fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
         consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline(LaneKind::Tcp, Duration::from_millis(500)))).unwrap();
     let until = std::time::Instant::now() + SOON;
     while consumer.wedged() == 0 {
-        assert!(std::time::Instant::now() < until, "never said to be wedged");
+        assert!(std::time::Instant::now() < until, "the lane did not wedge");
         std::thread::yield_now();
     }
     assert!(consumer.poll().is_none(), "a wedged pull does not end");
@@ -96,21 +96,21 @@ fn a_wedged_lane_withholds_its_blocks_and_turns_health_red() {
     assert!(consumer.progress(pull).is_some());
     let other = producer.offer_all();
     assert!(matches!(consumer.pull(pull_all(&other, LaneKind::Tcp, SOON)), Err(PullError::BlockBusy { .. })));
-    // The producer is not held up by it: its blocks came back at the decision.
+    // The producer is not affected: it got its blocks back when the pull decided.
     assert_eq!(producer.freed(offer.id).0, "Released");
 }
 
 #[test]
-fn a_data_thread_that_dies_withholds_its_blocks_and_takes_no_more_pulls() {
+fn a_data_thread_that_panics_withholds_its_blocks_and_refuses_pulls() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("panic@4M"));
     let (offer, other) = (producer.offer_all(), producer.offer_all());
     let (_, end) = consumer.pull_async(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
-    assert!(end.blocking_recv().is_err(), "there is no end to hear of");
+    assert!(end.blocking_recv().is_err(), "the pull never ends");
     assert_eq!((consumer.wedged(), consumer.is_alive()), (1, false));
-    assert_eq!(consumer.blocks_held(), spec.blocks as usize, "nobody knows whether they are still written");
-    // Nothing waits for ever: not the next pull, and not the producer.
+    assert_eq!(consumer.blocks_held(), spec.blocks as usize, "they may still be written");
+    // Neither the next pull nor the producer waits indefinitely.
     assert_eq!(consumer.pull(pull_all(&other, LaneKind::Tcp, SOON)), Err(PullError::Died));
     assert_eq!((consumer.blocks_held(), consumer.pulls()), (spec.blocks as usize, 1));
     producer.freed(offer.id);

@@ -9,11 +9,11 @@ use kvferry_testkit::rig::{
 };
 use rustix::process::Signal;
 
-/// A loaded machine may look at the clock late; no promise is about less than this.
+/// A loaded machine may be this late.
 const SLACK: Duration = Duration::from_millis(250);
 
 #[test]
-fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {
+fn a_pull_from_a_killed_producer_decides_within_100_ms_and_keeps_the_prefix() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
@@ -31,7 +31,7 @@ fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {
             "{lane}: killed at {killed:?}, decided at {decided:?}"
         );
         let g = &end.outcome.groups[0];
-        // Over several queue pairs a chunk may arrive whose predecessor was still in flight on another.
+        // With several queue pairs a chunk may arrive before its predecessor.
         let gaps = if really(lane) == LaneKind::Verbs { 2 } else { 0 };
         assert!(g.loaded.ranges().len() <= 1 + gaps, "{lane}: a prefix: {:?}", g.loaded);
         let [first, last] = g.loaded.ranges()[0];
@@ -44,7 +44,7 @@ fn a_killed_producer_is_decided_within_100_ms_and_leaves_the_prefix() {
 }
 
 #[test]
-fn a_stopped_producer_is_decided_by_the_deadline() {
+fn a_pull_from_a_stopped_producer_decides_by_the_deadline() {
     let spec = Spec { blocks: 512, ..Spec::default() };
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("throttle=64M"));
@@ -56,16 +56,16 @@ fn a_stopped_producer_is_decided_by_the_deadline() {
     let end = ended(&consumer);
     producer.signal(Signal::CONT);
     assert!(end.outcome.times.decided.unwrap() <= deadline + SLACK, "{:?}", end.outcome.times);
-    // Over verbs the device goes on serving the memory of a stopped process, so nothing need be missing.
+    // Over verbs the device still serves the memory of a stopped process, so the pull may complete.
     if really(LaneKind::Tcp) != LaneKind::Verbs || !end.outcome.complete() {
         assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
     }
-    assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "what arrived is kept: {:?}", end.outcome);
+    assert!(end.outcome.loaded() >= 512 * 3 / 10 - 16, "the blocks that arrived are kept: {:?}", end.outcome);
     assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
 }
 
 #[test]
-fn a_producer_that_is_stopped_before_the_handshake_is_decided_by_the_deadline() {
+fn a_pull_from_a_producer_that_stops_before_the_handshake_decides_by_the_deadline() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, Config::default());
@@ -80,14 +80,14 @@ fn a_producer_that_is_stopped_before_the_handshake_is_decided_by_the_deadline() 
 }
 
 #[test]
-fn a_deadline_shorter_than_the_transfer_keeps_what_made_it() {
+fn a_deadline_shorter_than_the_transfer_keeps_the_blocks_that_arrived() {
     for lane in [LaneKind::Tcp, LaneKind::Local] {
         let spec = Spec { blocks: 512, ..Spec::default() };
         let mut producer = Producer::start(&spec);
         let verbs = really(lane) == LaneKind::Verbs;
         let consumer = consumer(&spec, throttled(if verbs { "throttle=8M" } else { "throttle=32M" }));
         let offer = producer.offer_all();
-        // A second for 32 MiB at 32 MiB a second (four at 8): much of it makes it, and not all.
+        // 32 MiB take a second at this throttle (four over verbs), so only a part arrives.
         let deadline = deadline(lane, Duration::from_millis(600));
         consumer.pull(pull_all(&offer, lane, deadline)).unwrap();
         let end = ended(&consumer);
@@ -99,7 +99,7 @@ fn a_deadline_shorter_than_the_transfer_keeps_what_made_it() {
 }
 
 #[test]
-fn a_lane_that_never_reports_is_decided_by_the_deadline() {
+fn a_pull_over_a_lane_that_never_reports_decides_by_the_deadline() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, throttled("silent@4M"));

@@ -1,20 +1,20 @@
-//! Blocks that know what they hold: each slot is stamped with the prefix that its token ends, or holds rubbish.
+//! Blocks with recorded content: each slot has the stamp of the prefix that its token ends, or none if it is invalid.
 
 use std::collections::{HashMap, VecDeque};
 
 use kvferry::BlockId;
 
-/// Whose text, and the token in it. Two requests with a common prefix have the same stamps in it.
+/// A text, and the position of a token in it. Requests with a common prefix have the same stamps in it.
 pub(crate) type Stamp = (u32, u64);
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Slab {
     pub refs: u32,
-    /// Under what the prefix cache finds it.
+    /// Its key in the prefix cache.
     pub key: Option<Stamp>,
-    /// What is really in it.
+    /// Its real content.
     pub slots: Vec<Option<Stamp>>,
-    /// Its load failed, and nobody has written it since.
+    /// Its load failed, and it was not written since.
     pub failed: bool,
 }
 
@@ -65,7 +65,7 @@ impl Pool {
         }
     }
 
-    /// A cached block with this content; `pick` chooses among several.
+    /// A cached block with this content; `pick` selects one of several.
     pub(crate) fn find(&self, key: Stamp, pick: usize) -> Option<BlockId> {
         let all = self.cache.get(&key)?;
         Some(all[pick % all.len()])

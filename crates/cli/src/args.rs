@@ -1,4 +1,4 @@
-//! Flags that several commands share, and how their values are read.
+//! Flags that several commands share, and the parsers of their values.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -6,10 +6,10 @@ use kvferry::{LaneKind, Model, VerbsConfig};
 
 use crate::report::Failure;
 
-/// Which lanes may be used.
+/// The lanes of a pull or a producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum LaneChoice {
-    /// The best that works.
+    /// The best lane that works.
     Auto,
     /// TCP only.
     Tcp,
@@ -31,45 +31,45 @@ impl LaneChoice {
     }
 }
 
-/// Refuses verbs where this build has none.
+/// Refuses verbs if this build has none.
 fn built() -> Result<(), Failure> {
     match kvferry::built_lanes().contains(&LaneKind::Verbs) {
         true => Ok(()),
         false => Err(Failure::failed(
-            "this build has no verbs: build with `--features verbs` (see tests/vm/packages for what that takes)",
+            "this build has no verbs: build with `--features verbs` (tests/vm/packages lists the packages that it needs)",
         )),
     }
 }
 
-/// Which RDMA ports are used, and how they are addressed.
+/// The RDMA ports, and their settings.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct VerbsArgs {
-    /// RDMA device to use, such as mlx5_0; by default all whose ports are up.
+    /// RDMA device, such as mlx5_0. The default is all devices with a port that is up.
     #[arg(long, value_name = "DEVICE", conflicts_with = "rails")]
     pub device: Option<String>,
-    /// RDMA ports to use, DEVICE or DEVICE:PORT each; reads are striped over them.
+    /// RDMA ports, each DEVICE or DEVICE:PORT. Reads are striped over them.
     #[arg(long, value_name = "RAIL,…", value_delimiter = ',')]
     pub rails: Vec<String>,
-    /// Index of the GID to use on each port; by default chosen by type and reach.
+    /// Index of the GID on each port. By default it is chosen by type and scope.
     #[arg(long, value_name = "INDEX")]
     pub gid_index: Option<u8>,
-    /// Queue pairs to a peer on each rail.
+    /// Queue pairs for each peer and rail.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=4))]
     pub queue_pairs: Option<u8>,
-    /// Bytes in flight on a rail.
+    /// Most bytes in flight on a rail.
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub window: Option<u64>,
-    /// Longest READ; longer ones are cut.
+    /// Most bytes of one READ. Longer reads are split.
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub max_read: Option<u64>,
-    /// Transport timeout of queue pairs: an answer is waited for 4.096 us * 2^CODE.
+    /// Transport timeout of queue pairs: 4.096 us * 2^CODE for an answer.
     #[arg(long, value_name = "CODE", value_parser = clap::value_parser!(u8).range(1..=20))]
     pub qp_timeout: Option<u8>,
 }
 
 impl VerbsArgs {
-    /// Where verbs are asked for, by the lane or by any of these flags: refuses what this build or this machine does not
-    /// have. A link that is down is not refused to who serves: it may come up.
+    /// If the lane or any of these flags selects verbs, checks that this build and this machine have them. `serve`
+    /// accepts a link that is down, since it may come up later.
     pub(crate) fn check(&self, lane: LaneChoice, serves: bool) -> Result<(), Failure> {
         if lane != LaneChoice::Verbs && self.config() == VerbsConfig::default() {
             return Ok(());
@@ -90,7 +90,7 @@ impl VerbsArgs {
         }
     }
 
-    /// The settings that they stand for.
+    /// The configuration that these flags describe.
     pub(crate) fn config(&self) -> VerbsConfig {
         let mut c = VerbsConfig::default();
         c.rails = self.device.iter().chain(&self.rails).cloned().collect();
@@ -102,12 +102,12 @@ impl VerbsArgs {
         c
     }
 
-    /// What a producer on this machine serves: `rails`, or the same as this side's where there are none.
+    /// The rails of a producer on this machine: `rails`, or this side's own rails if there are none.
     pub(crate) fn served(&self, rails: &[String]) -> Vec<String> {
         if rails.is_empty() { self.config().rails } else { rails.to_vec() }
     }
 
-    /// The flags of `serve` for that.
+    /// The flags of `serve` for these rails.
     pub(crate) fn serve_flags(&self, rails: &[String]) -> Vec<String> {
         let (rails, mut flags) = (self.served(rails), Vec::new());
         if !rails.is_empty() {
@@ -120,16 +120,16 @@ impl VerbsArgs {
     }
 }
 
-/// What the bytes mean. Both sides must agree.
+/// The model. Both sides must have the same one.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// Model name or weights hash; both sides must agree.
+    /// Model name or hash of the weights; must be the same on both sides.
     #[arg(long, default_value = "pattern")]
     pub model: String,
-    /// Data type of the cache; both sides must agree.
+    /// Data type of the cache; must be the same on both sides.
     #[arg(long, default_value = "uint8")]
     pub dtype: String,
-    /// Tokens in a block; both sides must agree.
+    /// Tokens per block; must be the same on both sides.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     pub block_tokens: u32,
 }
@@ -141,7 +141,7 @@ impl Default for ModelArgs {
 }
 
 impl ModelArgs {
-    /// The model that they name.
+    /// The model that these flags describe.
     pub(crate) fn model(&self) -> Model {
         Model {
             name: self.model.clone(),
@@ -153,39 +153,34 @@ impl ModelArgs {
     }
 }
 
-/// A length of time: `5s`, `250ms`, `1.5m`.
+/// A positive duration, such as `250ms`, `5s` or `2m`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let bad = || format!("{text:?} is no length of time: write 250ms, 5s or 2m");
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).ok_or_else(bad)?;
-    let number: f64 = text[..split].trim().parse().map_err(|_| bad())?;
-    let scale = match &text[split..] {
-        "us" => 1e-6,
-        "ms" => 1e-3,
-        "s" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        _ => return Err(bad()),
-    };
-    Duration::try_from_secs_f64(number * scale).ok().filter(|d| !d.is_zero()).ok_or_else(bad)
+    let parsed = humantime::parse_duration(text).ok().filter(|d| !d.is_zero());
+    parsed.ok_or_else(|| "not a positive duration: write 250ms, 5s or 2m".into())
 }
 
-/// A number of bytes: `4096`, `64K`, `1M`, `2GiB`.
+/// A positive number of bytes, such as `4096`, `64K` or `2GiB`.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
-    let bad = || format!("{text:?} is no number of bytes: write 65536, 64K, 1M or 2G");
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let number: u64 = text[..split].trim().parse().map_err(|_| bad())?;
-    let shift = match text[split..].to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(bad()),
-    };
-    number.checked_mul(1 << shift).filter(|n| *n > 0).ok_or_else(bad)
+    let parsed = parse_bytes(text).filter(|n| *n > 0);
+    parsed.ok_or_else(|| "not a positive number of bytes: write 65536, 64K, 1M or 2G".into())
 }
 
-/// Refuses a pool that this machine cannot hold, before the kernel ends somebody for it.
+/// A number of bytes: digits, then nothing or `K`, `M`, `G` or `T`, in either case, for powers of 1024. `B` or `iB` may
+/// follow the letter.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Refuses a pool that does not fit into memory: otherwise the kernel would kill a process.
 pub(crate) fn check_memory(bytes: u64) -> Result<(), Failure> {
     let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
@@ -199,29 +194,28 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), Failure> {
     }
 }
 
-/// `--json`: to standard output, or to a file.
+/// `--json`: prints to standard output, or writes a file.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct JsonArg {
-    /// Print JSON instead of text; with FILE, write it there beside the text.
+    /// Print JSON instead of text. With FILE, print text and write the JSON to FILE.
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub json: Option<Option<PathBuf>>,
 }
 
 impl JsonArg {
-    /// Whether text is for a person to read.
+    /// Whether the command prints text.
     pub(crate) fn text(&self) -> bool {
         !matches!(self.json, Some(None))
     }
 
-    /// Writes a record where it was asked for, if it was.
+    /// Writes a record as `--json` says.
     pub(crate) fn write(&self, record: &impl serde::Serialize) -> Result<(), Failure> {
         let Some(to) = &self.json else { return Ok(()) };
         let text = serde_json::to_string(record).map_err(|e| Failure::failed(e.to_string()))?;
         match to {
             None => println!("{text}"),
-            Some(path) => std::fs::write(path, text + "\n").map_err(|e| {
-                Failure::failed(format!("cannot write {}: {e}; name a file in a folder that exists", path.display()))
-            })?,
+            Some(path) => std::fs::write(path, text + "\n")
+                .map_err(|e| Failure::failed(format!("cannot write {}: {e}; the folder must exist", path.display())))?,
         }
         Ok(())
     }
@@ -232,17 +226,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lengths_of_time_and_bytes_are_read_or_refused_by_name() {
-        assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
-        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
-        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+    fn durations_and_sizes_are_parsed_or_refused() {
+        for (text, ms) in [("5s", 5_000), ("250ms", 250), ("2m", 120_000), ("10m", 600_000), ("1m 30s", 90_000)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)));
+        }
         for bad in ["", "5", "s", "-1s", "0s", "1e400s", "5 parsecs", "nans"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
-        assert_eq!(bytes("64K"), Ok(65536));
-        assert_eq!(bytes("2GiB"), Ok(2 << 30));
-        assert_eq!(bytes("4096"), Ok(4096));
-        for bad in ["", "0", "-1", "1X", "99999999999T"] {
+        for (text, n) in [("4096", 4096), ("64K", 65536), ("1m", 1 << 20), ("2GiB", 2 << 30), ("3tb", 3 << 40)] {
+            assert_eq!(bytes(text), Ok(n));
+        }
+        for bad in ["", "0", "-1", "+1", "1X", "K", "1.5K", "99999999999T"] {
             assert!(bytes(bad).is_err(), "{bad}");
         }
     }

@@ -1,15 +1,14 @@
-//! The bare copy that the local lane over an engine's own memory is measured against: `process_vm_readv` of a list of blocks,
-//! and nothing else.
+//! The bare copy for the local lane with an engine's own memory: `process_vm_readv` of a list of blocks.
 
 use std::io;
 
 use kvferry::Memory;
 
-/// Pieces in one call. Linux takes at most 1024 (`IOV_MAX`).
+/// Pieces per call: the limit of Linux (`IOV_MAX`).
 const MAX_PIECES: usize = 1024;
 
-/// Reads blocks of `size` bytes of process `pid` into segment 0 of `memory`. `base` is an address there; `reads` are
-/// `(offset from base, offset in the segment)`. Nothing says whether the bytes were good.
+/// Reads blocks of `size` bytes of process `pid` into segment 0 of `memory`. `base` is an address in that process; `reads`
+/// has pairs of an offset from `base` and an offset in the segment. It does not check the bytes.
 pub(crate) fn read(pid: u32, base: u64, memory: &Memory, size: u64, reads: &[(u64, u64)]) -> io::Result<()> {
     let pid = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
     let len = usize::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -26,8 +25,8 @@ pub(crate) fn read(pid: u32, base: u64, memory: &Memory, size: u64, reads: &[(u6
             here.push(piece(memory.base(0) + to));
             there.push(piece(base.wrapping_add(*from)));
         }
-        // SAFETY: the pieces of `here` lie in segment 0, which `memory` keeps mapped and which holds bytes without a type; the
-        // kernel checks those of `there`, which are addresses of another process.
+        // SAFETY: the pieces of `here` lie in segment 0, which `memory` keeps mapped, and any byte is valid there. The
+        // addresses in `there` belong to another process, and the kernel checks them.
         let read =
             unsafe { libc::process_vm_readv(pid, here.as_ptr(), here.len() as _, there.as_ptr(), there.len() as _, 0) };
         match usize::try_from(read) {

@@ -1,68 +1,65 @@
-//! `kvferry bench`: pulls of scattered blocks, size by size, with nixlbench's columns.
+//! `kvferry bench`: measures pulls of scattered blocks for several block sizes, with the columns of nixlbench.
 //!
-//! Each iteration is a whole pull of a fresh offer: claim, read, fence, decide, release. With `--vs-raw` the bare copy of
-//! the same scatter runs in turn with it, so that a machine whose speed drifts hits both.
+//! Each iteration is a complete pull of a new offer: claim, read, fence, decide, release. With `--vs-raw`, pulls alternate
+//! with bare copies of the same blocks, so that a drift of the machine's speed affects both.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kvferry::{
-    BlockId, ChunkSize, Config, Consumer, LaneKind, LocalBlocks, Memory, Offer, PoolLayout, Pull, Times, Welcome,
-};
-use serde::Serialize;
+use kvferry::{ChunkSize, Config, Consumer, LaneKind, Memory, Offer, PoolLayout, Times};
+use kvferry_testkit::serve::Serve;
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
-    child::Serve,
-    offers,
+    peer::{self, Peer},
     perftest::Perftest,
     plot,
-    pull::verify,
     raw::Raw,
     report::{Failure, us},
+    row::{self, Latency, OneAtATime, Row},
     serve,
 };
 
 /// Flags of `bench`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// Measure against a `kvferry serve --views SIZES` on another machine, instead of one that is started here.
+    /// Address of a `kvferry serve --views SIZES` on another machine. By default bench starts a producer here.
     #[arg(long, value_name = "HOST:PORT")]
     connect: Option<String>,
-    /// Lanes to measure; `auto` measures each that works.
+    /// Lanes to measure. `auto` measures every lane that works.
     #[arg(long, value_enum, default_value = "auto")]
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
-    /// RDMA ports of the producer that is started here; by default the consumer's.
+    /// RDMA ports of the producer that bench starts. The default is the consumer's ports.
     #[arg(long, value_name = "RAIL,…", value_delimiter = ',', conflicts_with = "connect")]
     serve_rails: Vec<String>,
     /// Smallest block size.
     #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = args::bytes)]
     start_block_size: u64,
-    /// Largest block size; sizes go up by powers of four.
+    /// Largest block size. Each size is four times the one before.
     #[arg(long, value_name = "BYTES", default_value = "1M", value_parser = args::bytes)]
     max_block_size: u64,
-    /// Bytes of each pull.
+    /// Bytes per pull.
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = args::bytes)]
     total_bytes: u64,
-    /// Counted pulls of each size.
+    /// Measured pulls for each size.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     iterations: u32,
-    /// Pulls of each size that are not counted, first.
+    /// Pulls for each size before the measured ones.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(..=100_000))]
     warmup: u32,
     /// Compare every pulled byte with the pattern.
     #[arg(long)]
     check_consistency: bool,
-    /// Measure the bare copy of the same blocks in turn: process_vm_readv or memcpy for local, one loopback connection
-    /// for tcp, perftest's ib_read_bw and ib_read_lat over the first rail for verbs.
+    /// Also measure bare copies of the same blocks, alternating with pulls: process_vm_readv or memcpy for local, one
+    /// loopback connection for tcp, ib_read_bw and ib_read_lat of perftest over the first rail for verbs.
     #[arg(long)]
     vs_raw: bool,
-    /// Memory as an engine would bring it, on both sides, instead of pools that can be mapped.
+    /// Use anonymous memory on both sides, like an engine's own, instead of pools that other processes can map.
     #[arg(long)]
     engine_memory: bool,
-    /// Draw the rows into this file.
+    /// Draw the results as an SVG file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
     #[command(flatten)]
@@ -71,72 +68,12 @@ pub(crate) struct Args {
     json: JsonArg,
 }
 
-/// Latencies of a pull, in microseconds.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Latency {
-    /// Mean.
-    pub avg: f64,
-    /// Median.
-    pub p50: u64,
-    /// 99th percentile.
-    pub p99: u64,
-}
-
-/// One lane at one block size.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Row {
-    /// The lane.
-    pub lane: &'static str,
-    /// Always `pull`.
-    pub op: &'static str,
-    /// Bytes of a block.
-    pub block_size: u64,
-    /// Blocks of a pull.
-    pub blocks: u32,
-    /// Bytes of a pull by the median latency, in 10^9 bytes a second.
-    pub gb_per_s: f64,
-    /// The same for the bare copy; `null` without `--vs-raw`.
-    pub raw_gb_per_s: Option<f64>,
-    /// Rate of a pull over that of the bare copy right after it, median: a machine that has fast and slow minutes has them
-    /// for both. `null` without `--vs-raw`.
-    pub raw_ratio: Option<f64>,
-    /// From the call to the end.
-    pub lat_us: Latency,
-    /// One block at a time; `null` but for verbs with `--vs-raw`, and where a pull has one block only.
-    pub one_at_a_time: Option<OneAtATime>,
-    /// Median from the call to the granted claim.
-    pub prep_us: u64,
-    /// Median from the last fence to the end.
-    pub post_us: u64,
-}
-
-/// READ and fence of one block, one block at a time, next to bare READs of a block, one at a time. Medians of rounds.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(crate) struct OneAtATime {
-    /// A block after the first, in microseconds: the mean of a pull's, the median of a round's.
-    pub block_us: f64,
-    /// From the granted claim to the first block's fence, in microseconds: by threads that slept until then.
-    pub first_block_us: f64,
-    /// A bare READ, in microseconds: the median of a round's.
-    pub raw_us: f64,
-    /// A block's time over the same round's bare READ.
-    pub ratio: f64,
-    /// A first block's.
-    pub first_ratio: f64,
-}
-
-impl OneAtATime {
-    fn of(block_us: f64, first_block_us: f64, raw_us: f64) -> Self {
-        Self { block_us, first_block_us, raw_us, ratio: block_us / raw_us, first_ratio: first_block_us / raw_us }
-    }
-}
-
-/// Rounds of pulls and bare READs in turn.
+/// Rounds in which pulls and bare READs alternate.
 const ROUNDS: usize = 7;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Measures.
+/// Runs the benchmark.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, false)?;
     let sizes = sizes(&args)?;
@@ -144,16 +81,14 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args::check_memory(total * if args.vs_raw { 3 } else { 2 })?;
     let mut child = match &args.connect {
         Some(_) => None,
-        None => Some(Serve::start(&serve_flags(&args, &sizes, total))?),
+        None => Some(Serve::start(std::env::current_exe()?, &serve_flags(&args, &sizes, total))?),
     };
     let addr = match (&args.connect, &child) {
         (Some(addr), _) => addr.clone(),
         (None, Some(serve)) => serve.ready.listen.clone(),
         (None, None) => return Err(Failure::failed("no producer")),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let engine = "bench".parse()?;
-    let welcome = runtime.block_on(kvferry::probe(&addr, &engine, &args.model.model(), LIMIT))?;
+    let peer = Peer::probe(&addr, &"bench".parse()?, &args.model.model(), LIMIT)?;
     let blocks = u32::try_from(total / args.max_block_size).map_err(|_| Failure::usage("--total-bytes: too large"))?;
     let layout = serve::layout(blocks, 1, args.max_block_size, args.model.block_tokens, &sizes)?;
     let memory =
@@ -164,17 +99,17 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         .transpose()?;
     let ready = child.as_ref().map(|c| c.ready.clone());
     let mut raw = args.vs_raw.then(|| Raw::new(&memory, ready, perftest)).transpose()?;
-    let mut bench = Bench { args: &args, addr, runtime, welcome, total, rows: Vec::new() };
-    let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.welcome.lanes.contains(l)).collect();
+    let mut bench = Bench { args: &args, peer, total, rows: Vec::new() };
+    let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.peer.welcome.lanes.contains(l)).collect();
     if lanes.is_empty() {
-        return Err(Failure::failed("the peer serves none of these lanes: choose another with --lane"));
+        return Err(Failure::failed("the peer serves none of these lanes: choose another one with --lane"));
     }
     let bar = bench.bar(lanes.len() * sizes.len());
     if args.json.text() {
-        header(args.vs_raw);
+        row::header(args.vs_raw);
     }
     for lane in lanes {
-        // A consumer of its own for each lane: what one lane has warmed up is not the other's.
+        // Each lane has its own consumer, so that no lane profits from another one's warm-up.
         let mut config = Config::default();
         config.verbs = args.verbs.config();
         config.pull.lanes = vec![lane];
@@ -186,7 +121,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
             match bench.measure(&consumer, lane, size, raw.as_mut(), &bar)? {
                 Some(row) => {
                     if args.json.text() {
-                        bar.suspend(|| print(&row));
+                        bar.suspend(|| row::print(&row));
                     }
                     bench.rows.push(row);
                 }
@@ -206,7 +141,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The block sizes, smallest first.
+/// The block sizes in ascending order.
 fn sizes(args: &Args) -> Result<Vec<u64>, Failure> {
     if args.start_block_size > args.max_block_size {
         return Err(Failure::usage("--start-block-size is larger than --max-block-size"));
@@ -243,9 +178,7 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
 
 struct Bench<'a> {
     args: &'a Args,
-    addr: String,
-    runtime: tokio::runtime::Runtime,
-    welcome: Welcome,
+    peer: Peer,
     total: u64,
     rows: Vec<Row>,
 }
@@ -260,14 +193,15 @@ impl Bench<'_> {
     }
 
     fn offer(&self, blocks: u32, size: u64) -> Result<Offer, Failure> {
-        let size = u32::try_from(size).map_err(|_| Failure::usage("a block of 4 GiB or more is not possible here"))?;
-        self.runtime.block_on(offers::make_offer(&self.addr, blocks, true, size, LIMIT)).map_err(|e| {
+        let size =
+            u32::try_from(size).map_err(|_| Failure::usage("--max-block-size: a block must be smaller than 4 GiB"))?;
+        self.peer.offer(blocks, size).map_err(|e| {
             Failure::failed(format!("{}; start the other side with `kvferry serve --views {size}`", e.message))
         })
     }
 
-    /// READ and fence of one block, one block at a time, as perftest measures latency: a window that one READ fills, and a
-    /// fence for each block. In rounds, each next to bare READs, for a machine has fast and slow minutes.
+    /// Measures READ and fence of one block at a time, as perftest measures latency: one READ fills the window, and each
+    /// block has a fence. Rounds of pulls alternate with rounds of bare READs, since a machine's speed drifts.
     fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<OneAtATime, Failure> {
         let mut config = Config::default();
         config.verbs = self.args.verbs.config();
@@ -283,17 +217,12 @@ impl Bench<'_> {
             let (mut block, mut first_block) = (Vec::new(), Vec::new());
             for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
-                let wanted = LocalBlocks {
-                    group: offer.groups[0].group,
-                    first_position: 0,
-                    blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
-                };
-                consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Verbs]))?;
+                consumer.pull(peer::pull(offer, blocks, vec![LaneKind::Verbs], LIMIT)?)?;
                 let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
                 };
-                // The very first one connects the lane, and each round's finds the caches cold.
+                // The first pull of a round finds cold caches, and the very first one also connects the lane.
                 if i > 0 {
                     block.push(us_of(data.saturating_sub(first) / (blocks - 1)));
                     first_block.push(us_of(first.saturating_sub(claim)));
@@ -312,7 +241,7 @@ impl Bench<'_> {
         })
     }
 
-    /// One row; `None` when the lane cannot be had.
+    /// Measures one row. `None` if the lane does not work here.
     fn measure(
         &self,
         consumer: &Consumer,
@@ -326,14 +255,7 @@ impl Bench<'_> {
         let mut lat = Vec::new();
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
-            let offer = self.offer(blocks, size)?;
-            let group = offer.groups[0].clone();
-            let wanted = LocalBlocks {
-                group: group.group,
-                first_position: 0,
-                blocks: (0..blocks).map(|b| Some(BlockId(b))).collect(),
-            };
-            consumer.pull(Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![lane]))?;
+            consumer.pull(peer::pull(self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?)?;
             let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
             let o = &ended.outcome;
             if !o.complete() {
@@ -344,14 +266,13 @@ impl Bench<'_> {
                 return Err(Failure::failed(format!("a pull over {lane} lost {} blocks: {cause}", o.invalid())));
             }
             if self.args.check_consistency {
-                let seed = self.welcome.peer.incarnation.get();
-                let (_, bad) = verify(&ended, consumer.memory(), consumer.layout(), &self.welcome.pool, seed)?;
+                let (_, bad) = self.peer.verify(&ended, consumer)?;
                 if bad > 0 {
-                    return Err(Failure::failed(format!("{bad} bytes of {lane} at {size} are not the pattern's")));
+                    return Err(Failure::failed(format!("{bad} bytes of {lane} at {size} differ from the pattern")));
                 }
             }
             if let Some(raw) = raw.as_deref_mut() {
-                let src: Vec<u32> = group.blocks.iter().flatten().map(|b| b.0).collect();
+                let src: Vec<u32> = ended.offer.groups[0].blocks.iter().flatten().map(|b| b.0).collect();
                 let t = raw.copy(lane, size, &src)?;
                 if i >= self.args.warmup {
                     bare.push(t);
@@ -411,42 +332,12 @@ fn percentile<T: Copy>(sorted: &[T], p: usize) -> Option<T> {
     sorted.get(rank - 1).copied()
 }
 
-fn header(raw: bool) {
-    let more = if raw { format!(" {:>13} {:>6}", "Raw (GB/Sec)", "ratio") } else { String::new() };
-    println!(
-        "{:<6} {:>15} {:>10} {:>12}{more} {:>14} {:>14} {:>14} {:>14}",
-        "Lane",
-        "Block Size (B)",
-        "Batch Size",
-        "B/W (GB/Sec)",
-        "Avg Lat. (us)",
-        "P99 Lat. (us)",
-        "Avg Prep (us)",
-        "Avg Post (us)"
-    );
-}
-
-fn print(r: &Row) {
-    let raw = r.raw_gb_per_s.zip(r.raw_ratio);
-    let more = raw.map_or(String::new(), |(raw, ratio)| format!(" {raw:>13.2} {ratio:>6.2}"));
-    println!(
-        "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
-        r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
-    );
-    if let Some(o) = r.one_at_a_time {
-        println!(
-            "       one block at a time, READ and fence: {:.0} us; ib_read_lat: {:.0} us; ratio {:.2}; first of a pull: {:.0} us, {:.2}",
-            o.block_us, o.raw_us, o.ratio, o.first_block_us, o.first_ratio
-        );
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_percentile_is_a_value_that_was_measured() {
+    fn a_percentile_is_one_of_the_values() {
         let v: Vec<_> = (1..=10).map(Duration::from_secs).collect();
         assert_eq!(percentile(&v, 50), Some(Duration::from_secs(5)));
         assert_eq!(percentile(&v, 99), Some(Duration::from_secs(10)));

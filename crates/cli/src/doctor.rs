@@ -1,15 +1,14 @@
-//! `kvferry doctor`: looks this machine over. What can be tried is tried, not guessed.
+//! `kvferry doctor`: checks this machine. Where possible, a check tries the real operation.
 
 use std::{process::ExitCode, time::Duration};
 
-use kvferry::{BlockId, Consumer, GroupId, LaneKind, LocalBlocks, Memory, Pull};
+use kvferry::{Consumer, GroupId, LaneKind, Memory};
+use kvferry_testkit::serve::Serve;
 use serde::Serialize;
 
 use crate::{
     args::{JsonArg, ModelArgs},
-    child::Serve,
-    offers,
-    pull::{local_layout, verify},
+    peer::{self, Peer},
     report::{Failure, size},
 };
 
@@ -33,9 +32,8 @@ enum Status {
 struct Finding {
     check: &'static str,
     status: Status,
-    /// What was found.
     found: String,
-    /// What to do about it; empty when there is nothing to do.
+    /// The remedy; empty if the check is OK.
     advice: String,
 }
 
@@ -46,17 +44,12 @@ impl Finding {
     }
 }
 
-/// Looks everything over. Exit code 1 when a check failed.
+/// Runs all checks. The exit code is 1 if one failed.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut findings = vec![cores(), memory(), files(), memfd(), huge_pages(), shared_huge_pages(), ptrace(), pidfd()];
     findings.extend(lanes());
     findings.extend(verbs());
-    findings.push(Finding::new(
-        "GPU memory",
-        Status::Warn,
-        "not in this build",
-        "nothing to do: pools lie in host memory",
-    ));
+    findings.push(Finding::new("GPU memory", Status::Warn, "not in this build", "no remedy: pools lie in host memory"));
     if args.json.text() {
         for f in &findings {
             let status = format!("{:?}", f.status).to_uppercase();
@@ -78,7 +71,7 @@ fn cores() -> Finding {
         "cores",
         status,
         format!("{n}"),
-        "a transfer needs one core on each side beside the engine's: give it two",
+        "a transfer needs one core beside the engine's on each side: provide two",
     )
 }
 
@@ -94,7 +87,7 @@ fn memory() -> Finding {
         "memory",
         status,
         format!("{} available", size(kib << 10)),
-        "the demo wants 2 GiB: use --total-bytes 100M",
+        "the demo needs 2 GiB: use --total-bytes 100M",
     )
 }
 
@@ -106,42 +99,42 @@ fn files() -> Finding {
         "open files",
         status,
         format!("{soft} allowed"),
-        "a peer takes two descriptors, and more with several lanes: raise it with `ulimit -n 65536` for a thousand peers",
+        "each peer needs two descriptors or more: use `ulimit -n 65536` for a thousand peers",
     )
 }
 
 fn memfd() -> Finding {
     match Memory::alloc(&[1 << 20]) {
-        Ok(_) => Finding::new("shared pools", Status::Ok, "memfds can be made and sealed", ""),
+        Ok(_) => Finding::new("shared pools", Status::Ok, "memfds can be created and sealed", ""),
         Err(e) => Finding::new(
             "shared pools",
             Status::Fail,
             e.to_string(),
-            "allow memfd_create (seccomp?), or bring your own memory",
+            "allow memfd_create (a seccomp filter may forbid it), or pass your own memory",
         ),
     }
 }
 
-/// The chosen word of a setting such as `always [madvise] never`.
-fn chosen(path: &str) -> String {
+/// The selected word of a setting such as `always [madvise] never`.
+fn selected(path: &str) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.split(['[', ']']).nth(1).unwrap_or("unknown").to_owned()
 }
 
 fn huge_pages() -> Finding {
     let path = "/sys/kernel/mm/transparent_hugepage/enabled";
-    let set = chosen(path);
+    let set = selected(path);
     let status = if ["always", "madvise"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
-    let advice = format!("small blocks copy up to twice as fast from huge pages: echo madvise > {path}");
+    let advice = format!("small blocks are copied up to twice as fast from huge pages: echo madvise > {path}");
     Finding::new("huge pages", status, set, &advice)
 }
 
 fn shared_huge_pages() -> Finding {
     let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let set = chosen(path);
+    let set = selected(path);
     let status =
         if ["always", "within_size", "advise", "force"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
-    let advice = format!("pools that kvferry allocates would get huge pages: echo advise > {path}");
+    let advice = format!("pools that kvferry allocates get no huge pages: echo advise > {path}");
     Finding::new("huge pages in pools", status, set, &advice)
 }
 
@@ -173,11 +166,11 @@ fn pidfd() -> Finding {
 
 #[cfg(not(feature = "verbs"))]
 fn verbs() -> Vec<Finding> {
-    let advice = "pulls go over local or tcp; RDMA comes with the feature `verbs`";
+    let advice = "pulls use local or tcp; build with the feature `verbs` for RDMA";
     vec![Finding::new("verbs lane", Status::Warn, "not in this build", advice)]
 }
 
-/// Devices, ports and addresses, what can be registered, and a small pull.
+/// Devices, ports, addresses and memory registration, and a small pull.
 #[cfg(feature = "verbs")]
 fn verbs() -> Vec<Finding> {
     use kvferry::verbs::{Dmabuf, LinkLayer, survey};
@@ -187,12 +180,12 @@ fn verbs() -> Vec<Finding> {
         "locked memory",
         if limit.is_none() { Status::Ok } else { Status::Warn },
         limit.map_or("unlimited".into(), |l| format!("{} without CAP_IPC_LOCK", size(l))),
-        "pools are locked while verbs use them: `ulimit -l unlimited`, or LimitMEMLOCK=infinity",
+        "verbs lock pools in memory: use `ulimit -l unlimited` or LimitMEMLOCK=infinity",
     )];
     let devices = match survey() {
         Ok(devices) => devices,
         Err(e) => {
-            found.push(Finding::new("verbs lane", Status::Warn, e.to_string(), "local or tcp is used instead"));
+            found.push(Finding::new("verbs lane", Status::Warn, e.to_string(), "pulls use local or tcp instead"));
             return found;
         }
     };
@@ -200,7 +193,7 @@ fn verbs() -> Vec<Finding> {
         let report = match report {
             Ok(r) => r,
             Err(e) => {
-                found.push(Finding::new("verbs device", Status::Warn, format!("{name}: {e}"), "it is not used"));
+                found.push(Finding::new("verbs device", Status::Warn, format!("{name}: {e}"), "pulls do not use it"));
                 continue;
             }
         };
@@ -210,21 +203,21 @@ fn verbs() -> Vec<Finding> {
             Err(e) => format!("no ({e})"),
         };
         let line = format!(
-            "{name}: {} READs in flight as reader, {} as served; relaxed ordering {}, ODP {}, dmabuf {}",
+            "{name}: {} READs in flight as reader, {} as responder; relaxed ordering {}, ODP {}, dmabuf {}",
             l.max_rd_atomic,
             l.max_dest_rd_atomic,
             match &report.relaxed_ordering {
-                Ok(()) => "taken (a device that cannot ignores it)".into(),
+                Ok(()) => "accepted (a device without it ignores it)".into(),
                 tried => can(tried),
             },
             can(&report.odp),
             match &report.dmabuf {
                 Dmabuf::Tried(tried) => can(tried),
-                Dmabuf::NotTried(why) => format!("taken by its driver, not tried ({why})"),
+                Dmabuf::NotTried(reason) => format!("supported by its driver, not tried ({reason})"),
             },
         );
         let good = if report.register.is_ok() { Status::Ok } else { Status::Warn };
-        found.push(Finding::new("verbs device", good, line, "memory cannot be registered: see locked memory above"));
+        found.push(Finding::new("verbs device", good, line, "memory registration failed: see locked memory above"));
         for p in report.ports {
             let layer = match p.port.link_layer {
                 Some(LinkLayer::InfiniBand) => format!("InfiniBand, LID {}", p.port.lid),
@@ -245,12 +238,12 @@ fn verbs() -> Vec<Finding> {
             let advice = if p.port.active {
                 "no RoCE v2 GID: give the port's network interface an IP address"
             } else {
-                "check cable and switch, and `ip link set up`"
+                "check the cable and the switch, and use `ip link set up`"
             };
             found.push(Finding::new("verbs port", status, line, advice));
         }
     }
-    let advice = "local or tcp is used instead; see the log (KVFERRY_LOG=info)";
+    let advice = "pulls use local or tcp instead; see the log (KVFERRY_LOG=info)";
     found.push(match try_lane(LaneKind::Verbs, true) {
         Ok(line) => Finding::new("verbs lane", Status::Ok, line, ""),
         Err(e) => Finding::new("verbs lane", Status::Warn, e.message, advice),
@@ -258,14 +251,19 @@ fn verbs() -> Vec<Finding> {
     found
 }
 
-/// A producer process on this machine, and a small pull from it over each lane and kind of memory.
+/// Small pulls from a producer process on this machine, over each lane and kind of memory.
 fn lanes() -> Vec<Finding> {
-    let tries = [
-        ("local lane, pools", LaneKind::Local, false, "see the log (KVFERRY_LOG=info); tcp is used instead"),
-        ("local lane, engine", LaneKind::Local, true, "see ptrace scope above; tcp is used instead"),
-        ("tcp lane", LaneKind::Tcp, false, "nothing works without it: is loopback up, and may this user listen?"),
+    let lanes = [
+        ("local lane, pools", LaneKind::Local, false, "pulls use tcp instead; see the log (KVFERRY_LOG=info)"),
+        ("local lane, engine", LaneKind::Local, true, "pulls use tcp instead; see ptrace scope above"),
+        (
+            "tcp lane",
+            LaneKind::Tcp,
+            false,
+            "every setup needs it: check that loopback is up and that this user may listen",
+        ),
     ];
-    tries
+    lanes
         .into_iter()
         .map(|(check, lane, engine_memory, advice)| {
             let bad = if lane == LaneKind::Tcp { Status::Fail } else { Status::Warn };
@@ -285,22 +283,15 @@ fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
     if engine_memory {
         flags.push("--engine-memory".into());
     }
-    let serve = Serve::start(&flags)?;
+    let serve = Serve::start(std::env::current_exe()?, &flags)?;
     let addr = &serve.ready.listen;
     let model = ModelArgs::default().model();
-    let (welcome, offer) = tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let welcome = kvferry::probe(addr, &"doctor".parse()?, &model, limit).await?;
-        let offer = offers::make_offer(addr, BLOCKS, true, 0, limit).await?;
-        Ok::<_, Failure>((welcome, offer))
-    })?;
-    let layout = local_layout(&welcome.pool, GroupId(0), BLOCKS)?;
-    let consumer = Consumer::builder("doctor".parse()?, model, layout.clone()).build()?;
-    let blocks = (0..BLOCKS).map(|b| Some(BlockId(b))).collect();
-    let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
-    consumer.pull(Pull::new(offer, vec![wanted]).deadline(limit).lanes(vec![lane]))?;
+    let peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;
+    let layout = peer.local_layout(GroupId(0), BLOCKS)?;
+    let consumer = Consumer::builder("doctor".parse()?, model, layout).build()?;
+    consumer.pull(peer::pull(peer.offer(BLOCKS, 0)?, BLOCKS, vec![lane], limit)?)?;
     let ended = consumer.wait(limit * 2).ok_or_else(|| Failure::failed("a small pull did not end"))?;
-    let seed = welcome.peer.incarnation.get();
-    let (good, bad) = verify(&ended, consumer.memory(), &layout, &welcome.pool, seed)?;
+    let (good, bad) = peer.verify(&ended, &consumer)?;
     if let Some(cause) = ended.outcome.cause() {
         return Err(Failure::failed(format!("a small pull failed: {cause}")));
     }

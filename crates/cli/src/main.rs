@@ -1,17 +1,18 @@
-//! The `kvferry` command: serve and pull a pattern, measure, look a machine over, and show the bad day.
+//! The `kvferry` command: serves and pulls a pattern, measures, checks a machine, and demonstrates a bad day.
 
 mod args;
 mod bare;
 mod bench;
-mod child;
 mod demo;
 mod doctor;
 mod offers;
+mod peer;
 mod perftest;
 mod plot;
 mod pull;
 mod raw;
 mod report;
+mod row;
 mod serve;
 
 use std::{io::IsTerminal as _, process::ExitCode};
@@ -20,7 +21,7 @@ use clap::Parser as _;
 
 use crate::report::Failure;
 
-/// Moves KV-cache blocks between LLM serving engines and says, block by block, what arrived.
+/// Moves KV-cache blocks between LLM serving engines and reports, block by block, which ones arrived.
 #[derive(clap::Parser)]
 #[command(name = "kvferry", version, max_term_width = 100)]
 struct Cli {
@@ -30,22 +31,23 @@ struct Cli {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Hold blocks of a pattern in memory and let others pull them.
+    /// Serve a pool of blocks that holds a pattern.
     Serve(serve::Args),
     /// Pull blocks from a `kvferry serve` once, and check every loaded byte.
     ///
-    /// Exit code: 0 all loaded, 3 some invalid, 1 refused or failed, 2 usage.
+    /// Exit code: 0 if all blocks were loaded, 3 if some are invalid, 1 if the pull was refused or failed, 2 for wrong
+    /// usage.
     Pull(pull::Args),
-    /// Show a good day and a bad one with real processes on this machine. Exit code 0 only if every promise held.
+    /// Show a good day and a bad day with processes on this machine. The exit code is 0 only if every promise was kept.
     Demo(demo::Args),
-    /// Measure pulls of scattered blocks, size by size.
+    /// Measure pulls of scattered blocks, for several block sizes.
     Bench(bench::Args),
-    /// Look this machine over: every check with OK, WARN or FAIL, and what to do.
+    /// Check this machine: each check reports OK, WARN or FAIL, and a remedy.
     Doctor(doctor::Args),
-    /// The other end of `bench --vs-raw`.
+    /// The sender of `bench --vs-raw` over TCP.
     #[command(hide = true)]
     RawSend {
-        /// Where to connect to.
+        /// Port of 127.0.0.1 to connect to.
         port: u16,
     },
 }
@@ -54,11 +56,11 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) if e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            eprintln!("error: say what to do: serve, pull, bench, doctor or demo; see `kvferry --help`");
+            eprintln!("error: a command is missing: serve, pull, bench, doctor or demo; see `kvferry --help`");
             return ExitCode::from(2);
         }
         Err(e) if e.use_stderr() => {
-            // One line: what is wrong, and where the flags are listed.
+            // One line with the error and a pointer to the help.
             let text = e.render().to_string();
             let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
             let first = lines.next().unwrap_or("error: wrong usage");
@@ -68,16 +70,16 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
         Err(e) => {
-            // Help or version: what was asked for.
+            // Help or version.
             let _ = e.print();
             return ExitCode::SUCCESS;
         }
     };
-    // The demo breaks things on purpose, and says itself what came of it.
-    let usual = if matches!(cli.command, Command::Demo(_)) { "error" } else { "warn" };
+    // The demo causes failures on purpose, and reports them itself.
+    let default = if matches!(cli.command, Command::Demo(_)) { "error" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("KVFERRY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
-    // Colours are for people: a file or a pipe gets plain text.
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    // A file or a pipe gets plain text.
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let done = match cli.command {

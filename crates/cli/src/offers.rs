@@ -1,11 +1,11 @@
-//! The Bench service: fresh offers of the pattern on demand, and the call for one.
+//! The Bench service, which makes offers of the pattern on demand, and its client.
 
 use std::{
     sync::{Arc, OnceLock, Weak},
     time::Duration,
 };
 
-use kvferry::{BlockId, Offer, OfferGroup, OfferId, OfferSpec, Producer, Ready};
+use kvferry::{BlockId, Offer, OfferGroup, OfferSpec, Producer, Ready};
 use tonic::{
     Request, Response, Status,
     service::Routes,
@@ -25,20 +25,20 @@ const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("kvferry.v1.bench
 /// Largest message: an offer of 1,048,576 blocks takes about 11 MB of JSON.
 const FRAME_BYTES: usize = 32 << 20;
 
-/// Makes offers of a producer that is set once it serves.
+/// Makes offers of a producer, which is set when it serves.
 #[derive(Clone, Default)]
 pub(crate) struct Bench(Arc<OnceLock<Weak<Producer>>>);
 
 impl Bench {
-    /// The service, and its description for reflection.
+    /// The service, and its descriptors for reflection.
     pub(crate) fn routes(&self) -> (Routes, Vec<(String, Vec<u8>)>) {
         let server = BenchServer::new(self.clone()).max_encoding_message_size(FRAME_BYTES);
         (Routes::new(server), vec![(NAME.into(), DESCRIPTORS.to_vec())])
     }
 
-    /// Offers this producer's blocks from now on.
+    /// From now on, the service offers blocks of this producer.
     pub(crate) fn set(&self, producer: &Arc<Producer>) {
-        // It is set once, by `serve`.
+        // `serve` sets it once.
         let _ = self.0.set(Arc::downgrade(producer));
     }
 }
@@ -47,14 +47,14 @@ impl Bench {
 impl proto::bench_server::Bench for Bench {
     async fn make_offer(&self, request: Request<MakeOfferRequest>) -> Result<Response<MakeOfferReply>, Status> {
         let producer = self.0.get().and_then(Weak::upgrade);
-        let producer = producer.ok_or_else(|| Status::unavailable("this producer is starting or ending"))?;
+        let producer =
+            producer.ok_or_else(|| Status::unavailable("this producer is starting or stopping: try again"))?;
         let offer = make(&producer, request.into_inner()).map_err(Status::failed_precondition)?;
         Ok(Response::new(MakeOfferReply { offer: offer.to_json(), pattern: producer.me().incarnation.get() }))
     }
 }
 
-/// Offers `blocks` blocks of the group whose blocks have `block_bytes` bytes (0: the first group), in pool order or scattered
-/// over the pool.
+/// Offers blocks of the group whose blocks have `block_bytes` bytes (0: the first group), in pool order or scattered.
 fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
     let layout = producer.layout();
     let group = match r.block_bytes {
@@ -65,18 +65,13 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
     let count = if r.blocks == 0 { group.blocks } else { r.blocks };
     if count > group.blocks {
         return Err(format!(
-            "{count} blocks asked for, but the pool has {}: ask for fewer, or serve more",
+            "{count} blocks requested, but the pool has {}: request fewer, or serve more",
             group.blocks
         ));
     }
     let mut ids: Vec<u32> = (0..group.blocks).collect();
     if r.scattered {
-        // Fisher-Yates with a small generator: any order does that is not the pool's.
-        let mut x = OfferId::random().low;
-        for i in (1..ids.len()).rev() {
-            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            ids.swap(i, ((x >> 33) % (i as u64 + 1)) as usize);
-        }
+        fastrand::shuffle(&mut ids);
     }
     let blocks = ids[..count as usize].iter().map(|b| Some(BlockId(*b))).collect();
     let groups = vec![OfferGroup { group: group.id, first_position: 0, blocks }];
@@ -84,20 +79,14 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
     producer.offer(spec, Ready::Now).map_err(|e| e.to_string())
 }
 
-/// Has the service at `addr` offer `blocks` blocks (0: all) of `block_bytes` (0: as configured there), within `limit`.
-pub(crate) async fn make_offer(
-    addr: &str,
-    blocks: u32,
-    scattered: bool,
-    block_bytes: u32,
-    limit: Duration,
-) -> Result<Offer, Failure> {
-    let failed = |why: String| Failure::failed(format!("{addr} made no offer: {why}; is it a `kvferry serve`?"));
+/// Requests an offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of the first group) from `addr`.
+pub(crate) async fn make_offer(addr: &str, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
+    let failed = |reason: String| Failure::failed(format!("{addr} made no offer: {reason}; is it a `kvferry serve`?"));
     let call = async {
         let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|e| failed(e.to_string()))?;
         let channel: Channel = endpoint.connect().await.map_err(|e| failed(e.to_string()))?;
         let mut bench = BenchClient::new(channel).max_decoding_message_size(FRAME_BYTES);
-        let request = MakeOfferRequest { blocks, scattered, block_bytes };
+        let request = MakeOfferRequest { blocks, scattered: true, block_bytes };
         let reply = bench.make_offer(request).await.map_err(|s| failed(s.message().into()))?;
         Offer::from_json(&reply.into_inner().offer).map_err(|e| failed(e.to_string()))
     };

@@ -1,4 +1,4 @@
-//! `ib_read_bw` and `ib_read_lat` of the package perftest, on the devices that the verbs lane uses, to compare it with.
+//! `ib_read_bw` and `ib_read_lat` of the package perftest, to compare the verbs lane with.
 
 use std::{
     process::{Child, Command, Stdio},
@@ -13,12 +13,12 @@ use rustix::{
 
 use crate::report::Failure;
 
-/// How long a measurement may take, the slowest of emulated devices included, and how much longer for each READ.
+/// Longest time of a measurement, for the slowest emulated device, and the extra time for each READ.
 const LIMIT: Duration = Duration::from_secs(120);
 const EACH: Duration = Duration::from_millis(10);
 
-/// perftest between two devices of this machine. Its settings are the lane's: queue pairs, depth, READs on the
-/// wire, GID, timeout, service level.
+/// perftest between two devices of this machine, with the lane's settings: queue pairs, depth, READs in flight, GID,
+/// timeout, service level.
 pub(crate) struct Perftest {
     reader: String,
     served: String,
@@ -27,7 +27,7 @@ pub(crate) struct Perftest {
 }
 
 impl Perftest {
-    /// Reads over the first rail of `reader`, from the first of `served`.
+    /// Reads from the first rail of `served` over the first rail of `reader`.
     pub(crate) fn new(reader: &VerbsConfig, served: &[String]) -> Result<Self, Failure> {
         let first = |rails: &[String]| {
             rails.first().cloned().ok_or_else(|| Failure::usage("--vs-raw over verbs needs a device: give --device"))
@@ -35,48 +35,48 @@ impl Perftest {
         Ok(Self { reader: first(&reader.rails)?, served: first(served)?, settings: reader.clone(), port: 18_515 })
     }
 
-    /// How long `total` bytes take in READs of `size`, by the average of one run.
+    /// The time for `total` bytes in READs of `size`, from the average of one run.
     pub(crate) fn bandwidth(&mut self, size: u64, total: u64) -> Result<Duration, Failure> {
         let (pairs, depth) = (self.settings.queue_pairs.to_string(), self.settings.depth.to_string());
         let each = (total / size / self.settings.queue_pairs as u64).max(5);
-        // Size, iterations, peak and average in MiB a second, messages a second.
+        // Columns: size, iterations, peak and average in MiB per second, messages per second.
         let mib = self.run("ib_read_bw", size, each, &["-q", &pairs, "-t", &depth], 3)?;
         Ok(Duration::from_secs_f64(total as f64 / (mib * f64::from(1 << 20)).max(1.0)))
     }
 
-    /// The median of `n` READs of `size`, one at a time.
+    /// The median time of `n` READs of `size`, one at a time.
     pub(crate) fn latency(&mut self, size: u64, n: u64) -> Result<Duration, Failure> {
-        // Size, iterations, least, most, typical (which is the median) in microseconds, and more.
+        // Columns: size, iterations, minimum, maximum and median in microseconds, and more.
         Ok(Duration::from_secs_f64(self.run("ib_read_lat", size, n, &[], 4)? / 1e6))
     }
 
-    /// Runs both ends, and returns a column of the line for `size`.
+    /// Runs both ends, and returns a column of the output line for `size`.
     fn run(&mut self, program: &str, size: u64, n: u64, more: &[&str], column: usize) -> Result<f64, Failure> {
-        // A port that was just closed cannot be listened on at once.
+        // A port that was just closed cannot be reused at once.
         self.port = 18_515 + (self.port - 18_515 + 1) % 1000;
         let mut server = self
             .command(program, &self.served, size, n, more)
             .spawn()
-            .map_err(|e| Failure::failed(format!("{program} cannot be run ({e}): install the package perftest")))?;
-        let read = self.ask(program, size, n, more, &mut server);
-        // It has ended with its client; without one it waits for ever.
+            .map_err(|e| Failure::failed(format!("cannot run {program} ({e}): install the package perftest")))?;
+        let read = self.client(program, size, n, more, &mut server);
+        // It ends with its client, but without a client it waits indefinitely.
         let _ = server.kill();
         let _ = server.wait();
         let text = read?;
         let line = text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>());
         let mut line = line.filter(|l| l.first().is_some_and(|f| *f == size.to_string()));
         let value = line.next().and_then(|l| l.get(column)?.parse::<f64>().ok());
-        value.ok_or_else(|| Failure::failed(format!("{program} says something else than expected:\n{text}")))
+        value.ok_or_else(|| Failure::failed(format!("{program} printed an unexpected result:\n{text}")))
     }
 
-    /// The client's output. The server may not listen yet, so that it is asked again.
-    fn ask(&self, program: &str, size: u64, n: u64, more: &[&str], server: &mut Child) -> Result<String, Failure> {
+    /// The client's output. It is started again while the server does not listen yet.
+    fn client(&self, program: &str, size: u64, n: u64, more: &[&str], server: &mut Child) -> Result<String, Failure> {
         let until = Instant::now() + LIMIT + EACH * u32::try_from(n).unwrap_or(u32::MAX);
         loop {
             let mut client = self.command(program, &self.reader, size, n, more).arg("127.0.0.1").spawn()?;
             let ended = ends(&client, until);
             if !matches!(ended, Ok(true)) {
-                // Its queue pair tries for ever where one of ours gives up.
+                // perftest's queue pairs retry without a limit.
                 client.kill()?;
                 client.wait()?;
                 ended?;
@@ -87,8 +87,8 @@ impl Perftest {
                 return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
             }
             if server.try_wait()?.is_some() || Instant::now() > until {
-                let why = String::from_utf8_lossy(&done.stderr).into_owned();
-                return Err(Failure::failed(format!("{program} failed: {}", why.trim())));
+                let reason = String::from_utf8_lossy(&done.stderr).into_owned();
+                return Err(Failure::failed(format!("{program} failed: {}", reason.trim())));
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -108,8 +108,7 @@ impl Perftest {
     }
 }
 
-/// Waits until a process has ended, or this moment has come; without looking again and again, for what it measures would
-/// feel that.
+/// Waits until a process has ended or the time is over. It does not poll, because that would disturb the measurement.
 fn ends(child: &Child, until: Instant) -> Result<bool, Failure> {
     let os = |e: rustix::io::Errno| Failure::failed(format!("cannot wait for a process: {e}"));
     let fd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(os)?;

@@ -1,10 +1,10 @@
-//! Draws a benchmark's rows: bandwidth over block size, one line for each lane and each bare copy.
+//! Draws the rows of a benchmark: bandwidth over block size, with a line for each lane and each bare copy.
 
 use std::{collections::BTreeMap, path::Path};
 
 use plotters::prelude::*;
 
-use crate::{bench::Row, report::Failure};
+use crate::{report::Failure, row::Row};
 
 /// Writes the SVG.
 pub(crate) fn draw(path: &Path, rows: &[Row]) -> Result<(), Failure> {
@@ -16,9 +16,8 @@ pub(crate) fn draw(path: &Path, rows: &[Row]) -> Result<(), Failure> {
             lines.entry(format!("{} bare copy", r.lane)).or_default().push((x, raw));
         }
     }
-    series(path, "pulls of scattered blocks", &lines).map_err(|e| {
-        Failure::failed(format!("cannot draw {}: {e}; name a file in a folder that exists", path.display()))
-    })
+    series(path, "pulls of scattered blocks", &lines)
+        .map_err(|e| Failure::failed(format!("cannot write {}: {e}; the folder must exist", path.display())))
 }
 
 fn series(

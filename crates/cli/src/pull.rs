@@ -1,28 +1,25 @@
-//! `kvferry pull`: one pull from a `kvferry serve`, every loaded byte checked against the pattern.
+//! `kvferry pull`: one pull from a `kvferry serve`. It checks every loaded byte against the pattern.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use kvferry::{
-    BlockId, Config, Consumer, Ended, EngineId, Faults, GroupId, LocalBlocks, Memory, Offer, PoolLayout, Pull,
-};
-use kvferry_testkit::pattern::Check;
+use kvferry::{Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
-    offers,
+    peer::{self, Peer},
     report::{Failure, PullRecord, ranges, size},
 };
 
 /// Flags of `pull`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// Where `kvferry serve` listens.
+    /// Address of the `kvferry serve`.
     #[arg(long, value_name = "HOST:PORT", required_unless_present = "offer")]
     from: Option<String>,
-    /// Blocks to pull; all of the peer's by default.
+    /// Number of blocks. The default is all blocks of the peer.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     blocks: Option<u32>,
-    /// From the call to the decision.
+    /// Time from the start of the pull to its decision.
     #[arg(long, default_value = "5s", value_parser = args::duration)]
     deadline: Duration,
     /// Lanes to use.
@@ -30,12 +27,12 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
-    /// Pull the offer in this file (JSON) instead of a fresh one.
+    /// Pull the offer in this file (JSON) instead of a new one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
-    /// Break the lane on purpose: throttle=BYTES (a second), down@BYTES, silent@BYTES, stale@BYTES, noquiet, wedge, lanes=N
-    /// (break only the first N connections); joined by commas.
-    #[arg(long, value_name = "FAULTS")]
+    /// Break the lane on purpose. A list of: throttle=BYTES (per second), down@BYTES, silent@BYTES, stale@BYTES,
+    /// panic@BYTES, noquiet, wedge, lanes=N (break only the first N connections).
+    #[arg(long, value_name = "FAULT,…")]
     fault: Option<Faults>,
     /// Engine id of this side.
     #[arg(long, default_value = "pull")]
@@ -48,48 +45,9 @@ pub(crate) struct Args {
 
 /// Reads an offer from a file.
 fn read_offer(path: &PathBuf) -> Result<Offer, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|e| {
-        Failure::failed(format!("cannot read {}: {e}; name a file that holds an offer", path.display()))
-    })?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::failed(format!("cannot read {}: {e}; the file must hold an offer", path.display())))?;
     Offer::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
-}
-
-/// A layout of the same shape as the peer's group, for `blocks` blocks.
-pub(crate) fn local_layout(theirs: &PoolLayout, group: GroupId, blocks: u32) -> Result<PoolLayout, Failure> {
-    let g = theirs.group(group).ok_or_else(|| Failure::failed("the peer's pool lacks the offer's group"))?;
-    let mut g = g.clone();
-    let mut offset = 0;
-    g.blocks = blocks.max(1);
-    for r in &mut g.regions {
-        (r.segment, r.offset, r.stride) = (0, offset, r.block_bytes);
-        offset = u64::from(g.blocks)
-            .checked_mul(r.block_bytes)
-            .and_then(|n| n.checked_add(offset))
-            .ok_or_else(|| Failure::failed("the peer's blocks are too large for this machine"))?;
-    }
-    Ok(PoolLayout { segments: vec![offset], groups: vec![g] })
-}
-
-/// Compares what was loaded with what the peer holds. Returns verified and mismatched bytes.
-pub(crate) fn verify(
-    ended: &Ended,
-    memory: &Memory,
-    ours: &PoolLayout,
-    theirs: &PoolLayout,
-    seed: u64,
-) -> Result<(u64, u64), Failure> {
-    let mut check = Check::new();
-    let (mut good, mut bad) = (0, 0);
-    for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
-        for position in g.loaded.iter() {
-            let at = (position - offered.first_position) as usize;
-            let Some(src) = offered.blocks[at] else { continue };
-            let (ok, wrong) = check.block(seed, (theirs, src.0), (memory, ours, position), g.group)?;
-            good += ok;
-            bad += wrong;
-        }
-    }
-    Ok((good, bad))
 }
 
 /// Pulls once.
@@ -102,39 +60,31 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let from = match (&args.from, &file) {
         (Some(addr), _) => addr.clone(),
         (None, Some(offer)) => offer.ranks[0].addr.clone(),
-        (None, None) => return Err(Failure::usage("--from or --offer is needed")),
+        (None, None) => return Err(Failure::usage("--from or --offer is missing")),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (welcome, offer) = runtime.block_on(async {
-        let welcome = kvferry::probe(&from, &args.engine, &args.model.model(), args.deadline).await?;
-        let offer = match file {
-            Some(offer) => offer,
-            None => offers::make_offer(&from, args.blocks.unwrap_or(0), true, 0, args.deadline).await?,
-        };
-        Ok::<_, Failure>((welcome, offer))
-    })?;
-    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?.clone();
+    let peer = Peer::probe(&from, &args.engine, &args.model.model(), args.deadline)?;
+    let offer = match file {
+        Some(offer) => offer,
+        None => peer.offer(args.blocks.unwrap_or(0), 0)?,
+    };
+    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?;
     if group.first_position != 0 {
         return Err(Failure::failed("the offer does not start at position 0: it was not made by `kvferry serve`"));
     }
     let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
-    let layout = local_layout(&welcome.pool, group.group, blocks)?;
+    let layout = peer.local_layout(group.group, blocks)?;
     args::check_memory(layout.segments[0])?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
     config.pull.faults = args.fault;
     config.pull.lanes = args.lane.lanes();
-    let consumer = Consumer::builder(args.engine, args.model.model(), layout.clone()).config(config).build()?;
-    let wanted =
-        LocalBlocks { group: group.group, first_position: 0, blocks: (0..blocks).map(|b| Some(BlockId(b))).collect() };
-    let pull = Pull::new(offer, vec![wanted]).deadline(args.deadline).lanes(args.lane.lanes());
-    consumer.pull(pull)?;
-    // The end comes soon after the deadline, or a lane is wedged.
+    let consumer = Consumer::builder(args.engine, args.model.model(), layout).config(config).build()?;
+    consumer.pull(peer::pull(offer, blocks, args.lane.lanes(), args.deadline)?)?;
+    // A pull ends soon after its deadline, unless a lane is wedged.
     let ended = consumer
         .wait(args.deadline + Duration::from_secs(30))
         .ok_or_else(|| Failure::failed("the pull decided but did not end: its lane is wedged, see the log"))?;
-    let (verified, mismatched) =
-        verify(&ended, consumer.memory(), &layout, &welcome.pool, welcome.peer.incarnation.get())?;
+    let (verified, mismatched) = peer.verify(&ended, &consumer)?;
     let record = PullRecord::new(&ended, verified, mismatched);
     if args.json.text() {
         print(&record);

@@ -1,4 +1,4 @@
-//! The bare copy that a lane is measured against: the same bytes, the same scatter, no protocol.
+//! Bare copies, to compare lanes with: the same scattered blocks without a protocol.
 
 use std::{
     io::{Read as _, Write as _},
@@ -9,28 +9,29 @@ use std::{
 };
 
 use kvferry::{LaneKind, Memory, Span};
+use kvferry_testkit::serve::Ready;
 
-use crate::{bare, child::Ready, perftest::Perftest, report::Failure};
+use crate::{bare, perftest::Perftest, report::Failure};
 
-/// What bare copies read from, and where they write.
+/// The sources and the destination of bare copies.
 pub(crate) struct Raw {
     memory: Memory,
-    producer: Option<Ready>,
-    /// A pool like the producer's, for memcpy.
+    producer: Ready,
+    /// A pool of the producer's shape, for memcpy.
     source: Option<Memory>,
     stream: Option<(TcpStream, Child)>,
     perftest: Option<Perftest>,
 }
 
 impl Raw {
-    /// Bare copies into `memory`; over verbs perftest's.
+    /// Copies into `memory`. For verbs, perftest measures instead.
     pub(crate) fn new(memory: &Memory, producer: Option<Ready>, perftest: Option<Perftest>) -> Result<Self, Failure> {
         let producer =
             producer.ok_or_else(|| Failure::usage("--vs-raw needs both ends on this machine: leave out --connect"))?;
-        Ok(Self { memory: memory.clone(), producer: Some(producer), source: None, stream: None, perftest })
+        Ok(Self { memory: memory.clone(), producer, source: None, stream: None, perftest })
     }
 
-    /// Copies blocks `src` of `size` bytes to the blocks 0, 1, 2, … and returns how long it took.
+    /// Copies blocks `src` of `size` bytes to blocks 0, 1, 2, … and returns the time.
     pub(crate) fn copy(&mut self, lane: LaneKind, size: u64, src: &[u32]) -> Result<Duration, Failure> {
         match lane {
             LaneKind::Local if self.memory.memfds().is_some() => self.memcpy(size, src),
@@ -66,14 +67,13 @@ impl Raw {
     }
 
     fn read_process(&mut self, size: u64, src: &[u32]) -> Result<Duration, Failure> {
-        let p = self.producer.as_ref().ok_or_else(|| Failure::failed("no producer"))?;
         let reads: Vec<_> = src.iter().enumerate().map(|(i, b)| (u64::from(*b) * size, i as u64 * size)).collect();
         let start = Instant::now();
-        bare::read(p.pid, p.base, &self.memory, size, &reads)?;
+        bare::read(self.producer.pid, self.producer.base, &self.memory, size, &reads)?;
         Ok(start.elapsed())
     }
 
-    /// One loopback connection, 1 MiB writes and reads, another process at the other end.
+    /// Receives from another process over one loopback connection, with reads and writes of 1 MiB.
     fn stream(&mut self, total: u64) -> Result<Duration, Failure> {
         if self.stream.is_none() {
             let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -92,7 +92,7 @@ impl Raw {
             let span = Span { segment: 0, offset: at, len: (total - at).min(1 << 20) };
             let n = self.memory.readv(stream.as_fd(), &[span], 0)?;
             if n == 0 {
-                return Err(Failure::failed("the bare sender went away"));
+                return Err(Failure::failed("the bare sender ended"));
             }
             at += n as u64;
         }
@@ -104,13 +104,13 @@ impl Drop for Raw {
     fn drop(&mut self) {
         if let Some((stream, mut child)) = self.stream.take() {
             drop(stream);
-            // It ends by itself when the connection is closed.
+            // The closed connection ends the process.
             let _ = child.wait();
         }
     }
 }
 
-/// The other end of the bare connection: sends as many bytes as it is asked for, until the asker goes away.
+/// The sender of the loopback connection: reads a number of bytes, sends as many, and repeats until the peer closes.
 pub(crate) fn send(port: u16) -> Result<ExitCode, Failure> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     let memory = Memory::anonymous(&[256 << 20])?;
@@ -118,9 +118,9 @@ pub(crate) fn send(port: u16) -> Result<ExitCode, Failure> {
     for i in 0..256u64 {
         memory.write_from(0, i << 20, &ones)?;
     }
-    let mut ask = [0; 8];
-    while stream.read_exact(&mut ask).is_ok() {
-        let total = u64::from_le_bytes(ask);
+    let mut request = [0; 8];
+    while stream.read_exact(&mut request).is_ok() {
+        let total = u64::from_le_bytes(request);
         let mut sent = 0;
         while sent < total {
             let offset = sent % (256 << 20);

@@ -1,27 +1,27 @@
-//! What the commands report, as people and as programs read it. The JSON's field names are stable: fields may be added,
-//! and none is renamed or removed within a major version.
+//! The reports of the commands, as text and as JSON. The JSON's field names are stable: a minor version may add fields, but
+//! it renames and removes none.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use kvferry::{Cause, Ended, PositionSet};
 use serde::Serialize;
 
-/// A command that did not do what it was asked to.
+/// The failure of a command.
 #[derive(Debug)]
 pub(crate) struct Failure {
-    /// Exit code: 1 failed or refused, 2 usage.
+    /// Exit code: 1 if the command failed or was refused, 2 for wrong usage.
     pub code: u8,
-    /// One line: what is wrong, and what to do.
+    /// One line with the cause and the next step.
     pub message: String,
 }
 
 impl Failure {
-    /// It could not be done.
+    /// The command failed or was refused.
     pub(crate) fn failed(message: impl Into<String>) -> Self {
         Self { code: 1, message: message.into() }
     }
 
-    /// It was asked for wrongly.
+    /// The flags are wrong.
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self { code: 2, message: message.into() }
     }
@@ -33,7 +33,7 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-/// Who was pulled from.
+/// The producer of a pull.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct PeerRecord {
     /// Engine id.
@@ -42,31 +42,31 @@ pub(crate) struct PeerRecord {
     pub incarnation: String,
 }
 
-/// One pull. Positions are blocks from the prompt's start; times are microseconds from the call on, `null` for what did
-/// not happen.
+/// One pull. Positions count blocks from the start of the prompt. Times are in microseconds since the call; `null` means
+/// that the event did not happen.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct PullRecord {
     /// Offer id.
     pub offer: String,
     /// The producer's request id.
     pub request: String,
-    /// The lane that the last bytes came over; `null` when none was used.
+    /// The last lane; `null` if there was none.
     pub lane: Option<&'static str>,
     /// Blocks wanted.
     pub blocks: u64,
     /// Positions loaded, as `[first, last]`.
     pub loaded: PositionSet,
-    /// Positions invalid, likewise.
+    /// Positions invalid, as `[first, last]`.
     pub invalid: PositionSet,
     /// The invalid positions by cause.
     pub causes: BTreeMap<Cause, PositionSet>,
     /// Bytes of loaded blocks that hold the pattern.
     pub verified_bytes: u64,
-    /// Bytes of loaded blocks that do not: never anything but 0.
+    /// Bytes of loaded blocks that differ from the pattern; always 0.
     pub mismatched_bytes: u64,
     /// Bytes of the loaded blocks.
     pub bytes: u64,
-    /// The peer's Hello was there.
+    /// The handshake was complete.
     pub hello_us: Option<u64>,
     /// The claim was granted.
     pub claim_us: Option<u64>,
@@ -82,7 +82,7 @@ pub(crate) struct PullRecord {
     pub deadline_us: u64,
     /// Attempts after the first.
     pub retries: u32,
-    /// Who was pulled from.
+    /// The producer.
     pub peer: PeerRecord,
 }
 
@@ -131,7 +131,7 @@ impl PullRecord {
     }
 }
 
-/// A set of positions for people: `0-63, 70`.
+/// A set of positions as text: `0-63, 70`.
 pub(crate) fn ranges(set: &PositionSet) -> String {
     let one = |r: &[u32; 2]| if r[0] == r[1] { r[0].to_string() } else { format!("{}-{}", r[0], r[1]) };
     match set.ranges() {
@@ -143,7 +143,7 @@ pub(crate) fn ranges(set: &PositionSet) -> String {
     }
 }
 
-/// Bytes for people.
+/// A number of bytes as text.
 pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         b if b >= 1 << 30 => format!("{:.2} GiB", b as f64 / (1u64 << 30) as f64),

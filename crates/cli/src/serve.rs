@@ -1,4 +1,4 @@
-//! `kvferry serve`: a producer over a pool that holds a pattern, with a service that hands out fresh offers of it.
+//! `kvferry serve`: a producer whose pool holds a pattern, with a service that makes offers of it.
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
@@ -17,10 +17,10 @@ use crate::{
 /// Flags of `serve`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
-    /// Where the control plane listens; port 0 takes a free one.
+    /// Listening address of the control plane. Port 0 selects a free port.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7400")]
     listen: String,
-    /// HOST:PORT that offers name, when it is not the one listened on.
+    /// HOST:PORT in offers, if consumers need another address than the listening one.
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
     /// Blocks in the pool.
@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// Regions (layers) of the pool.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     regions: u32,
-    /// Bytes of a block in one region, a multiple of 512: 64K, 1M, …
+    /// Bytes per block and region, a multiple of 512.
     #[arg(long, value_name = "BYTES", default_value = "32K", value_parser = args::bytes)]
     block_size: u64,
     /// Engine id.
@@ -40,22 +40,22 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
-    /// Use memory as an engine would bring it, instead of a pool that consumers on this host can map.
+    /// Use anonymous memory, like an engine's own, instead of a pool that consumers on this host can map.
     #[arg(long)]
     engine_memory: bool,
-    /// Also offer the same memory in one region with blocks of these sizes, for `bench`.
+    /// Add groups over the same memory with one region and blocks of these sizes, for `bench`.
     #[arg(long, value_name = "BYTES,…", value_delimiter = ',', value_parser = args::bytes)]
     views: Vec<u64>,
-    /// Once ready, offer all blocks and write the offer (JSON) into this file, for `pull --offer`.
+    /// Offer all blocks, and write the offer (JSON) to this file for `pull --offer`.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
-    /// How long an offer waits for its first claim.
+    /// Lease of an offer without a claim.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = args::duration)]
     unclaimed_lease: Duration,
-    /// How long a claim holds after its last renewal; at least two heartbeats, which is 1s.
+    /// Lease of a claim after its last renewal; at least two heartbeats (1s).
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = args::duration)]
     claim_lease: Duration,
-    /// How long an offer lives at most, however often it is renewed.
+    /// Longest life of an offer, even if its claim is renewed.
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = args::duration)]
     hard_cap: Duration,
     /// End when the parent process does.
@@ -67,7 +67,7 @@ pub(crate) struct Args {
     json: JsonArg,
 }
 
-/// What `serve` says once it is ready, on one line.
+/// The line that `serve` prints when it is ready.
 #[derive(Debug, Serialize)]
 struct Ready<'a> {
     listen: &'a str,
@@ -81,7 +81,7 @@ struct Ready<'a> {
     base: u64,
 }
 
-/// The pool's layout: group 0 as asked for, and a group for each view.
+/// The layout of the pool: group 0, and a group for each view.
 pub(crate) fn layout(
     blocks: u32,
     regions: u32,
@@ -110,14 +110,14 @@ pub(crate) fn layout(
     Ok(layout)
 }
 
-/// Every block of the pool, in its order.
+/// An offer of all blocks in pool order.
 fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
     let all = (0..blocks).map(|b| Some(BlockId(b))).collect();
     let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: all }];
     OfferSpec::new(u64::from(blocks) * u64::from(block_tokens), groups).request("serve")
 }
 
-/// Serves until it is told to stop.
+/// Serves until SIGTERM or SIGINT.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, true)?;
     if args.exit_with_parent {
@@ -151,9 +151,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     bench.set(&producer);
     if let Some(path) = &args.offer {
         let offer = producer.offer(all_blocks(args.blocks, args.model.block_tokens), kvferry::Ready::Now)?;
-        std::fs::write(path, offer.to_json() + "\n").map_err(|e| {
-            Failure::failed(format!("cannot write {}: {e}; name a file in a folder that exists", path.display()))
-        })?;
+        std::fs::write(path, offer.to_json() + "\n")
+            .map_err(|e| Failure::failed(format!("cannot write {}: {e}; the folder must exist", path.display())))?;
     }
     let ready = Ready {
         listen: producer.addr(),
@@ -183,7 +182,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         loop {
             tokio::select! {
-                freed = producer.freed() => tracing::info!(offer = %freed.offer, why = ?freed.why, "freed"),
+                freed = producer.freed() => tracing::info!(offer = %freed.offer, reason = ?freed.why, "offer freed"),
                 _ = term.recv() => return Ok(()),
                 stop = tokio::signal::ctrl_c() => return stop,
             }

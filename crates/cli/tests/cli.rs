@@ -1,48 +1,20 @@
-//! The command line as a person or a script meets it: exit codes, one-line errors, stable JSON.
+//! The command line from the outside: exit codes, one-line errors, stable JSON.
 
-use std::{
-    io::{BufRead as _, BufReader},
-    process::{Child, Command, Output, Stdio},
-};
+use std::process::{Command, Output, Stdio};
 
+use kvferry_testkit::serve::Serve;
 use serde_json::Value;
 
 fn kvferry(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kvferry")).args(args).stdin(Stdio::null()).output().expect("it runs")
 }
 
-/// A `kvferry serve`, killed when dropped.
-struct Serve {
-    child: Child,
-    ready: Value,
+fn serve(flags: &[&str]) -> Serve {
+    let flags = [&["--listen", "127.0.0.1:0"], flags].concat();
+    Serve::start(env!("CARGO_BIN_EXE_kvferry"), &flags).expect("it serves")
 }
 
-impl Serve {
-    fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_kvferry"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--json"])
-            .args(args)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("it runs");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
-        Self { child, ready: serde_json::from_str(&line).expect("JSON when it is ready") }
-    }
-
-    fn addr(&self) -> &str {
-        self.ready["listen"].as_str().expect("an address")
-    }
-}
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// One line on standard error that says what is wrong, and this exit code.
+/// The command failed with this exit code, and printed one line with these words on standard error.
 fn assert_one_line(out: &Output, code: i32, words: &[&str]) {
     let text = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(code), "{text}");
@@ -77,17 +49,29 @@ fn wrong_flags_are_usage_errors_of_one_line() {
 }
 
 #[test]
-fn what_cannot_be_done_is_said_in_one_line_with_exit_code_1() {
-    let serve = Serve::start(&["--blocks", "8", "--regions", "1", "--block-size", "4K"]);
-    assert_one_line(&kvferry(&["serve", "--listen", serve.addr()]), 1, &[serve.addr(), "another port"]);
+fn a_failed_command_prints_one_line_and_exits_with_1() {
+    let producer = serve(&["--blocks", "8", "--regions", "1", "--block-size", "4K"]);
+    assert_one_line(
+        &kvferry(&["serve", "--listen", &producer.ready.listen]),
+        1,
+        &[&producer.ready.listen, "another port"],
+    );
     assert_one_line(&kvferry(&["serve", "--listen", "nowhere.invalid:1"]), 1, &["nowhere.invalid:1"]);
     let huge = ["serve", "--listen", "127.0.0.1:0", "--blocks", "4000000000", "--regions", "64", "--block-size", "1M"];
     assert_one_line(&kvferry(&huge), 1, &["bytes", "fewer"]);
     assert_one_line(&kvferry(&["pull", "--from", "127.0.0.1:1"]), 1, &["127.0.0.1:1", "producer"]);
     assert_one_line(&kvferry(&["pull", "--from", "not-an-address"]), 1, &["not-an-address"]);
-    assert_one_line(&kvferry(&["pull", "--from", serve.addr(), "--model", "other"]), 1, &["model", "other", "pattern"]);
-    assert_one_line(&kvferry(&["pull", "--from", serve.addr(), "--dtype", "float8"]), 1, &["dtype", "float8", "uint8"]);
-    assert_one_line(&kvferry(&["pull", "--from", serve.addr(), "--blocks", "9"]), 1, &["9", "8"]);
+    assert_one_line(
+        &kvferry(&["pull", "--from", &producer.ready.listen, "--model", "other"]),
+        1,
+        &["model", "other", "pattern"],
+    );
+    assert_one_line(
+        &kvferry(&["pull", "--from", &producer.ready.listen, "--dtype", "float8"]),
+        1,
+        &["dtype", "float8", "uint8"],
+    );
+    assert_one_line(&kvferry(&["pull", "--from", &producer.ready.listen, "--blocks", "9"]), 1, &["9", "8"]);
     assert_one_line(&kvferry(&["pull", "--offer", "/nonexistent/offer.json"]), 1, &["/nonexistent/offer.json"]);
     let dir = std::env::temp_dir().join(format!("kvferry-cli-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
@@ -100,25 +84,25 @@ fn what_cannot_be_done_is_said_in_one_line_with_exit_code_1() {
 }
 
 #[test]
-fn verbs_that_are_asked_for_and_cannot_be_had_are_an_error_before_anything_is_done() {
+fn unavailable_verbs_are_an_error_before_anything_else_happens() {
     for command in [&["serve"][..], &["pull", "--from", "127.0.0.1:1"], &["bench"], &["demo"]] {
         for flags in [&["--device", "nosuch0"][..], &["--rails", "nosuch0:1,nosuch1:1"]] {
             let out = kvferry(&[command, flags].concat());
             assert_one_line(&out, 1, &[]);
             let text = String::from_utf8_lossy(&out.stderr);
-            let why = ["--features verbs", "libibverbs.so.1", "has no RDMA device", "no RDMA device \"nosuch0\""];
-            assert!(why.iter().any(|w| text.contains(w)), "{command:?} {flags:?}: {text}");
+            let reasons = ["--features verbs", "libibverbs.so.1", "has no RDMA device", "no RDMA device \"nosuch0\""];
+            assert!(reasons.iter().any(|w| text.contains(w)), "{command:?} {flags:?}: {text}");
         }
     }
 }
 
 #[test]
-fn a_pulls_json_has_the_documented_fields() {
-    let serve = Serve::start(&["--blocks", "64", "--regions", "3", "--block-size", "8K"]);
+fn the_json_of_a_pull_has_the_documented_fields() {
+    let producer = serve(&["--blocks", "64", "--regions", "3", "--block-size", "8K"]);
     for lane in ["tcp", "local", "auto"] {
-        let out = kvferry(&["pull", "--from", serve.addr(), "--lane", lane, "--blocks", "40", "--json"]);
+        let out = kvferry(&["pull", "--from", &producer.ready.listen, "--lane", lane, "--blocks", "40", "--json"]);
         assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
-        let v: Value = serde_json::from_slice(&out.stdout).expect("JSON, and nothing else");
+        let v: Value = serde_json::from_slice(&out.stdout).expect("only JSON");
         for field in [
             "offer",
             "request",
@@ -150,7 +134,7 @@ fn a_pulls_json_has_the_documented_fields() {
         assert_eq!((&v["mismatched_bytes"], &v["bytes"]), (&Value::from(0), &Value::from(40 * 3 * 8192)));
         assert_eq!(v["deadline_us"], 5_000_000);
         assert_eq!(v["peer"]["engine"], "serve");
-        assert_eq!(v["peer"]["incarnation"], serve.ready["incarnation"]);
+        assert_eq!(v["peer"]["incarnation"], producer.ready.incarnation);
         let order: Vec<u64> = ["claim_us", "first_us", "data_us", "decided_us", "ended_us"]
             .iter()
             .map(|f| v[f].as_u64().unwrap())
@@ -160,25 +144,35 @@ fn a_pulls_json_has_the_documented_fields() {
 }
 
 #[test]
-fn an_offer_in_a_file_is_pulled_once_and_then_gone() {
+fn an_offer_in_a_file_can_be_pulled_once() {
     let file = std::env::temp_dir().join(format!("kvferry-offer-{}.json", std::process::id()));
     let file = file.to_str().unwrap();
-    let serve = Serve::start(&["--blocks", "32", "--regions", "2", "--block-size", "4K", "--offer", file]);
+    let producer = serve(&["--blocks", "32", "--regions", "2", "--block-size", "4K", "--offer", file]);
     let first = kvferry(&["pull", "--offer", file, "--json"]);
     assert_eq!(first.status.code(), Some(0), "{}", String::from_utf8_lossy(&first.stderr));
     let second = kvferry(&["pull", "--offer", file, "--json"]);
     assert_eq!(second.status.code(), Some(3), "{}", String::from_utf8_lossy(&second.stderr));
     let v: Value = serde_json::from_slice(&second.stdout).expect("JSON");
     assert_eq!(v["causes"], serde_json::json!({"released": [[0, 31]]}));
-    drop(serve);
+    drop(producer);
     std::fs::remove_file(file).unwrap();
 }
 
 #[test]
-fn some_invalid_blocks_are_exit_code_3_with_their_cause() {
-    let serve = Serve::start(&["--blocks", "256", "--regions", "4", "--block-size", "64K"]);
-    let args =
-        ["pull", "--from", serve.addr(), "--lane", "tcp", "--fault", "throttle=32M", "--deadline", "600ms", "--json"];
+fn invalid_blocks_exit_with_3_and_have_a_cause() {
+    let producer = serve(&["--blocks", "256", "--regions", "4", "--block-size", "64K"]);
+    let args = [
+        "pull",
+        "--from",
+        &producer.ready.listen,
+        "--lane",
+        "tcp",
+        "--fault",
+        "throttle=32M",
+        "--deadline",
+        "600ms",
+        "--json",
+    ];
     let out = kvferry(&args);
     assert_eq!(out.status.code(), Some(3), "{}", String::from_utf8_lossy(&out.stderr));
     let v: Value = serde_json::from_slice(&out.stdout).expect("JSON");
@@ -240,7 +234,7 @@ fn a_benchmark_row_has_the_documented_fields() {
 }
 
 #[test]
-fn the_doctor_says_what_it_found_and_what_to_do() {
+fn the_doctor_gives_a_remedy_for_every_problem() {
     let out = kvferry(&["doctor", "--json"]);
     let found: Vec<Value> = serde_json::from_slice(&out.stdout).expect("a list of findings");
     assert!(found.len() >= 8);

@@ -1,4 +1,5 @@
-//! Says whether tests with special needs can run here: exits 0, or prints what is missing and exits 1.
+//! Checks whether tests with special requirements can run here: exits with 0, or prints the missing requirement and exits
+//! with 1.
 //!
 //!     cargo run -q -p kvferry-testkit --example needs wire
 
@@ -16,8 +17,8 @@ fn main() -> ExitCode {
     };
     match missing {
         None => ExitCode::SUCCESS,
-        Some(why) => {
-            println!("{why}");
+        Some(missing) => {
+            println!("{missing}");
             ExitCode::FAILURE
         }
     }

@@ -1,4 +1,4 @@
-//! How much TCP a wire carries in a second.
+//! Measures the TCP rate of a wire.
 
 use std::{
     error::Error,

@@ -1,5 +1,5 @@
-//! What the tests, the benchmarks and the command line share. Never published.
-#![allow(missing_docs, reason = "helpers of tests: most say all in their names")]
+//! Helpers that the tests, the benchmarks and the command line share. Never published.
+#![allow(missing_docs, reason = "most names of test helpers need no explanation")]
 
 pub mod counting;
 #[cfg(feature = "rig")]
@@ -10,5 +10,7 @@ pub mod rdma;
 pub mod reasons;
 #[cfg(feature = "rig")]
 pub mod rig;
+#[cfg(feature = "rig")]
+pub mod serve;
 #[cfg(feature = "rig")]
 pub mod wire;

@@ -1,7 +1,7 @@
-//! The bytes that `serve` fills its memory with, so that whoever pulls them can check every one.
+//! The bytes with which `kvferry serve` fills its memory, so that a consumer can check every one.
 //!
-//! A word depends on the seed (the producer's incarnation), region, block and place, so a byte of another block, another
-//! region or another process life does not pass.
+//! A word depends on the seed (the producer's incarnation), the region, the block and the position. So bytes of another
+//! block, another region or another incarnation are detected.
 
 use kvferry::{Group, GroupId, Memory, PoolLayout};
 
@@ -14,12 +14,12 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The first word of what lies at `offset` of a segment. Words follow at [`STEP`], which compilers vectorise.
+/// The first word of a page. Each word is [`STEP`] more than the one before, which compilers vectorise.
 fn base(seed: u64, segment: u16, page: u64) -> u64 {
     mix(seed ^ mix(page.wrapping_mul(STEP) ^ u64::from(segment)))
 }
 
-/// The unit in which the pattern starts anew: no block is smaller, and every block's size is a multiple.
+/// The pattern restarts after this many bytes. Every block size is a multiple of it.
 pub const PAGE: u64 = 512;
 
 fn fill(seed: u64, segment: u16, page: u64, out: &mut [u8]) {
@@ -30,7 +30,7 @@ fn fill(seed: u64, segment: u16, page: u64, out: &mut [u8]) {
     }
 }
 
-/// Fills a producer's memory.
+/// Fills the memory of a producer.
 pub fn write(seed: u64, memory: &Memory) -> std::io::Result<()> {
     let mut buffer = vec![0u8; 1 << 20];
     for (segment, &len) in memory.segments().to_vec().iter().enumerate() {
@@ -48,7 +48,7 @@ pub fn write(seed: u64, memory: &Memory) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Compares a pulled block with what the source's block holds. Returns the bytes that agree and those that do not.
+/// Compares pulled blocks with the pattern.
 #[derive(Default)]
 pub struct Check {
     expected: Vec<u8>,
@@ -56,12 +56,11 @@ pub struct Check {
 }
 
 impl Check {
-    /// A checker with its buffers.
     pub fn new() -> Self {
-        Self { expected: Vec::new(), found: Vec::new() }
+        Self::default()
     }
 
-    /// Checks local block `dst` against block `src` of the producer's pool.
+    /// Compares local block `dst` with block `src` of the producer's pool. Returns the numbers of equal and different bytes.
     pub fn block(
         &mut self,
         seed: u64,

@@ -18,11 +18,11 @@
 mod forwarder;
 mod namespace;
 mod path;
-mod random;
 mod tun;
+mod unavailable;
 
 use std::{
-    fmt, io,
+    io,
     net::Ipv4Addr,
     os::{
         linux::net::SocketAddrExt as _,
@@ -33,28 +33,7 @@ use std::{
 use forwarder::Forwarder;
 use namespace::{Namespace, ip};
 pub use path::{Conditions, Counts};
-
-/// Why there can be no wire here: a sentence for the reader of a log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unavailable(String);
-
-impl fmt::Display for Unavailable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Unavailable {}
-
-impl Unavailable {
-    /// `EPERM` and `EACCES` name the missing right; other errors keep the kernel's text.
-    fn new(doing: &str, needs: &str, error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::PermissionDenied => Self(format!("{doing} needs {needs}: {error}")),
-            _ => Self(format!("{doing} failed: {error}")),
-        }
-    }
-}
+pub use unavailable::Unavailable;
 
 /// One of the two directions of a wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,6 @@
-//! The HTTP bodies: OpenAI-style completions, with what disaggregated serving adds to them.
+//! The HTTP bodies: OpenAI-style completions, with additions for disaggregated serving.
 //!
-//! A router asks a prefill engine with `kv_transfer_params: {"do_remote_decode": true}` and `max_tokens: 1`, and passes the
+//! A router calls a prefill engine with `kv_transfer_params: {"do_remote_decode": true}` and `max_tokens: 1`, and passes the
 //! `kv_transfer_params` of the answer on to a decode engine: `{"do_remote_prefill": true, "offer": {…}}`.
 
 use kvferry::{Offer, scheduler::tokens::Parts};
@@ -16,10 +16,10 @@ pub struct Ask {
     pub max_tokens: usize,
     #[serde(default)]
     pub stream: bool,
-    /// Only greedy sampling is there: 0, or left out.
+    /// Only greedy sampling is supported: 0, or left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
-    /// These three as they are left out, or nothing: what they ask for is not there.
+    /// These four are supported only with their default values.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -28,10 +28,10 @@ pub struct Ask {
     pub logprobs: Option<u32>,
     #[serde(default)]
     pub echo: bool,
-    /// Go on past the token that ends an answer.
+    /// Continue after the token that ends an answer.
     #[serde(default)]
     pub ignore_eos: bool,
-    /// The request's name, for logs and offers; a new one if left out.
+    /// The name of the request, for logs and offers. Without it, the engine makes one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -47,18 +47,20 @@ fn sixteen_if_null<'de, D: serde::Deserializer<'de>>(d: D) -> Result<usize, D::E
 }
 
 impl Ask {
-    /// What it asks for that is not there, and would change the answer.
-    pub fn cannot(&self) -> Option<&'static str> {
+    /// The first unsupported option that would change the answer.
+    pub fn unsupported(&self) -> Option<&'static str> {
         let stop =
             self.stop.as_ref().is_some_and(|s| s.as_str().is_none_or(|s| !s.is_empty()) && *s != serde_json::json!([]));
         match self {
             a if a.temperature.is_some_and(|t| t != 0.0) => {
-                Some("only greedy sampling is there: leave temperature out, or at 0")
+                Some("only greedy sampling is supported: set temperature to 0 or leave it out")
             }
-            a if a.n.is_some_and(|n| n != 1) => Some("there is one answer to a prompt: leave n out, or at 1"),
-            _ if stop => Some("stop is not there: leave it out"),
-            a if a.logprobs.is_some() => Some("logprobs are not there: leave them out"),
-            a if a.echo => Some("echo is not there: leave it out"),
+            a if a.n.is_some_and(|n| n != 1) => {
+                Some("only one answer per prompt is supported: set n to 1 or leave it out")
+            }
+            _ if stop => Some("stop is not supported: leave it out"),
+            a if a.logprobs.is_some() => Some("logprobs are not supported: leave them out"),
+            a if a.echo => Some("echo is not supported: leave it out"),
             _ => None,
         }
     }
@@ -78,20 +80,20 @@ impl Default for Prompt {
     }
 }
 
-/// Where the prompt's KV comes from, or goes to.
+/// The transfer of the prompt's KV.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transfer {
-    /// Offer the prompt's KV when it is there.
+    /// Offer the prompt's KV when it is complete.
     #[serde(default)]
     pub do_remote_decode: bool,
-    /// The prompt's KV can be had from elsewhere: see `offer`.
+    /// Pull the prompt's KV: see `offer`.
     #[serde(default)]
     pub do_remote_prefill: bool,
-    /// What to pull.
+    /// The offer to pull.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offer: Option<Offer>,
-    /// A hash of the tokens that the offer is of. KV of another prompt would give wrong answers, to others too once the
-    /// prefix cache has it: without this hash, or with another, an offer is not used.
+    /// A hash of the offer's tokens. KV of another prompt would give wrong answers, even to other requests through the
+    /// prefix cache. So an offer without this hash, or with a wrong one, is ignored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
 }
@@ -114,9 +116,9 @@ pub struct Answer {
 pub struct Choice {
     pub index: u32,
     pub text: String,
-    /// The tokens of the text: what answers are compared by.
+    /// The tokens of the text, to compare answers.
     pub token_ids: Vec<u32>,
-    /// `length` or `stop`, with the last piece.
+    /// `length` or `stop`, in the last piece.
     pub finish_reason: Option<String>,
 }
 
@@ -129,15 +131,15 @@ pub struct Usage {
     pub prompt_tokens_details: Sources,
 }
 
-/// Where the prompt's tokens came from.
+/// The sources of the prompt's tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sources {
-    /// Those that need not be computed here: `local_cache + external`.
+    /// Tokens that were not computed here: `local_cache + external`.
     pub cached_tokens: u64,
     pub computed: u64,
     pub local_cache: u64,
     pub external: u64,
-    /// Of `computed`, those that had been expected from elsewhere and were lost.
+    /// The part of `computed` that had been a hit or a load and was lost.
     pub recomputed: u64,
 }
 
@@ -159,7 +161,7 @@ pub struct Problem {
     pub error: Detail,
 }
 
-/// What is wrong, for people and for programs.
+/// The error, as text and as codes.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Detail {
     pub message: String,
@@ -169,7 +171,7 @@ pub struct Detail {
 }
 
 impl Problem {
-    /// With this HTTP status.
+    /// A problem with this HTTP status.
     pub fn new(code: u16, kind: &str, message: impl Into<String>) -> Self {
         Self { error: Detail { message: message.into(), kind: kind.into(), code } }
     }

@@ -1,14 +1,14 @@
-//! The engine's blocks: who holds how many references, which are free, and which content the prefix cache finds.
+//! The engine's blocks: their references, the free ones, and the prefix cache.
 //!
-//! A block is free when nobody refers to it; a free block keeps its content, and its place in the prefix cache, until it
-//! is needed for something else. Content is named by a chain of hashes: a block's key covers all tokens before it.
+//! A block without references is free. It keeps its content and its place in the prefix cache until it is allocated. The
+//! key of a block is a chain of hashes, which covers all tokens before it.
 
 use std::collections::{BTreeSet, HashMap};
 
 use kvferry::BlockId;
 use sha2::{Digest as _, Sha256};
 
-/// Names the content of a full block, and all before it. A hash that nobody can make collide: a prompt must never find
+/// The hash of a full block's tokens and of all tokens before it. It is collision-resistant, so that a prompt never finds
 /// another prompt's KV.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Key([u8; 32]);
@@ -20,7 +20,7 @@ impl std::fmt::Display for Key {
 }
 
 impl Key {
-    /// The key of the block of these tokens behind the one named by `self`; the first one's is behind the default.
+    /// The key of a block of these tokens after the block with key `self`. The first block comes after the default key.
     pub fn then(self, tokens: &[u32]) -> Self {
         let mut h = Sha256::new();
         h.update(self.0);
@@ -33,7 +33,7 @@ impl Key {
 struct Slab {
     refs: u32,
     key: Option<Key>,
-    /// When it was last let go.
+    /// The time of its last release.
     since: u64,
 }
 
@@ -41,7 +41,7 @@ struct Slab {
 #[derive(Debug)]
 pub struct Blocks {
     slabs: Vec<Slab>,
-    /// Free blocks, in the order in which they are taken: those that nobody can find first, then the longest unused.
+    /// Free blocks in the order of their allocation: first uncached ones, then the longest unused.
     free: BTreeSet<(bool, u64, u32)>,
     cache: HashMap<Key, BlockId>,
     clock: u64,
@@ -54,22 +54,22 @@ impl Blocks {
         Self { slabs: vec![Slab::default(); blocks as usize], free, cache: HashMap::new(), clock: 0 }
     }
 
-    /// Blocks in all.
+    /// The number of blocks.
     pub fn len(&self) -> usize {
         self.slabs.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no blocks.
     pub fn is_empty(&self) -> bool {
         self.slabs.is_empty()
     }
 
-    /// Free ones.
+    /// The number of free blocks.
     pub fn free(&self) -> usize {
         self.free.len()
     }
 
-    /// Blocks that the prefix cache finds.
+    /// The number of blocks in the prefix cache.
     pub fn cached(&self) -> usize {
         self.cache.len()
     }
@@ -79,7 +79,7 @@ impl Blocks {
         (s.key.is_some(), s.since, b.0)
     }
 
-    /// Takes a free block, with one reference. What it held is forgotten.
+    /// Allocates a free block with one reference. Its content leaves the cache.
     pub fn alloc(&mut self) -> Option<BlockId> {
         let b = BlockId(self.free.pop_first()?.2);
         let s = &mut self.slabs[b.0 as usize];
@@ -90,7 +90,7 @@ impl Blocks {
         Some(b)
     }
 
-    /// Takes as many, or none.
+    /// Allocates `n` blocks, or none.
     pub fn alloc_all(&mut self, n: usize) -> Option<Vec<BlockId>> {
         if self.free() < n {
             return None;
@@ -98,7 +98,7 @@ impl Blocks {
         (0..n).map(|_| self.alloc()).collect()
     }
 
-    /// One more reference.
+    /// Adds a reference.
     pub fn retain(&mut self, b: BlockId) {
         if self.slabs[b.0 as usize].refs == 0 {
             self.free.remove(&self.place(b));
@@ -106,11 +106,11 @@ impl Blocks {
         self.slabs[b.0 as usize].refs += 1;
     }
 
-    /// One reference less. To keep prefixes longest, let go of a sequence's last block first.
+    /// Removes a reference. To keep prefixes longest, release the last block of a sequence first.
     pub fn release(&mut self, b: BlockId) {
         self.clock += 1;
         let s = &mut self.slabs[b.0 as usize];
-        debug_assert!(s.refs > 0, "block {} is let go once too often", b.0);
+        debug_assert!(s.refs > 0, "block {} is released too often", b.0);
         s.refs = s.refs.saturating_sub(1);
         if s.refs == 0 {
             s.since = self.clock;
@@ -123,17 +123,17 @@ impl Blocks {
         self.cache.get(key).copied()
     }
 
-    /// The prefix cache finds this block from now on. A second block of the same content is not needed.
+    /// Adds this block to the prefix cache, unless the cache has a block with this content.
     pub fn cache(&mut self, b: BlockId, key: Key) {
         let s = &mut self.slabs[b.0 as usize];
         if s.key.is_none() && !self.cache.contains_key(&key) {
-            debug_assert!(s.refs > 0, "a free block is not filled");
+            debug_assert!(s.refs > 0, "a free block cannot be filled");
             s.key = Some(key);
             self.cache.insert(key, b);
         }
     }
 
-    /// The prefix cache does not find this block any more. Blocks that are none of ours are nobody's concern.
+    /// Removes this block from the prefix cache. Ignores unknown blocks.
     pub fn uncache(&mut self, b: BlockId) {
         let Some(key) = self.slabs.get(b.0 as usize).and_then(|s| s.key) else { return };
         let free = self.free.remove(&self.place(b));
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_free_block_is_found_until_it_is_needed() {
+    fn a_free_block_is_found_until_it_is_allocated() {
         let mut blocks = Blocks::new(3);
         let key = Key::default().then(&[1; 16]);
         let a = blocks.alloc().unwrap();
@@ -167,7 +167,7 @@ mod tests {
         blocks.retain(a);
         assert_eq!(blocks.free(), 2);
         blocks.release(a);
-        // The two that nobody can find go first.
+        // The two uncached blocks are allocated first.
         let others = blocks.alloc_all(2).unwrap();
         assert!(!others.contains(&a) && blocks.find(&key) == Some(a));
         assert_eq!(blocks.alloc_all(2), None);
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_block_is_not_found_again_and_not_lost() {
+    fn an_uncached_block_is_not_found_and_not_lost() {
         let mut blocks = Blocks::new(2);
         let key = Key::default().then(&[1; 16]);
         let a = blocks.alloc().unwrap();

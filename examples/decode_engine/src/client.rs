@@ -1,4 +1,4 @@
-//! The client's side: asks, times, and reads what engines say of themselves.
+//! The client: sends prompts, measures times, and reads the status and the metrics of engines.
 
 use std::{
     collections::BTreeMap,
@@ -13,25 +13,25 @@ use crate::{
     engine::Status,
 };
 
-/// An answer, and when it came.
+/// An answer with its times.
 #[derive(Debug, Clone, Default)]
 pub struct Reply {
     pub tokens: Vec<u32>,
     pub text: String,
     pub usage: Usage,
-    /// From the question to the first token.
+    /// From the request to the first token.
     pub first: Duration,
-    /// And to the last.
+    /// From the request to the last token.
     pub whole: Duration,
 }
 
-/// No answer, and why.
+/// The reason why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Trouble {
-    /// The engine said so.
+    /// The engine refused or failed, and said why.
     #[error("{} ({}): {}", .0.error.code, .0.error.kind, .0.error.message)]
     Said(Problem),
-    /// Nothing sensible came back.
+    /// The connection failed, or the answer was malformed.
     #[error("{0}")]
     Lost(String),
 }
@@ -51,7 +51,7 @@ impl Client {
         Ok(Self(reqwest::Client::builder().no_proxy().build()?))
     }
 
-    /// Asks `HOST:PORT`, and takes the answer in as it comes.
+    /// Sends a prompt to `HOST:PORT`, and reads the streamed answer.
     pub async fn ask(&self, addr: &str, ask: &Ask) -> std::result::Result<Reply, Trouble> {
         let started = Instant::now();
         let ask = Ask { stream: true, ..ask.clone() };
@@ -91,10 +91,10 @@ impl Client {
                 reply.usage = answer.usage.unwrap_or(reply.usage);
             }
         }
-        Err(Trouble::Lost("the answer ended in the middle".into()))
+        Err(Trouble::Lost("the answer is incomplete".into()))
     }
 
-    /// The whole answer at once, with its transfer parameters: what a router asks for.
+    /// The complete answer in one piece, with its transfer parameters, as a router requests it.
     pub async fn whole(&self, addr: &str, ask: &Ask) -> Result<Answer> {
         let r = self.0.post(format!("http://{addr}/v1/completions")).json(ask).send().await?;
         let (status, text) = (r.status(), r.text().await?);
@@ -102,50 +102,50 @@ impl Client {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// How an engine is.
+    /// The status of an engine.
     pub async fn status(&self, addr: &str) -> Result<Status> {
         let r = self.0.get(format!("http://{addr}/v1/status")).send().await?;
         Ok(r.error_for_status()?.json().await?)
     }
 
-    /// What an engine or router counts.
+    /// The metrics of an engine or router.
     pub async fn metrics(&self, addr: &str) -> Result<Metrics> {
         let text = self.0.get(format!("http://{addr}/metrics")).send().await?.error_for_status()?.text().await?;
         Metrics::parse(&text)
     }
 
-    /// Waits until `look` is content with an engine's status.
-    pub async fn wait(&self, addr: &str, limit: Duration, look: impl Fn(&Status) -> bool) -> Result<Status> {
+    /// Waits until `done` accepts an engine's status.
+    pub async fn wait(&self, addr: &str, limit: Duration, done: impl Fn(&Status) -> bool) -> Result<Status> {
         let started = Instant::now();
         loop {
             let s = self.status(addr).await?;
-            if look(&s) {
+            if done(&s) {
                 return Ok(s);
             }
             if started.elapsed() > limit {
-                bail!("{addr} is not there after {limit:?}: {s:?}");
+                bail!("{addr} did not reach the status within {limit:?}: {s:?}");
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 }
 
-/// A scrape.
+/// The metrics of one scrape.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metrics(pub BTreeMap<String, f64>);
 
 impl Metrics {
-    /// From the text format.
+    /// Parses the text format.
     pub fn parse(text: &str) -> Result<Self> {
         let mut all = BTreeMap::new();
         for line in text.lines().filter(|l| !l.starts_with('#')) {
-            let (name, n) = line.rsplit_once(' ').with_context(|| format!("no sample: {line}"))?;
-            all.insert(name.to_owned(), n.parse().with_context(|| format!("no number: {line}"))?);
+            let (name, n) = line.rsplit_once(' ').with_context(|| format!("not a sample: {line}"))?;
+            all.insert(name.to_owned(), n.parse().with_context(|| format!("not a number: {line}"))?);
         }
         Ok(Self(all))
     }
 
-    /// The sum of all series of this name whose labels have all of these parts.
+    /// The sum of all series of this name whose labels contain all of these parts.
     pub fn sum(&self, name: &str, labels: &[&str]) -> u64 {
         let of = |series: &str| {
             series == name
@@ -154,23 +154,23 @@ impl Metrics {
         self.0.iter().filter(|(series, _)| of(series)).map(|(_, n)| *n as u64).sum()
     }
 
-    /// Series of counters that are smaller than they were.
-    pub fn shrunk<'a>(&'a self, before: &'a Metrics) -> impl Iterator<Item = &'a String> {
+    /// The counters that have decreased.
+    pub fn decreased<'a>(&'a self, before: &'a Metrics) -> impl Iterator<Item = &'a String> {
         let counters = before.0.iter().filter(|(name, _)| name.contains("_total"));
         counters.filter(|(name, n)| self.0.get(*name).is_none_or(|now| now < n)).map(|(name, _)| name)
     }
 
-    /// What must hold of an engine's books when nothing is under way, to the token.
+    /// Checks that an idle engine's ledger agrees with the engine's own counts, to the token.
     pub fn balanced(&self) -> Result<()> {
         let sources = self.sum("kvferry_prompt_tokens_total", &[]);
         let prompts = self.sum("engine_prompt_tokens_total", &[]);
-        ensure!(sources == prompts, "the sources add up to {sources} tokens, the prompts have {prompts}");
+        ensure!(sources == prompts, "the sources add up to {sources} tokens, but the prompts have {prompts}");
         let own = self.sum("kvferry_prompt_tokens_recomputed_total", &["by=\"own\""]);
-        let really = self.sum("engine_recomputed_rows_total", &[]);
-        ensure!(own == really, "{own} tokens recomputed by the books, {really} really");
+        let rows = self.sum("engine_recomputed_rows_total", &[]);
+        ensure!(own == rows, "the ledger counts {own} recomputed tokens, the engine {rows}");
         let prefilled = self.sum("kvferry_prefill_tokens_total", &[]);
         let rows = self.sum("engine_prefill_rows_total", &[]);
-        ensure!(prefilled == rows, "{prefilled} prompt tokens ran by the books, {rows} really");
+        ensure!(prefilled == rows, "the ledger counts {prefilled} prompt tokens that ran, the engine {rows}");
         Ok(())
     }
 }

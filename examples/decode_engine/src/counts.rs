@@ -1,7 +1,7 @@
-//! What the engine counts by itself, next to the ledger, to be compared with it: tokens as they really ran.
+//! Counts that are independent of the ledger, to check it.
 //!
-//! Knows of losses from the pulls' own reports and the block tables, not from what the scheduler concluded; knows of
-//! recomputation from the rows that the model ran. If the ledger were wrong, the two would differ.
+//! Losses come from the reports of pulls and from the block tables, not from the scheduler's outcome. Recomputed tokens are
+//! rows that the model ran. If the ledger were wrong, the two would differ.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -15,17 +15,17 @@ use crate::request::Id;
 /// Independent counts.
 #[derive(Debug)]
 pub struct Counts {
-    /// Prompt tokens by position that were lost, and are not had again.
+    /// Prompt tokens by position that were lost and are not present again.
     lost: HashMap<Id, Vec<bool>>,
-    /// Tokens of the prompts that are settled.
+    /// Tokens of settled prompts.
     pub prompt_tokens: Counter,
     /// Prompt tokens that went through the model.
     pub rows: Counter,
-    /// Of these, those that had been lost.
+    /// The rows of tokens that had been lost.
     pub recomputed: Counter,
-    /// Tokens that failed loads left behind for use.
+    /// Tokens that were kept from failed loads.
     pub salvaged: Counter,
-    /// Tokens that loads were to bring.
+    /// Tokens that loads should bring.
     pub asked: Counter,
     pub generated: Counter,
     pub steps: Counter,
@@ -62,33 +62,33 @@ impl Counts {
     /// Exports them, under `engine_`.
     pub fn register(&self, registry: &mut Registry) {
         let r = registry.sub_registry_with_prefix("engine");
-        r.register("prompt_tokens", "Tokens of the prompts that are settled", self.prompt_tokens.clone());
+        r.register("prompt_tokens", "Tokens of settled prompts", self.prompt_tokens.clone());
         r.register("prefill_rows", "Prompt tokens that went through the model", self.rows.clone());
         r.register(
             "recomputed_rows",
             "Prompt tokens that were lost and went through the model",
             self.recomputed.clone(),
         );
-        r.register("salvaged_tokens", "Tokens that failed loads left behind for use", self.salvaged.clone());
-        r.register("load_tokens", "Tokens that loads were to bring", self.asked.clone());
+        r.register("salvaged_tokens", "Tokens that were kept from failed loads", self.salvaged.clone());
+        r.register("load_tokens", "Tokens that loads should bring", self.asked.clone());
         r.register("generated_tokens", "Tokens generated", self.generated.clone());
         r.register("steps", "Forward passes", self.steps.clone());
-        r.register("preemptions", "Requests whose blocks were taken away", self.preemptions.clone());
+        r.register("preemptions", "Preempted requests", self.preemptions.clone());
         r.register("running", "Requests that hold blocks", self.running.clone());
         r.register("waiting", "Requests that wait for blocks", self.waiting.clone());
-        r.register("free_blocks", "Blocks that nobody holds", self.free_blocks.clone());
-        r.register("offers", "Offers whose blocks are not back", self.offers.clone());
-        r.register("first_token_seconds", "From a request's arrival to its first token", self.first_token.clone());
+        r.register("free_blocks", "Blocks without a reference", self.free_blocks.clone());
+        r.register("offers", "Offers that are not freed yet", self.offers.clone());
+        r.register("first_token_seconds", "Time from a request's arrival to its first token", self.first_token.clone());
     }
 
-    /// Tokens `from..to` of a prompt of `prompt` tokens were counted on, and are not there.
+    /// Tokens `from..to` of a prompt of `prompt` tokens were lost.
     pub fn lost(&mut self, id: Id, prompt: u64, from: u64, to: u64) {
         let marks = self.lost.entry(id).or_default();
         marks.resize(prompt as usize, false);
         marks[from.min(prompt) as usize..to.clamp(from, prompt.max(from)).min(prompt) as usize].fill(true);
     }
 
-    /// The first `to` tokens are there: found, loaded or taken over.
+    /// The first `to` tokens are present: cached, loaded or adopted.
     pub fn had(&mut self, id: Id, to: u64) {
         if let Some(marks) = self.lost.get_mut(&id) {
             let to = marks.len().min(to as usize);
@@ -101,7 +101,7 @@ impl Counts {
         self.rows.inc_by(to.min(prompt).saturating_sub(from));
     }
 
-    /// And what they left in the blocks is good.
+    /// Tokens `from..to` were computed and are valid.
     pub fn good(&mut self, id: Id, from: u64, to: u64) {
         if let Some(marks) = self.lost.get_mut(&id) {
             let end = marks.len();
@@ -111,7 +111,7 @@ impl Counts {
         }
     }
 
-    /// The request has its first token, or never will.
+    /// The request has its first token, or ended without one.
     pub fn settled(&mut self, prompt: u64, waited: Option<Duration>) {
         self.prompt_tokens.inc_by(prompt);
         if let Some(waited) = waited {
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_is_recomputed_once_however_often_it_runs() {
+    fn a_token_counts_as_recomputed_once_even_if_it_runs_again() {
         let mut c = Counts::default();
         c.lost(1, 40, 16, 48);
         c.good(1, 0, 20);

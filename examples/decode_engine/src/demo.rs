@@ -1,4 +1,4 @@
-//! `decode-engine demo`: a good day and a bad one on this machine, next to a single engine.
+//! `decode-engine demo`: a good day and a bad day on this machine, compared with a single engine.
 
 use std::{
     sync::{
@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     client::{Client, Metrics, Reply, Trouble},
-    fleet::{Fleet, Plan, Terror, ask_all, terrorise},
+    fleet::{Fleet, Kills, Plan, ask_all, kill_repeatedly},
     prompts::prompts,
     report::{Report, median},
 };
@@ -20,29 +20,29 @@ use crate::{
 /// Flags of `demo`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// As `serve --model` takes it.
+    /// The model, as for `serve`.
     #[arg(long, default_value = "smollm2")]
     model: String,
-    /// Prompts of each act, all asked at once.
+    /// Prompts per act, all sent at once.
     #[arg(long, default_value_t = 24)]
     prompts: usize,
-    /// Tokens of an answer.
+    /// Tokens per answer.
     #[arg(long, default_value_t = 16)]
     tokens: usize,
-    /// Bytes of a prompt that it shares with others, and of its own.
+    /// Bytes of each prompt that it shares with other prompts.
     #[arg(long, default_value_t = 450)]
     shared: usize,
-    /// Bytes of a prompt that are its own.
+    /// Bytes of each prompt that are unique.
     #[arg(long, default_value_t = 350)]
     own: usize,
-    /// How fast pulls are on the bad day, in bytes a second: slow, so that there is a middle to be killed in.
+    /// Rate of pulls on the bad day, in bytes per second: slow, so that kills come in mid-pull.
     #[arg(long, default_value = "5M")]
     throttle: String,
 }
 
 type Answers = Vec<std::result::Result<Reply, Trouble>>;
 
-/// One act: its answers, and how long it took.
+/// One act: its answers and its time.
 struct Act {
     answers: Answers,
     took: Duration,
@@ -72,7 +72,7 @@ impl Act {
         )
     }
 
-    /// Whether every answer is there, and equals the single engine's.
+    /// Compares all answers with those of the single engine.
     fn same(&self, right: &Act) -> Result<String> {
         for (i, (here, there)) in self.answers.iter().zip(&right.answers).enumerate() {
             let (here, there) = match (here, there) {
@@ -81,7 +81,7 @@ impl Act {
             };
             ensure!(
                 here.tokens == there.tokens,
-                "answer {i} is {:?}, the single engine says {:?}",
+                "answer {i} is {:?}, but the single engine says {:?}",
                 here.text,
                 there.text
             );
@@ -90,7 +90,7 @@ impl Act {
     }
 }
 
-/// Runs the acts; `false`: something did not hold.
+/// Runs the acts. `false` if a property did not hold.
 pub async fn run(args: Args) -> Result<bool> {
     let started = Instant::now();
     let say = |text: String| println!("{:7.1} s  {text}", started.elapsed().as_secs_f64());
@@ -99,11 +99,11 @@ pub async fn run(args: Args) -> Result<bool> {
     (plan.prefills, plan.decodes) = (2, 2);
     let mut report = Report::default();
     let texts = |seed| prompts(args.prompts, 4, args.shared, args.own, seed);
-    // Each act has prompts of its own: nobody's prefix cache knows them.
+    // Each act has its own prompts, which no prefix cache contains.
     let acts = [texts(1), texts(2), texts(3)];
 
     say(format!(
-        "one engine alone, model {}: {} prompts three times over, for the right answers",
+        "a single engine, model {}: {} prompts for each act, for the reference answers",
         args.model, args.prompts
     ));
     let single = plan.single()?;
@@ -113,7 +113,7 @@ pub async fn run(args: Args) -> Result<bool> {
     }
     say(right[0].line());
     if let Some(r) = right[0].good().next() {
-        say(format!("it says, for instance: {:?}", r.text.trim()));
+        say(format!("an answer, for example: {:?}", r.text.trim()));
     }
     drop(single);
 
@@ -127,11 +127,11 @@ pub async fn run(args: Args) -> Result<bool> {
     say(format!("without remote prefill: {}", local.line()));
     report.check("answers, no prefill", local.same(&right[1]));
     let idle = fleet.settled(&client, Duration::from_secs(40)).await;
-    report.check("books, good day", idle.map(|()| "every block back, every book balanced".into()));
+    report.check("accounting, good day", idle.map(|()| "all blocks returned, all ledgers exact".into()));
     drop(fleet);
 
     say(format!(
-        "act 2: a bad day: prefill engines are killed in mid-pull and restarted; pulls throttled to {} bytes/s",
+        "act 2: a bad day: prefill engines are killed in mid-pull and restarted; pulls are limited to {} bytes/s",
         args.throttle
     ));
     let fault = format!("throttle={}", args.throttle);
@@ -139,23 +139,23 @@ pub async fn run(args: Args) -> Result<bool> {
     plan.prefill_flags = ["--unclaimed", "5"].map(String::from).to_vec();
     let fleet = Fleet::start(&plan)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let how = Terror {
+    let how = Kills {
         every: Duration::from_millis(500),
         mid_pull: 0.3,
         patience: Duration::from_secs(20),
         dead: Duration::from_millis(300),
     };
-    let terror =
-        tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
+    let killer =
+        tokio::spawn(kill_repeatedly(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
     let bad = Act::play(&client, &[fleet.router.addr().to_owned()], &acts[2], args.tokens).await;
     stop.store(true, Ordering::Release);
-    let killed = terror.await??;
-    say(format!("{} kills, {} of them in the middle of a pull", killed.kills, killed.mid_pull));
+    let killed = killer.await??;
+    say(format!("{} kills, {} of them in mid-pull", killed.kills, killed.mid_pull));
     say(bad.line());
     report.check("answers, bad day", bad.same(&right[2]));
     report.saw("kills", killed.mid_pull > 0, format!("{} kills, {} in mid-pull", killed.kills, killed.mid_pull));
     let idle = fleet.settled(&client, Duration::from_secs(40)).await;
-    report.check("books, bad day", idle.map(|()| "every block back, every book balanced".into()));
+    report.check("accounting, bad day", idle.map(|()| "all blocks returned, all ledgers exact".into()));
     let mut ledger = Ledger::default();
     for addr in fleet.decode_addrs() {
         ledger.add(&client.metrics(&addr).await.with_context(|| format!("the metrics of {addr}"))?);
@@ -165,12 +165,12 @@ pub async fn run(args: Args) -> Result<bool> {
     report.saw(
         "ledger",
         ledger.sources() == asked,
-        format!("the sources add up to {} prompt tokens, the clients asked with {asked}", ledger.sources()),
+        format!("the sources add up to {} prompt tokens, the prompts have {asked}", ledger.sources()),
     );
     Ok(report.print())
 }
 
-/// The ledgers of the decode engines, added up.
+/// The sum of the ledgers of the decode engines.
 #[derive(Debug, Default)]
 pub struct Ledger {
     computed: u64,
@@ -178,13 +178,13 @@ pub struct Ledger {
     external: u64,
     own: u64,
     other: u64,
-    really: u64,
+    measured: u64,
     salvaged: u64,
     asked: u64,
 }
 
 impl Ledger {
-    /// Adds an engine's.
+    /// Adds the metrics of an engine.
     pub fn add(&mut self, m: &Metrics) {
         let source = |s: &str| m.sum("kvferry_prompt_tokens_total", &[&format!("source=\"{s}\"")]);
         let by = |s: &str| m.sum("kvferry_prompt_tokens_recomputed_total", &[&format!("by=\"{s}\"")]);
@@ -193,31 +193,31 @@ impl Ledger {
         self.external += source("external");
         self.own += by("own");
         self.other += by("other");
-        self.really += m.sum("engine_recomputed_rows_total", &[]);
+        self.measured += m.sum("engine_recomputed_rows_total", &[]);
         self.salvaged += m.sum("engine_salvaged_tokens_total", &[]);
         self.asked += m.sum("engine_load_tokens_total", &[]);
     }
 
-    /// All sources together.
+    /// The sum of all sources.
     pub fn sources(&self) -> u64 {
         self.computed + self.local_cache + self.external
     }
 
-    /// Tokens lost and computed again, by the books.
+    /// Tokens that were lost and computed again, by the ledger.
     pub fn recomputed(&self) -> u64 {
         self.own
     }
 
-    /// Prints it.
+    /// Prints the table.
     pub fn print(&self) {
         println!("\nprompt tokens of the decode engines, by source");
         println!(
-            "  computed     {:>7}  of these recomputed after a loss: {} (measured in the engine: {}), by a sharer: {}",
-            self.computed, self.own, self.really, self.other
+            "  computed     {:>7}  of these recomputed after a loss: {} (counted by the engine: {}), by another request: {}",
+            self.computed, self.own, self.measured, self.other
         );
         println!("  local cache  {:>7}", self.local_cache);
         println!(
-            "  external     {:>7}  of {} that pulls were to bring; {} salvaged from pulls that failed",
+            "  external     {:>7}  of {} that pulls should bring; {} kept from failed pulls",
             self.external, self.asked, self.salvaged
         );
         println!("  all          {:>7}", self.sources());

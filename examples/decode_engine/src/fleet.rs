@@ -1,15 +1,16 @@
-//! A deployment on this machine: a router, prefill and decode engines, and whoever kills prefill engines under load.
+//! A deployment on this machine: a router, prefill and decode engines, and a task that kills prefill engines under load.
 
 use std::{
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use parking_lot::Mutex;
 
 use crate::{
     api::{Ask, Prompt},
@@ -17,20 +18,20 @@ use crate::{
     process::Process,
 };
 
-/// What to start.
+/// The processes of a deployment.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// This program.
     pub exe: PathBuf,
-    /// As `serve --model` takes it.
+    /// See `serve --model`.
     pub model: String,
     pub prefills: usize,
     pub decodes: usize,
-    /// Blocks of each engine.
+    /// Blocks per engine.
     pub blocks: u32,
-    /// More flags of prefill engines.
+    /// Additional flags of prefill engines.
     pub prefill_flags: Vec<String>,
-    /// More flags of decode engines.
+    /// Additional flags of decode engines.
     pub decode_flags: Vec<String>,
 }
 
@@ -48,7 +49,7 @@ impl Plan {
         }
     }
 
-    /// An engine that does all by itself: its answers are the right ones.
+    /// A single engine, whose answers are the reference.
     pub fn single(&self) -> Result<Process> {
         self.engine("both", "single", &[])
     }
@@ -61,15 +62,10 @@ impl Plan {
     }
 }
 
-/// Shared with whoever kills it.
+/// A prefill engine, which another task may kill.
 pub type Victim = Arc<Mutex<Process>>;
 
-/// The process, whoever panicked with it.
-pub fn hold(p: &Victim) -> MutexGuard<'_, Process> {
-    p.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What runs.
+/// A running deployment.
 pub struct Fleet {
     pub prefill: Vec<Victim>,
     pub decode: Vec<Process>,
@@ -87,7 +83,7 @@ impl Fleet {
             .collect::<Result<Vec<_>>>()?;
         let addrs = |list: Vec<String>| list.join(",");
         let (p, d) = (
-            addrs(prefill.iter().map(|p| hold(p).addr().to_owned()).collect()),
+            addrs(prefill.iter().map(|p| p.lock().addr().to_owned()).collect()),
             addrs(decode.iter().map(|p| p.addr().to_owned()).collect()),
         );
         let router = Process::start(&plan.exe, &["router", "--prefill", &p, "--decode", &d])?;
@@ -101,49 +97,49 @@ impl Fleet {
 
     /// `HOST:PORT` of every engine.
     pub fn addrs(&self) -> Vec<String> {
-        let prefill = self.prefill.iter().map(|p| hold(p).addr().to_owned());
+        let prefill = self.prefill.iter().map(|p| p.lock().addr().to_owned());
         prefill.chain(self.decode_addrs()).collect()
     }
 
-    /// Waits until nothing is under way anywhere, and checks that every block is back and every book is balanced. Leases of
-    /// offers that nobody claimed have to run out first, so `limit` must be longer than those.
+    /// Waits until all engines are idle, and checks their blocks and their ledgers. Unclaimed offers must expire first, so
+    /// `limit` must be longer than their lease.
     pub async fn settled(&self, client: &Client, limit: Duration) -> Result<()> {
         for addr in self.addrs() {
             let idle = client.wait(&addr, limit, |s| s.running + s.waiting + s.offers + s.pulls.len() == 0).await?;
             ensure!(idle.free == idle.blocks, "{addr} leaked {} blocks", idle.blocks - idle.free);
-            client.metrics(&addr).await?.balanced().with_context(|| format!("the books of {addr}"))?;
+            client.metrics(&addr).await?.balanced().with_context(|| format!("the ledger of {addr}"))?;
         }
         Ok(())
     }
 }
 
-/// How prefill engines are killed.
+/// The settings of the kills.
 #[derive(Debug, Clone)]
-pub struct Terror {
-    /// From one kill to the next, at least.
+pub struct Kills {
+    /// Shortest time between two kills.
     pub every: Duration,
-    /// A kill waits until a pull from the victim has come this far,
+    /// A kill waits until this share of a pull from the victim has arrived,
     pub mid_pull: f64,
-    /// but not for longer than this.
+    /// but no longer than this.
     pub patience: Duration,
-    /// How long a victim stays dead.
+    /// Time from the kill to the restart.
     pub dead: Duration,
 }
 
-/// What was done.
+/// The kills that happened.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Killed {
     pub kills: usize,
-    /// Of these, in the middle of a pull from the victim.
+    /// The kills in the middle of a pull from the victim.
     pub mid_pull: usize,
 }
 
-/// Kills prefill engines in turn, and starts them again, until `stop`.
-pub async fn terrorise(
+/// Kills prefill engines in turn and restarts them, until `stop`.
+pub async fn kill_repeatedly(
     client: Client,
     victims: Vec<Victim>,
     decode: Vec<String>,
-    how: Terror,
+    how: Kills,
     stop: Arc<AtomicBool>,
 ) -> Result<Killed> {
     let mut killed = Killed::default();
@@ -172,16 +168,16 @@ pub async fn terrorise(
         killed.mid_pull += usize::from(mid);
         let dead = how.dead;
         tokio::task::spawn_blocking(move || {
-            hold(&victim).kill()?;
+            victim.lock().kill()?;
             std::thread::sleep(dead);
-            hold(&victim).restart()
+            victim.lock().restart()
         })
         .await??;
     }
     Ok(killed)
 }
 
-/// Whether a pull from this engine has come at least this far, and is not over.
+/// Whether at least this share of a pull from this engine has arrived, and the pull has not ended.
 pub async fn in_mid_pull(client: &Client, decode: &[String], name: &str, part: f64) -> bool {
     for addr in decode {
         let Ok(s) = client.status(addr).await else { continue };
@@ -193,12 +189,12 @@ pub async fn in_mid_pull(client: &Client, decode: &[String], name: &str, part: f
     false
 }
 
-/// A question of so many tokens.
+/// A request for this many tokens.
 pub fn question(prompt: &str, tokens: usize) -> Ask {
     Ask { prompt: Prompt::Text(prompt.into()), max_tokens: tokens, ignore_eos: true, ..Ask::default() }
 }
 
-/// Asks all at once, some clients at a time, and returns the answers in order.
+/// Sends all prompts, `at_once` at a time, and returns the answers in order.
 pub async fn ask_all(
     client: &Client,
     addrs: &[String],
@@ -212,7 +208,7 @@ pub async fn ask_all(
         let (client, addr, ask) = (client.clone(), addrs[i % addrs.len()].clone(), question(p, tokens));
         let gate = gate.clone();
         asks.push(tokio::spawn(async move {
-            let _place = gate.acquire().await;
+            let _permit = gate.acquire().await;
             client.ask(&addr, &ask).await
         }));
     }

@@ -31,7 +31,7 @@ use crate::{
     text::Text,
 };
 
-/// What the handlers share.
+/// The state that all handlers share.
 pub struct Front {
     pub engine: Handle,
     pub text: Text,
@@ -74,25 +74,25 @@ pub fn refuse(p: Problem) -> Response {
 
 fn problem(r: &Refusal) -> Problem {
     match r {
-        Refusal::Bad(why) => Problem::new(400, "invalid_request_error", why),
+        Refusal::Bad(reason) => Problem::new(400, "invalid_request_error", reason),
         // The request is sound, and may do better at the next try.
-        Refusal::KvLost(why) => Problem::new(503, "kv_load_failed", why),
-        Refusal::Engine(why) => Problem::new(500, "engine_error", why),
+        Refusal::KvLost(reason) => Problem::new(503, "kv_load_failed", reason),
+        Refusal::Engine(reason) => Problem::new(500, "engine_error", reason),
     }
 }
 
 async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -> Response {
-    let bad = |why: String| refuse(Problem::new(400, "invalid_request_error", why));
+    let bad = |reason: String| refuse(Problem::new(400, "invalid_request_error", reason));
     let Json(ask) = match ask {
         Ok(ask) => ask,
         Err(e) => return refuse(Problem::new(e.status().as_u16(), "invalid_request_error", e.body_text())),
     };
-    if let Some(why) = ask.cannot() {
-        return bad(why.into());
+    if let Some(reason) = ask.unsupported() {
+        return bad(reason.into());
     }
     if let Some(other) = ask.model.as_ref().filter(|m| **m != front.model) {
-        let why = format!("there is no model {other:?} here: this is {:?}", front.model);
-        return refuse(Problem::new(404, "model_not_found", why));
+        let reason = format!("there is no model {other:?} here: this is {:?}", front.model);
+        return refuse(Problem::new(404, "model_not_found", reason));
     }
     let prompt = match ask.prompt {
         Prompt::Tokens(t) => t,
@@ -182,7 +182,7 @@ impl Answers {
         loop {
             match self.next().await {
                 Event::Token(t) => self.tokens.push(t),
-                Event::Failed(why) => return refuse(problem(&why)),
+                Event::Failed(reason) => return refuse(problem(&reason)),
                 end @ Event::Done { stopped, .. } => {
                     let text = self.front.text.decode(&self.tokens).unwrap_or_default();
                     let finish = if stopped { "stop" } else { "length" };
@@ -196,8 +196,8 @@ impl Answers {
     /// Server-sent events. Headers wait for the first word, so that a request that fails before has a status of its own.
     async fn stream(mut self) -> Response {
         let first = self.next().await;
-        if let Event::Failed(why) = &first {
-            return refuse(problem(why));
+        if let Event::Failed(reason) = &first {
+            return refuse(problem(reason));
         }
         let pieces = futures_util::stream::unfold((self, Some(first), false), |(mut a, first, over)| async move {
             if over {
@@ -231,7 +231,7 @@ impl Answers {
                 let answer = self.answer(text, Vec::new(), Some(if stopped { "stop" } else { "length" }));
                 (vec![json(&self.last(answer, &end)), "[DONE]".into()], true)
             }
-            Event::Failed(why) => (vec![serde_json::to_string(&problem(&why)).unwrap_or_default()], true),
+            Event::Failed(reason) => (vec![serde_json::to_string(&problem(&reason)).unwrap_or_default()], true),
         }
     }
 
@@ -256,8 +256,8 @@ async fn health(State(front): Shared) -> Response {
     match front.engine.status().await {
         Some(Status { wedged: 0, .. }) => "ok".into_response(),
         Some(s) => {
-            let why = format!("blocks of {} pulls are withheld: restart this process to get them back", s.wedged);
-            refuse(Problem::new(503, "engine_error", why))
+            let reason = format!("blocks of {} pulls are withheld: restart this process to get them back", s.wedged);
+            refuse(Problem::new(503, "engine_error", reason))
         }
         None => refuse(Problem::new(503, "engine_error", "the engine has ended")),
     }

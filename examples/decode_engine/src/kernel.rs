@@ -1,11 +1,10 @@
-//! The arithmetic whose result must not depend on company: matrix products and attention scores, one row at a time.
+//! Matrix products and attention scores whose results do not depend on the other rows of a batch.
 //!
-//! Every output element is one chain of fused multiply-adds in a fixed order, whichever rows are computed beside it and
-//! however many. So a token's KV and logits have the same bits in a batch of one and of sixty, in a prompt that runs in
-//! one go and in chunks, here and on the engine that sent the KV: answers can be compared token by token. Library matrix
-//! products choose kernels (and so the order of additions) by shape, and cannot promise that.
+//! Every output element is one chain of fused multiply-adds in a fixed order, for any number of rows. So a token's KV and
+//! logits have the same bits in a batch of one or of sixty, in a whole prompt or in chunks, and on every engine. This makes
+//! answers comparable token by token. Library matrix products select a kernel, and so the order of additions, by shape.
 //!
-//! Runs with AVX2 and FMA where the processor has them; elsewhere slower, with the same bits.
+//! Uses AVX2 and FMA if the processor has them; other processors are slower and give the same bits.
 
 use std::sync::LazyLock;
 
@@ -13,15 +12,15 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// What this processor can do, asked once.
+/// The instructions of this processor.
 static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 
 /// Columns that are computed together.
 const WIDE: usize = 16;
-/// Rows that are computed together, at most: 4 x 16 accumulators are what hides the latency of AVX2's multiply-add (44
-/// GMAC/s here, of 51 that two a cycle at 3.2 GHz would be).
+/// Most rows that are computed together: 4 x 16 accumulators hide the latency of AVX2's multiply-add (44 GMAC/s here; two
+/// per cycle at 3.2 GHz would be 51).
 const ROWS: usize = 4;
-/// Values that share a scale in the quantised formats that are kept as they are.
+/// Values that share a scale in the quantised formats.
 const SHARED: usize = 32;
 
 /// Weights of a linear layer, in panels of 16 columns: `y[i][n] = sum over k of x[i][k] * w[n][k]`.
@@ -36,7 +35,7 @@ pub struct Linear {
 enum Weights {
     /// `[panel][k][16]`
     Full(Vec<f32>),
-    /// `w = q * d + m`: what Q4_0, Q4_1 and Q8_0 say, value for value. `q` as above, `d` and `m` `[panel][k / 32][16]`.
+    /// `w = q * d + m`, for Q4_0, Q4_1 and Q8_0. `q` as above, `d` and `m` `[panel][k / 32][16]`.
     Scaled { q: Vec<i8>, d: Vec<f32>, m: Vec<f32> },
 }
 
@@ -53,12 +52,12 @@ impl Linear {
         Self { n, k, weights: Weights::Full(w) }
     }
 
-    /// From a tensor of a GGUF file. The common 4 and 8 bit formats stay quantised; others are widened.
+    /// From a tensor of a GGUF file. The common 4-bit and 8-bit formats stay quantised; others are widened.
     pub fn from_gguf(t: &QTensor) -> candle_core::Result<Self> {
         let (n, k) = t.shape().dims2()?;
         let bytes = t.data()?;
         let half = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]).to_f32();
-        // Bytes of a block, and what it says: scale, offset, and 32 whole numbers.
+        // A block has a scale, for some formats an offset, and 32 integers.
         type Block = fn(&[u8], &mut [i8; SHARED]);
         let (size, offset, read): (usize, bool, Block) = match t.dtype() {
             GgmlDType::Q4_0 => (18, false, |b, q| nibbles(&b[2..], 8, q)),
@@ -90,7 +89,7 @@ impl Linear {
         self.n
     }
 
-    /// `x` has whole rows of `k` values; the result has as many rows of `n`.
+    /// `x` has whole rows of `k` values; the result has the same number of rows of `n` values.
     pub fn forward(&self, x: &[f32]) -> Vec<f32> {
         let rows = x.len() / self.k;
         let panels = self.n.div_ceil(WIDE);
@@ -114,7 +113,7 @@ impl Linear {
     }
 }
 
-/// One panel of a product. A type of its own, because a closure would not be compiled for the processor's instructions.
+/// One panel of a product. A closure would not be compiled for the processor's instructions.
 struct Panel<'a> {
     linear: &'a Linear,
     panel: usize,
@@ -150,7 +149,7 @@ impl WithSimd for Panel<'_> {
     }
 }
 
-/// 16 bytes of two 4-bit numbers each: the low ones first, then the high ones.
+/// 16 bytes of two 4-bit numbers each: first the low ones, then the high ones.
 fn nibbles(b: &[u8], less: i8, q: &mut [i8; SHARED]) {
     for j in 0..SHARED / 2 {
         q[j] = (b[j] & 15) as i8 - less;
@@ -158,7 +157,7 @@ fn nibbles(b: &[u8], less: i8, q: &mut [i8; SHARED]) {
     }
 }
 
-/// One panel, of whole weights.
+/// One panel of 32-bit weights.
 struct Full<'a> {
     x: &'a [f32],
     k: usize,
@@ -181,7 +180,7 @@ impl WithSimd for Full<'_> {
 }
 
 impl Full<'_> {
-    /// `V` vectors make up a line of [`WIDE`].
+    /// `V` vectors form a line of [`WIDE`] values.
     #[inline(always)]
     fn run<S: Simd, const V: usize>(self, simd: S) {
         let Self { x, k, w, out } = self;
@@ -208,7 +207,7 @@ fn tile<S: Simd, const R: usize, const V: usize>(simd: S, x: &[f32], k: usize, w
     store(out, &acc);
 }
 
-/// Vectors, spelt out: loops over arrays are made into them by some builds and not by others, and run ten times slower there.
+/// Explicit vectors: not every build vectorises loops over arrays, which are ten times slower without.
 #[inline(always)]
 fn step<S: Simd, const V: usize>(simd: S, acc: &mut [S::f32s; V], x: f32, w: &[S::f32s; V]) {
     let x = simd.splat_f32s(x);
@@ -229,7 +228,7 @@ fn store<F: Copy + bytemuck::NoUninit, const V: usize>(out: &mut [f32], acc: &[[
     }
 }
 
-/// One panel's numbers and scales.
+/// The numbers and scales of one panel.
 #[derive(Clone, Copy)]
 struct Scaled<'a> {
     q: &'a [i8],
@@ -244,8 +243,8 @@ impl<'a> Scaled<'a> {
     }
 }
 
-/// One panel, of scaled weights. Few rows: each weight is widened as it is needed. More: the panel is widened first. The
-/// weight is the same number either way.
+/// One panel of scaled weights. For few rows, each weight is widened on use; for more, the panel is widened first. Both
+/// give the same weights.
 #[inline(always)]
 fn scaled<S: Simd, const V: usize>(simd: S, x: &[f32], k: usize, weights: Scaled<'_>, out: &mut [f32]) {
     match x.len() / k {
@@ -261,7 +260,7 @@ fn scaled<S: Simd, const V: usize>(simd: S, x: &[f32], k: usize, weights: Scaled
     }
 }
 
-/// 32 x 16 weights.
+/// Widens 32 x 16 weights.
 #[inline(always)]
 fn widen<S: Simd, const V: usize>(simd: S, q: &[i8], d: &[f32; WIDE], m: &[f32; WIDE], w: &mut [f32]) {
     for (w, q) in w.iter_mut().zip(q) {
@@ -365,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_the_same_bits_whatever_is_computed_beside_it() -> candle_core::Result<()> {
+    fn a_row_has_the_same_bits_in_every_batch() -> candle_core::Result<()> {
         let (n, k, rows) = (40, 64, 23);
         let (w, x) = (noise(n * k, 1), noise(rows * k, 2));
         let t = Tensor::from_slice(&w, (n, k), &Device::Cpu)?;
@@ -385,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_product_is_what_the_formats_say() -> candle_core::Result<()> {
+    fn products_follow_the_quantised_formats() -> candle_core::Result<()> {
         let (n, k, rows) = (40, 64, 7);
         let (w, x) = (noise(n * k, 3), noise(rows * k, 4));
         let t = Tensor::from_slice(&w, (n, k), &Device::Cpu)?;
@@ -416,11 +415,11 @@ mod tests {
         }
     }
 
-    /// Not a test: how fast it is here. `cargo test --release -p decode-engine kernel -- --ignored --nocapture`
+    /// Not a test: prints the speed. `cargo test --release -p decode-engine kernel -- --ignored --nocapture`
     #[test]
     #[ignore = "prints figures"]
     fn speed() -> anyhow::Result<()> {
-        // One thread, which does it all: its time is what is measured.
+        // One thread does all the work, and its time is measured.
         rayon::ThreadPoolBuilder::new().num_threads(1).build()?.install(figures)
     }
 
@@ -430,7 +429,7 @@ mod tests {
         for kind in [GgmlDType::F32, GgmlDType::Q4_1] {
             let l = Linear::from_gguf(&QTensor::quantize(&t, kind)?)?;
             for rows in [1, 2, 4, 8, 64, 256] {
-                // Of this thread's time: others may have the processor too.
+                // Other threads may use the processor too.
                 let now = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
                 let (x, started, times) = (noise(rows * k, 2), now(), 2000 / rows + 1);
                 (0..times).for_each(|_| drop(std::hint::black_box(l.forward(&x))));

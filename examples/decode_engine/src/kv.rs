@@ -1,9 +1,9 @@
-//! The paged KV cache: where in kvferry's pool a token's keys and values lie, and how they get there and back.
+//! The paged KV cache: writes a token's keys and values to kvferry's pool, and reads them back.
 //!
 //! Owns the memory that prefill engines offer and decode engines pull into; knows nothing of requests. A block holds 16
-//! tokens of every layer; inside a layer it is `[KV head][K, V][token][head]` in 16-bit floats, so that a head is one run
-//! of bytes. What attention reads is always what is in the pool, also for the tokens of the step itself: a token sees the
-//! same bits whether its past was computed here or came from elsewhere.
+//! tokens of every layer. In a layer it is `[KV head][K, V][token][head]` in 16-bit floats, so that a head is one run of
+//! bytes. Attention always reads from the pool, even the tokens of the current step: a token sees the same bits whether its
+//! past was computed here or pulled.
 
 use std::io;
 
@@ -37,17 +37,17 @@ impl Kv {
         &self.memory
     }
 
-    /// How it is laid out.
+    /// The layout of the pool.
     pub fn layout(&self) -> &PoolLayout {
         &self.layout
     }
 
-    /// Blocks in it.
+    /// The number of blocks.
     pub fn blocks(&self) -> u32 {
         self.layout.groups[0].blocks
     }
 
-    /// Bytes of one token in all layers.
+    /// Bytes per token over all layers.
     pub fn token_bytes(&self) -> u64 {
         self.layout.groups[0].block_bytes() / BLOCK as u64
     }
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_token_by_token_is_gathered_head_by_head() -> Result<(), Box<dyn std::error::Error>> {
+    fn values_written_by_token_are_gathered_by_head() -> Result<(), Box<dyn std::error::Error>> {
         let kv = Kv::new(4, 2, 2, 8)?;
         let table = [BlockId(3), BlockId(1)];
         let value = |t: usize, h: usize, d: usize, part: usize| (t * 100 + h * 40 + d * 2 + part) as f32;
@@ -122,7 +122,7 @@ mod tests {
             let at = (h * 20 + t) * 8 + d;
             assert_eq!((k[at], v[at]), (value(t, h, d, 0), value(t, h, d, 1)));
         }
-        assert!(kv.gather(1, &table, 33, &mut k, &mut v).is_err(), "past the table");
+        assert!(kv.gather(1, &table, 33, &mut k, &mut v).is_err(), "beyond the table");
         assert_eq!(kv.token_bytes(), 2 * 2 * 16 * 2);
         Ok(())
     }

@@ -1,17 +1,17 @@
-//! A small, real engine around kvferry, to see what a bad day does to requests.
+//! A small but real engine around kvferry, to test the effect of failures on requests.
 //!
-//! It runs models of the Llama type on candle: a paged KV cache in kvferry's pool, a prefix cache, continuous batching,
-//! chunked prefill, preemption, greedy sampling. Prefill engines offer the KV of prompts, decode engines pull it, and what
-//! does not arrive is computed again, exactly that and nothing else. Answers are the same to the token whatever happens.
+//! It runs models of the Llama type on candle, with a paged KV cache in kvferry's pool, a prefix cache, continuous batching,
+//! chunked prefill, preemption and greedy sampling. Prefill engines offer the KV of prompts, decode engines pull it and
+//! compute exactly the missing part. Failures never change the tokens of an answer.
 //!
-//! | module | its noun |
+//! | module | content |
 //! | --- | --- |
-//! | [`kernel`], [`llama`], [`weights`], [`text`] | the model: arithmetic, forward pass, where it comes from, its tokeniser |
-//! | [`kv`], [`blocks`] | the cache: bytes in the pool; who holds which block, and what the prefix cache finds |
-//! | [`request`], [`engine`], [`counts`] | requests, the thread that runs them, and what it counts by itself |
-//! | [`api`], [`http`], [`serve`], [`router`] | the processes: bodies, engine front, engine process, router process |
-//! | [`client`], [`process`], [`fleet`], [`prompts`] | the other side: clients, children, deployments, questions |
-//! | [`demo`], [`soak`], [`ttft`] | what can be shown |
+//! | [`kernel`], [`llama`], [`weights`], [`text`] | the model: arithmetic, forward pass, weights, tokeniser |
+//! | [`kv`], [`blocks`] | the cache: bytes in the pool; references to blocks, and the prefix cache |
+//! | [`request`], [`engine`], [`counts`] | requests, the thread that runs them, and its independent counts |
+//! | [`api`], [`http`], [`serve`], [`router`] | the processes: HTTP bodies, HTTP front, engine process, router process |
+//! | [`client`], [`process`], [`fleet`], [`prompts`] | clients, child processes, deployments, prompts |
+//! | [`demo`], [`soak`], [`ttft`] | the commands that measure and demonstrate |
 
 pub mod api;
 pub mod blocks;

@@ -1,7 +1,7 @@
 //! A model of the Llama type: its weights, and one forward pass over a batch of pieces of prompts.
 //!
-//! The flow is candle's (embedding, norms, activations, residuals); matrix products and attention are operations of our
-//! own on its tensors, for the reason that [`kernel`] gives. Never samples, never schedules.
+//! Embedding, norms, activations and residuals are candle's. Matrix products and attention are our own operations on its
+//! tensors, for the reason that [`kernel`] gives. This module never samples and never schedules.
 
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ use crate::{
 /// A model's dimensions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// What both sides of a transfer must agree on: a name, with the weights' hash.
+    /// The name, with a hash of the weights. Both sides of a transfer must have the same one.
     pub name: String,
     /// Layers.
     pub layers: usize,
@@ -28,7 +28,7 @@ pub struct Config {
     pub heads: usize,
     /// KV heads.
     pub kv_heads: usize,
-    /// Values in a head; a multiple of 8.
+    /// Values per head; a multiple of 8.
     pub head: usize,
     /// Tokens in the vocabulary.
     pub vocab: usize,
@@ -57,9 +57,9 @@ pub struct Layer {
 
 /// Token embeddings.
 pub enum Embedding {
-    /// As the file has them.
+    /// Quantised as in the file.
     Quantised(QTensor),
-    /// Whole.
+    /// In 32-bit floats.
     Full(Tensor),
 }
 
@@ -73,7 +73,7 @@ pub struct Llama {
     pub rope: Rope,
 }
 
-/// The rotation of neighbouring pairs by an angle that grows with the position: sines and cosines, `[position][pair]`.
+/// Sines and cosines `[position][pair]`, to rotate neighbouring pairs by an angle that grows with the position.
 pub struct Rope {
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -81,7 +81,7 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// For this many positions. `factors` stretches each pair's wavelength, where a model has that.
+    /// Tables for this many positions. `factors` stretches the wavelength of each pair, if the model has them.
     pub fn new(base: f32, head: usize, positions: usize, factors: Option<&[f32]>) -> Self {
         let pairs = head / 2;
         let angles = (0..positions).flat_map(|p| {
@@ -114,16 +114,16 @@ pub struct Span {
     pub first: usize,
     /// The sequence's blocks by position, up to those of the last row.
     pub table: Vec<BlockId>,
-    /// Whether the logits of its last row are wanted.
+    /// Whether the logits of its last row are needed.
     pub logits: bool,
 }
 
-/// What runs in one step.
+/// The rows of one step.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// The tokens of all rows.
     pub tokens: Vec<u32>,
-    /// Whose rows they are.
+    /// The sequences of the rows.
     pub spans: Vec<Span>,
 }
 
@@ -133,9 +133,9 @@ impl Llama {
         Kv::new(blocks, self.config.layers, self.config.kv_heads, self.config.head)
     }
 
-    /// Runs a batch, and writes its KV. Keys and values of all rows are stored layer by layer before attention reads
-    /// them, so a piece may build on blocks that another piece of the same batch fills. Returns the logits, a row for
-    /// each span that wants them.
+    /// Runs a batch, and writes its KV. In each layer, the keys and values of all rows are stored before attention reads
+    /// them, so a piece may use blocks that another piece of the same batch fills. Returns the logits: a row for each span
+    /// that needs them.
     pub fn forward(&self, batch: &Batch, kv: &Kv) -> Result<Vec<Vec<f32>>> {
         let ids = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &Device::Cpu)?;
         let mut x = match &self.embedding {
@@ -161,7 +161,7 @@ impl Llama {
     }
 }
 
-/// The likeliest token; of equals, the first.
+/// The most likely token; the first one of equals.
 pub fn greedy(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |b, (i, l)| if *l > b.1 { (i, *l) } else { b });
     best.0 as u32
@@ -170,7 +170,7 @@ pub fn greedy(logits: &[f32]) -> u32 {
 fn rows<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {
     match l.contiguous_offsets() {
         Some((from, to)) => Ok(&s.as_slice::<f32>()?[from..to]),
-        None => candle_core::bail!("rows must lie one after the other"),
+        None => candle_core::bail!("rows must be contiguous"),
     }
 }
 
@@ -185,7 +185,7 @@ impl CustomOp1 for Linear {
     }
 }
 
-/// Rotates queries and keys, stores keys and values in the cache, and attends to what is there.
+/// Rotates queries and keys, stores keys and values in the cache, and attends to the cached tokens.
 struct Attention<'a> {
     model: &'a Llama,
     layer: usize,

@@ -1,4 +1,4 @@
-//! `decode-engine`: see the library's first page.
+//! The command `decode-engine`.
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
@@ -10,22 +10,22 @@ use tracing_subscriber::EnvFilter;
 #[derive(Parser)]
 #[command(version)]
 enum Args {
-    /// One engine process, with an OpenAI-style HTTP front.
+    /// Run one engine with an OpenAI-style HTTP front.
     Serve(serve::Args),
-    /// Sends prompts to a prefill engine, then to a decode engine.
+    /// Send prompts to a prefill engine, then to a decode engine.
     Router(router::Args),
-    /// A good day and a bad one on this machine, next to a single engine.
+    /// Show a good day and a bad day on this machine, and compare the answers with those of a single engine.
     Demo(demo::Args),
-    /// Requests at a steady rate, a prefill engine killed again and again, and not one wrong answer.
+    /// Send requests at a steady rate while prefill engines are killed, and check every answer.
     Soak(soak::Args),
-    /// Time to first token with remote and with local prefill, and after a kill.
+    /// Measure the time to first token with remote prefill, with local prefill, and after a kill.
     Ttft(ttft::Args),
 }
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
-    // Colours are for people: a file or a pipe gets plain text.
+    // A file or a pipe gets plain text.
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let done = match Args::parse() {

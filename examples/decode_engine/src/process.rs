@@ -1,4 +1,4 @@
-//! Engine and router processes, as children: for the demo, the soak, the benchmark and the tests.
+//! Engine and router processes as children, for the demo, the soak, the benchmark and the tests.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -39,7 +39,7 @@ impl Process {
         BufReader::new(out).read_line(&mut line)?;
         match serde_json::from_str(&line) {
             Ok(ready) => Ok(Self { exe, args, child, ready }),
-            // It said why on standard error, which is ours too.
+            // It printed the reason on standard error, which it shares with this process.
             Err(_) => anyhow::bail!("`{}` did not start ({})", args.join(" "), child.wait()?),
         }
     }
@@ -49,14 +49,14 @@ impl Process {
         &self.ready.listen
     }
 
-    /// Ends it the hard way: SIGKILL, with no chance to say goodbye.
+    /// Kills it with SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Starts it again at the same addresses.
+    /// Starts it again with the same addresses.
     pub fn restart(&mut self) -> Result<()> {
         let mut args: Vec<String> = Vec::new();
         let mut old = self.args.iter();
@@ -71,7 +71,7 @@ impl Process {
         if !self.ready.kv.is_empty() {
             args.extend(["--kv-listen".into(), self.ready.kv.clone()]);
         }
-        // Somebody may have taken the port for a moment: a client's connection to another one, for instance.
+        // A client's connection may use the port for a moment.
         let mut tries = 0;
         *self = loop {
             match Self::spawn(self.exe.clone(), args.clone()) {
@@ -84,15 +84,15 @@ impl Process {
         Ok(())
     }
 
-    /// Whether it is still there.
-    pub fn lives(&mut self) -> bool {
+    /// Whether the process runs.
+    pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may be gone already.
+        // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

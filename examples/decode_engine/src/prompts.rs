@@ -1,6 +1,6 @@
-//! Prompts to ask: made up from a seed, as long as wanted, in groups that share their beginning.
+//! Prompts that are generated from a seed, with a given length, in groups with a common beginning.
 
-/// A source of text: the same seed gives the same text.
+/// A text generator: the same seed gives the same text.
 pub struct Writer(u64);
 
 impl Writer {
@@ -66,7 +66,7 @@ impl Writer {
     }
 }
 
-/// `n` prompts, no two alike, in groups that share their first `shared` bytes; `own` bytes of each are its own.
+/// `n` different prompts in groups that share their first `shared` bytes; `own` bytes of each are unique.
 pub fn prompts(n: usize, groups: usize, shared: usize, own: usize, seed: u64) -> Vec<String> {
     let begin = |g: usize| Writer::new(seed * 1000 + g as u64).text(shared);
     let begins: Vec<_> = (0..groups.max(1)).map(begin).collect();
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_two_prompts_are_alike_and_groups_share_their_beginning() {
+    fn all_prompts_differ_and_groups_share_their_beginning() {
         let all = prompts(20, 2, 300, 100, 1);
         assert_eq!(all.iter().collect::<std::collections::HashSet<_>>().len(), 20);
         assert_eq!(all[0][..300], all[2][..300]);

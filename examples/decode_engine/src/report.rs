@@ -1,18 +1,18 @@
-//! What was seen, and whether it held.
+//! The properties that must hold, and the observations.
 
 use std::time::Duration;
 
-/// Things that must hold, as they were seen.
+/// A table of properties: whether each held, and the observation.
 #[derive(Debug, Default)]
 pub struct Report(Vec<(bool, String, String)>);
 
 impl Report {
-    /// Notes one.
+    /// Adds a property.
     pub fn saw(&mut self, what: &str, held: bool, seen: impl Into<String>) {
         self.0.push((held, what.into(), seen.into()));
     }
 
-    /// Notes one that fails with a reason.
+    /// Adds a property that fails with an error.
     pub fn check(&mut self, what: &str, seen: anyhow::Result<String>) {
         match seen {
             Ok(seen) => self.saw(what, true, seen),
@@ -20,19 +20,19 @@ impl Report {
         }
     }
 
-    /// Prints the table, and says whether all of it held.
+    /// Prints the table, and returns whether all properties held.
     pub fn print(&self) -> bool {
-        println!("\n{:<24} {:<6} what was seen", "promise", "held");
+        println!("\n{:<24} {:<6} observation", "property", "held");
         for (held, what, seen) in &self.0 {
             println!("{what:<24} {:<6} {seen}", if *held { "yes" } else { "NO" });
         }
         let all = self.0.iter().all(|s| s.0);
-        println!("\n{}", if all { "all of it held" } else { "NOT all of it held" });
+        println!("\n{}", if all { "all properties held" } else { "NOT all properties held" });
         all
     }
 }
 
-/// The value below which this part of all lies; zero of none.
+/// The quantile of the values; zero if there are none.
 pub fn quantile(all: &[Duration], part: f64) -> Duration {
     let mut all = all.to_vec();
     all.sort();

@@ -16,62 +16,62 @@ use crate::{blocks::Key, kv::BLOCK};
 /// The engine's number for a request.
 pub type Id = u64;
 
-/// What somebody wants.
+/// A request as the client sent it.
 #[derive(Debug)]
 pub struct Job {
-    /// The request's name, for logs and offers.
+    /// The name of the request, for logs and offers.
     pub name: String,
-    /// Its prompt; not empty.
+    /// The prompt; not empty.
     pub prompt: Vec<u32>,
     /// Tokens to generate; at least one.
     pub max_tokens: usize,
-    /// Go on past the token that ends an answer.
+    /// Continue after the token that ends an answer.
     pub ignore_eos: bool,
-    /// Offer the prompt's KV when it is there, for another engine to decode.
+    /// Offer the prompt's KV to another engine when it is complete.
     pub produce: bool,
-    /// Where the prompt's KV can be had.
+    /// An offer of the prompt's KV.
     pub offer: Option<Offer>,
-    /// Where its tokens go. Closed by a client that goes away.
+    /// The channel for its events. It is closed when the client disconnects.
     pub out: UnboundedSender<Event>,
 }
 
-/// What becomes of a request, event by event; the last one is `Done` or `Failed`.
+/// An event of a request. The last one is `Done` or `Failed`.
 #[derive(Debug)]
 pub enum Event {
     /// A token.
     Token(u32),
     /// No more tokens.
     Done {
-        /// The last token was one that ends answers.
+        /// The last token ended the answer.
         stopped: bool,
-        /// Where the prompt's tokens came from.
+        /// The sources of the prompt's tokens.
         parts: Parts,
-        /// The prompt's KV, if it was to be offered.
+        /// The offer of the prompt's KV, if requested.
         offer: Option<Box<Offer>>,
     },
     /// There will be no answer.
     Failed(Refusal),
 }
 
-/// Why there will be no answer.
+/// The reason why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// It asks for what this engine cannot do.
+    /// The request is not supported.
     #[error("{0}")]
     Bad(String),
-    /// KV that it counted on did not arrive.
+    /// KV did not arrive.
     #[error("{0}")]
     KvLost(String),
-    /// Something else here went wrong.
+    /// The engine failed.
     #[error("{0}")]
     Engine(String),
 }
 
-/// A pull under way.
+/// A running load.
 #[derive(Debug)]
 pub struct Load {
     pub pull: Option<PullId>,
-    /// It has ended in this step, or could not even begin.
+    /// It has ended in this step, or could not start.
     pub ended: bool,
 }
 
@@ -80,7 +80,7 @@ pub struct Load {
 pub struct Req {
     pub id: Id,
     pub job: Job,
-    /// The prompt, and what was generated.
+    /// The tokens of the prompt and the generated ones.
     pub tokens: Vec<u32>,
     /// The keys of its full blocks.
     pub keys: Vec<Key>,
@@ -90,9 +90,9 @@ pub struct Req {
     pub load: Option<Load>,
     /// Tokens to run in this step.
     pub scheduled: u64,
-    /// Its client is gone; it stays until its load is quiet.
+    /// Its client has disconnected; it stays until its load is quiet.
     pub gone: bool,
-    /// It had its first token: where its prompt came from.
+    /// The sources of its prompt's tokens, after its first token.
     pub settled: Option<Parts>,
     pub arrived: Instant,
 }
@@ -120,7 +120,7 @@ impl Req {
         self.job.prompt.len() as u64
     }
 
-    /// Tokens that are known: prompt and generated.
+    /// Known tokens: the prompt and the generated ones.
     pub fn known(&self) -> u64 {
         self.tokens.len() as u64
     }
@@ -130,8 +130,8 @@ impl Req {
         self.tokens.len() - self.job.prompt.len()
     }
 
-    /// The longest prefix that need not be computed: whole blocks, and one token must run to have logits.
-    pub fn most(&self) -> u64 {
+    /// The longest useful prefix hit: whole blocks, without the last token, which must run to give logits.
+    pub fn longest_hit(&self) -> u64 {
         (self.known() - 1) / BLOCK as u64 * BLOCK as u64
     }
 
@@ -140,7 +140,7 @@ impl Req {
         self.job.offer.as_ref().map_or(0, |o| o.tokens.min(self.prompt() - 1))
     }
 
-    /// Where the step ends.
+    /// The end of the step.
     pub fn ran_to(&self) -> u64 {
         self.held.total() + self.scheduled
     }
@@ -151,14 +151,14 @@ impl Req {
     }
 
     /// Extends the keys to all full blocks of known tokens.
-    pub fn name_blocks(&mut self) {
+    pub fn update_keys(&mut self) {
         for block in self.tokens.chunks_exact(BLOCK).skip(self.keys.len()) {
             let before = self.keys.last().copied().unwrap_or_default();
             self.keys.push(before.then(block));
         }
     }
 
-    /// As the scheduler's functions see it.
+    /// The request as the scheduler's functions see it.
     pub fn view(&self) -> View<'_, Id> {
         View {
             id: self.id,

@@ -1,11 +1,11 @@
-//! The router: sends a prompt to a prefill engine, then to a decode engine with the offer that came back.
+//! The router: sends a prompt to a prefill engine, then to a decode engine with the returned offer.
 //!
-//! It owns no request: what it does not know is the decode engine's to find out. A prefill engine that does not answer
-//! costs nothing but time: the next one is asked, and in the end the decode engine computes the prompt itself.
+//! It owns no request and checks no prompt; the decode engine does. A prefill engine that does not answer only costs time:
+//! the router tries the next one, and without any the decode engine computes the prompt itself.
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
@@ -36,7 +37,7 @@ use crate::{
 /// Flags of `router`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// `HOST:PORT` to listen on; port 0 takes a free one.
+    /// Listening address `HOST:PORT`. Port 0 selects a free port.
     #[arg(long, default_value = "127.0.0.1:0")]
     pub listen: String,
     /// `HOST:PORT` of each prefill engine.
@@ -45,7 +46,7 @@ pub struct Args {
     /// `HOST:PORT` of each decode engine.
     #[arg(long, value_delimiter = ',', required = true)]
     pub decode: Vec<String>,
-    /// Seconds that a prefill engine may take.
+    /// Time limit for a prefill engine, in seconds.
     #[arg(long, default_value_t = 30.0)]
     pub prefill_timeout: f64,
     /// End when the parent process does.
@@ -53,59 +54,55 @@ pub struct Args {
     pub exit_with_parent: bool,
 }
 
-/// An engine that did not answer is left alone for this long: shorter than a restart takes, longer than a burst. Twice as
-/// long each time that it does not answer again,
+/// The router skips an engine that did not answer for this time, which is shorter than a restart and longer than a burst.
+/// The time doubles with each further failure.
 const REST: Duration = Duration::from_millis(200);
-/// but no longer than this.
-const LONG_REST: Duration = Duration::from_secs(10);
+/// Longest time for which the router skips an engine.
+const LONGEST_REST: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Way {
+struct Labels {
     prefill: &'static str,
 }
 
 struct Peer {
     url: String,
-    /// Since when it rests, and how long.
+    /// The start and the length of the current rest.
     resting: Mutex<Option<(Instant, Duration)>>,
 }
 
 impl Peer {
-    fn resting(&self) -> std::sync::MutexGuard<'_, Option<(Instant, Duration)>> {
-        self.resting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn rests(&self) -> bool {
-        self.resting().is_some_and(|(at, long)| at.elapsed() < long)
+        self.resting.lock().is_some_and(|(at, long)| at.elapsed() < long)
     }
 
     fn rest(&self) {
-        let mut resting = self.resting();
-        // Those that were on their way together count once.
+        let mut resting = self.resting.lock();
+        // Requests that failed at the same time count once.
         if resting.is_some_and(|(at, long)| at.elapsed() < long) {
             return;
         }
-        let long = resting.map_or(REST, |(_, long)| (long * 2).min(LONG_REST));
+        let long = resting.map_or(REST, |(_, long)| (long * 2).min(LONGEST_REST));
         *resting = Some((Instant::now(), long));
     }
 
     fn answered(&self) {
-        *self.resting() = None;
+        *self.resting.lock() = None;
     }
 }
 
-struct Desk {
+struct Engines {
     http: reqwest::Client,
     prefill: Vec<Peer>,
     decode: Vec<Peer>,
     next: AtomicUsize,
     prefill_timeout: Duration,
-    requests: Family<Way, Counter>,
+    requests: Family<Labels, Counter>,
     retries: Counter,
     registry: Registry,
 }
 
-/// Routes until it is told to end.
+/// Routes requests until the process ends.
 pub async fn run(args: Args) -> Result<()> {
     if args.exit_with_parent {
         follow_parent()?;
@@ -114,13 +111,13 @@ pub async fn run(args: Args) -> Result<()> {
         list.iter().map(|a| Peer { url: format!("http://{a}/v1/completions"), resting: Mutex::new(None) }).collect()
     };
     let (requests, retries, mut registry) =
-        (Family::<Way, Counter>::default(), Counter::default(), Registry::default());
+        (Family::<Labels, Counter>::default(), Counter::default(), Registry::default());
     for prefill in ["remote", "local"] {
-        requests.get_or_create(&Way { prefill }).inc_by(0);
+        requests.get_or_create(&Labels { prefill }).inc_by(0);
     }
-    registry.register("router_requests", "Requests, by where their prompt was computed", requests.clone());
-    registry.register("router_retries", "Engines that did not answer", retries.clone());
-    let desk = Arc::new(Desk {
+    registry.register("router_requests", "Requests, by the place of their prefill", requests.clone());
+    registry.register("router_retries", "Requests to engines that did not answer", retries.clone());
+    let engines = Arc::new(Engines {
         http: reqwest::Client::builder().no_proxy().build()?,
         prefill: peers(&args.prefill),
         decode: peers(&args.decode),
@@ -134,27 +131,27 @@ pub async fn run(args: Args) -> Result<()> {
         .route("/v1/completions", post(complete))
         .route("/metrics", get(metrics))
         .route("/health", get(|| async { "ok" }))
-        .with_state(desk);
+        .with_state(engines);
     let listener =
         TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     Ready { listen: listener.local_addr()?.to_string(), kv: String::new(), pid: std::process::id() }.say()?;
     Ok(axum::serve(listener, routes).await?)
 }
 
-async fn complete(State(desk): State<Arc<Desk>>, ask: std::result::Result<Json<Ask>, JsonRejection>) -> Response {
+async fn complete(State(engines): State<Arc<Engines>>, ask: std::result::Result<Json<Ask>, JsonRejection>) -> Response {
     let Json(mut ask) = match ask {
         Ok(ask) => ask,
         Err(e) => return refuse(Problem::new(e.status().as_u16(), "invalid_request_error", e.body_text())),
     };
-    let turn = desk.next.fetch_add(1, Ordering::Relaxed);
-    ask.kv_transfer_params = desk.prefill(&ask, turn).await;
+    let turn = engines.next.fetch_add(1, Ordering::Relaxed);
+    ask.kv_transfer_params = engines.prefill(&ask, turn).await;
     let prefill = if ask.kv_transfer_params.is_some() { "remote" } else { "local" };
-    desk.requests.get_or_create(&Way { prefill }).inc();
-    desk.decode(&ask, turn).await
+    engines.requests.get_or_create(&Labels { prefill }).inc();
+    engines.decode(&ask, turn).await
 }
 
-impl Desk {
-    /// Has the prompt computed elsewhere. `None`: nobody did.
+impl Engines {
+    /// Sends the prompt to a prefill engine. `None` if none computed it.
     async fn prefill(&self, ask: &Ask, turn: usize) -> Option<Transfer> {
         let ask = Ask {
             max_tokens: 1,
@@ -170,7 +167,7 @@ impl Desk {
             let sent = self.http.post(&peer.url).timeout(self.prefill_timeout).json(&ask).send().await;
             let answer = match sent {
                 Ok(r) if r.status().is_success() => r.json::<Answer>().await.map_err(|e| e.to_string()),
-                // What it thinks of the prompt, the decode engine will say too.
+                // The decode engine will refuse the prompt too, and tell the client.
                 Ok(r) if r.status().is_client_error() => return None,
                 Ok(r) => Err(r.status().to_string()),
                 Err(e) => Err(e.to_string()),
@@ -180,8 +177,8 @@ impl Desk {
                     peer.answered();
                     return a.kv_transfer_params;
                 }
-                Err(why) => {
-                    tracing::warn!(peer = %peer.url, "a prefill engine did not answer: {why}");
+                Err(reason) => {
+                    tracing::warn!(peer = %peer.url, "a prefill engine did not answer: {reason}");
                     self.retries.inc();
                     peer.rest();
                 }
@@ -190,23 +187,23 @@ impl Desk {
         None
     }
 
-    /// Has the answer generated, and passes it through as it comes.
+    /// Sends the prompt to a decode engine, and streams the answer through.
     async fn decode(&self, ask: &Ask, turn: usize) -> Response {
-        let mut why = String::from("there is no decode engine");
+        let mut reason = String::from("there is no decode engine");
         for i in 0..self.decode.len() {
             let peer = &self.decode[(turn + i) % self.decode.len()];
             match self.http.post(&peer.url).json(ask).send().await {
                 Ok(r) if r.status().is_server_error() => {
                     let status = r.status();
                     let body = r.bytes().await.unwrap_or_default();
-                    let said = serde_json::from_slice::<Problem>(&body).unwrap_or_default();
-                    // What became of the request is its client's to know; what became of the engine, ours.
-                    if said.error.kind != "engine_error" {
+                    let problem = serde_json::from_slice::<Problem>(&body).unwrap_or_default();
+                    // The client gets an error of its request. For an error of the engine, another one is tried.
+                    if problem.error.kind != "engine_error" {
                         return (status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
                     }
-                    tracing::warn!(peer = %peer.url, "a decode engine cannot: {}", said.error.message);
+                    tracing::warn!(peer = %peer.url, "a decode engine failed: {}", problem.error.message);
                     self.retries.inc();
-                    why = said.error.message;
+                    reason = problem.error.message;
                 }
                 Ok(r) => {
                     let status = r.status();
@@ -221,17 +218,17 @@ impl Desk {
                 Err(e) => {
                     tracing::warn!(peer = %peer.url, "a decode engine did not answer: {e}");
                     self.retries.inc();
-                    why = e.to_string();
+                    reason = e.to_string();
                 }
             }
         }
-        refuse(Problem::new(502, "no_engine", format!("no decode engine answers: {why}")))
+        refuse(Problem::new(502, "no_engine", format!("no decode engine answers: {reason}")))
     }
 }
 
-async fn metrics(State(desk): State<Arc<Desk>>) -> Response {
+async fn metrics(State(engines): State<Arc<Engines>>) -> Response {
     let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, &desk.registry) {
+    match prometheus_client::encoding::text::encode(&mut text, &engines.registry) {
         Ok(()) => text.into_response(),
         Err(e) => refuse(Problem::new(500, "router_error", e.to_string())),
     }

@@ -1,4 +1,4 @@
-//! One engine process: builds the model, its ends of the ferry, the engine's thread and the HTTP front.
+//! One engine process: builds the model, its ends of kvferry, the engine's thread and the HTTP front.
 
 use std::{io::Write as _, sync::Arc, time::Duration};
 
@@ -17,31 +17,31 @@ use crate::{
     weights,
 };
 
-/// What an engine does in a deployment.
+/// The role of an engine in a deployment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Computes prompts, and offers their KV.
+    /// Computes prompts and offers their KV.
     Prefill,
-    /// Pulls prompts' KV, and generates.
+    /// Pulls the KV of prompts and generates.
     Decode,
-    /// Either, or all by itself.
+    /// Both, or serves requests alone.
     Both,
 }
 
 /// See [`Policy`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnLoss {
-    /// Keep what arrived, compute the rest.
+    /// Keep the blocks that arrived, and compute the rest.
     Recompute,
-    /// Fail the requests that lost something.
+    /// Fail the requests that lost blocks.
     Fail,
 }
 
 /// See [`Settings::sync_loads`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Loads {
-    /// Requests that load stand aside.
+    /// Requests with a running load are left out of the step.
     Async,
     /// The step waits for its loads.
     Sync,
@@ -50,34 +50,34 @@ pub enum Loads {
 /// Flags of `serve`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// What it does.
+    /// Role of the engine.
     #[arg(long, value_enum, default_value = "both")]
     pub role: Role,
-    /// A GGUF file of a Llama-type model, `smollm2` (fetched before), or `tiny` (built in, random).
+    /// The model: a GGUF file of the Llama type, `smollm2` (fetched by fetch-model), or `tiny` (random weights).
     #[arg(long, default_value = "smollm2")]
     pub model: String,
-    /// `HOST:PORT` of the HTTP front; port 0 takes a free one.
+    /// `HOST:PORT` of the HTTP front. Port 0 selects a free port.
     #[arg(long, default_value = "127.0.0.1:0")]
     pub listen: String,
-    /// `HOST:PORT` of kvferry's control plane, where KV is offered.
+    /// `HOST:PORT` of kvferry's control plane, for offers.
     #[arg(long, default_value = "127.0.0.1:0")]
     pub kv_listen: String,
-    /// The engine's name for its peers.
+    /// Engine id for peers.
     #[arg(long, default_value = "engine")]
     pub name: String,
-    /// Blocks of 16 tokens in its KV pool.
+    /// Blocks of 16 tokens in the KV pool.
     #[arg(long, default_value_t = 1024)]
     pub blocks: u32,
-    /// Threads of the model.
+    /// Threads for the model.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
-    /// Tokens in a step, at most: longer prompts run in chunks.
+    /// Most tokens per step. Longer prompts run in chunks.
     #[arg(long, default_value_t = 256)]
     pub budget: u64,
-    /// Requests that run at once, at most.
+    /// Most requests that run at the same time.
     #[arg(long, default_value_t = 64)]
     pub running: usize,
-    /// What happens to requests whose KV does not arrive.
+    /// Policy for requests whose KV does not arrive.
     #[arg(long, value_enum, default_value = "recompute")]
     pub policy: OnLoss,
     /// Whether a step waits for its loads.
@@ -89,10 +89,10 @@ pub struct Args {
     /// Seconds from the start of a pull to its decision.
     #[arg(long, default_value_t = 10.0)]
     pub deadline: f64,
-    /// Seconds that an offer waits for its claim.
+    /// Lease of an offer without a claim, in seconds.
     #[arg(long, default_value_t = 30.0)]
     pub unclaimed: f64,
-    /// Breaks pulls' lanes on purpose: see `kvferry pull --fault`.
+    /// Break the lanes of pulls on purpose: see `kvferry pull --fault`.
     #[arg(long)]
     pub fault: Option<Faults>,
     /// End when the parent process does.
@@ -100,30 +100,30 @@ pub struct Args {
     pub exit_with_parent: bool,
 }
 
-/// What a process says on its standard output once it serves: one line of JSON.
+/// The line of JSON that a process prints when it serves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ready {
     /// `HOST:PORT` of the HTTP front.
     pub listen: String,
-    /// `HOST:PORT` of kvferry's control plane; empty where nothing is offered.
+    /// `HOST:PORT` of kvferry's control plane; empty if it makes no offers.
     pub kv: String,
     pub pid: u32,
 }
 
 impl Ready {
-    /// Says it.
+    /// Prints the line.
     pub fn say(&self) -> Result<()> {
         println!("{}", serde_json::to_string(self)?);
         Ok(std::io::stdout().flush()?)
     }
 }
 
-/// Ends this process when its parent does.
+/// Makes this process end with its parent.
 pub fn follow_parent() -> Result<()> {
     Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
 }
 
-/// What both sides of a transfer must agree on.
+/// The model, which must be the same on both sides of a transfer.
 pub fn identity(model: &Llama) -> Model {
     Model {
         name: model.config.name.clone(),
@@ -134,7 +134,7 @@ pub fn identity(model: &Llama) -> Model {
     }
 }
 
-/// The engine's ends of the ferry, over its pool.
+/// The engine's ends of kvferry, over its pool.
 pub fn link(role: Role, name: &str, model: &Llama, kv: &Kv, kv_listen: &str, config: &Config) -> Result<Link> {
     let layout = || kv.layout().clone();
     let consumer = Consumer::builder(name.parse()?, identity(model), layout());
@@ -156,15 +156,15 @@ impl Args {
         let mut config = Config::default();
         config.lease.unclaimed = Duration::try_from_secs_f64(self.unclaimed).context("--unclaimed")?;
         config.pull.faults = self.fault.clone();
-        // A request whose blocks are withheld never ends. A process can be started again; that is what its supervisor is for.
+        // A request whose blocks are withheld never ends, so the process exits and its supervisor restarts it.
         config.pull.on_wedge = OnWedge::Exit;
-        // A block or two of a small model, so that there is something to keep of a short prompt.
+        // One or two blocks of a small model, so that a failure leaves a part of a short prompt.
         config.pull.chunk = ChunkSize { min_bytes: 4 << 10, ..ChunkSize::default() };
         let lane = |l: &String| -> Result<LaneKind> {
             match l.as_str() {
                 "local" => Ok(LaneKind::Local),
                 "tcp" => Ok(LaneKind::Tcp),
-                _ => anyhow::bail!("--lanes: {l:?} is no lane of this engine; there are local and tcp"),
+                _ => anyhow::bail!("--lanes: {l:?} is not a lane of this engine; use local or tcp"),
             }
         };
         config.pull.lanes = self.lanes.iter().map(lane).collect::<Result<_>>()?;
@@ -183,12 +183,12 @@ impl Args {
     }
 }
 
-/// Serves until it is told to end.
+/// Serves until SIGTERM or SIGINT.
 pub async fn run(args: Args) -> Result<()> {
     if args.exit_with_parent {
         follow_parent()?;
     }
-    // The port is taken before the model is read: one in use is noticed at once.
+    // Bind before the model is read, so that a port in use is an error at once.
     let listener =
         TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     rayon::ThreadPoolBuilder::new().num_threads(args.threads.max(1)).build_global()?;
@@ -205,7 +205,7 @@ pub async fn run(args: Args) -> Result<()> {
     let registry = Arc::new(registry);
     let (over, mut ended) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
-        // Dropped when the engine ends, in whatever way.
+        // Dropped when the engine ends, even by a panic.
         let _over: tokio::sync::oneshot::Sender<()> = over;
         engine.run();
     })?;
@@ -216,18 +216,18 @@ pub async fn run(args: Args) -> Result<()> {
         served = axum::serve(listener, http::routes(front)) => served?,
         _ = tokio::signal::ctrl_c() => {}
         _ = terminate.recv() => {}
-        // A front without an engine would only turn people away.
-        _ = &mut ended => anyhow::bail!("the engine has ended; see above"),
+        // A front without an engine would refuse all requests.
+        _ = &mut ended => anyhow::bail!("the engine has ended; see the log above"),
     }
     handle.stop();
-    let goodbye = move || {
-        // If it panicked, that was printed already.
+    let shut_down = move || {
+        // A panic was printed already.
         let _ = thread.join();
-        // Peers get their blocks back at once, and not when a lease runs out.
+        // Peers get their blocks back at once, not only when a lease ends.
         if let Some(c) = consumer {
             c.shutdown();
         }
     };
-    tokio::task::spawn_blocking(goodbye).await?;
+    tokio::task::spawn_blocking(shut_down).await?;
     Ok(())
 }

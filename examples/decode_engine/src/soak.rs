@@ -1,4 +1,4 @@
-//! `decode-engine soak`: requests at a steady rate, a prefill engine killed again and again, and not one wrong answer.
+//! `decode-engine soak`: sends requests at a steady rate while prefill engines are killed, and checks every answer.
 
 use std::{
     sync::{
@@ -13,7 +13,7 @@ use anyhow::{Result, ensure};
 use crate::{
     client::{Client, Reply, Trouble},
     demo::Ledger,
-    fleet::{Fleet, Killed, Plan, Terror, ask_all, question, terrorise},
+    fleet::{Fleet, Killed, Kills, Plan, ask_all, kill_repeatedly, question},
     prompts::prompts,
     report::{Report, median},
 };
@@ -21,28 +21,28 @@ use crate::{
 /// Flags of `soak`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// As `serve --model` takes it. What two cores can do at this rate is the tiny one.
+    /// The model, as for `serve`. Two cores can run only the tiny one at this rate.
     #[arg(long, default_value = "tiny")]
     pub model: String,
-    /// Requests a second.
+    /// Requests per second.
     #[arg(long, default_value_t = 16.0)]
     pub rate: f64,
-    /// For how long, in seconds.
+    /// Duration in seconds.
     #[arg(long, default_value_t = 60.0)]
     pub seconds: f64,
     /// Seconds from one kill to the next.
     #[arg(long, default_value_t = 5.0)]
     pub every: f64,
-    /// What decode engines do with requests whose KV does not arrive: `recompute` or `fail`.
+    /// Policy for requests whose KV does not arrive: `recompute` or `fail`.
     #[arg(long, default_value = "recompute")]
     pub policy: String,
     /// Whether a decode engine's step waits for its loads: `async` or `sync`.
     #[arg(long, default_value = "async")]
     pub loads: String,
-    /// How fast pulls are, in bytes a second: slow, so that there is a middle to be killed in.
+    /// Rate of pulls, in bytes per second: slow, so that kills come in mid-pull.
     #[arg(long, default_value = "1M")]
     pub throttle: String,
-    /// Tokens of an answer.
+    /// Tokens per answer.
     #[arg(long, default_value_t = 12)]
     pub tokens: usize,
 }
@@ -62,27 +62,27 @@ impl Default for Args {
     }
 }
 
-/// What was seen.
+/// The results.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct Findings {
     pub asked: usize,
     pub right: usize,
     pub wrong: Vec<String>,
-    /// Answers that failed for want of KV, as they should under `fail`.
+    /// Answers that failed because of lost KV, as they should under `fail`.
     pub kv_lost: usize,
-    /// And for any other reason.
+    /// Answers that failed for another reason.
     pub failed: Vec<String>,
-    /// Pulls that did not bring everything, as the consumers count them.
+    /// Partial and failed pulls, as the consumers count them.
     pub broken_pulls: u64,
     pub killed: Killed,
     pub ledger: Ledger,
-    /// `None`: every block is back and every book balanced.
+    /// `None`: no block leaked, and all ledgers agree with the engines' counts.
     pub unsettled: Option<String>,
     pub first: Vec<Duration>,
 }
 
-/// Runs it with this program's own processes.
-pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
+/// Runs the soak with processes of this plan.
+pub async fn soak(mut plan: Plan, args: &Args) -> Result<Findings> {
     let client = Client::new()?;
     let n = (args.rate * args.seconds) as usize;
     let texts = prompts(n, 6, 240, 240, 9);
@@ -99,9 +99,9 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
     let fleet = Fleet::start(&plan)?;
     let stop = Arc::new(AtomicBool::new(false));
     let every = Duration::from_secs_f64(args.every);
-    let how = Terror { every, mid_pull: 0.1, patience: every / 2, dead: Duration::from_millis(300) };
-    let terror =
-        tokio::spawn(terrorise(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
+    let how = Kills { every, mid_pull: 0.1, patience: every / 2, dead: Duration::from_millis(300) };
+    let killer =
+        tokio::spawn(kill_repeatedly(client.clone(), fleet.prefill.clone(), fleet.decode_addrs(), how, stop.clone()));
 
     let started = Instant::now();
     let mut asks = Vec::new();
@@ -111,7 +111,7 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
         let (client, addr, ask) = (client.clone(), fleet.router.addr().to_owned(), question(text, args.tokens));
         asks.push(tokio::spawn(async move { client.ask(&addr, &ask).await }));
     }
-    let mut seen = Seen { asked: n, ..Seen::default() };
+    let mut seen = Findings { asked: n, ..Findings::default() };
     for (i, ask) in asks.into_iter().enumerate() {
         match ask.await? {
             Ok(r) if r.tokens == right[i].tokens => {
@@ -126,7 +126,7 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
         }
     }
     stop.store(true, Ordering::Release);
-    seen.killed = terror.await??;
+    seen.killed = killer.await??;
     seen.unsettled = fleet.settled(&client, Duration::from_secs(60)).await.err().map(|e| format!("{e:#}"));
     for addr in fleet.decode_addrs() {
         let m = client.metrics(&addr).await?;
@@ -137,8 +137,8 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Seen> {
     Ok(seen)
 }
 
-impl Seen {
-    /// What must hold.
+impl Findings {
+    /// The properties that must hold.
     pub fn report(&self, policy: &str) -> Report {
         let mut r = Report::default();
         let first = |list: &[String]| list.first().cloned().unwrap_or_default();
@@ -150,15 +150,15 @@ impl Seen {
         if policy == "fail" {
             let same = self.kv_lost as u64 == self.broken_pulls;
             r.saw(
-                "who must fail fails",
+                "affected requests fail",
                 same,
                 format!(
-                    "{} answers failed for want of KV, {} pulls did not bring all",
+                    "{} answers failed because of lost KV, {} pulls were incomplete",
                     self.kv_lost, self.broken_pulls
                 ),
             );
             r.saw(
-                "nobody else fails",
+                "no other request fails",
                 self.failed.is_empty(),
                 format!("{} {}", self.failed.len(), first(&self.failed)),
             );
@@ -174,7 +174,7 @@ impl Seen {
             "kills",
             self.killed.mid_pull > 0,
             format!(
-                "{} kills, {} in the middle of a pull; {} pulls broken",
+                "{} kills, {} in mid-pull; {} incomplete pulls",
                 self.killed.kills, self.killed.mid_pull, self.broken_pulls
             ),
         );
@@ -182,17 +182,17 @@ impl Seen {
         r.saw(
             "no leaked block",
             settled.is_none(),
-            settled.unwrap_or_else(|| "every block back, every book balanced".into()),
+            settled.unwrap_or_else(|| "all blocks returned, all ledgers exact".into()),
         );
         r
     }
 }
 
-/// Runs it; `false`: something did not hold.
+/// Runs the command. `false` if a property did not hold.
 pub async fn run(args: Args) -> Result<bool> {
-    ensure!(["recompute", "fail"].contains(&args.policy.as_str()), "--policy is recompute or fail");
+    ensure!(["recompute", "fail"].contains(&args.policy.as_str()), "--policy must be recompute or fail");
     println!(
-        "{} requests a second for {} s, a prefill engine killed every {} s, policy {}",
+        "{} requests per second for {} s, one prefill engine killed every {} s, policy {}",
         args.rate, args.seconds, args.every, args.policy
     );
     let seen = soak(Plan::new(std::env::current_exe()?, &args.model), &args).await?;

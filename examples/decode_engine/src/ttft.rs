@@ -1,10 +1,10 @@
-//! `decode-engine ttft`: time to first token with remote and with local prefill, in one run on this machine, and what a
-//! prefill engine's death costs when 60 % of the KV have arrived.
+//! `decode-engine ttft`: measures the time to first token with remote and with local prefill on this machine, and the cost
+//! of a prefill engine's death after 60 % of the KV have arrived.
 //!
-//! Prefill and decode engines have one thread each. A prompt costs the same computation wherever it runs, so on an idle
-//! decode engine remote prefill can only lose, by the pull. It pays on one that is in use: others generate there, and their
-//! next token waits for the step that a piece of prompt is in. Either the pieces are large, and the others wait; or they
-//! are small, and the prompt does. Both are measured, with the others' time from token to token.
+//! Prefill and decode engines have one thread each. A prompt needs the same computation everywhere, so on an idle decode
+//! engine remote prefill is slower by the time of the pull. It pays on a busy one: other requests generate there, and their
+//! next token waits for each step with a piece of the prompt. Large pieces delay the others, small ones delay the prompt.
+//! Both are measured, together with the others' time between tokens.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     api::{Ask, Transfer},
     client::{Client, Reply},
-    fleet::{Fleet, Plan, hold, in_mid_pull, question},
+    fleet::{Fleet, Plan, in_mid_pull, question},
     prompts::Writer,
     report::{Report, median},
 };
@@ -21,22 +21,22 @@ use crate::{
 /// Flags of `ttft`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// As `serve --model` takes it.
+    /// The model, as for `serve`.
     #[arg(long, default_value = "smollm2")]
     model: String,
-    /// Tokens of a prompt, at least.
+    /// Least number of tokens per prompt.
     #[arg(long, value_delimiter = ',', default_value = "512,1024")]
     lengths: Vec<u64>,
-    /// Rounds; medians are printed.
+    /// Rounds; the result is the median.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Requests that generate on the decode engine meanwhile.
+    /// Other requests that generate on the decode engine at the same time.
     #[arg(long, default_value_t = 8)]
     beside: usize,
-    /// Tokens in a step of a decode engine that keeps steps short for them.
+    /// Tokens per step of a decode engine with short steps for the other requests.
     #[arg(long, default_value_t = 24)]
     budget: u64,
-    /// How fast pulls are where one is killed, in bytes a second.
+    /// Rate of pulls in the test with kills, in bytes per second.
     #[arg(long, default_value = "40M")]
     throttle: String,
 }
@@ -44,7 +44,7 @@ pub struct Args {
 struct Bench {
     client: Client,
     fleet: Fleet,
-    /// Numbers prompts: no two are alike.
+    /// The number of the next prompt, so that all prompts differ.
     next: u64,
 }
 
@@ -58,15 +58,15 @@ impl Bench {
     }
 
     fn prefill(&self) -> String {
-        hold(&self.fleet.prefill[0]).addr().to_owned()
+        self.fleet.prefill[0].lock().addr().to_owned()
     }
 
-    /// A prompt of at least so many tokens that nobody has seen.
+    /// A new prompt of at least this many tokens.
     async fn prompt(&mut self, tokens: u64) -> Result<Ask> {
         self.next += 1;
         let mut writer = Writer::new(self.next * 7919);
         let mut text = format!("Note {}: ", self.next);
-        // A token of these texts is three bytes or more, of a byte model one.
+        // A token of these texts has at least three bytes; in a byte model it has one.
         let each = if self.byte_model().await? { 1 } else { 5 };
         while (text.len() as u64) < tokens * each {
             text.push_str(&writer.sentence());
@@ -80,14 +80,14 @@ impl Bench {
         Ok(a.usage.is_some_and(|u| u.prompt_tokens == 8))
     }
 
-    /// The name of an ask's KV, computed by the prefill engine.
+    /// The offer of a prompt's KV by the prefill engine.
     async fn offer(&self, ask: &Ask) -> Result<Transfer> {
         let ask = Ask {
             stream: false,
             kv_transfer_params: Some(Transfer { do_remote_decode: true, ..Transfer::default() }),
             ..ask.clone()
         };
-        self.client.whole(&self.prefill(), &ask).await?.kv_transfer_params.context("the prefill engine offers nothing")
+        self.client.whole(&self.prefill(), &ask).await?.kv_transfer_params.context("the prefill engine made no offer")
     }
 
     async fn with(&self, ask: &Ask, offer: Transfer) -> Result<Reply> {
@@ -96,7 +96,7 @@ impl Bench {
     }
 }
 
-/// First tokens, by what was done, and the time from token to token of the others meanwhile.
+/// Times to the first token, and the other requests' times between tokens.
 #[derive(Default)]
 struct Times {
     tokens: u64,
@@ -108,7 +108,7 @@ struct Times {
 }
 
 impl Bench {
-    /// Each of the others gets a token in every step.
+    /// Measures the time per step: each of the other requests gets a token in every step.
     async fn gap<T>(&self, what: impl Future<Output = T>) -> Result<(T, Duration)> {
         let steps =
             async || Ok::<_, anyhow::Error>(self.client.metrics(&self.decode()).await?.sum("engine_steps_total", &[]));
@@ -141,7 +141,7 @@ impl Bench {
     }
 }
 
-/// Runs it; `false`: remote prefill did not pay.
+/// Runs the command. `false` if remote prefill did not pay.
 pub async fn run(args: Args) -> Result<bool> {
     let mut report = Report::default();
     let mut plan = Plan::new(std::env::current_exe()?, &args.model);
@@ -149,7 +149,7 @@ pub async fn run(args: Args) -> Result<bool> {
     let ms = |d: &[Duration]| format!("{:.0} ms", median(d).as_secs_f64() * 1e3);
 
     println!(
-        "time to first token (and the others' time from token to token), median of {}; one thread an engine",
+        "time to first token (and the others' time between tokens), median of {}; one thread per engine",
         args.rounds
     );
     println!(
@@ -159,7 +159,7 @@ pub async fn run(args: Args) -> Result<bool> {
     for (beside, budget) in [(0, 256), (args.beside, 256), (args.beside, args.budget)] {
         plan.decode_flags = ["--budget", &budget.to_string()].map(String::from).to_vec();
         let mut bench = Bench::start(&plan)?;
-        // Others generate: long enough for all that follows, and gone with the engine.
+        // The other requests generate until the end of the measurement, and end with the engine.
         let mut others = Vec::new();
         for i in 0..beside {
             let (client, addr) = (bench.client.clone(), bench.decode());
@@ -191,8 +191,8 @@ pub async fn run(args: Args) -> Result<bool> {
         others.iter().for_each(tokio::task::JoinHandle::abort);
     }
 
-    println!("\nafter a SIGKILL of the prefill engine; pulls throttled to {} bytes/s", args.throttle);
-    println!("{:>7} {:>12} {:>22} {:>24}", "tokens", "salvaged", "killed at 60 %", "recomputing everything");
+    println!("\nafter a SIGKILL of the prefill engine; pulls are limited to {} bytes/s", args.throttle);
+    println!("{:>7} {:>12} {:>22} {:>24}", "tokens", "kept", "killed at 60 %", "recomputing everything");
     let fault = format!("throttle={}", args.throttle);
     plan.decode_flags = ["--budget", "256", "--lanes", "tcp", "--fault", &fault].map(String::from).to_vec();
     let mut bench = Bench::start(&plan)?;
@@ -209,34 +209,34 @@ pub async fn run(args: Args) -> Result<bool> {
             killed.push(reply.first);
             (kept, length) = (reply.usage.prompt_tokens_details.external, reply.usage.prompt_tokens);
             let victim = bench.fleet.prefill[0].clone();
-            tokio::task::spawn_blocking(move || hold(&victim).restart()).await??;
-            tracing::info!("killed and back after {:?}", started.elapsed());
+            tokio::task::spawn_blocking(move || victim.lock().restart()).await??;
+            tracing::info!("killed and restarted after {:?}", started.elapsed());
 
-            // The same death, but before a byte has moved: everything is computed again.
+            // The same kill before the pull: everything is computed again.
             let ask = bench.prompt(tokens).await?;
             let offer = bench.offer(&ask).await?;
             let victim = bench.fleet.prefill[0].clone();
-            tokio::task::spawn_blocking(move || hold(&victim).kill()).await??;
+            tokio::task::spawn_blocking(move || victim.lock().kill()).await??;
             all.push(bench.with(&ask, offer).await?.first);
             let victim = bench.fleet.prefill[0].clone();
-            tokio::task::spawn_blocking(move || hold(&victim).restart()).await??;
+            tokio::task::spawn_blocking(move || victim.lock().restart()).await??;
         }
         let (k, a) = (median(&killed), median(&all));
         println!("{length:>7} {kept:>12} {:>19.0} ms {:>21.0} ms", k.as_secs_f64() * 1e3, a.as_secs_f64() * 1e3);
-        let what = format!("killed at 60 %, {tokens}");
-        report.saw(&what, k < a && kept > 0, format!("{:.2} s against {:.2} s", k.as_secs_f64(), a.as_secs_f64()));
+        let name = format!("killed at 60 %, {tokens}");
+        report.saw(&name, k < a && kept > 0, format!("{:.2} s against {:.2} s", k.as_secs_f64(), a.as_secs_f64()));
     }
     Ok(report.print())
 }
 
-/// Kills the prefill engine when a pull from it has come this far.
+/// Kills the prefill engine when this share of a pull from it has arrived.
 async fn kill_at(bench: &Bench, part: f64) -> Result<()> {
     let (client, decode) = (bench.client.clone(), vec![bench.decode()]);
     let victim = bench.fleet.prefill[0].clone();
     let started = Instant::now();
     while !in_mid_pull(&client, &decode, "prefill-0", part).await {
-        anyhow::ensure!(started.elapsed() < Duration::from_secs(30), "no pull came to {part} of itself");
+        anyhow::ensure!(started.elapsed() < Duration::from_secs(30), "no pull reached {part}");
         tokio::time::sleep(Duration::from_micros(500)).await;
     }
-    tokio::task::spawn_blocking(move || hold(&victim).kill()).await?
+    tokio::task::spawn_blocking(move || victim.lock().kill()).await?
 }

@@ -1,7 +1,7 @@
-//! Where a model comes from: a GGUF file, or a seed.
+//! Models from a GGUF file or from a seed.
 //!
-//! The seeded one is tiny and knows nothing, but is a real model in all that matters here: its answers depend on every
-//! token of the prompt, and so on every block of KV.
+//! A seeded model is tiny and its weights are random, but its answers depend on every token of the prompt, and so on every
+//! block of KV.
 
 use std::{
     fs::File,
@@ -25,7 +25,7 @@ use crate::{
     text::Text,
 };
 
-/// Positions that tables are made for, where a model could have more: what two cores can fill.
+/// Longest sequence, if the model allows more: as much as two cores can compute.
 const LONGEST: usize = 8192;
 
 /// Reads a Llama-type model and its tokeniser from a GGUF file.
@@ -37,20 +37,20 @@ pub fn read(path: &Path) -> Result<(Llama, Text)> {
     let hash: String = hash.finalize()[..8].iter().map(|b| format!("{b:02x}")).collect();
 
     let mut file = BufReader::new(open()?);
-    let content = Content::read(&mut file).with_context(|| format!("{} is no GGUF file", path.display()))?;
+    let content = Content::read(&mut file).with_context(|| format!("{} is not a GGUF file", path.display()))?;
     let get = |key: &str| content.metadata.get(key);
     let number = |key: &str| get(key).and_then(integer);
-    let need = |key: &str| number(key).with_context(|| format!("the model's file does not say {key}"));
+    let need = |key: &str| number(key).with_context(|| format!("the model's file lacks {key}"));
     let architecture = get("general.architecture").and_then(|v| v.to_string().ok()).map_or("", |s| s);
-    ensure!(architecture == "llama", "{architecture:?} models are not run here: give a Llama-type model");
+    ensure!(architecture == "llama", "{architecture:?} models are not supported: use a Llama-type model");
 
     let heads = need("llama.attention.head_count")?;
     let hidden = need("llama.embedding_length")?;
     ensure!(heads > 0 && hidden.is_multiple_of(heads), "{hidden} values do not divide into {heads} heads");
     let head = number("llama.attention.key_length").unwrap_or(hidden / heads);
-    ensure!(head.is_multiple_of(8), "heads of {head} values are not run here: a multiple of 8 is");
+    ensure!(head.is_multiple_of(8), "heads of {head} values are not supported: the size must be a multiple of 8");
     if let Some(turned) = number("llama.rope.dimension_count") {
-        ensure!(turned == head, "a rotation of {turned} of {head} values is not run here");
+        ensure!(turned == head, "a rotation of {turned} of {head} values is not supported");
     }
     let name = get("general.name").and_then(|v| v.to_string().ok()).map_or("llama", |s| s);
     let float = |key: &str| get(key).and_then(|v| v.to_f32().ok());
@@ -70,7 +70,7 @@ pub fn read(path: &Path) -> Result<(Llama, Text)> {
     ensure!(config.kv_heads > 0 && heads.is_multiple_of(config.kv_heads), "query heads must divide among KV heads");
 
     let mut tensor = |name: &str| -> Result<QTensor> {
-        content.tensor(&mut file, name, &Device::Cpu).with_context(|| format!("the model's file has no usable {name}"))
+        content.tensor(&mut file, name, &Device::Cpu).with_context(|| format!("the model's file has no valid {name}"))
     };
     let wide = |t: QTensor| t.dequantize(&Device::Cpu);
     let linear = |t: QTensor| Linear::from_gguf(&t);
@@ -92,7 +92,7 @@ pub fn read(path: &Path) -> Result<(Llama, Text)> {
         });
     }
     let factors = tensor("rope_freqs.weight").ok().map(|t| wide(t)?.to_vec1::<f32>()).transpose()?;
-    // Without a matrix of its own, the output is the embedding's.
+    // Without a matrix of its own, the output uses the embedding's.
     let output = tensor("output.weight").ok();
     let llama = Llama {
         norm: wide(tensor("output_norm.weight")?)?,
@@ -105,7 +105,7 @@ pub fn read(path: &Path) -> Result<(Llama, Text)> {
     Ok((llama, Text::from_gguf(&content)?))
 }
 
-/// A small model of random weights, and a tokeniser of bytes. The same seed gives the same model everywhere.
+/// A small model with random weights, and a tokeniser of bytes. The same seed gives the same model everywhere.
 pub fn tiny(seed: u64) -> Result<(Llama, Text)> {
     let (layers, hidden, heads, kv_heads, head, ffn, vocab) = (3, 64, 4, 2, 16, 128, 256);
     let mut state = seed;
@@ -120,7 +120,8 @@ pub fn tiny(seed: u64) -> Result<(Llama, Text)> {
         (0..n).map(|_| next() * spread).collect()
     };
     let ones = || Tensor::ones(hidden, candle_core::DType::F32, &Device::Cpu);
-    // Wide enough that attention picks a few tokens of the past, others for each token: the whole prompt tells.
+    // The spread is wide enough that attention selects a few past tokens, different ones for each token. So the answer
+    // depends on the whole prompt.
     let mut linear = |n: usize, k: usize, gain: f32| Linear::new(&noise(n * k, gain / (k as f32).sqrt()), n, k);
     let mut all = Vec::new();
     for _ in 0..layers {
@@ -168,7 +169,7 @@ fn integer(v: &Value) -> Option<usize> {
     }
 }
 
-/// Where `fetch-model` puts the model.
+/// The path at which `fetch-model` stores the model.
 pub fn fetched() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache"));
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).unwrap_or_default();
@@ -188,18 +189,18 @@ impl std::io::Write for Hashing<'_> {
     }
 }
 
-/// The model that was asked for: `smollm2`, `tiny`, `tiny:SEED`, or a GGUF file.
+/// Loads a model: `smollm2`, `tiny`, `tiny:SEED`, or a GGUF file.
 pub fn load(model: &str) -> Result<(Llama, Text)> {
     match model.split_once(':').unwrap_or((model, "")) {
         ("tiny", "") => tiny(1),
-        ("tiny", seed) => tiny(seed.parse().context("tiny:SEED takes a number")?),
+        ("tiny", seed) => tiny(seed.parse().context("SEED of tiny:SEED must be a number")?),
         ("smollm2", _) => {
             let path = fetched();
-            ensure!(path.is_file(), "{} is not there: run examples/decode_engine/fetch-model", path.display());
+            ensure!(path.is_file(), "{} does not exist: run examples/decode_engine/fetch-model", path.display());
             read(&path)
         }
         _ if Path::new(model).is_file() => read(Path::new(model)),
-        _ => bail!("there is no model {model}: give a GGUF file, `smollm2` (fetched by fetch-model), or `tiny`"),
+        _ => bail!("there is no model {model}: use a GGUF file, `smollm2` (fetched by fetch-model), or `tiny`"),
     }
 }
 
@@ -213,7 +214,7 @@ mod tests {
     };
     use kvferry::BlockId;
 
-    /// Runs a prompt in pieces of these sizes, then generates.
+    /// Runs a prompt in pieces of this size, then generates.
     fn answer(model: &Llama, kv: &Kv, prompt: &[u32], piece: usize, tokens: usize) -> Result<Vec<u32>> {
         let table: Vec<_> = (0..(prompt.len() + tokens).div_ceil(BLOCK) as u32).map(BlockId).collect();
         let mut all = prompt.to_vec();
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_the_tiny_model_tell_prompts_apart() -> Result<()> {
+    fn answers_of_the_tiny_model_depend_on_the_prompt() -> Result<()> {
         let (model, text) = tiny(1)?;
         let kv = model.cache(64)?;
         let mut seen = std::collections::HashSet::new();
@@ -237,8 +238,11 @@ mod tests {
         for prompt in prompts(6, 1, 50, 50, 5) {
             let prompt = text.encode(&prompt)?;
             let right = answer(&model, &kv, &prompt, 1000, 8)?;
-            assert!(right.iter().collect::<std::collections::HashSet<_>>().len() > 3, "it goes in circles: {right:?}");
-            // Nearly any block of the past changes the answer.
+            assert!(
+                right.iter().collect::<std::collections::HashSet<_>>().len() > 3,
+                "the answer repeats itself: {right:?}"
+            );
+            // Nearly every block of the prompt changes the answer.
             for block in 0..prompt.len() / BLOCK - 1 {
                 let mut other = prompt.clone();
                 other[block * BLOCK..(block + 1) * BLOCK].fill(7);
@@ -248,12 +252,12 @@ mod tests {
             seen.insert(right);
         }
         assert_eq!(seen.len(), 6);
-        assert!(told * 10 >= all * 9, "{told} of {all} blocks tell");
+        assert!(told * 10 >= all * 9, "{told} of {all} blocks change the answer");
         Ok(())
     }
 
     #[test]
-    fn an_answer_does_not_depend_on_how_the_prompt_was_cut() -> Result<()> {
+    fn an_answer_does_not_depend_on_the_pieces_of_the_prompt() -> Result<()> {
         let (model, text) = tiny(2)?;
         let kv = model.cache(64)?;
         let prompt = text.encode(&prompts(1, 1, 300, 200, 6)[0])?;

@@ -1,4 +1,4 @@
-//! The engine by itself: batches, chunks, the prefix cache, preemption, clients that go away.
+//! A single engine: batches, chunks, the prefix cache, preemption, and clients that disconnect.
 
 mod common;
 
@@ -10,20 +10,20 @@ fn settings() -> Settings {
     Settings::default()
 }
 
-/// The right answers: one request at a time, each in an engine that has never seen another.
+/// The reference answers: one request at a time, each in a new engine.
 fn right(prompts: &[Vec<u32>], tokens: usize) -> Result<Vec<Vec<u32>>> {
     prompts.iter().map(|p| Ok(Rig::new(128, settings())?.ask(p, tokens)?.tokens)).collect()
 }
 
 #[test]
-fn an_answer_depends_on_its_prompt_alone() -> Result<()> {
+fn an_answer_depends_only_on_its_prompt() -> Result<()> {
     let all = prompts(12, 3, 120, 60, 1);
     let right = right(&all, 10)?;
     for budget in [1, 7, 64, 1000] {
         let rig = Rig::new(400, Settings { budget, ..settings() })?;
         let events: Vec<_> = all.iter().map(|p| rig.submit(p, 10, false, None)).collect();
         for (e, right) in events.into_iter().zip(&right) {
-            assert_eq!(&answer(e)?.tokens, right, "with {budget} tokens a step");
+            assert_eq!(&answer(e)?.tokens, right, "with {budget} tokens per step");
         }
         rig.settled()?;
     }
@@ -39,7 +39,7 @@ fn a_prefix_is_computed_once() -> Result<()> {
     let common = all[0].iter().zip(&all[1]).take_while(|(a, b)| a == b).count();
     let second = rig.ask(&all[1], 4)?;
     assert_eq!(second.parts.local_cache as usize, common / 16 * 16);
-    // The whole prompt, and the answer so far, but for the last token.
+    // The whole prompt and the answer, without the last token.
     let more = [&all[1][..], &second.tokens].concat();
     let third = rig.ask(&more, 4)?;
     assert_eq!(third.parts.local_cache as usize, (more.len() - 1) / 16 * 16);
@@ -48,7 +48,7 @@ fn a_prefix_is_computed_once() -> Result<()> {
 }
 
 #[test]
-fn a_prefix_that_is_being_computed_is_waited_for() -> Result<()> {
+fn a_request_waits_for_a_prefix_that_another_one_computes() -> Result<()> {
     let all = prompts(6, 1, 400, 20, 3);
     let right = right(&all, 4)?;
     let rig = Rig::new(400, Settings { budget: 32, ..settings() })?;
@@ -57,7 +57,7 @@ fn a_prefix_that_is_being_computed_is_waited_for() -> Result<()> {
         assert_eq!(&answer(e)?.tokens, right);
     }
     let (tokens, ran) = (all.iter().map(Vec::len).sum::<usize>() as u64, rig.count("engine_prefill_rows_total")?);
-    assert!(ran < tokens / 2, "{ran} rows for {tokens} tokens, most of which are the same");
+    assert!(ran < tokens / 2, "{ran} rows for {tokens} tokens, most of which are shared");
     rig.settled()
 }
 
@@ -65,22 +65,22 @@ fn a_prefix_that_is_being_computed_is_waited_for() -> Result<()> {
 fn a_preempted_request_gives_the_same_answer() -> Result<()> {
     let all = prompts(8, 8, 0, 100, 4);
     let right = right(&all, 60)?;
-    // Room for three of them at their ends.
+    // Room for three complete requests.
     let rig = Rig::new(44, Settings { budget: 64, ..settings() })?;
     let events: Vec<_> = all.iter().map(|p| rig.submit(p, 60, false, None)).collect();
     for (e, right) in events.into_iter().zip(&right) {
         assert_eq!(&answer(e)?.tokens, right);
     }
-    assert!(rig.count("engine_preemptions_total")? > 0, "blocks were never short");
+    assert!(rig.count("engine_preemptions_total")? > 0, "no request was preempted");
     rig.settled()
 }
 
 #[test]
-fn a_client_that_goes_away_leaves_nothing_behind() -> Result<()> {
+fn a_client_that_disconnects_leaves_no_blocks_behind() -> Result<()> {
     let all = prompts(9, 2, 100, 60, 5);
     let rig = Rig::new(60, Settings { budget: 32, ..settings() })?;
     let mut events: Vec<_> = all.iter().map(|p| rig.submit(p, 80, false, None)).collect();
-    // Some are gone before they ran, some in the middle.
+    // Some disconnect before their requests run, some later.
     let last = events.remove(8);
     rig.wait(|s| s.running > 1)?;
     drop(events.split_off(4));
@@ -90,11 +90,11 @@ fn a_client_that_goes_away_leaves_nothing_behind() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_a_reason() -> Result<()> {
+fn an_invalid_request_is_refused_with_a_reason() -> Result<()> {
     let rig = Rig::new(10, settings())?;
     for (prompt, tokens) in [(vec![], 4), (vec![1; 20], 0), (vec![1; 200], 4), (vec![1; 20], 5000), (vec![256], 1)] {
         let refused = outcome(rig.submit(&prompt, tokens, false, None))?;
-        assert!(matches!(refused, Err(Refusal::Bad(_))), "{} tokens, {tokens} to make: {refused:?}", prompt.len());
+        assert!(matches!(refused, Err(Refusal::Bad(_))), "{} tokens, {tokens} to generate: {refused:?}", prompt.len());
     }
     assert_eq!(rig.ask(&[1; 20], 4)?.tokens.len(), 4);
     rig.settled()

@@ -1,4 +1,4 @@
-//! Whole deployments of real processes on loopback: a router, prefill and decode engines, and SIGKILL.
+//! Complete deployments of processes on loopback: a router, prefill and decode engines, and kills.
 
 use std::{path::Path, time::Duration};
 
@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use decode_engine::{
     api::{Ask, Prompt, Transfer},
     client::{Client, Reply, Trouble},
-    fleet::{Fleet, Plan, ask_all, hold, in_mid_pull, question},
+    fleet::{Fleet, Plan, ask_all, in_mid_pull, question},
     prompts::prompts,
     soak::{self, soak},
 };
@@ -27,9 +27,8 @@ async fn right(client: &Client, texts: &[String], tokens: usize) -> Result<Vec<R
     Ok(all.into_iter().collect::<std::result::Result<_, Trouble>>()?)
 }
 
-/// The scenario that this project is for: many requests share a prefix, and the prefill engine is killed in the middle of
-/// the pull that brings it.
-async fn the_day(loads: &str) -> Result<()> {
+/// Many requests share a prefix, and the prefill engine is killed in the middle of the pull that brings it.
+async fn killed_in_mid_pull(loads: &str) -> Result<()> {
     let client = Client::new()?;
     let texts = prompts(24, 2, 500, 100, 21);
     let right = right(&client, &texts, 10).await?;
@@ -40,12 +39,11 @@ async fn the_day(loads: &str) -> Result<()> {
     let (addr, decode) = (fleet.router.addr().to_owned(), fleet.decode_addrs());
     let before = client.metrics(&decode[0]).await?;
 
-    let storm = {
+    let answers = {
         let (client, texts) = (client.clone(), texts.clone());
         tokio::spawn(async move { ask_all(&client, &[addr], &texts, 10, 24).await })
     };
     tokio::time::timeout(LIMIT, async {
-        // A step that waits for its loads says nothing meanwhile: there, having been asked to pull must do.
         while !in_mid_pull(&client, &decode, "prefill-0", 0.3).await {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -53,25 +51,25 @@ async fn the_day(loads: &str) -> Result<()> {
     .await
     .context("no pull was seen")?;
     let victim = fleet.prefill[0].clone();
-    tokio::task::spawn_blocking(move || hold(&victim).kill()).await??;
+    tokio::task::spawn_blocking(move || victim.lock().kill()).await??;
 
-    for (i, answer) in storm.await?.into_iter().enumerate() {
+    for (i, answer) in answers.await?.into_iter().enumerate() {
         let answer = answer.with_context(|| format!("answer {i}"))?;
         ensure!(answer.tokens == right[i].tokens, "answer {i} is {:?}, not {:?}", answer.tokens, right[i].tokens);
     }
     let m = client.metrics(&decode[0]).await?;
-    ensure!(m.shrunk(&before).next().is_none(), "a counter went down");
-    ensure!(m.sum("engine_recomputed_rows_total", &[]) > 0, "nothing was lost: {m:?}");
+    ensure!(m.decreased(&before).next().is_none(), "a counter decreased");
+    ensure!(m.sum("engine_recomputed_rows_total", &[]) > 0, "no token was lost: {m:?}");
     m.balanced()?;
-    // Every prompt token is accounted for: what the clients asked with is what the sources add up to.
+    // The sources add up to the tokens of all prompts.
     let asked: u64 = right.iter().map(|r| r.usage.prompt_tokens).sum();
     ensure!(m.sum("kvferry_prompt_tokens_total", &[]) == asked);
 
-    // It is back at its address, and served again.
+    // After its restart, the decode engine pulls from it again.
     let victim = fleet.prefill[0].clone();
-    tokio::task::spawn_blocking(move || hold(&victim).restart()).await??;
+    tokio::task::spawn_blocking(move || victim.lock().restart()).await??;
     tokio::time::timeout(LIMIT, async {
-        // The router lets an engine that was dead rest for a moment; a prompt of its own for each try.
+        // The router skips a failed engine for a moment. Each attempt needs a new prompt.
         for seed in 77.. {
             let text = &prompts(1, 1, 100, 200, seed)[0];
             let r = client.ask(fleet.router.addr(), &question(text, 4)).await?;
@@ -82,44 +80,44 @@ async fn the_day(loads: &str) -> Result<()> {
         anyhow::Ok(())
     })
     .await
-    .context("the prefill engine is not used again")??;
+    .context("the restarted prefill engine is not used")??;
     fleet.settled(&client, LIMIT).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prefill_killed_in_mid_pull_changes_no_answer() -> Result<()> {
-    the_day("async").await
+    killed_in_mid_pull("async").await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prefill_killed_in_mid_pull_changes_no_answer_where_steps_wait_for_loads() -> Result<()> {
-    the_day("sync").await
+    killed_in_mid_pull("sync").await
 }
 
 fn seconds() -> f64 {
     std::env::var("KVFERRY_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(15.0)
 }
 
-/// 16 requests a second, a prefill engine killed and restarted every 5 s. `KVFERRY_SOAK_SECONDS` says for how long.
+/// 16 requests per second; a prefill engine is killed and restarted every 5 s. `KVFERRY_SOAK_SECONDS` is the duration.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn under_steady_load_and_kills_no_answer_fails_and_no_block_leaks() -> Result<()> {
     let seen = soak(plan(), &soak::Args { seconds: seconds(), ..soak::Args::default() }).await?;
     ensure!(seen.report("recompute").print(), "see above");
-    ensure!(seen.ledger.recomputed() > 0, "nothing was ever lost");
+    ensure!(seen.ledger.recomputed() > 0, "no token was lost");
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_the_policy_to_fail_exactly_the_affected_requests_fail() -> Result<()> {
+async fn under_the_policy_fail_exactly_the_affected_requests_fail() -> Result<()> {
     let args = soak::Args { seconds: seconds(), policy: "fail".into(), ..soak::Args::default() };
     let seen = soak(plan(), &args).await?;
     ensure!(seen.report("fail").print(), "see above");
-    ensure!(seen.kv_lost > 0, "nobody was affected");
+    ensure!(seen.kv_lost > 0, "no request was affected");
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_engine_speaks_http_as_clients_expect() -> Result<()> {
+async fn an_engine_answers_openai_style_requests() -> Result<()> {
     let client = Client::new()?;
     let engine = plan().single()?;
     let ask = question("Tell me about the sea.", 8);
@@ -127,7 +125,7 @@ async fn an_engine_speaks_http_as_clients_expect() -> Result<()> {
     let pieces = client.ask(engine.addr(), &ask).await?;
     ensure!(whole.choices[0].token_ids == pieces.tokens && whole.choices[0].text == pieces.text);
     ensure!(whole.usage.context("no usage")?.prompt_tokens == 22 && pieces.usage.completion_tokens == 8);
-    // Tokens instead of text.
+    // A prompt of tokens instead of text.
     let tokens = Prompt::Tokens("Tell me about the sea.".bytes().map(u32::from).collect());
     let same = client.ask(engine.addr(), &Ask { prompt: tokens, ..ask.clone() }).await?;
     ensure!(same.tokens == pieces.tokens);
@@ -145,24 +143,27 @@ async fn an_engine_speaks_http_as_clients_expect() -> Result<()> {
     Ok(())
 }
 
-/// KV of another prompt would give wrong answers, and to others too once the prefix cache has it.
+/// KV of another prompt would give wrong answers, even to other requests through the prefix cache.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_offer_of_another_prompt_is_not_used() -> Result<()> {
+async fn an_offer_of_another_prompt_is_ignored() -> Result<()> {
     let client = Client::new()?;
     let texts = prompts(2, 2, 0, 200, 41);
     let right = right(&client, &texts, 6).await?;
     let fleet = Fleet::start(&plan())?;
-    let (prefill, decode) = (hold(&fleet.prefill[0]).addr().to_owned(), fleet.decode_addrs().remove(0));
+    let (prefill, decode) = (fleet.prefill[0].lock().addr().to_owned(), fleet.decode_addrs().remove(0));
     let offering = Transfer { do_remote_decode: true, ..Transfer::default() };
     let ask = Ask { kv_transfer_params: Some(offering), ..question(&texts[1], 1) };
-    let other = client.whole(&prefill, &ask).await?.kv_transfer_params.context("nothing was offered")?;
+    let other = client.whole(&prefill, &ask).await?.kv_transfer_params.context("no offer was made")?;
     let unnamed = Transfer { prompt: None, ..other.clone() };
     for transfer in [other.clone(), unnamed] {
         let ask = Ask { kv_transfer_params: Some(transfer), ..question(&texts[0], 6) };
         ensure!(client.whole(&decode, &ask).await?.choices[0].token_ids == right[0].tokens);
-        ensure!(client.ask(&decode, &question(&texts[0], 6)).await?.tokens == right[0].tokens, "the cache is poisoned");
+        ensure!(
+            client.ask(&decode, &question(&texts[0], 6)).await?.tokens == right[0].tokens,
+            "the cache has wrong KV"
+        );
     }
-    // For its own prompt it is good.
+    // It is used for its own prompt.
     let ask = Ask { kv_transfer_params: Some(other), ..question(&texts[1], 6) };
     let answer = client.whole(&decode, &ask).await?;
     ensure!(answer.choices[0].token_ids == right[1].tokens);
@@ -170,9 +171,9 @@ async fn an_offer_of_another_prompt_is_not_used() -> Result<()> {
     fleet.settled(&client, LIMIT).await
 }
 
-/// A wedged lane may write its blocks at any time: they are never used again, and the request would wait for ever.
+/// A wedged lane may write its blocks at any time, so they are never reused, and the request would wait indefinitely.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_engine_whose_lane_wedges_ends() -> Result<()> {
+async fn an_engine_with_a_wedged_lane_exits() -> Result<()> {
     for loads in ["async", "sync"] {
         let client = Client::new()?;
         let mut plan = plan();
@@ -183,12 +184,12 @@ async fn an_engine_whose_lane_wedges_ends() -> Result<()> {
         let answer = client.ask(fleet.router.addr(), &question(text, 4)).await;
         ensure!(answer.is_err(), "{answer:?}");
         tokio::time::timeout(LIMIT, async {
-            while fleet.decode[0].lives() {
+            while fleet.decode[0].is_alive() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         })
         .await
-        .context("it lives on")?;
+        .context("it did not exit")?;
     }
     Ok(())
 }
@@ -209,13 +210,13 @@ async fn a_connection_that_is_closed_aborts_its_request() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_router_does_without_prefill_engines() -> Result<()> {
+async fn a_router_works_without_prefill_engines() -> Result<()> {
     let client = Client::new()?;
     let fleet = Fleet::start(&plan())?;
     let texts = prompts(4, 1, 100, 100, 31);
     let right = right(&client, &texts, 6).await?;
     let victim = fleet.prefill[0].clone();
-    tokio::task::spawn_blocking(move || hold(&victim).kill()).await??;
+    tokio::task::spawn_blocking(move || victim.lock().kill()).await??;
     let answers = ask_all(&client, &[fleet.router.addr().to_owned()], &texts, 6, 4).await;
     for (a, right) in answers.into_iter().zip(&right) {
         ensure!(a?.tokens == right.tokens);

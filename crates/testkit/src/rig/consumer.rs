@@ -1,10 +1,10 @@
-//! Consumers of the producers of a [`Spec`], and what tests ask of their pulls.
+//! Consumers of the producers of a [`Spec`], and checks of their pulls.
 
 use std::time::{Duration, Instant};
 
 use kvferry::{BlockId, Config, Consumer, Ended, GroupId, LaneKind, LocalBlocks, Offer, Pull, PullId};
 
-use super::{READER_RAILS, SOON, Spec, producer::rails};
+use super::spec::{READER_RAILS, SOON, Spec, rails};
 use crate::pattern::Check;
 
 /// Settings of a consumer whose lanes have these faults.
@@ -14,15 +14,10 @@ pub fn throttled(faults: &str) -> Config {
     config
 }
 
-/// Settings of a consumer that reads so slowly that its peer can be killed in the middle of 32 MiB: an emulated processor runs
-/// the killer late, and takes its time with a killed process before that one's queue pairs go.
+/// Settings of a consumer that reads slowly enough for a kill in the middle of 32 MiB. In an emulated machine the killer
+/// runs late, and the queue pairs of a killed process live on for a while.
 pub fn killable() -> Config {
     throttled(if really(LaneKind::Tcp) == LaneKind::Verbs { "throttle=8M" } else { "throttle=64M" })
-}
-
-/// Settings of a consumer whose pull of 16 MiB outlasts two others of it: over an emulated wire those take half a second each.
-pub fn outlasting() -> Config {
-    throttled(if really(LaneKind::Tcp) == LaneKind::Verbs { "throttle=3M" } else { "throttle=32M" })
 }
 
 /// A consumer with the same pool as the producers of `spec`.
@@ -36,20 +31,25 @@ pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
         .expect("a consumer starts")
 }
 
-/// All of an offer's positions, into local blocks of the same numbers.
-pub fn all_of(offer: &Offer) -> Vec<LocalBlocks> {
-    let n = offer.groups[0].blocks.len() as u32;
-    vec![LocalBlocks { group: GroupId(0), first_position: 0, blocks: (0..n).map(|b| Some(BlockId(b))).collect() }]
+/// Local blocks for the positions from 0 on.
+pub fn local(blocks: impl IntoIterator<Item = u32>) -> Vec<LocalBlocks> {
+    let blocks = blocks.into_iter().map(|b| Some(BlockId(b))).collect();
+    vec![LocalBlocks { group: GroupId(0), first_position: 0, blocks }]
 }
 
-/// The lane that a test runs over which asks for this one: verbs take the place of tcp where there are rails.
+/// Local blocks for all positions of an offer; each block has the number of its position.
+pub fn all_of(offer: &Offer) -> Vec<LocalBlocks> {
+    local(0..offer.groups[0].blocks.len() as u32)
+}
+
+/// The lane that a test really uses when it names this one: verbs replace tcp if there are rails.
 pub fn really(lane: LaneKind) -> LaneKind {
     let verbs = lane == LaneKind::Tcp && std::env::var_os(READER_RAILS).is_some();
     if verbs { LaneKind::Verbs } else { lane }
 }
 
-/// A deadline that leaves `reading` of itself for reading. Verbs need up to 1.2 s to be quiet, and start to stop so much
-/// earlier; an emulated rail takes a moment to connect.
+/// A deadline that leaves this much time for reading. Verbs need up to 1.2 s to become quiet, so they stop that much
+/// earlier; an emulated rail also takes time to connect.
 pub fn deadline(lane: LaneKind, reading: Duration) -> Duration {
     reading + if really(lane) == LaneKind::Verbs { Duration::from_millis(2_000) } else { Duration::ZERO }
 }
@@ -59,7 +59,7 @@ pub fn pull_all(offer: &Offer, lane: LaneKind, deadline: Duration) -> Pull {
     Pull::new(offer.clone(), all_of(offer)).lanes(vec![really(lane)]).deadline(deadline)
 }
 
-/// Waits for the next end.
+/// Waits until a pull ends.
 pub fn ended(consumer: &Consumer) -> Ended {
     consumer.wait(SOON).expect("the pull ends")
 }
@@ -79,18 +79,20 @@ pub fn wait_until_loaded(consumer: &Consumer, pull: PullId, share: f64) {
     }
 }
 
-/// Every loaded position must hold what the producer's block holds; returns how many were compared. `never:` tells
-/// tests/vm/run that no busy host excuses it.
+/// Compares every loaded block with the producer's block, and returns the number of blocks. `never:` in a message tells
+/// tests/vm/run that a busy host is no excuse.
 pub fn assert_loaded_is_exact(ended: &Ended, consumer: &Consumer, spec: &Spec, seed: u64) -> u64 {
-    let layout = spec.layout();
+    let (theirs, ours) = (spec.layout(), consumer.layout());
     let mut check = Check::new();
+    let mut local = ended.blocks.loaded.iter();
     let mut compared = 0;
     for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
         assert!(g.loaded.iter().all(|p| !g.invalid.contains(p)), "never: loaded and invalid share a position");
         for position in g.loaded.iter() {
-            let src = offered.blocks[position as usize].expect("a loaded position was offered");
+            let src = offered.blocks[(position - offered.first_position) as usize].expect("it was offered");
+            let dst = local.next().expect("each loaded position has a block").id;
             let (_, bad) = check
-                .block(seed, (&layout, src.0), (consumer.memory(), &layout, position), g.group)
+                .block(seed, (&theirs, src.0), (consumer.memory(), ours, dst.0), g.group)
                 .expect("the blocks are in the pool");
             assert_eq!(bad, 0, "never: position {position} does not hold block {}", src.0);
             compared += 1;

@@ -1,7 +1,7 @@
-//! A producer in a process of its own, driven line by line.
+//! A producer in a process of its own, driven by one line of JSON per command.
 //!
-//! The process is the calling binary again, which runs [`super::play`] first: no other binary has to be built, and the
-//! producer is the library's own, with whatever settings a test wants.
+//! The process runs the calling binary again, which calls [`super::play`] first. So no other binary has to be built, and
+//! a test can choose any settings.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -10,104 +10,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{Model, Offer, OfferId, PoolLayout};
+use kvferry::{Offer, OfferId};
 use serde::{Deserialize, Serialize};
 
-use super::{SOON, model};
+use super::spec::{SOON, Spec};
 
 /// The environment variable that makes this binary a producer.
-pub const ROLE: &str = "KVFERRY_TEST_PRODUCER";
+pub(super) const ROLE: &str = "KVFERRY_TEST_PRODUCER";
 
-/// The environment variable that makes this binary a consumer.
-pub const CONSUMER: &str = "KVFERRY_TEST_CONSUMER";
-
-/// The environment variables that make the tests of the TCP lane those of verbs: rails of the consumers, and of the
-/// producers. Set in the virtual machine of tests/vm.
-pub const READER_RAILS: &str = "KVFERRY_TEST_READER_RAILS";
-pub const SERVED_RAILS: &str = "KVFERRY_TEST_SERVED_RAILS";
-
-pub(super) fn rails(of: &str) -> Vec<String> {
-    std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
-}
-
-/// A producer's settings.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Spec {
-    pub listen: String,
-    pub engine: String,
-    pub model: String,
-    pub dtype: String,
-    pub blocks: u32,
-    pub regions: u32,
-    pub block_size: u64,
-    pub engine_memory: bool,
-    pub local: bool,
-    pub tcp: bool,
-    /// Serve verbs, on these rails; none: not at all.
-    pub rails: Vec<String>,
-    pub unclaimed_ms: u64,
-    pub claimed_ms: u64,
-    pub hard_cap_ms: u64,
-    pub early_grace_ms: u64,
-}
-
-impl Default for Spec {
-    fn default() -> Self {
-        Self {
-            listen: "127.0.0.1:0".into(),
-            engine: "prefill".into(),
-            model: "m".into(),
-            dtype: "uint8".into(),
-            blocks: 256,
-            regions: 4,
-            block_size: 16 << 10,
-            engine_memory: false,
-            local: true,
-            tcp: true,
-            rails: rails(SERVED_RAILS),
-            unclaimed_ms: 30_000,
-            claimed_ms: 10_000,
-            hard_cap_ms: 600_000,
-            early_grace_ms: 2_000,
-        }
-    }
-}
-
-impl Spec {
-    pub fn layout(&self) -> PoolLayout {
-        PoolLayout::uniform(self.blocks, self.regions, self.block_size, 16)
-    }
-
-    pub fn kv_model(&self) -> Model {
-        model(&self.model, &self.dtype)
-    }
-
-    /// Bytes of one block over all regions.
-    pub fn block_bytes(&self) -> u64 {
-        u64::from(self.regions) * self.block_size
-    }
-}
-
-/// What a producer process is told, one line each.
+/// A command to a producer process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Say {
-    /// Offer these blocks; answered by `Offered`. With an id: under that one.
+    /// Offer these blocks, under this id if there is one. The answer is `Offered`.
     Offer { blocks: Vec<u32>, ready: bool, id: Option<OfferId> },
     /// The offer's blocks are filled.
     Ready(OfferId),
-    /// Take the offer back, and overwrite its blocks as soon as they are freed.
+    /// Revoke the offer, and overwrite its blocks as soon as they are freed.
     Revoke(OfferId),
-    /// Overwrite blocks whenever an offer is freed, as an engine does that uses them again at once.
+    /// Overwrite the blocks of every freed offer, as an engine does that reuses them at once.
     ReuseAtOnce,
     /// Make no new offers.
     Drain,
-    /// Say how many offers, claims and sessions there are.
+    /// Count offers, claims and sessions. The answer is `Counted`.
     Count,
-    /// Take something away from the producer behind its back; answered by `Taken`.
+    /// Take a resource away from the producer without its knowledge. The answer is `Taken`.
     Take(Belongings),
 }
 
-/// What can be taken away from a producer's process.
+/// A resource that can be taken away from a producer process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Belongings {
     /// The mapping of the pool, whose pages devices have pinned.
@@ -118,18 +48,29 @@ pub enum Belongings {
     Regions,
 }
 
-/// What a producer process says, one line each.
+/// An answer or event of a producer process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Heard {
     /// It serves.
-    Up { addr: String, tcp_hint: u16, incarnation: String, seed: u64 },
-    /// The offer that was asked for, or why there is none.
+    Up {
+        addr: String,
+        incarnation: String,
+        seed: u64,
+    },
+    /// The new offer, or the reason for refusing it.
     Offered(Result<Offer, String>),
-    /// An offer's blocks came back, this long after the process started.
-    Freed { offer: OfferId, why: String, at_us: u64 },
-    /// What was asked for with `Count`.
-    Counted { offers: usize, claims: usize, sessions: usize },
-    /// So many of what was to be taken were taken.
+    /// An offer was freed, this long after the process started.
+    Freed {
+        offer: OfferId,
+        why: String,
+        at_us: u64,
+    },
+    Counted {
+        offers: usize,
+        claims: usize,
+        sessions: usize,
+    },
+    /// Resources that were taken.
     Taken(usize),
 }
 
@@ -160,7 +101,7 @@ impl Producer {
         let (tx, heard) = channel();
         std::thread::spawn(move || {
             for line in out.lines().map_while(Result::ok) {
-                // The test harness prints lines of its own, and may leave ours behind one of them.
+                // The test harness prints to the same line.
                 if let Some(at) = line.find("@@")
                     && let Ok(h) = serde_json::from_str(&line[at + 2..])
                     && tx.send(h).is_err()
@@ -180,7 +121,7 @@ impl Producer {
             incarnation: String::new(),
         };
         let (addr, incarnation, seed) = this.wait_for("that it serves", |h| match h {
-            Heard::Up { addr, incarnation, seed, .. } => Some((addr.clone(), incarnation.clone(), *seed)),
+            Heard::Up { addr, incarnation, seed } => Some((addr.clone(), incarnation.clone(), *seed)),
             _ => None,
         });
         (this.addr, this.incarnation, this.seed) = (addr, incarnation, seed);
@@ -196,10 +137,10 @@ impl Producer {
         writeln!(self.stdin, "{line}").and_then(|()| self.stdin.flush()).expect("the producer listens");
     }
 
-    /// Waits for a line that `pick` takes; others are kept for later.
+    /// Waits for a line that `pick` accepts. Keeps other lines for later calls.
     pub fn wait_for<T>(&mut self, what: &str, mut pick: impl FnMut(&Heard) -> Option<T>) -> T {
         if let Some(i) = self.later.iter().position(|h| pick(h).is_some()) {
-            return pick(&self.later.remove(i)).expect("it was picked before");
+            return pick(&self.later.remove(i)).expect("`pick` accepted it just now");
         }
         let until = Instant::now() + SOON;
         loop {
@@ -214,9 +155,12 @@ impl Producer {
         }
     }
 
-    /// Whether nothing that `pick` takes was said up to now.
-    pub fn silent(&mut self, mut pick: impl FnMut(&Heard) -> bool) -> bool {
-        self.later.extend(self.heard.try_iter());
+    /// Whether no line arrives within this time, and none has arrived before, that `pick` accepts.
+    pub fn silent_for(&mut self, time: Duration, mut pick: impl FnMut(&Heard) -> bool) -> bool {
+        let until = Instant::now() + time;
+        while let Ok(h) = self.heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            self.later.push(h);
+        }
         !self.later.iter().any(&mut pick)
     }
 
@@ -226,13 +170,13 @@ impl Producer {
     }
 
     pub fn offered(&mut self) -> Result<Offer, String> {
-        self.wait_for("what became of the offer", |h| match h {
+        self.wait_for("whether it made the offer", |h| match h {
             Heard::Offered(o) => Some(o.clone()),
             _ => None,
         })
     }
 
-    /// Offers all blocks, in an order that is not the pool's.
+    /// Offers all blocks, in another order than the pool's.
     pub fn offer_all(&mut self) -> Offer {
         let n = self.spec.blocks;
         // 7919 is prime, so this is a permutation of any pool whose size it does not divide.
@@ -240,7 +184,7 @@ impl Producer {
         self.offer(&blocks)
     }
 
-    /// Waits for the offer to be freed. Returns why, and when by the producer's clock.
+    /// Waits until the offer is freed. Returns the reason, and the time by the producer's clock.
     pub fn freed(&mut self, offer: OfferId) -> (String, Duration) {
         self.wait_for("that the offer was freed", |h| match h {
             Heard::Freed { offer: o, why, at_us } if *o == offer => Some((why.clone(), Duration::from_micros(*at_us))),
@@ -248,7 +192,7 @@ impl Producer {
         })
     }
 
-    /// Live offers, claims, sessions.
+    /// The numbers of live offers, claims and sessions.
     pub fn count(&mut self) -> (usize, usize, usize) {
         self.say(&Say::Count);
         self.wait_for("its counts", |h| match h {
@@ -262,7 +206,7 @@ impl Producer {
         rustix::process::kill_process(pid, signal).expect("the process is there");
     }
 
-    /// SIGKILL, and wait until it is gone. Does nothing the second time.
+    /// Sends SIGKILL, and waits for the end of the process. A second call does nothing.
     pub fn kill(&mut self) {
         self.child.kill().expect("it can be killed");
         self.child.wait().expect("it can be waited for");

@@ -1,29 +1,25 @@
-//! The part that a process of a test plays.
+//! The work of a producer process.
 
 use std::{
+    collections::{HashMap, HashSet},
     sync::mpsc::{RecvTimeoutError, channel},
     time::{Duration, Instant},
 };
 
-use kvferry::{BlockId, Config, GroupId, LaneKind, Offer, OfferId};
+use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, Producer, Ready};
 
-use super::{CONSUMER, Heard, ROLE, Say, Spec, consumer, pull_all, taken, throttled};
+use super::{
+    producer::{Heard, ROLE, Say},
+    spec::Spec,
+    taken,
+};
 use crate::pattern;
 
-/// Plays the producer or the consumer that this process was started as, and then does not return. Returns at once in a
-/// process that is neither. Tests call it in a test named `role`, benchmarks first thing in `main`.
+/// Does the work of a producer if this process was started as one, and then does not return. Tests call it in a test
+/// named `role`, benchmarks at the start of `main`.
 pub fn play() {
-    if let Ok(spec) = std::env::var(ROLE) {
-        run_producer(&spec);
-    } else if let Ok(what) = std::env::var(CONSUMER) {
-        run_consumer(&what);
-    }
-}
-
-/// What the process does that [`Producer::start`] starts.
-pub(super) fn run_producer(spec: &str) {
-    use kvferry::{Memory, OfferGroup, OfferSpec, Ready};
-    let spec: Spec = serde_json::from_str(spec).expect("a spec");
+    let Ok(spec) = std::env::var(ROLE) else { return };
+    let spec: Spec = serde_json::from_str(&spec).expect("a spec");
     let started = Instant::now();
     let layout = spec.layout();
     let memory = if spec.engine_memory { Memory::anonymous(&layout.segments) } else { Memory::alloc(&layout.segments) };
@@ -34,7 +30,7 @@ pub(super) fn run_producer(spec: &str) {
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
     config.verbs.rails = spec.rails.clone();
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
-    let producer = kvferry::Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
+    let producer = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
         .memory(memory.expect("memory"))
         .listen(spec.listen.clone())
         .lanes(lanes.iter().filter(|(on, _)| *on).map(|(_, l)| *l).collect())
@@ -44,15 +40,10 @@ pub(super) fn run_producer(spec: &str) {
     let seed = producer.me().incarnation.get();
     pattern::write(seed, producer.memory()).expect("the pool can be filled");
     let tell = |h: &Heard| println!("@@{}", serde_json::to_string(h).expect("JSON"));
-    tell(&Heard::Up {
-        addr: producer.addr().into(),
-        tcp_hint: 0,
-        incarnation: producer.me().incarnation.to_string(),
-        seed,
-    });
-    let mut offered: std::collections::HashMap<OfferId, Vec<u32>> = std::collections::HashMap::new();
+    tell(&Heard::Up { addr: producer.addr().into(), incarnation: producer.me().incarnation.to_string(), seed });
+    let mut offered: HashMap<OfferId, Vec<u32>> = HashMap::new();
     let mut reuse = false;
-    let mut revoked = std::collections::HashSet::new();
+    let mut revoked = HashSet::new();
     let (tx, said) = channel::<Say>();
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {
@@ -62,10 +53,10 @@ pub(super) fn run_producer(spec: &str) {
                 return;
             }
         }
-        // The test is gone, and so is the reason for this process.
+        // The test has ended, and nothing else needs this process.
         std::process::exit(0);
     });
-    // The engine's loop: a step a millisecond.
+    // An engine's loop, with one step per millisecond.
     loop {
         match said.recv_timeout(Duration::from_millis(1)) {
             Ok(Say::Offer { blocks, ready, id }) => {
@@ -97,11 +88,11 @@ pub(super) fn run_producer(spec: &str) {
             }
             Ok(Say::Take(what)) => tell(&Heard::Taken(taken::take(what, producer.memory()))),
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Disconnected) => std::process::exit(0),
         }
         while let Some(f) = producer.poll_freed() {
             if reuse || revoked.contains(&f.offer) {
-                // Another request's KV.
+                // The KV of another request.
                 for b in offered.get(&f.offer).into_iter().flatten() {
                     for r in &layout.groups[0].regions {
                         let other = vec![0xEE; r.block_bytes as usize];
@@ -116,12 +107,4 @@ pub(super) fn run_producer(spec: &str) {
             });
         }
     }
-}
-
-/// A consumer process: claims an offer, and reads it so slowly that it is never done.
-pub(super) fn run_consumer(what: &str) {
-    let (spec, offer): (Spec, Offer) = serde_json::from_str(what).expect("a spec and an offer");
-    let consumer = consumer(&spec, throttled("throttle=64K"));
-    consumer.pull(pull_all(&offer, LaneKind::Tcp, Duration::from_secs(600))).expect("a pull");
-    let _ = consumer.wait(Duration::from_secs(600));
 }

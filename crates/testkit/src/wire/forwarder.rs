@@ -11,12 +11,13 @@ use std::{
     time::Instant,
 };
 
+use fastrand::Rng;
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     io::{Errno, read, write},
 };
 
-use super::{path::Path, random::Random};
+use super::path::Path;
 
 /// The paths to the far and to the near end, as [`super::Direction`] counts them.
 pub(super) type Paths = [Path; 2];
@@ -37,8 +38,8 @@ pub(super) struct Forwarder {
 
 impl Forwarder {
     pub(super) fn start(ends: Ends, seed: u64) -> std::io::Result<Self> {
-        let mut seeds = Random::new(seed);
-        let paths = [Path::new(seeds.next()), Path::new(seeds.next())];
+        let mut rng = Rng::with_seed(seed);
+        let paths = [Path::new(rng.fork()), Path::new(rng.fork())];
         let (commands, receiver) = channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let woken = wake.clone();
@@ -136,7 +137,7 @@ impl Running {
         for _ in 0..BATCH {
             match read(&self.ends[direction], &mut *buffer) {
                 // The kernel itself sends neighbour and router messages of IPv6. They would draw from the generator and
-                // change what a seed does to the test's packets.
+                // change which of the test's packets a seed affects.
                 Ok(n) if n > 0 && buffer[0] >> 4 == 4 => path.send(Instant::now(), &buffer[..n], &mut out),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,

@@ -9,7 +9,7 @@ use std::{
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
-use super::Unavailable;
+use super::unavailable::Unavailable;
 
 /// The kernel keeps it for as long as this value or a process in it exists.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::random::Random;
+use fastrand::Rng;
 
 /// Most packets that overtake one that is held back. TCP takes three for a loss.
 const MOST_OVERTAKING: u64 = 8;
@@ -25,7 +25,7 @@ pub struct Conditions {
     pub delay: Duration,
     /// By how much the delay varies, up and down. Packets stay in order.
     pub jitter: Duration,
-    /// Probability that one to eight later packets overtake a packet. If too few follow, it goes on after 10 ms.
+    /// Probability that one to eight later packets overtake a packet. If too few follow, it continues after 10 ms.
     pub reorder: f64,
     /// Probability that a packet arrives twice.
     pub duplicate: f64,
@@ -75,18 +75,18 @@ struct Held {
 pub(super) struct Path {
     conditions: Conditions,
     cut: bool,
-    random: Random,
+    rng: Rng,
     late: VecDeque<Late>,
     held: Vec<Held>,
     counts: Counts,
 }
 
 impl Path {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(super) fn new(rng: Rng) -> Self {
         Self {
             conditions: Conditions::default(),
             cut: false,
-            random: Random::new(seed),
+            rng,
             late: VecDeque::new(),
             held: Vec::new(),
             counts: Counts::default(),
@@ -126,11 +126,11 @@ impl Path {
             self.counts.cut += 1;
             return;
         }
-        if self.random.chance(self.conditions.loss) {
+        if self.rng.f64() < self.conditions.loss {
             self.counts.lost += 1;
             return;
         }
-        let twice = self.random.chance(self.conditions.duplicate);
+        let twice = self.rng.f64() < self.conditions.duplicate;
         self.counts.duplicated += u64::from(twice);
         for _ in 0..1 + u32::from(twice) {
             let due = self.due(now);
@@ -155,14 +155,14 @@ impl Path {
         let Conditions { delay, jitter, .. } = self.conditions;
         let earliest = now + delay.saturating_sub(jitter);
         let latest = now + delay + jitter;
-        let due = earliest + (latest - earliest).mul_f64(self.random.share());
+        let due = earliest + (latest - earliest).mul_f64(self.rng.f64());
         self.late.back().map_or(due, |last| due.max(last.due))
     }
 
     /// The second stage.
     fn leave(&mut self, now: Instant, packet: &[u8], out: &mut impl FnMut(&[u8])) {
-        if self.random.chance(self.conditions.reorder) {
-            let room = 1 + self.random.next() % MOST_OVERTAKING;
+        if self.rng.f64() < self.conditions.reorder {
+            let room = self.rng.u64(1..=MOST_OVERTAKING);
             self.held.push(Held { until: now + LONGEST_HOLD, room, overtaken: false, packet: packet.into() });
             return;
         }
@@ -204,7 +204,7 @@ mod tests {
     }
 
     fn path(seed: u64, conditions: Conditions) -> Path {
-        let mut path = Path::new(seed);
+        let mut path = Path::new(Rng::with_seed(seed));
         path.set(conditions);
         path
     }
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_strikes_the_same_packets_each_time_and_another_one_others() {
+    fn a_seed_always_affects_the_same_packets_and_another_seed_affects_others() {
         let all = Conditions { loss: 0.1, reorder: 0.1, duplicate: 0.1, ..Conditions::default() };
         assert_eq!(run(&mut path(3, all), 1000), run(&mut path(3, all), 1000));
         assert_ne!(run(&mut path(3, all), 1000), run(&mut path(4, all), 1000));

@@ -12,7 +12,7 @@ use rustix::{
     ioctl::{Opcode, Updater, ioctl, opcode},
 };
 
-use super::Unavailable;
+use super::unavailable::Unavailable;
 
 /// `TUNSETIFF` of linux/if_tun.h. It is declared with an `int`, although it takes a [`Request`].
 const TUNSETIFF: Opcode = opcode::write::<i32>(b'T', 202);

@@ -1,4 +1,4 @@
-//! Pulls, and what follows from blocks that did not arrive.
+//! Pulls, and the outcome of blocks that did not arrive.
 
 use std::{collections::HashSet, sync::mpsc::RecvTimeoutError, time::Duration};
 
@@ -6,7 +6,7 @@ use kvferry::{
     Block, BlockId, Cause, Ended, GroupId, LocalBlocks, Pull,
     scheduler::{
         invalid::{Outcome, Report, resolve},
-        ledger::End,
+        ledger::EndReason,
         table::Held,
     },
 };
@@ -20,14 +20,14 @@ use crate::{
 const TOKENS: u64 = BLOCK as u64;
 
 impl Engine {
-    /// Starts to pull what a request's offer has behind what it holds, up to token `end`. `true`: nothing else is to be
-    /// done for it in this step.
+    /// Starts a pull of the request's offer from the held tokens up to `end`. `true` if the request needs nothing else in
+    /// this step.
     pub(super) fn load(&mut self, i: usize, end: u64, budget: &mut u64) -> bool {
         let r = &mut self.running[i];
         let (from, to) = (r.held.total(), r.external().min(end));
         let Some(consumer) = self.link.consumer.as_ref().filter(|_| r.job.offer.is_some()) else { return false };
         let Some(offer) = r.job.offer.take() else { return false };
-        // Less than a block is computed as fast as it is asked for. And blocks that were begun here stay here.
+        // Less than a block is not worth a pull, and a block that was begun here is continued here.
         if to < from + TOKENS || r.held.computed > 0 || !from.is_multiple_of(TOKENS) {
             consumer.release(&offer);
             return false;
@@ -46,14 +46,14 @@ impl Engine {
             }
             Err(e) => {
                 tracing::warn!(request = %r.job.name, "a pull could not be started: {e}");
-                // Its peer need not wait for a lease.
+                // Otherwise its peer would wait for the end of the lease.
                 consumer.release(&offer);
                 self.refused.push((r.id, e.cause()));
                 None
             }
         };
         if self.settings.sync_loads {
-            // It counts on the load at once, and so may others.
+            // It counts on the load at once, and so may other requests.
             let (known, total) = (r.known(), r.held.total());
             let tokens = (known - total).min(*budget);
             self.schedule(i, tokens, budget);
@@ -63,7 +63,7 @@ impl Engine {
         true
     }
 
-    /// Takes in the loads that have ended since the last step.
+    /// Handles the loads that have ended since the last step.
     pub(super) fn end_loads(&mut self) {
         let ends = std::mem::take(&mut self.ends);
         let refused = std::mem::take(&mut self.refused);
@@ -86,15 +86,15 @@ impl Engine {
         }
     }
 
-    /// Waits until every load of this step is quiet. The model runs next, on whatever has arrived.
+    /// Waits until every load of this step is quiet. The model then runs on the blocks that arrived.
     pub(super) fn wait_for_loads(&mut self) {
         while self.ends.len() < self.pulls.len() {
             match self.inbox.recv_timeout(Duration::from_millis(20)) {
-                Ok(msg) => self.take_in(msg),
+                Ok(msg) => self.handle(msg),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            // Nobody is to be held up by a load that nobody wants. It still has to become quiet.
+            // A load without a client must not delay the step, but it still has to become quiet.
             for (pull, (id, _)) in &self.pulls {
                 let unwanted = |r: &&Req| r.id == *id && r.job.out.is_closed();
                 if let Some(c) = &self.link.consumer
@@ -106,7 +106,7 @@ impl Engine {
         }
     }
 
-    /// Takes in the loads of this step, after it has run.
+    /// Handles the loads of this step after the model has run.
     pub(super) fn end_sync_loads(&mut self) {
         let ends = std::mem::take(&mut self.ends);
         let refused = std::mem::take(&mut self.refused);
@@ -119,7 +119,7 @@ impl Engine {
         }
     }
 
-    /// Reports what did not arrive, and carries out what follows.
+    /// Reports the blocks that did not arrive, and applies the outcome.
     fn report(&mut self, ends: &[Ended], refused: &[(Id, Cause)]) {
         let mut report = refused.iter().fold(Report::new(), |r, (id, cause)| r.load_failed(*id, *cause));
         for e in ends {
@@ -142,7 +142,7 @@ impl Engine {
         }
     }
 
-    /// What is lost, worked out from the tables alone: see [`Counts`](crate::counts::Counts).
+    /// Counts lost tokens from the block tables alone: see [`Counts`](crate::counts::Counts).
     fn count_losses(&mut self, invalid: &HashSet<Block>, refused: &[(Id, Cause)]) {
         let bad = |b: &Option<BlockId>| b.is_some_and(|id| invalid.contains(&Block { group: GroupId(0), id }));
         for r in &self.running {
@@ -163,7 +163,7 @@ impl Engine {
         for a in outcome.affected {
             let Some(r) = self.running.iter_mut().find(|r| r.id == a.id) else { continue };
             tracing::info!(
-                request = %r.job.name, keeps = a.held.total(), lost = a.lost.total(), cause = %a.first.cause,
+                request = %r.job.name, kept = a.held.total(), lost = a.lost.total(), cause = %a.first.cause,
                 waits = a.waits_for.is_some(), "KV did not arrive; it is computed again"
             );
             r.held = a.held;
@@ -173,7 +173,7 @@ impl Engine {
             let Some(i) = self.running.iter().position(|r| r.id == f.id) else { continue };
             tracing::warn!(request = %self.running[i].job.name, "failed: {}", f.reason);
             self.running[i].fail(Refusal::KvLost(f.reason.to_string()));
-            // A load that is still under way writes these blocks: they are given back when it is quiet.
+            // A running load writes these blocks, so they are released when it is quiet.
             match self.running[i].load.as_ref().filter(|l| !l.ended).and_then(|l| l.pull) {
                 Some(pull) => {
                     self.running[i].gone = true;
@@ -183,7 +183,7 @@ impl Engine {
                 }
                 None => {
                     let r = self.running.remove(i);
-                    self.close(r, End::Failed);
+                    self.close(r, EndReason::Failed);
                 }
             }
         }

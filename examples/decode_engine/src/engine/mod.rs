@@ -1,15 +1,14 @@
 //! The engine: one thread that owns the model, the blocks and all requests, and runs them step by step.
 //!
-//! A step is what [`kvferry::scheduler`] describes: take in what loads have brought, let everyone have his turn, admit,
-//! run the model once for all, and only then count. Whatever concerns invalid blocks is decided by the library; this
-//! module carries it out.
+//! [`kvferry::scheduler`] describes a step: handle the ended loads, give each request its turn, admit new ones, run the
+//! model once for all, and only then count. The library decides about invalid blocks; this module carries that out.
 //!
-//! | file | what it does |
+//! | file | content |
 //! | --- | --- |
-//! | `schedule` | who runs in this step, who comes in, who has to give his blocks back |
-//! | `loads` | pulls, and what follows from blocks that did not arrive |
+//! | `schedule` | the requests of a step: turns, admission, preemption |
+//! | `loads` | pulls, and the outcome of blocks that did not arrive |
 //! | `offers` | the KV of finished prompts, for other engines |
-//! | `step` | the forward pass, and what it is counted as |
+//! | `step` | the forward pass and its counts |
 
 mod loads;
 mod offers;
@@ -29,7 +28,7 @@ use kvferry::{
     BlockId, Cause, Consumer, Ended, EngineId, Freed, GroupId, OfferId, Producer, PullId,
     scheduler::{
         invalid::Policy,
-        ledger::{End, Ledger},
+        ledger::{EndReason, Ledger},
         table::GroupSpec,
     },
 };
@@ -44,21 +43,21 @@ use crate::{
     request::{Event, Id, Job, Refusal, Req},
 };
 
-/// How an engine runs.
+/// Settings of an engine.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// What happens to requests whose KV does not arrive.
+    /// The policy for requests whose KV does not arrive.
     pub policy: Policy,
-    /// Loads are waited for inside of a step, and others may count on their blocks at once; otherwise requests that load
-    /// stand aside, and the others run.
+    /// A step waits for its loads, and other requests may count on their blocks at once. Otherwise requests with a running
+    /// load are left out of the step.
     pub sync_loads: bool,
-    /// Tokens in a step, at most.
+    /// Most tokens per step.
     pub budget: u64,
-    /// Requests that run, at most,
+    /// Most running requests, without those that load.
     pub running: usize,
-    /// and beside those requests that wait for their loads.
+    /// Most requests that wait for their loads.
     pub loading: usize,
-    /// From the start of a pull to its decision.
+    /// Time from the start of a pull to its decision.
     pub deadline: Duration,
 }
 
@@ -75,87 +74,87 @@ impl Default for Settings {
     }
 }
 
-/// What the engine's thread is told.
+/// A message to the engine's thread.
 enum Msg {
     Job(Job),
     Ended(Box<Ended>),
     Freed(Freed),
     Status(oneshot::Sender<Status>),
-    /// Runs between two steps, when nothing is half counted.
+    /// Runs between two steps, when all counts are consistent.
     Between(Box<dyn FnOnce() + Send>),
     Stop,
 }
 
-/// A pull under way.
+/// A running pull.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PullStatus {
-    /// Whose KV it brings.
+    /// The request whose KV it brings.
     pub request: String,
     /// The engine that it comes from.
     pub from: String,
-    /// Chunks that have arrived, and chunks in all (0 until that is known).
+    /// Chunks that have arrived, and the number of chunks (0 until it is known).
     pub loaded: usize,
     pub chunks: usize,
 }
 
-/// How the engine is.
+/// The status of an engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// Blocks in all, and how many of them nobody holds.
+    /// All blocks, and free blocks.
     pub blocks: usize,
     pub free: usize,
-    /// Free or not, the prefix cache finds them.
+    /// Blocks in the prefix cache.
     pub cached: usize,
     pub running: usize,
     pub waiting: usize,
-    /// Offers whose blocks are not back yet.
+    /// Offers that are not freed yet.
     pub offers: usize,
     pub pulls: Vec<PullStatus>,
-    /// Blocks are withheld because of a wedged lane: the process must be restarted to get them back.
+    /// Pulls whose blocks are withheld by a wedged lane until the process is restarted.
     pub wedged: usize,
 }
 
-/// To talk to an engine. It ends when the last one is dropped.
+/// A handle to an engine, which ends when the last handle is dropped.
 #[derive(Clone)]
 pub struct Handle(Sender<Msg>);
 
 impl Handle {
-    /// Hands in a request. What becomes of it comes through the job's channel; `false`: the engine has ended.
+    /// Submits a request, whose events come through the job's channel. `false` if the engine has ended.
     pub fn submit(&self, job: Job) -> bool {
         self.0.send(Msg::Job(job)).is_ok()
     }
 
-    /// How the engine is; `None`: it has ended.
+    /// The status of the engine; `None` if it has ended.
     pub async fn status(&self) -> Option<Status> {
         let (tx, rx) = oneshot::channel();
         self.0.send(Msg::Status(tx)).ok()?;
         rx.await.ok()
     }
 
-    /// Has `f` run between two steps, when nothing is half counted; `None`: the engine has ended.
+    /// Runs `f` between two steps, when all counts are consistent. `None` if the engine has ended.
     pub async fn between_steps<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         let (tx, rx) = oneshot::channel();
         let run = move || {
-            // Whoever asked may not be interested any more.
+            // The caller may have stopped waiting.
             let _ = tx.send(f());
         };
         self.0.send(Msg::Between(Box::new(run))).ok()?;
         rx.await.ok()
     }
 
-    /// Ends the engine. Requests under way fail.
+    /// Stops the engine. Running requests fail.
     pub fn stop(&self) {
-        // It may have ended by itself.
+        // It may have ended already.
         let _ = self.0.send(Msg::Stop);
     }
 }
 
-/// Its ends of the ferry.
+/// The engine's ends of kvferry.
 #[derive(Default)]
 pub struct Link {
-    /// To pull with.
+    /// For pulls.
     pub consumer: Option<Arc<Consumer>>,
-    /// To offer with.
+    /// For offers.
     pub producer: Option<Arc<Producer>>,
 }
 
@@ -174,9 +173,9 @@ pub struct Engine {
     inbox: Receiver<Msg>,
     /// Pulls that have ended and are not reported yet.
     ends: Vec<Ended>,
-    /// Loads that could not begin, and are not reported yet.
+    /// Loads that could not start and are not reported yet.
     refused: Vec<(Id, Cause)>,
-    /// Pulls under way: whose they are, and from which engine.
+    /// Running pulls, with their request and the engine that they read.
     pulls: HashMap<PullId, (Id, EngineId)>,
     /// Blocks of live offers.
     offers: HashMap<OfferId, Vec<BlockId>>,
@@ -202,7 +201,7 @@ impl Engine {
                 p.wait_freed(Duration::from_secs(1)).is_none_or(|f| tx.send(Msg::Freed(f)).is_ok())
             })?;
         }
-        let group = GroupSpec::full(GroupId(0), BLOCK as u32).ok_or_else(|| anyhow::anyhow!("a block of no tokens"))?;
+        let group = GroupSpec::full(GroupId(0), BLOCK as u32).ok_or_else(|| anyhow::anyhow!("a block needs tokens"))?;
         let engine = Self {
             blocks: Blocks::new(kv.blocks()),
             model,
@@ -249,31 +248,31 @@ impl Engine {
         }
     }
 
-    /// Takes in what was said. If the last step moved nothing, sleeps until something is said; a client may also go away
-    /// without a word, so with requests at hand not for long.
+    /// Handles all messages. If the last step did nothing, waits for one; with requests at hand only briefly, since a
+    /// client may disconnect without a message.
     fn receive(&mut self, moved: bool) -> bool {
         if !moved {
             let idle = self.running.is_empty() && self.waiting.is_empty();
-            let patience = Duration::from_millis(if idle { 60_000 } else { 20 });
-            match self.inbox.recv_timeout(patience) {
-                Ok(msg) => self.take_in(msg),
+            let limit = Duration::from_millis(if idle { 60_000 } else { 20 });
+            match self.inbox.recv_timeout(limit) {
+                Ok(msg) => self.handle(msg),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
         while let Ok(msg) = self.inbox.try_recv() {
-            self.take_in(msg);
+            self.handle(msg);
         }
         true
     }
 
-    fn take_in(&mut self, msg: Msg) {
+    fn handle(&mut self, msg: Msg) {
         match msg {
             Msg::Job(job) => self.arrive(job),
             Msg::Ended(e) => self.ends.push(*e),
             Msg::Freed(f) => self.freed(f),
             Msg::Status(tx) => {
-                // Whoever asked may not be interested any more.
+                // The caller may have stopped waiting.
                 let _ = tx.send(self.status());
             }
             Msg::Between(f) => f(),
@@ -314,7 +313,7 @@ impl Engine {
         let longest = tokens.div_ceil(BLOCK);
         let c = &self.model.config;
         let bad = if job.prompt.is_empty() || job.max_tokens == 0 {
-            Some("a prompt of at least one token, and max_tokens of at least 1, are needed".into())
+            Some("the prompt needs at least one token, and max_tokens must be at least 1".into())
         } else if job.prompt.iter().any(|t| *t as usize >= c.vocab) {
             Some(format!("a token is not in the vocabulary of {}", c.vocab))
         } else if tokens > c.context || longest > self.blocks.len() {
@@ -328,17 +327,17 @@ impl Engine {
             None
         };
         let mut r = Req::new(id, job);
-        if let Some(why) = bad {
+        if let Some(reason) = bad {
             self.release_offer(&mut r);
-            return r.fail(Refusal::Bad(why));
+            return r.fail(Refusal::Bad(reason));
         }
         self.ledger.admit(id, r.prompt());
         self.waiting.push_back(r);
     }
 
-    /// Gives a request's blocks back. Its load, if it had one, is quiet.
-    fn let_go(&mut self, r: &mut Req) {
-        // Last block first: the prefix stays in the cache longest.
+    /// Releases a request's blocks. Its load, if it had one, is quiet.
+    fn release(&mut self, r: &mut Req) {
+        // Last block first, so that the prefix stays in the cache longest.
         for b in r.tables[0].drain(..).rev().flatten() {
             self.blocks.release(b);
         }
@@ -346,24 +345,24 @@ impl Engine {
         r.scheduled = 0;
     }
 
-    /// A request has ended: it has its answer, or never will.
-    fn close(&mut self, mut r: Req, end: End) {
-        self.let_go(&mut r);
+    /// Ends a request, with or without an answer.
+    fn close(&mut self, mut r: Req, reason: EndReason) {
+        self.release(&mut r);
         self.release_offer(&mut r);
         if r.settled.is_none() {
             self.counts.settled(r.prompt(), None);
         }
-        self.ledger.ended(&r.id, end);
+        self.ledger.ended(&r.id, reason);
         self.counts.forget(r.id);
     }
 
-    /// Lets go of requests whose clients went away. One whose load is under way stays until that is quiet.
+    /// Removes requests whose clients have disconnected. A request with a running load stays until the load is quiet.
     fn drop_gone(&mut self) {
         for i in (0..self.waiting.len()).rev() {
             if self.waiting[i].job.out.is_closed()
                 && let Some(r) = self.waiting.remove(i)
             {
-                self.close(r, End::Aborted);
+                self.close(r, EndReason::Aborted);
             }
         }
         for i in (0..self.running.len()).rev() {
@@ -379,7 +378,7 @@ impl Engine {
                 }
                 None if self.running[i].load.is_none() => {
                     let r = self.running.remove(i);
-                    self.close(r, End::Aborted);
+                    self.close(r, EndReason::Aborted);
                 }
                 None => {}
             }
@@ -394,13 +393,13 @@ impl Engine {
 }
 
 impl Req {
-    fn fail(&mut self, why: Refusal) {
-        // Its client may be gone.
-        let _ = self.job.out.send(Event::Failed(why));
+    fn fail(&mut self, reason: Refusal) {
+        // Its client may have disconnected.
+        let _ = self.job.out.send(Event::Failed(reason));
     }
 }
 
-/// A thread that waits for something again and again, until that says `false`.
+/// A thread that calls `f` until it returns `false`.
 fn watch(name: &str, mut f: impl FnMut() -> bool + Send + 'static) -> std::io::Result<()> {
     std::thread::Builder::new().name(name.into()).spawn(move || while f() {})?;
     Ok(())

@@ -1,5 +1,5 @@
-//! The KV of finished prompts, offered to other engines. The blocks stay as they are until the offer is freed: pulled and
-//! released, or revoked when its lease runs out.
+//! Offers of the KV of finished prompts. The blocks stay unchanged until the offer is freed: released after a pull, or
+//! revoked when its lease ends.
 
 use kvferry::{Freed, GroupId, Offer, OfferGroup, OfferSpec, Ready};
 
@@ -7,7 +7,7 @@ use super::Engine;
 use crate::{kv::BLOCK, request::Req};
 
 impl Engine {
-    /// Offers a finished request's prompt. `None`: it cannot be offered; its client does without.
+    /// Offers the prompt of a finished request. `None` if it cannot be offered.
     pub(super) fn offer(&mut self, r: &mut Req) -> Option<Box<Offer>> {
         let producer = self.link.producer.as_ref().filter(|_| r.job.produce)?;
         let blocks = r.tables[0].get(..r.job.prompt.len().div_ceil(BLOCK))?.to_vec();
@@ -28,7 +28,7 @@ impl Engine {
         }
     }
 
-    /// An offer's blocks are back.
+    /// Takes the blocks of a freed offer back.
     pub(super) fn freed(&mut self, freed: Freed) {
         for b in self.offers.remove(&freed.offer).into_iter().flatten().rev() {
             self.blocks.release(b);

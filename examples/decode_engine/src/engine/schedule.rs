@@ -1,9 +1,9 @@
-//! Who runs in a step, who comes in, and who has to give his blocks back.
+//! The requests of a step: turns, admission, preemption.
 
 use kvferry::{
     BlockId,
     scheduler::{
-        ledger::End,
+        ledger::EndReason,
         table::Held,
         turn::{Turn, turns},
     },
@@ -18,7 +18,7 @@ use crate::{
 const TOKENS: u64 = BLOCK as u64;
 
 impl Engine {
-    /// Everyone's turn. Returns the tokens that are left of the step's budget.
+    /// Gives each request its turn. Returns the rest of the step's token budget.
     pub(super) fn take_turns(&mut self) -> u64 {
         let mut budget = self.settings.budget;
         let views: Vec<_> = self.running.iter().map(Req::view).collect();
@@ -30,14 +30,14 @@ impl Engine {
                 r.held.adopt(t.computed);
             }
         }
-        // What could be taken over from those whose clients are gone has been: they can go.
+        // Requests without a client can be removed now: others have adopted their blocks.
         for i in (0..self.running.len()).rev() {
             if self.running[i].gone && self.running[i].load.is_none() {
                 let r = self.running.remove(i);
-                self.close(r, End::Aborted);
+                self.close(r, EndReason::Aborted);
             }
         }
-        // One token for each that generates comes first: a long prompt must not hold them up.
+        // Requests that generate get their token first, so that a long prompt does not delay them.
         turns.sort_by_key(|t| self.index(t.id).is_none_or(|i| self.running[i].known() - t.computed > 1));
         for t in &turns {
             self.take_turn(t, &mut budget);
@@ -60,14 +60,14 @@ impl Engine {
         if to <= from {
             return;
         }
-        // Whoever came last gives his blocks back, be it this one itself.
+        // The newest request is preempted, even if it is this one.
         while let Some(i) = self.index(t.id)
             && !self.make_room(i, to)
         {
             let victim = self.running.iter().rposition(|r| r.load.is_none() && !r.gone);
             match victim.filter(|v| *v != i || self.running.len() > 1) {
                 Some(v) => self.preempt(v),
-                // Offers hold the blocks: they come back in time.
+                // Offers hold the blocks, and will be freed.
                 None => return,
             }
         }
@@ -82,11 +82,11 @@ impl Engine {
         self.cache_blocks(i);
     }
 
-    /// Puts what will be full at the end of the step into the prefix cache: others may find it in this very step, since
-    /// the model stores all KV of a layer before it reads any.
+    /// Caches the blocks that will be full at the end of the step. Other requests may find them in the same step, since the
+    /// model stores all KV of a layer before it reads any.
     pub(super) fn cache_blocks(&mut self, i: usize) {
         let r = &mut self.running[i];
-        r.name_blocks();
+        r.update_keys();
         if r.load.is_some() {
             return;
         }
@@ -98,7 +98,7 @@ impl Engine {
         }
     }
 
-    /// Blocks for the first `to` tokens, or none at all.
+    /// Allocates all missing blocks for the first `to` tokens, or none.
     fn make_room(&mut self, i: usize, to: u64) -> bool {
         let table = &mut self.running[i].tables[0];
         let more = (to.div_ceil(TOKENS) as usize).saturating_sub(table.len());
@@ -113,33 +113,33 @@ impl Engine {
 
     fn preempt(&mut self, i: usize) {
         let mut r = self.running.remove(i);
-        // It was to fill these in this step, and will not.
+        // It will not fill these blocks in this step.
         if r.scheduled > 0 {
             let unfilled = r.tables[0].iter().skip((r.held.total() / TOKENS) as usize).flatten();
             unfilled.for_each(|b| self.blocks.uncache(*b));
         }
-        self.let_go(&mut r);
+        self.release(&mut r);
         self.ledger.preempted(&r.id);
         self.counts.preemptions.inc();
         self.waiting.push_front(r);
     }
 
-    /// Lets requests in for as long as there is room for all of their known tokens.
+    /// Admits requests while there is room for all of their known tokens.
     pub(super) fn admit(&mut self, mut budget: u64) {
-        // Whoever waits for a peer takes up blocks, but nobody's turn.
+        // A request with a running load holds blocks, but does not run.
         let loading = |running: &[Req]| running.iter().filter(|r| r.load.is_some()).count();
         while self.running.len() - loading(&self.running) < self.settings.running
             && loading(&self.running) < self.settings.loading
             && self.waiting.front().is_some_and(|r| budget > 0 || r.job.offer.is_some())
             && let Some(mut r) = self.waiting.pop_front()
         {
-            r.name_blocks();
+            r.update_keys();
             let hit = self.look_up(&mut r);
             let shares = self.share(&mut r);
             let need = (r.known().div_ceil(TOKENS) as usize) - r.table().len();
             let Some(new) = self.blocks.alloc_all(need) else {
-                // Not its time yet; nothing was counted.
-                self.let_go(&mut r);
+                // It waits for room. Nothing was counted yet.
+                self.release(&mut r);
                 self.waiting.push_front(r);
                 return;
             };
@@ -156,21 +156,21 @@ impl Engine {
         }
     }
 
-    /// Takes the longest prefix that the cache has, and returns its tokens.
+    /// Takes the longest cached prefix, and returns its tokens.
     fn look_up(&mut self, r: &mut Req) -> u64 {
-        let most = (r.most() / TOKENS) as usize;
+        let most = (r.longest_hit() / TOKENS) as usize;
         let found: Vec<BlockId> = r.keys.iter().take(most).map_while(|k| self.blocks.find(k)).collect();
         found.iter().for_each(|b| self.blocks.retain(*b));
         r.tables[0] = found.into_iter().map(Some).collect();
         r.table().len() as u64 * TOKENS
     }
 
-    /// Takes the blocks behind its hit from a request that is to fill them: it loads or computes the same text just now.
-    /// Then the newcomer waits for it; one that could load them itself waits for another's load, but not for a computation.
-    /// Blocks that others will fill are not in the cache, so that nobody counts on them.
+    /// Shares the blocks after its hit with a request that loads or computes the same text, and then waits for it. A request
+    /// that has an offer waits only for another request's load, not for a computation. These blocks are not cached yet, so
+    /// that no request counts on them.
     fn share(&mut self, r: &mut Req) -> bool {
         let from = r.table().len();
-        let most = (r.most() / TOKENS) as usize;
+        let most = (r.longest_hit() / TOKENS) as usize;
         let common = |o: &Req| {
             let keys = o.keys.iter().zip(&r.keys).take(most).take_while(|(a, b)| a == b).count();
             keys.min(o.table().len())

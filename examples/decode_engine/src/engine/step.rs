@@ -1,8 +1,8 @@
-//! The forward pass, and what it is counted as.
+//! The forward pass and its counts.
 
 use std::collections::HashMap;
 
-use kvferry::scheduler::ledger::End;
+use kvferry::scheduler::ledger::EndReason;
 
 use super::Engine;
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 };
 
 impl Engine {
-    /// One step. `false`: there was nothing to do.
+    /// Runs one step. `false` if there was nothing to do.
     pub(super) fn step(&mut self) -> bool {
         self.drop_gone();
         self.end_loads();
@@ -36,7 +36,7 @@ impl Engine {
         moved || !self.ends.is_empty() || !self.refused.is_empty()
     }
 
-    /// Runs what is scheduled, and returns the token of each request that has come to its end.
+    /// Runs the scheduled tokens, and returns the next token of each request whose known tokens have all run.
     fn run_model(&mut self) -> candle_core::Result<HashMap<Id, u32>> {
         let mut batch = Batch::default();
         let mut ids = Vec::new();
@@ -58,7 +58,7 @@ impl Engine {
         Ok(ids.into_iter().zip(logits.iter().map(|l| greedy(l))).collect())
     }
 
-    /// Counts the step, gives out tokens, and lets requests go that are done.
+    /// Counts the step, emits tokens, and removes finished requests.
     fn count(&mut self, tokens: &HashMap<Id, u32>) {
         for i in (0..self.running.len()).rev() {
             let r = &mut self.running[i];
@@ -77,7 +77,7 @@ impl Engine {
                 r.settled = self.ledger.request(&r.id);
                 self.counts.settled(r.prompt(), Some(r.arrived.elapsed()));
             }
-            // A client that is gone is noticed before the next step.
+            // A closed channel is noticed before the next step.
             let _ = r.job.out.send(Event::Token(token));
             let stopped = self.model.config.eos == Some(token) && !r.job.ignore_eos;
             if stopped || r.made() >= r.job.max_tokens {
@@ -90,25 +90,25 @@ impl Engine {
         let mut r = self.running.remove(i);
         let offer = self.offer(&mut r);
         let parts = r.settled.unwrap_or_default();
-        let unheard = r.job.out.send(Event::Done { stopped, parts, offer: offer.clone() }).is_err();
-        if let (true, Some(offer), Some(producer)) = (unheard, offer, &self.link.producer) {
-            // Nobody will ever know its name.
+        let closed = r.job.out.send(Event::Done { stopped, parts, offer: offer.clone() }).is_err();
+        if let (true, Some(offer), Some(producer)) = (closed, offer, &self.link.producer) {
+            // No client knows the offer.
             producer.revoke(offer.id);
         }
-        self.close(r, End::Aborted);
+        self.close(r, EndReason::Aborted);
     }
 
-    /// The model failed: nobody can be answered, and what was to be computed is not there.
-    fn fail_all(&mut self, why: &str) {
-        tracing::error!("the model failed: {why}");
+    /// Fails all running requests, because the model failed. Their unfilled blocks leave the cache.
+    fn fail_all(&mut self, reason: &str) {
+        tracing::error!("the model failed: {reason}");
         for mut r in std::mem::take(&mut self.running) {
             r.tables[0].iter().skip(r.held.total() as usize / BLOCK).flatten().for_each(|b| self.blocks.uncache(*b));
-            r.fail(Refusal::Engine(format!("the model failed: {why}")));
+            r.fail(Refusal::Engine(format!("the model failed: {reason}")));
             r.gone = true;
             if r.load.is_some() {
                 self.running.push(r);
             } else {
-                self.close(r, End::Failed);
+                self.close(r, EndReason::Failed);
             }
         }
     }

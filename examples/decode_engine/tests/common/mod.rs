@@ -1,5 +1,5 @@
-//! Engines inside of the test's process: the real thing, with the tiny model, without HTTP.
-#![allow(dead_code, reason = "each test file uses its part")]
+//! Engines in the test's process, with the tiny model and without HTTP.
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::{
     sync::Arc,
@@ -18,16 +18,16 @@ use kvferry::{Config, Offer, scheduler::tokens::Parts};
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-/// Nothing here takes longer, whatever runs beside it.
+/// Longest time that a test waits for an event.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// An engine on a thread of its own. Ends when dropped.
+/// An engine on its own thread. It ends when this is dropped.
 pub struct Rig {
     pub handle: Handle,
     registry: Registry,
 }
 
-/// What became of a request.
+/// The result of a request.
 #[derive(Debug)]
 pub struct Done {
     pub tokens: Vec<u32>,
@@ -36,12 +36,12 @@ pub struct Done {
 }
 
 impl Rig {
-    /// One without a ferry.
+    /// An engine without kvferry.
     pub fn new(blocks: u32, settings: Settings) -> Result<Self> {
         Self::linked(blocks, settings, None, &Config::default())
     }
 
-    /// One with its ends of the ferry.
+    /// An engine with its ends of kvferry.
     pub fn linked(blocks: u32, settings: Settings, role: Option<Role>, config: &Config) -> Result<Self> {
         let model = Arc::new(weights::tiny(1)?.0);
         let kv = model.cache(blocks)?;
@@ -56,7 +56,7 @@ impl Rig {
         Ok(Self { handle, registry })
     }
 
-    /// Hands in a request; its events come through the receiver.
+    /// Submits a request, and returns its events.
     pub fn submit(
         &self,
         prompt: &[u32],
@@ -71,7 +71,7 @@ impl Rig {
         events
     }
 
-    /// Asks, and waits for the answer.
+    /// Submits a request, and waits for the answer.
     pub fn ask(&self, prompt: &[u32], max_tokens: usize) -> Result<Done> {
         answer(self.submit(prompt, max_tokens, false, None))
     }
@@ -86,23 +86,23 @@ impl Rig {
         Ok(self.metrics()?.sum(name, &[]))
     }
 
-    /// Waits until `look` is content.
-    pub fn wait(&self, look: impl Fn(&Status) -> bool) -> Result<Status> {
+    /// Waits until `done` accepts the status.
+    pub fn wait(&self, done: impl Fn(&Status) -> bool) -> Result<Status> {
         let started = Instant::now();
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         loop {
             let s = runtime.block_on(self.handle.status()).context("the engine has ended")?;
-            if look(&s) {
+            if done(&s) {
                 return Ok(s);
             }
             if started.elapsed() > LIMIT {
-                bail!("not there after {LIMIT:?}: {s:?}");
+                bail!("the status was not reached within {LIMIT:?}: {s:?}");
             }
             std::thread::sleep(Duration::from_millis(2));
         }
     }
 
-    /// Nothing is under way: every block is back, every book is balanced.
+    /// Waits until the engine is idle, and checks its blocks and its ledger.
     pub fn settled(&self) -> Result<()> {
         let s = self.wait(|s| s.running + s.waiting + s.pulls.len() + s.offers == 0)?;
         anyhow::ensure!(s.free == s.blocks, "{} blocks leaked", s.blocks - s.free);
@@ -120,11 +120,11 @@ impl Drop for Rig {
 pub fn answer(events: UnboundedReceiver<Event>) -> Result<Done> {
     match outcome(events)? {
         Ok(done) => Ok(done),
-        Err(why) => bail!("{why}"),
+        Err(reason) => bail!("{reason}"),
     }
 }
 
-/// Waits for an answer, or for the reason that there is none.
+/// Waits for an answer, or for the reason why there is none.
 pub fn outcome(mut events: UnboundedReceiver<Event>) -> Result<Result<Done, Refusal>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     runtime.block_on(async {
@@ -132,7 +132,7 @@ pub fn outcome(mut events: UnboundedReceiver<Event>) -> Result<Result<Done, Refu
         loop {
             match tokio::time::timeout(LIMIT, events.recv()).await?.context("the engine has ended")? {
                 Event::Token(t) => tokens.push(t),
-                Event::Failed(why) => return Ok(Err(why)),
+                Event::Failed(reason) => return Ok(Err(reason)),
                 Event::Done { parts, offer, .. } => return Ok(Ok(Done { tokens, parts, offer: offer.map(|o| *o) })),
             }
         }

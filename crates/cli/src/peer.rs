@@ -1,0 +1,75 @@
+//! A running `kvferry serve`, as the other commands see it: its pool, offers of its blocks, and pulls of them.
+
+use std::time::Duration;
+
+use kvferry::{
+    BlockId, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, Welcome,
+};
+use kvferry_testkit::pattern::Check;
+use tokio::runtime::Runtime;
+
+use crate::{offers, report::Failure};
+
+/// One life of a `kvferry serve`.
+pub(crate) struct Peer {
+    addr: String,
+    limit: Duration,
+    runtime: Runtime,
+    pub welcome: Welcome,
+}
+
+impl Peer {
+    /// Greets the producer at `addr`. This and later calls fail if it does not answer within `limit`.
+    pub(crate) fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Self, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit))?;
+        Ok(Self { addr: addr.into(), limit, runtime, welcome })
+    }
+
+    /// A new offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of its first group).
+    pub(crate) fn offer(&self, blocks: u32, block_bytes: u32) -> Result<Offer, Failure> {
+        self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, self.limit))
+    }
+
+    /// A layout for `blocks` blocks of the shape that the producer's group has.
+    pub(crate) fn local_layout(&self, group: GroupId, blocks: u32) -> Result<PoolLayout, Failure> {
+        let group = self.welcome.pool.group(group);
+        let mut group = group.ok_or_else(|| Failure::failed("the peer's pool lacks the offer's group"))?.clone();
+        let mut offset = 0;
+        group.blocks = blocks.max(1);
+        for r in &mut group.regions {
+            (r.segment, r.offset, r.stride) = (0, offset, r.block_bytes);
+            offset = u64::from(group.blocks)
+                .checked_mul(r.block_bytes)
+                .and_then(|n| n.checked_add(offset))
+                .ok_or_else(|| Failure::failed("the peer's blocks are too large for this machine"))?;
+        }
+        Ok(PoolLayout { segments: vec![offset], groups: vec![group] })
+    }
+
+    /// Compares the loaded blocks with the producer's pattern. Returns verified and mismatched bytes.
+    pub(crate) fn verify(&self, ended: &Ended, consumer: &Consumer) -> Result<(u64, u64), Failure> {
+        let seed = self.welcome.peer.incarnation.get();
+        let (theirs, ours): (&PoolLayout, &PoolLayout) = (&self.welcome.pool, consumer.layout());
+        let mut check = Check::new();
+        let (mut good, mut bad) = (0, 0);
+        for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
+            for position in g.loaded.iter() {
+                let at = (position - offered.first_position) as usize;
+                let Some(src) = offered.blocks[at] else { continue };
+                let (ok, wrong) = check.block(seed, (theirs, src.0), (consumer.memory(), ours, position), g.group)?;
+                good += ok;
+                bad += wrong;
+            }
+        }
+        Ok((good, bad))
+    }
+}
+
+/// A pull of the first `blocks` positions of an offer's first group into local blocks of the same numbers.
+pub(crate) fn pull(offer: Offer, blocks: u32, lanes: Vec<LaneKind>, deadline: Duration) -> Result<Pull, Failure> {
+    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?.group;
+    let blocks = (0..blocks).map(|b| Some(BlockId(b))).collect();
+    let wanted = LocalBlocks { group, first_position: 0, blocks };
+    Ok(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes))
+}

@@ -1,0 +1,81 @@
+//! Settings that both sides of a test share.
+
+use std::time::Duration;
+
+use kvferry::{Model, PoolLayout};
+use serde::{Deserialize, Serialize};
+
+/// Longest time that a test waits for an event. A loaded machine is slow, but not broken.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// The model of all tests: blocks of 16 tokens, whose bytes have no meaning.
+pub fn model(name: &str, dtype: &str) -> Model {
+    Model { name: name.into(), dtype: dtype.into(), scales: String::new(), attention: "HND".into(), block_tokens: 16 }
+}
+
+/// Environment variables that make tests of the TCP lane use verbs instead: the rails of the consumers and of the
+/// producers. tests/vm/run sets them in the virtual machine.
+pub(super) const READER_RAILS: &str = "KVFERRY_TEST_READER_RAILS";
+const SERVED_RAILS: &str = "KVFERRY_TEST_SERVED_RAILS";
+
+pub(super) fn rails(of: &str) -> Vec<String> {
+    std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
+}
+
+/// Settings of a producer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Spec {
+    pub listen: String,
+    pub engine: String,
+    pub model: String,
+    pub dtype: String,
+    pub blocks: u32,
+    pub regions: u32,
+    pub block_size: u64,
+    pub engine_memory: bool,
+    pub local: bool,
+    pub tcp: bool,
+    /// Rails for verbs. Without any, it does not serve verbs.
+    pub rails: Vec<String>,
+    pub unclaimed_ms: u64,
+    pub claimed_ms: u64,
+    pub hard_cap_ms: u64,
+    pub early_grace_ms: u64,
+}
+
+impl Default for Spec {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:0".into(),
+            engine: "prefill".into(),
+            model: "m".into(),
+            dtype: "uint8".into(),
+            blocks: 256,
+            regions: 4,
+            block_size: 16 << 10,
+            engine_memory: false,
+            local: true,
+            tcp: true,
+            rails: rails(SERVED_RAILS),
+            unclaimed_ms: 30_000,
+            claimed_ms: 10_000,
+            hard_cap_ms: 600_000,
+            early_grace_ms: 2_000,
+        }
+    }
+}
+
+impl Spec {
+    pub fn layout(&self) -> PoolLayout {
+        PoolLayout::uniform(self.blocks, self.regions, self.block_size, 16)
+    }
+
+    pub fn kv_model(&self) -> Model {
+        model(&self.model, &self.dtype)
+    }
+
+    /// Bytes of one block over all regions.
+    pub fn block_bytes(&self) -> u64 {
+        u64::from(self.regions) * self.block_size
+    }
+}

@@ -139,7 +139,7 @@ impl LaneCall {
             match tokio::time::timeout(self.timeout, self.connect(kind)).await {
                 Ok(Ok(lane)) => return Ok(lane),
                 Ok(Err(Failure { not_yet: true, .. })) if Instant::now() < until => {
-                    tokio::time::sleep(backoff.next(random())).await;
+                    tokio::time::sleep(backoff.wait_jittered(random())).await;
                 }
                 Ok(Err(f)) => return Err((f.why, f.cause)),
                 Err(_) => return Err((format!("not connected within {:?}", self.timeout), Cause::Unreachable)),

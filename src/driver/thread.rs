@@ -175,7 +175,7 @@ impl Sleeper {
         match woken {
             Ok((events, _)) => {
                 for lane in events.iter().map(|e| e.data.u64()).filter(|n| *n != MAIL) {
-                    puller.stir(lane);
+                    puller.mark_ready(lane);
                 }
             }
             Err(rustix::io::Errno::INTR) => {}
@@ -225,7 +225,7 @@ impl Sleeper {
                 Ok(None) => {}
                 // No sleep will follow, so the other lanes need not be armed.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    puller.stir(n);
+                    puller.mark_ready(n);
                     return false;
                 }
                 Err(error) => {
@@ -234,7 +234,7 @@ impl Sleeper {
                     if *seen == 1 {
                         tracing::error!(lane = n, %error, "cannot arm a lane: closing it");
                         lane.kill();
-                        puller.stir(n);
+                        puller.mark_ready(n);
                         sleep = false;
                     }
                 }

@@ -81,8 +81,7 @@ impl Default for Failures {
 
 impl Failures {
     fn add(&mut self) {
-        // The full wait, without jitter: nothing is sent to a peer when it ends.
-        self.until = Some(Instant::now() + self.backoff.next(u64::MAX));
+        self.until = Some(Instant::now() + self.backoff.wait());
     }
 
     fn recent(&self) -> bool {

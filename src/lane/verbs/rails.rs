@@ -239,8 +239,7 @@ impl Rails {
                         tracing::warn!(rail = rail.name(), %error, "the pool cannot be registered: this rail is not used");
                         this.all.fetch_sub(bytes, Ordering::Relaxed);
                         this.slot_of(&rail, |s| {
-                            // The full wait, without jitter: it spares this host, not a peer.
-                            let wait = s.backoff.next(u64::MAX);
+                            let wait = s.backoff.wait();
                             s.release(error.to_string(), wait);
                         });
                     }

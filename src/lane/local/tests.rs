@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read as _, Write},
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     ptr::NonNull,
     sync::Arc,
@@ -18,6 +18,8 @@ use kvferry_proto::{
     plan::Read,
 };
 use rustix::{
+    fs::FallocateFlags,
+    mm::MprotectFlags,
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{RecvFlags, SendFlags, SocketAddrUnix},
@@ -29,7 +31,7 @@ use super::{LocalLane, Server, connect, socket, wire};
 use crate::{
     config::LocalConfig,
     lane::{LaneError, WakingLane},
-    memory::{Export, FenceWords, Memory},
+    memory::{Export, FenceWords, Mapping, Memory},
 };
 
 const SLOT: u32 = 3;
@@ -537,7 +539,7 @@ fn the_files_of_pool_and_fence_table_cannot_be_written_in_any_way() {
     let fd = p.raw();
     let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
     rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
-    rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
     let mut answer = vec![0; wire::MAX_REPLY];
     let files = socket::receive(fd.as_fd(), &mut answer).unwrap().files;
     assert_eq!(files.len(), layout().segments.len() + 1);

@@ -63,6 +63,15 @@ impl Default for PullConfig {
     }
 }
 
+/// Settings of the local lane.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LocalConfig {
+    /// Users, beside this process's own, whose processes may share local lanes with it: as consumers they may read the whole
+    /// pool (and never write it), as producers their memory is read. Root is no exception.
+    pub uids: Vec<u32>,
+}
+
 /// Settings of the TCP lane.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -183,6 +192,8 @@ pub struct Config {
     pub limits: Limits,
     /// Pulls.
     pub pull: PullConfig,
+    /// The local lane.
+    pub local: LocalConfig,
     /// The TCP lane.
     pub tcp: TcpConfig,
     /// The verbs lane.

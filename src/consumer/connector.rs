@@ -11,7 +11,7 @@ use std::{
 use kvferry_proto::{hello::Welcome, lane::LaneKind};
 
 use crate::{
-    config::{Config, TcpConfig},
+    config::{Config, LocalConfig, TcpConfig},
     control::lanes::{Connecting, LaneConnector, Prepared, Preparing},
     faults::Faults,
     lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
@@ -21,6 +21,7 @@ use crate::{
 /// The memory that lanes write, and the lanes' settings.
 pub(super) struct Connector {
     memory: Memory,
+    local: LocalConfig,
     tcp: TcpConfig,
     faults: Option<Faults>,
     /// Lanes connected so far.
@@ -37,6 +38,7 @@ impl Connector {
             verbs: (config.pull.lanes.contains(&LaneKind::Verbs))
                 .then(|| verbs::Verbs::new(config.verbs.clone(), memory.clone())),
             memory,
+            local: config.local.clone(),
             tcp: config.tcp.clone(),
             faults: config.pull.faults.clone(),
             lanes: AtomicU32::new(0),
@@ -86,8 +88,9 @@ impl LaneConnector for Connector {
                     Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp).await?)
                         as Box<dyn WakingLane>
                 }
-                LaneTicket::Local { uds, lane } => {
-                    Box::new(local::connect(&uds, lane, incarnation, welcome.pool.clone(), memory).await?)
+                LaneTicket::Local { uds, lane, key } => {
+                    let (pool, uids) = (welcome.pool.clone(), &self.local.uids);
+                    Box::new(local::connect(&uds, (lane, key), incarnation, pool, memory, uids).await?)
                 }
                 #[cfg(feature = "verbs")]
                 LaneTicket::Verbs(ticket) => verbs::finish(ticket, prepared, &welcome).await?,

@@ -273,8 +273,8 @@ impl From<LaneTicket> for proto::LaneReply {
                 key: key.to_vec().into(),
             }),
             LaneTicket::Verbs(t) => proto::lane_reply::Lane::Verbs(t.into()),
-            LaneTicket::Local { uds, lane } => {
-                proto::lane_reply::Lane::Local(proto::LocalLane { uds: uds.into(), lane })
+            LaneTicket::Local { uds, lane, key } => {
+                proto::lane_reply::Lane::Local(proto::LocalLane { uds: uds.into(), lane, key: key.to_vec().into() })
             }
         };
         Self { lane: Some(lane) }
@@ -299,7 +299,8 @@ impl TryFrom<proto::LaneReply> for LaneTicket {
                 if l.uds.is_empty() || l.uds.len() > Self::MAX_UDS {
                     return bad("local.uds", format!("{} bytes, where 1 to {} fit", l.uds.len(), Self::MAX_UDS));
                 }
-                Ok(Self::Local { uds: l.uds.into(), lane: l.lane })
+                let key = l.key.as_ref().try_into().or_else(|_| bad("local.key", "is not 32 bytes long"))?;
+                Ok(Self::Local { uds: l.uds.into(), lane: l.lane, key })
             }
         }
     }

@@ -26,6 +26,8 @@ pub(crate) enum LaneTicket {
         uds: Vec<u8>,
         /// Names the lane.
         lane: u64,
+        /// The key that opens the lane.
+        key: [u8; 32],
     },
     /// A lane over verbs.
     Verbs(VerbsTicket),
@@ -58,8 +60,8 @@ impl fmt::Debug for LaneTicket {
                 .field("lane", lane)
                 .finish_non_exhaustive(),
             Self::Verbs(t) => f.debug_struct("Verbs").field("lane", &t.lane).field("rails", &t.rails.len()).finish(),
-            Self::Local { uds, lane } => {
-                f.debug_struct("Local").field("uds", &uds.escape_ascii().to_string()).field("lane", lane).finish()
+            Self::Local { uds, lane, .. } => {
+                f.debug_struct("Local").field("uds", &uds.escape_ascii().to_string()).field("lane", lane).finish_non_exhaustive()
             }
         }
     }

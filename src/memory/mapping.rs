@@ -151,15 +151,17 @@ impl Drop for Mapping {
     }
 }
 
-/// The seals of a file whose size can never change: an access to its mapping cannot fault for lack of bytes.
-pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+/// The seals of a file whose size can never change: an access to its mapping cannot fault for lack of bytes. And nothing but
+/// the mapping that was made before the seals can write it: no later mapping, no `pwrite`, whichever way the file is opened.
+pub(crate) const SEALS: SealFlags =
+    SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::FUTURE_WRITE).union(SealFlags::SEAL);
 
-/// A memfd of at least `len` bytes (whole pages), sealed at that size, and its mapping.
+/// A memfd of at least `len` bytes (whole pages), sealed (see [`SEALS`]), and its one writable mapping. Needs Linux 5.1.
 pub(crate) fn sealed(name: &str, len: u64) -> io::Result<(OwnedFd, Mapping)> {
     let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let page = rustix::param::page_size() as u64;
     rustix::fs::ftruncate(&fd, len.checked_next_multiple_of(page).ok_or(io::ErrorKind::OutOfMemory)?)?;
-    rustix::fs::fcntl_add_seals(&fd, SEALS)?;
     let mapping = Mapping::new(fd.as_fd(), len, true)?;
+    rustix::fs::fcntl_add_seals(&fd, SEALS)?;
     Ok((fd, mapping))
 }

@@ -371,18 +371,16 @@ impl Desk for Core {
         let mut state = self.lock();
         let oldest = self.room(&mut state, from, kind)?;
         let lane = Incarnation::random().get();
+        let mut key = [0; 32];
+        getrandom::fill(&mut key).map_err(|_| Refusal::Precondition("the system's random source failed".into()))?;
         let ticket = match (kind, &self.servers.tcp, &self.servers.local) {
             (LaneKind::Tcp, Some(server), _) => {
-                let mut key = [0; 32];
-                for part in key.chunks_exact_mut(8) {
-                    part.copy_from_slice(&Incarnation::random().get().to_le_bytes());
-                }
                 server.admit(lane, key);
                 LaneTicket::Tcp { host: None, port: server.addr().port(), lane, key }
             }
             (LaneKind::Local, _, Some(server)) => {
-                server.admit(lane);
-                LaneTicket::Local { uds: server.name(), lane }
+                server.admit(lane, key);
+                LaneTicket::Local { uds: server.name(), lane, key }
             }
             _ => return Err(Refusal::Unsupported { what: format!("lane {kind}") }),
         };

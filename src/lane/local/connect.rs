@@ -31,17 +31,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait before connecting again while the producer's backlog is full.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
-/// Sets up a local lane into `memory`: `name` and `lane` come from the producer's answer to ConnectLane, `incarnation` and
-/// `remote` from its Hello. Runs on a tokio runtime; the lane itself needs none.
+/// Sets up a local lane into `memory`: `name`, `lane` and its key come from the producer's answer to ConnectLane,
+/// `incarnation` and `remote` from its Hello. `uids` are the users that may own the producer beside this process's own. Runs on a tokio runtime; the lane itself needs none.
 pub(crate) async fn connect(
     name: &[u8],
-    lane: u64,
+    (lane, key): (u64, [u8; 32]),
     incarnation: Incarnation,
     remote: Arc<PoolLayout>,
     memory: Memory,
+    uids: &[u32],
 ) -> Result<LocalLane, LaneError> {
     remote.check().map_err(|e| LaneError::protocol(format!("its pool is malformed: {e}")))?;
-    let work = shake_hands(name, Request { lane, incarnation: incarnation.get() });
+    let work = shake_hands(name, Request { lane, incarnation: incarnation.get(), key }, uids);
     let (owner, pid, packet, bytes) = match tokio::time::timeout(ANSWER_TIMEOUT, work).await {
         Ok(done) => done?,
         Err(_) => return Err(LaneError::Silent { after: ANSWER_TIMEOUT }),
@@ -71,7 +72,11 @@ pub(crate) async fn connect(
 }
 
 /// Connects, opens a pidfd, and only then sends the request: the answer comes from the process of that pidfd.
-async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packet, Vec<u8>), LaneError> {
+async fn shake_hands(
+    name: &[u8],
+    request: Request,
+    uids: &[u32],
+) -> Result<(Owner, i32, Packet, Vec<u8>), LaneError> {
     let address = match name {
         [0, rest @ ..] => SocketAddrUnix::new_abstract_name(rest),
         path => SocketAddrUnix::new(path),
@@ -96,9 +101,9 @@ async fn shake_hands(name: &[u8], request: Request) -> Result<(Owner, i32, Packe
         }
     }
     let peer = socket::peer(fd.as_fd()).map_err(LaneError::io("SO_PEERCRED"))?;
-    if !peer.may_share() {
+    if !peer.may_share(uids) {
         let here = rustix::process::geteuid().as_raw();
-        let why = format!("it runs as user {}, this process as user {here}; use one user for both", peer.uid);
+        let why = format!("it runs as user {}, this process as user {here}; use one user for both, or list {} in this side's local.uids", peer.uid, peer.uid);
         return Err(LaneError::Forbidden { why });
     }
     let pidfd = match socket::peer_pidfd(fd.as_fd(), peer.pid) {

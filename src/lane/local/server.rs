@@ -13,6 +13,7 @@ use std::{
 use kvferry_proto::{block::Incarnation, config::Limits};
 use parking_lot::Mutex;
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
+use subtle::ConstantTimeEq as _;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
@@ -24,7 +25,7 @@ use super::{
     socket,
     wire::{self, Refusal, Reply, Request},
 };
-use crate::memory::Export;
+use crate::{config::LocalConfig, memory::Export};
 
 /// How long a connection has for its request. Consumers send it right after the connect.
 const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(5) };
@@ -33,7 +34,6 @@ const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } e
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A producer rank's socket for local lanes. Dropping it closes them all.
-#[derive(Debug)]
 pub(crate) struct Server {
     name: Vec<u8>,
     lanes: Arc<Lanes>,
@@ -47,6 +47,7 @@ impl Server {
         export: Arc<Export>,
         incarnation: Incarnation,
         runtime: Handle,
+        config: &LocalConfig,
         limits: &Limits,
     ) -> io::Result<Self> {
         let mut random = [0; 16];
@@ -57,7 +58,7 @@ impl Server {
         rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(&name[1..])?)?;
         rustix::net::listen(&socket, 128)?;
         let lanes = Arc::new(Lanes::default());
-        let shared = Arc::new(Shared { export, incarnation, lanes: lanes.clone() });
+        let shared = Arc::new(Shared { export, incarnation, uids: config.uids.clone(), lanes: lanes.clone() });
         let max = limits.lanes;
         let guard = runtime.enter();
         let socket = socket::watch(socket)?;
@@ -71,9 +72,9 @@ impl Server {
         self.name.clone()
     }
 
-    /// Admits one connection under this number.
-    pub(crate) fn admit(&self, lane: u64) {
-        self.lanes.lock().entry(lane).or_insert(State::Expected);
+    /// Admits one connection under this number, to a peer that shows `key`.
+    pub(crate) fn admit(&self, lane: u64, key: [u8; 32]) {
+        self.lanes.lock().entry(lane).or_insert(State::Expected { key });
     }
 
     /// Closes the lane's connection, or cancels its admission.
@@ -90,10 +91,9 @@ impl Drop for Server {
 }
 
 /// A lane as the server knows it.
-#[derive(Debug)]
 enum State {
     /// Admitted, and not connected yet.
-    Expected,
+    Expected { key: [u8; 32] },
     /// Connected. Dropping it closes the connection.
     Open { _close: oneshot::Sender<()> },
 }
@@ -103,6 +103,7 @@ type Lanes = Mutex<HashMap<u64, State>>;
 struct Shared {
     export: Arc<Export>,
     incarnation: Incarnation,
+    uids: Vec<u32>,
     lanes: Arc<Lanes>,
 }
 
@@ -180,11 +181,12 @@ impl Shared {
     fn decide(&self, fd: BorrowedFd<'_>, packet: &[u8]) -> Result<(u64, oneshot::Receiver<()>), (Refusal, String)> {
         let other = |why: String| (Refusal::Other, why);
         let peer = socket::peer(fd).map_err(|e| other(format!("cannot read the peer's credentials: {e}")))?;
-        if !peer.may_share() {
+        if !peer.may_share(&self.uids) {
             let here = rustix::process::geteuid().as_raw();
             return Err(other(format!(
-                "the consumer runs as user {}, the producer as user {here}; use one user for both",
-                peer.uid
+                "the consumer runs as user {}, the producer as user {here}; use one user for both, or list \
+                 {} in the producer's local.uids",
+                peer.uid, peer.uid
             )));
         }
         let request = Request::decode(packet).map_err(|what| other(format!("malformed request: {what}")))?;
@@ -196,6 +198,9 @@ impl Shared {
         match self.lanes.lock().get_mut(&request.lane) {
             None => Err(other("the lane was not admitted, or was dismissed: request a new one".into())),
             Some(State::Open { .. }) => Err(other("the lane is in use: request a new one".into())),
+            Some(State::Expected { key }) if !bool::from(key.ct_eq(&request.key)) => {
+                Err(other("the key is not the one that the control plane gave out for this lane".into()))
+            }
             Some(state) => {
                 let (close, closed) = oneshot::channel();
                 *state = State::Open { _close: close };

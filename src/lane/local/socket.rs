@@ -20,10 +20,10 @@ pub(super) struct Credentials {
 }
 
 impl Credentials {
-    /// Whether this process may share a lane with that one: the same user, or root on either side.
-    pub(super) fn may_share(self) -> bool {
-        let here = rustix::process::geteuid().as_raw();
-        here == 0 || self.uid == 0 || self.uid == here
+    /// Whether that process may share a lane with this one: it runs as the same user, or as one of `uids`. Root is a user
+    /// like any other: a container mostly runs as root, and must not open its pool to every user of the host.
+    pub(super) fn may_share(self, uids: &[u32]) -> bool {
+        self.uid == rustix::process::geteuid().as_raw() || uids.contains(&self.uid)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read as _, Write},
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     ptr::NonNull,
     sync::Arc,
@@ -18,6 +18,8 @@ use kvferry_proto::{
     plan::Read,
 };
 use rustix::{
+    fs::FallocateFlags,
+    mm::MprotectFlags,
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{RecvFlags, SendFlags, SocketAddrUnix},
@@ -27,8 +29,9 @@ use tokio::runtime::{Handle, Runtime};
 
 use super::{LocalLane, Server, connect, socket, wire};
 use crate::{
+    config::LocalConfig,
     lane::{LaneError, WakingLane},
-    memory::{Export, FenceWords, Memory},
+    memory::{Export, FenceWords, Mapping, Memory},
 };
 
 const SLOT: u32 = 3;
@@ -98,8 +101,8 @@ fn as_a_producer() {
     let (export, nonce) = export(kind.contains("memfd"));
     let incarnation = Incarnation::random();
     let (handle, _until) = background();
-    let server = Server::start(export.clone(), incarnation, handle, &Limits::default()).unwrap();
-    server.admit(1);
+    let server = Server::start(export.clone(), incarnation, handle, &LocalConfig::default(), &Limits::default()).unwrap();
+    server.admit(1, KEY);
     let hex: String = server.name().iter().map(|b| format!("{b:02x}")).collect();
     println!("\nproducer {hex} {:x} {:x}", incarnation.get(), nonce.get());
     for line in std::io::stdin().lines() {
@@ -184,8 +187,11 @@ impl Drop for Producer {
     }
 }
 
+/// The key that every lane of these tests is admitted with.
+const KEY: [u8; 32] = [7; 32];
+
 fn dial(name: &[u8], lane: u64, incarnation: Incarnation, memory: &Memory) -> Result<LocalLane, LaneError> {
-    runtime().block_on(connect(name, lane, incarnation, layout(), memory.clone()))
+    runtime().block_on(connect(name, (lane, KEY), incarnation, layout(), memory.clone(), &[]))
 }
 
 const A: Attempt = Attempt(7);
@@ -416,7 +422,7 @@ struct Inside {
 fn inside(limits: &Limits) -> Inside {
     let (handle, _until) = background();
     let incarnation = Incarnation::random();
-    let server = Server::start(export(true).0, incarnation, handle, limits).unwrap();
+    let server = Server::start(export(true).0, incarnation, handle, &LocalConfig::default(), limits).unwrap();
     Inside { _until, server, incarnation, memory: Memory::alloc(&[1 << 20]).unwrap() }
 }
 
@@ -442,10 +448,10 @@ fn only_an_admitted_lane_gets_in_and_only_once() {
         other => panic!("{other:?}"),
     };
     assert!(refused(4).contains("not admitted"));
-    p.server.admit(4);
+    p.server.admit(4, KEY);
     p.server.dismiss(4);
     assert!(refused(4).contains("not admitted"));
-    p.server.admit(5);
+    p.server.admit(5, KEY);
     assert!(matches!(p.dial(5, Incarnation::random()), Err(LaneError::Restarted)), "for another incarnation");
     let lane = p.dial(5, p.incarnation).unwrap();
     assert!(refused(5).contains("in use"));
@@ -462,7 +468,7 @@ fn only_an_admitted_lane_gets_in_and_only_once() {
 #[test]
 fn dropping_the_server_ends_its_lanes() {
     let p = inside(&Limits::default());
-    p.server.admit(1);
+    p.server.admit(1, KEY);
     let mut lane = p.dial(1, p.incarnation).unwrap();
     lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
     let name = p.server.name();
@@ -489,7 +495,7 @@ fn packet(fd: &OwnedFd, into: &mut [u8]) -> usize {
 fn malformed_requests_and_silent_connections_are_closed_and_harm_no_other() {
     let p = inside(&Limits { lanes: 4, ..Limits::default() });
     let mut answer = vec![0; wire::MAX_REPLY];
-    let good = wire::Request { lane: 1, incarnation: p.incarnation.get() }.encode();
+    let good = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY }.encode();
     let mut long = good.to_vec();
     long.push(0);
     for malformed in [&b"x"[..], &[0xff; 32], &good[..31], &long, &[0x55; 70_000]] {
@@ -505,18 +511,74 @@ fn malformed_requests_and_silent_connections_are_closed_and_harm_no_other() {
     for fd in &silent {
         assert_eq!(packet(fd, &mut answer), 0, "half-open connections time out");
     }
-    p.server.admit(1);
+    p.server.admit(1, KEY);
     let mut lane = p.dial(1, p.incarnation).unwrap();
     lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
     pull(&mut lane, &[Read::between(1, (0, 0), (0, 0), 4096)]);
 }
 
 #[test]
+fn a_wrong_key_gets_no_lane_and_spoils_it_for_nobody() {
+    let p = inside(&Limits::default());
+    p.server.admit(1, KEY);
+    let mut wrong = KEY;
+    wrong[31] ^= 1;
+    let name = p.server.name();
+    let tried = runtime().block_on(connect(&name, (1, wrong), p.incarnation, layout(), p.memory.clone(), &[]));
+    match tried {
+        Err(LaneError::Refused { why }) => assert!(why.contains("the key"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(p.dial(1, p.incarnation).is_ok(), "the rightful consumer still gets it");
+}
+
+#[test]
+fn the_files_of_pool_and_fence_table_cannot_be_written_in_any_way() {
+    let p = inside(&Limits::default());
+    p.server.admit(1, KEY);
+    let fd = p.raw();
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
+    rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+    let mut answer = vec![0; wire::MAX_REPLY];
+    let files = socket::receive(fd.as_fd(), &mut answer).unwrap().files;
+    assert_eq!(files.len(), layout().segments.len() + 1);
+    for file in &files {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let again = std::fs::OpenOptions::new().read(true).write(true).open(path);
+        let again = again.map(OwnedFd::from);
+        for fd in std::iter::once(file).chain(&again) {
+            assert!(rustix::io::pwrite(fd, b"x", 0).is_err(), "pwrite");
+            assert!(Mapping::new(fd.as_fd(), 4096, true).is_err(), "a writable mapping");
+            assert!(rustix::fs::ftruncate(fd, 0).is_err(), "truncation");
+            assert!(rustix::fs::fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096).is_err());
+            let read_only = Mapping::new(fd.as_fd(), 4096, false).expect("a mapping to read");
+            // SAFETY: the range is the mapping's own; only its protection is asked to change.
+            let raised = unsafe {
+                rustix::mm::mprotect(read_only.base().as_ptr().cast(), 4096, MprotectFlags::READ | MprotectFlags::WRITE)
+            };
+            assert!(raised.is_err(), "a mapping that becomes writable");
+        }
+    }
+}
+
+#[test]
+fn root_and_other_users_share_no_lane_unless_the_settings_list_them() {
+    let here = rustix::process::geteuid().as_raw();
+    let process = |uid| socket::Credentials { pid: 1, uid };
+    assert!(process(here).may_share(&[]));
+    for other in [0, 1, 65534, here + 1].into_iter().filter(|u| *u != here) {
+        assert!(!process(other).may_share(&[]), "user {other}, this process is user {here}");
+        assert!(process(other).may_share(&[7, other]));
+    }
+}
+
+#[test]
 fn a_consumer_that_sends_on_an_open_lane_loses_it() {
     let p = inside(&Limits::default());
-    p.server.admit(1);
+    p.server.admit(1, KEY);
     let fd = p.raw();
-    let request = wire::Request { lane: 1, incarnation: p.incarnation.get() };
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
     rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
     let mut answer = vec![0; wire::MAX_REPLY];
     let n = packet(&fd, &mut answer);
@@ -530,7 +592,7 @@ fn a_consumer_that_sends_on_an_open_lane_loses_it() {
 #[test]
 fn a_stopped_attempt_is_quiet_and_reports_no_more_events() {
     let p = inside(&Limits::default());
-    p.server.admit(1);
+    p.server.admit(1, KEY);
     let mut lane = p.dial(1, p.incarnation).unwrap();
     let grant = Grant { slot: SLOT, nonce: Nonce::random() };
     let b = Attempt(8);
@@ -571,11 +633,11 @@ fn a_pool_with_more_segments_than_a_packet_has_files_is_read_without_files() {
         let export = Arc::new(Export::new(layout.clone(), memory, Arc::new(FenceWords::new(8).unwrap())));
         let (handle, _until) = background();
         let incarnation = Incarnation::random();
-        let server = Server::start(export, incarnation, handle, &Limits::default()).unwrap();
-        server.admit(1);
+        let server = Server::start(export, incarnation, handle, &LocalConfig::default(), &Limits::default()).unwrap();
+        server.admit(1, KEY);
         let memory = Memory::alloc(&[64]).unwrap();
         let name = server.name();
-        let mut lane = runtime().block_on(connect(&name, 1, incarnation, layout, memory.clone())).unwrap();
+        let mut lane = runtime().block_on(connect(&name, (1, KEY), incarnation, layout, memory.clone(), &[])).unwrap();
         assert_eq!(lane.mapped(), mapped);
         lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
         pull(&mut lane, &[Read::between(1, (last, 60), (0, 3), 4)]);
@@ -588,7 +650,7 @@ fn a_pool_with_more_segments_than_a_packet_has_files_is_read_without_files() {
 #[test]
 fn a_read_outside_of_either_pool_fails_its_attempt_only() {
     let p = inside(&Limits::default());
-    p.server.admit(1);
+    p.server.admit(1, KEY);
     let mut lane = p.dial(1, p.incarnation).unwrap();
     let grant = Grant { slot: SLOT, nonce: Nonce::random() };
     lane.begin(A, grant);

@@ -2,22 +2,22 @@
 //! a message is one packet.
 //!
 //! ```text
-//! request: magic[8] version:u32 0:u32 lane:u64 incarnation:u64
+//! request: magic[8] version:u32 0:u32 lane:u64 incarnation:u64 key[32]
 //! reply:   magic[8] version:u32 status:u32 incarnation:u64 words:u64 slots:u32 files:u32 segments:u32 0:u32
 //!          then, if status is 0, an address:u64 for each segment; else the reason, in UTF-8
 //! ```
-//! `words` is the address of the fence table and `slots` its length in words. With `files` = 1 the packet carries the
+//! `key` is the lane's key, from the control plane. `words` is the address of the fence table and `slots` its length in words. With `files` = 1 the packet carries the
 //! segments' memfds and, last, the fence table's. A later packet from the server, of any content, announces that it closes
 //! the lane on purpose; a close without one means that the process died.
 
 use kvferry_proto::{block::Incarnation, group::PoolLayout};
 
 const MAGIC: [u8; 8] = *b"kvferryL";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const REPLY_HEAD: usize = 48;
 
 /// Bytes of a request.
-pub(super) const REQUEST: usize = 32;
+pub(super) const REQUEST: usize = 64;
 /// Longest reply, in bytes.
 pub(super) const MAX_REPLY: usize = REPLY_HEAD + PoolLayout::MAX_SEGMENTS * 8;
 /// Longest reason of a refusal, in bytes.
@@ -28,10 +28,13 @@ pub(super) const MAX_FILES: usize = 253;
 pub(super) const BYE: &[u8] = b"bye";
 
 /// A consumer's request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(test, derive(Debug))]
 pub(super) struct Request {
     pub lane: u64,
     pub incarnation: u64,
+    /// Proves that the control plane gave this lane to the sender. Never printed outside of tests.
+    pub key: [u8; 32],
 }
 
 impl Request {
@@ -40,7 +43,8 @@ impl Request {
         b[..8].copy_from_slice(&MAGIC);
         b[8..12].copy_from_slice(&VERSION.to_le_bytes());
         b[16..24].copy_from_slice(&self.lane.to_le_bytes());
-        b[24..].copy_from_slice(&self.incarnation.to_le_bytes());
+        b[24..32].copy_from_slice(&self.incarnation.to_le_bytes());
+        b[32..].copy_from_slice(&self.key);
         b
     }
 
@@ -51,7 +55,7 @@ impl Request {
         let mut r = Fields(b);
         r.head()?;
         r.u32()?;
-        Ok(Self { lane: r.u64()?, incarnation: r.u64()? })
+        Ok(Self { lane: r.u64()?, incarnation: r.u64()?, key: r.take()? })
     }
 }
 
@@ -151,7 +155,7 @@ mod tests {
 
     #[test]
     fn messages_survive_the_wire() {
-        let q = Request { lane: 77, incarnation: u64::MAX };
+        let q = Request { lane: 77, incarnation: u64::MAX, key: [9; 32] };
         assert_eq!(Request::decode(&q.encode()), Ok(q));
         let incarnation = Incarnation::random();
         for segments in [vec![], vec![1, u64::MAX], vec![7; PoolLayout::MAX_SEGMENTS]] {

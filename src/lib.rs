@@ -70,7 +70,7 @@ pub mod metrics;
 mod producer;
 pub mod scheduler;
 
-pub use config::{Config, OnWedge, PullConfig, LocalConfig, TcpConfig, TlsConfig, VerbsConfig};
+pub use config::{Config, LocalConfig, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig};
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;

@@ -60,9 +60,11 @@ impl fmt::Debug for LaneTicket {
                 .field("lane", lane)
                 .finish_non_exhaustive(),
             Self::Verbs(t) => f.debug_struct("Verbs").field("lane", &t.lane).field("rails", &t.rails.len()).finish(),
-            Self::Local { uds, lane, .. } => {
-                f.debug_struct("Local").field("uds", &uds.escape_ascii().to_string()).field("lane", lane).finish_non_exhaustive()
-            }
+            Self::Local { uds, lane, .. } => f
+                .debug_struct("Local")
+                .field("uds", &uds.escape_ascii().to_string())
+                .field("lane", lane)
+                .finish_non_exhaustive(),
         }
     }
 }

@@ -130,7 +130,15 @@ impl Builder {
             .transpose()
             .map_err(StartError::os("cannot start the tcp lane"))?;
         let local = serves(LaneKind::Local)
-            .then(|| local::Server::start(export.clone(), me.incarnation, runtime.handle().clone(), &self.config.local, limits))
+            .then(|| {
+                local::Server::start(
+                    export.clone(),
+                    me.incarnation,
+                    runtime.handle().clone(),
+                    &self.config.local,
+                    limits,
+                )
+            })
             .transpose()
             .map_err(StartError::os("cannot start the local lane"))?;
         #[cfg(feature = "verbs")]

@@ -162,15 +162,15 @@ impl Core {
 
     pub(super) fn name(&self, spec: OfferSpec) -> Offer {
         let rank = OfferRank { rank: self.me.rank, incarnation: self.me.incarnation, addr: self.addr.clone() };
-        Offer {
-            id: spec.id.unwrap_or_else(OfferId::random),
-            engine: self.me.engine.clone(),
-            incarnation: self.me.incarnation,
-            ranks: vec![rank],
-            groups: spec.groups,
-            tokens: spec.tokens,
-            request: spec.request,
-        }
+        Offer::new(
+            spec.id.unwrap_or_else(OfferId::random),
+            self.me.engine.clone(),
+            self.me.incarnation,
+            vec![rank],
+            spec.tokens,
+            spec.groups,
+        )
+        .request(spec.request)
     }
 
     pub(super) fn enter(&self, offer: &Offer, ready: Ready) -> Result<(), OfferError> {

@@ -21,19 +21,18 @@ static COUNTING: counting::Counting = counting::Counting;
 fn offer(blocks: Vec<u32>) -> Offer {
     let incarnation = Incarnation::random();
     let engine: EngineId = "bench".parse().expect("a good id");
-    Offer {
-        id: OfferId::random(),
+    Offer::new(
+        OfferId::random(),
         engine,
         incarnation,
-        ranks: vec![OfferRank { rank: Rank(0), incarnation, addr: "127.0.0.1:1".into() }],
-        tokens: blocks.len() as u64 * 16,
-        groups: vec![OfferGroup {
+        vec![OfferRank { rank: Rank(0), incarnation, addr: "127.0.0.1:1".into() }],
+        blocks.len() as u64 * 16,
+        vec![OfferGroup {
             group: GroupId(0),
             first_position: 0,
             blocks: blocks.into_iter().map(|b| Some(BlockId(b))).collect(),
         }],
-        request: String::new(),
-    }
+    )
 }
 
 fn main() {

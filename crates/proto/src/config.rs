@@ -4,6 +4,7 @@ use std::time::Duration;
 
 /// How a producer rank keeps offers.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct LeaseConfig {
     /// Lifetime of an offer without a claim. Covers the queues of the router and the decode side.
     pub unclaimed: Duration,
@@ -31,6 +32,7 @@ impl Default for LeaseConfig {
 
 /// How a session notices that its peer died, and how it reconnects.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct SessionConfig {
     /// Time between two pings while claims are held.
     pub heartbeat: Duration,
@@ -70,6 +72,7 @@ impl Default for SessionConfig {
 
 /// Bounds on the demands of peers and callers. A request or a session over a bound ends with a clear error.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Limits {
     /// Largest control frame, in bytes. An offer of 1,000,000 blocks takes about 5 MB.
     pub frame_bytes: usize,

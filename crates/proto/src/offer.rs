@@ -18,8 +18,11 @@ use crate::block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank};
 /// # Ok::<(), kvferry_proto::offer::BadOffer>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Offer {
+    /// The format's version. A name of a newer version may have fields that this one does not know: they are ignored.
+    #[serde(default = "first_version")]
+    pub version: u32,
     /// The offer's id.
     pub id: OfferId,
     /// The engine that made the offer.
@@ -39,7 +42,6 @@ pub struct Offer {
 
 /// One rank of the engine that made the offer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct OfferRank {
     /// The rank.
     pub rank: Rank,
@@ -51,7 +53,6 @@ pub struct OfferRank {
 
 /// A group's blocks for consecutive positions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct OfferGroup {
     /// The group.
     pub group: GroupId,
@@ -83,13 +84,37 @@ pub enum BadOffer {
     },
 }
 
+fn first_version() -> u32 {
+    1
+}
+
 impl Offer {
+    /// The version of the format that this build writes. Names without a version are of version 1.
+    pub const VERSION: u32 = 1;
     /// Most ranks in an offer.
     pub const MAX_RANKS: usize = 1024;
     /// Longest address, in bytes.
     pub const MAX_ADDR: usize = 256;
     /// Longest request id, in bytes.
     pub const MAX_REQUEST: usize = 1024;
+
+    /// An offer of these blocks, which hold `tokens` tokens, for no request in particular.
+    pub fn new(
+        id: OfferId,
+        engine: EngineId,
+        incarnation: Incarnation,
+        ranks: Vec<OfferRank>,
+        tokens: u64,
+        groups: Vec<OfferGroup>,
+    ) -> Self {
+        Self { version: Self::VERSION, id, engine, incarnation, ranks, groups, tokens, request: String::new() }
+    }
+
+    /// Sets the producer's request id, for logs.
+    pub fn request(mut self, request: impl Into<String>) -> Self {
+        self.request = request.into();
+        self
+    }
 
     /// The offer as JSON, on one line.
     pub fn to_json(&self) -> String {
@@ -116,6 +141,9 @@ impl Offer {
     /// A field is missing, repeated, or out of bounds.
     pub fn check(&self, limit: usize) -> Result<(), BadOffer> {
         let bad = |what: String| Err(BadOffer::Malformed(what));
+        if self.version == 0 {
+            return bad("version 0, where the first is 1".into());
+        }
         let listed: usize = self.groups.iter().map(|g| g.blocks.len()).sum();
         if listed > limit {
             return Err(BadOffer::TooManyBlocks { blocks: listed, limit });
@@ -167,15 +195,14 @@ mod tests {
     fn a_malformed_address_is_refused_at_once() {
         let offer = |addr: &str| {
             let incarnation = Incarnation::random();
-            Offer {
-                id: OfferId::random(),
-                engine: "prefill".parse().unwrap(),
+            Offer::new(
+                OfferId::random(),
+                "prefill".parse().unwrap(),
                 incarnation,
-                ranks: vec![OfferRank { rank: Rank(0), incarnation, addr: addr.into() }],
-                tokens: 1,
-                groups: vec![],
-                request: String::new(),
-            }
+                vec![OfferRank { rank: Rank(0), incarnation, addr: addr.into() }],
+                1,
+                vec![],
+            )
         };
         for good in ["10.0.0.1:7400", "prefill-3.rack:1", "[fe80::1]:65535"] {
             assert_eq!(offer(good).check(10), Ok(()), "{good}");
@@ -185,34 +212,48 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_name_of_a_newer_version_is_read_and_its_unknown_fields_are_ignored() {
+        let text = r#"{"version":7,"id":"00000000000000010000000000000002","engine":"e","incarnation":"00000000000000aa",
+          "ranks":[{"rank":0,"incarnation":"00000000000000aa","addr":"127.0.0.1:7400","zone":"b"}],"colour":"red",
+          "groups":[{"group":0,"first_position":0,"blocks":[3],"sparse":true}],"tokens":16}"#;
+        let offer = Offer::from_json(text).unwrap();
+        assert_eq!((offer.version, offer.blocks(), offer.check(1)), (7, 1, Ok(())));
+        let first = Offer::from_json(&text.replace(r#""version":7,"#, "")).unwrap();
+        assert_eq!(first.version, 1, "names without a version are of the first");
+        assert!(Offer::from_json(&text.replace(":7,", ":0,")).unwrap().check(1).is_err());
+    }
+
     fn offers() -> impl Strategy<Value = Offer> {
         let ranks = vec((any::<u64>(), "[a-z0-9.]{1,20}:[1-9][0-9]{0,3}"), 1..4);
         let groups = vec((0u32..1000, vec(option::of(0u32..1000), 0..20)), 0..4);
         ("[a-z0-9-]{1,20}", ranks, groups, any::<u64>(), "[a-z0-9 ]{0,20}").prop_map(
-            |(engine, ranks, groups, tokens, request)| Offer {
-                id: OfferId::random(),
-                engine: engine.parse().unwrap(),
-                incarnation: Incarnation::random(),
-                ranks: ranks
-                    .into_iter()
-                    .enumerate()
-                    .map(|(i, (incarnation, addr))| OfferRank {
-                        rank: Rank(i as u32),
-                        incarnation: Incarnation::from_wire(incarnation.max(1)).unwrap(),
-                        addr,
-                    })
-                    .collect(),
-                groups: groups
-                    .into_iter()
-                    .enumerate()
-                    .map(|(i, (first_position, blocks))| OfferGroup {
-                        group: GroupId(i as u16),
-                        first_position,
-                        blocks: blocks.into_iter().map(|b| b.map(BlockId)).collect(),
-                    })
-                    .collect(),
-                tokens,
-                request,
+            |(engine, ranks, groups, tokens, request)| {
+                Offer::new(
+                    OfferId::random(),
+                    engine.parse().unwrap(),
+                    Incarnation::random(),
+                    ranks
+                        .into_iter()
+                        .enumerate()
+                        .map(|(i, (incarnation, addr))| OfferRank {
+                            rank: Rank(i as u32),
+                            incarnation: Incarnation::from_wire(incarnation.max(1)).unwrap(),
+                            addr,
+                        })
+                        .collect(),
+                    tokens,
+                    groups
+                        .into_iter()
+                        .enumerate()
+                        .map(|(i, (first_position, blocks))| OfferGroup {
+                            group: GroupId(i as u16),
+                            first_position,
+                            blocks: blocks.into_iter().map(|b| b.map(BlockId)).collect(),
+                        })
+                        .collect(),
+                )
+                .request(request)
             },
         )
     }

@@ -147,7 +147,8 @@ fn served() -> impl Strategy<Value = ServedRail> {
 fn tickets() -> impl Strategy<Value = LaneTicket> {
     let tcp = (option::of("[a-z0-9.]{1,40}"), 1u16.., any::<u64>(), any::<[u8; 32]>())
         .prop_map(|(host, port, lane, key)| LaneTicket::Tcp { host, port, lane, key });
-    let local = (vec(any::<u8>(), 1..=108), any::<u64>(), any::<[u8; 32]>()).prop_map(|(uds, lane, key)| LaneTicket::Local { uds, lane, key });
+    let local = (vec(any::<u8>(), 1..=108), any::<u64>(), any::<[u8; 32]>())
+        .prop_map(|(uds, lane, key)| LaneTicket::Local { uds, lane, key });
     let verbs = (any::<u64>(), any::<u64>(), any::<u32>(), vec(served(), 1..4), any::<bool>()).prop_map(
         |(lane, incarnation, fence_slots, rails, degraded)| {
             LaneTicket::Verbs(VerbsTicket { lane, incarnation, fence_slots, rails, degraded })

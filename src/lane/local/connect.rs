@@ -72,11 +72,7 @@ pub(crate) async fn connect(
 }
 
 /// Connects, opens a pidfd, and only then sends the request: the answer comes from the process of that pidfd.
-async fn shake_hands(
-    name: &[u8],
-    request: Request,
-    uids: &[u32],
-) -> Result<(Owner, i32, Packet, Vec<u8>), LaneError> {
+async fn shake_hands(name: &[u8], request: Request, uids: &[u32]) -> Result<(Owner, i32, Packet, Vec<u8>), LaneError> {
     let address = match name {
         [0, rest @ ..] => SocketAddrUnix::new_abstract_name(rest),
         path => SocketAddrUnix::new(path),
@@ -103,7 +99,10 @@ async fn shake_hands(
     let peer = socket::peer(fd.as_fd()).map_err(LaneError::io("SO_PEERCRED"))?;
     if !peer.may_share(uids) {
         let here = rustix::process::geteuid().as_raw();
-        let why = format!("it runs as user {}, this process as user {here}; use one user for both, or list {} in this side's local.uids", peer.uid, peer.uid);
+        let why = format!(
+            "it runs as user {}, this process as user {here}; use one user for both, or list {} in this side's local.uids",
+            peer.uid, peer.uid
+        );
         return Err(LaneError::Forbidden { why });
     }
     let pidfd = match socket::peer_pidfd(fd.as_fd(), peer.pid) {

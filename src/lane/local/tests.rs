@@ -18,10 +18,10 @@ use kvferry_proto::{
     plan::Read,
 };
 use rustix::{
-    fs::FallocateFlags,
-    mm::MprotectFlags,
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::FallocateFlags,
     io::Errno,
+    mm::MprotectFlags,
     net::{RecvFlags, SendFlags, SocketAddrUnix},
     thread::{CapabilitySet, capabilities, set_capabilities},
 };
@@ -101,7 +101,8 @@ fn as_a_producer() {
     let (export, nonce) = export(kind.contains("memfd"));
     let incarnation = Incarnation::random();
     let (handle, _until) = background();
-    let server = Server::start(export.clone(), incarnation, handle, &LocalConfig::default(), &Limits::default()).unwrap();
+    let server =
+        Server::start(export.clone(), incarnation, handle, &LocalConfig::default(), &Limits::default()).unwrap();
     server.admit(1, KEY);
     let hex: String = server.name().iter().map(|b| format!("{b:02x}")).collect();
     println!("\nproducer {hex} {:x} {:x}", incarnation.get(), nonce.get());
@@ -493,7 +494,9 @@ fn packet(fd: &OwnedFd, into: &mut [u8]) -> usize {
 
 #[test]
 fn malformed_requests_and_silent_connections_are_closed_and_harm_no_other() {
-    let p = inside(&Limits { lanes: 4, ..Limits::default() });
+    let mut limits = Limits::default();
+    limits.lanes = 4;
+    let p = inside(&limits);
     let mut answer = vec![0; wire::MAX_REPLY];
     let good = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY }.encode();
     let mut long = good.to_vec();
@@ -551,7 +554,9 @@ fn the_files_of_pool_and_fence_table_cannot_be_written_in_any_way() {
             assert!(rustix::io::pwrite(fd, b"x", 0).is_err(), "pwrite");
             assert!(Mapping::new(fd.as_fd(), 4096, true).is_err(), "a writable mapping");
             assert!(rustix::fs::ftruncate(fd, 0).is_err(), "truncation");
-            assert!(rustix::fs::fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096).is_err());
+            assert!(
+                rustix::fs::fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096).is_err()
+            );
             let read_only = Mapping::new(fd.as_fd(), 4096, false).expect("a mapping to read");
             // SAFETY: the range is the mapping's own; only its protection is asked to change.
             let raised = unsafe {

@@ -18,6 +18,18 @@ const NANO: Duration = Duration::from_nanos(1);
 const UNCLAIMED: u32 = 30;
 const CLAIMED: u32 = 10;
 
+fn lease(change: impl FnOnce(&mut LeaseConfig)) -> LeaseConfig {
+    let mut lease = LeaseConfig::default();
+    change(&mut lease);
+    lease
+}
+
+fn limits(change: impl FnOnce(&mut Limits)) -> Limits {
+    let mut limits = Limits::default();
+    change(&mut limits);
+    limits
+}
+
 /// An offer table with a clock.
 struct Table {
     table: OfferTable,
@@ -307,7 +319,7 @@ fn every_release_is_acknowledged_even_of_an_unknown_offer() {
 
 #[test]
 fn no_offer_outlives_the_hard_cap_however_often_it_is_renewed() {
-    let mut b = Table::with(LeaseConfig { hard_cap: 60 * SECOND, ..Default::default() }, Limits::default());
+    let mut b = Table::with(lease(|l| l.hard_cap = 60 * SECOND), Limits::default());
     let a = peer("a", 1);
     b.offer(1);
     b.granted(&a, 1, 1);
@@ -392,7 +404,7 @@ fn an_offer_is_freed_once() {
 
 #[test]
 fn claims_on_one_offer_are_limited_and_a_repeated_claim_counts_once() {
-    let mut b = Table::new(Limits { claims_per_offer: 2, ..Default::default() });
+    let mut b = Table::new(limits(|l| l.claims_per_offer = 2));
     let [a, c, d] = [peer("a", 1), peer("c", 2), peer("d", 3)];
     b.offer(1);
     b.granted(&a, 1, 1);
@@ -404,7 +416,7 @@ fn claims_on_one_offer_are_limited_and_a_repeated_claim_counts_once() {
 
 #[test]
 fn claims_of_one_session_are_limited_and_a_release_makes_room() {
-    let mut b = Table::new(Limits { claims_per_session: 1, ..Default::default() });
+    let mut b = Table::new(limits(|l| l.claims_per_session = 1));
     let (a, c) = (peer("a", 1), peer("c", 2));
     b.offer(1);
     b.offer(2);
@@ -427,7 +439,7 @@ fn one_claim_names_one_offer() {
 
 #[test]
 fn offers_are_limited_by_the_words_and_a_freed_one_gives_its_word_back() {
-    let mut b = Table::new(Limits { offers: 2, ..Default::default() });
+    let mut b = Table::new(limits(|l| l.offers = 2));
     b.offer(1);
     b.offer(2);
     assert_eq!(b.table.offer(b.now, id(3), true), Err(OfferError::TooManyOffers { limit: 2 }));

@@ -20,15 +20,14 @@ type Blocks = (u32, Vec<Option<BlockId>>);
 const POOL: u32 = 24;
 
 fn offer(groups: Vec<OfferGroup>) -> Offer {
-    Offer {
-        id: OfferId { high: 1, low: 1 },
-        engine: "them".parse().unwrap(),
-        incarnation: Incarnation::from_wire(1).unwrap(),
-        ranks: vec![],
+    Offer::new(
+        OfferId { high: 1, low: 1 },
+        "them".parse().unwrap(),
+        Incarnation::from_wire(1).unwrap(),
+        vec![],
+        0,
         groups,
-        tokens: 0,
-        request: String::new(),
-    }
+    )
 }
 
 fn offered(group: u16, (first_position, blocks): &Blocks) -> OfferGroup {

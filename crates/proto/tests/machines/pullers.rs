@@ -126,15 +126,14 @@ impl Rig {
     fn pull(&mut self) -> Option<Vec<LaneKind>> {
         self.pulls += 1;
         let blocks: Vec<_> = (0..4).map(|b| Some(BlockId(b))).collect();
-        let offer = Offer {
-            id: OfferId { high: 1, low: self.pulls },
-            engine: "them".parse().unwrap(),
-            incarnation: self.incarnation,
-            ranks: vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: ADDR.into() }],
-            groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
-            tokens: 64,
-            request: String::new(),
-        };
+        let offer = Offer::new(
+            OfferId { high: 1, low: self.pulls },
+            "them".parse().unwrap(),
+            self.incarnation,
+            vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: ADDR.into() }],
+            64,
+            vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
+        );
         let start = Start {
             id: PullId(self.pulls),
             offer: Arc::new(offer),

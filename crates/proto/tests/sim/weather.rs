@@ -135,25 +135,33 @@ impl Weather {
             games: Games { short_deadline: 0, stall: 50, ..Games::default() },
             producer_deaths: 0,
             consumer_deaths: 0,
-            lease: LeaseConfig {
-                unclaimed: micros(rng.between(40, 200) * MS),
-                claimed: micros(claimed),
-                hard_cap: micros(length + rng.between(200, 600) * MS),
-                early_grace: micros(30 * MS),
-                tombstone: micros(rng.between(50, 500) * MS),
+            lease: {
+                let mut lease = LeaseConfig::default();
+                lease.unclaimed = micros(rng.between(40, 200) * MS);
+                lease.claimed = micros(claimed);
+                lease.hard_cap = micros(length + rng.between(200, 600) * MS);
+                lease.early_grace = micros(30 * MS);
+                lease.tombstone = micros(rng.between(50, 500) * MS);
+                lease
             },
-            session: SessionConfig {
-                heartbeat: micros(heartbeat),
-                idle_heartbeat: micros(rng.between(30, 100) * MS),
-                silence: micros(400 * MS),
-                suspect: micros(heartbeat * rng.between(2, 3)),
-                down: micros(heartbeat * rng.between(4, 6)),
-                hello_timeout: micros(50 * MS),
-                redial_min: micros(MS),
-                redial_max: micros(rng.between(5, 40) * MS),
-                idle: micros(if rng.chance(300) { 20 * MS } else { 3000 * MS }),
+            session: {
+                let mut session = SessionConfig::default();
+                session.heartbeat = micros(heartbeat);
+                session.idle_heartbeat = micros(rng.between(30, 100) * MS);
+                session.silence = micros(400 * MS);
+                session.suspect = micros(heartbeat * rng.between(2, 3));
+                session.down = micros(heartbeat * rng.between(4, 6));
+                session.hello_timeout = micros(50 * MS);
+                session.redial_min = micros(MS);
+                session.redial_max = micros(rng.between(5, 40) * MS);
+                session.idle = micros(if rng.chance(300) { 20 * MS } else { 3000 * MS });
+                session
             },
-            limits: Limits { offers: 256, ..Limits::default() },
+            limits: {
+                let mut limits = Limits::default();
+                limits.offers = 256;
+                limits
+            },
             tight,
             retry: Retry { attempts: rng.between(3, 10) as u32, wait: micros(rng.between(100, 4000)) },
             looks: Waits { first: micros(rng.between(0, 20) * MS), longest: micros(100 * MS) },

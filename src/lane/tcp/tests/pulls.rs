@@ -299,7 +299,9 @@ fn only_a_peer_with_the_key_of_this_incarnation_may_connect() {
 #[test]
 fn a_producer_at_its_limit_names_the_limit() {
     let rig = Rig::with(uneven(), |export, incarnation| {
-        Server::start(ANY, export, incarnation, &Limits { lanes: 1, ..Limits::default() }).unwrap()
+        let mut limits = Limits::default();
+        limits.lanes = 1;
+        Server::start(ANY, export, incarnation, &limits).unwrap()
     });
     let (_lane, memory) = rig.lane(&TcpConfig::default());
     let second = connect(rig.server.addr(), &KEY, rig.incarnation, memory, &TcpConfig::default());

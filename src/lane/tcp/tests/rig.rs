@@ -81,15 +81,14 @@ impl Rig {
             blocks: blocks.iter().map(|b| b.map(BlockId)).collect(),
         }];
         self.export.publish(slot, nonce, groups.clone().into());
-        let offer = Offer {
-            id: OfferId::random(),
-            engine: EngineId::try_from("prefill".to_owned()).unwrap(),
-            incarnation: self.incarnation,
-            ranks: vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: "-".into() }],
+        let offer = Offer::new(
+            OfferId::random(),
+            EngineId::try_from("prefill".to_owned()).unwrap(),
+            self.incarnation,
+            vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: "-".into() }],
+            1,
             groups,
-            tokens: 1,
-            request: String::new(),
-        };
+        );
         (Grant { slot, nonce }, offer)
     }
 

@@ -64,15 +64,14 @@ fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl
 /// Starts a pull of all blocks, a block a chunk.
 fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
     let blocks: Vec<_> = (0..BLOCKS as u32).map(|b| Some(BlockId(b))).collect();
-    let offer = Offer {
-        id: OfferId { high: 1, low: n },
-        engine: "them".parse().unwrap(),
+    let offer = Offer::new(
+        OfferId { high: 1, low: n },
+        "them".parse().unwrap(),
         incarnation,
-        ranks: vec![OfferRank { rank: Rank(0), incarnation, addr: ADDR.into() }],
-        groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
-        tokens: BLOCKS * 16,
-        request: String::new(),
-    };
+        vec![OfferRank { rank: Rank(0), incarnation, addr: ADDR.into() }],
+        BLOCKS * 16,
+        vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
+    );
     let now = Instant::now();
     let pull = Start {
         id: PullId(n),

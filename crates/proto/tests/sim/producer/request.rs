@@ -31,11 +31,11 @@ impl World {
         let version = self.version();
         let procs: Vec<usize> = self.engines[e].ranks.iter().filter_map(|&p| self.producers[p].proc).collect();
         let incarnations: Vec<_> = procs.iter().map(|&q| self.procs[q].id.incarnation).collect();
-        let offer = Offer {
-            id: self.offer_id(),
-            engine: self.engines[e].id.clone(),
-            incarnation: Incarnation::of_engine(&incarnations).expect("an engine has ranks"),
-            ranks: procs
+        let offer = Offer::new(
+            self.offer_id(),
+            self.engines[e].id.clone(),
+            Incarnation::of_engine(&incarnations).expect("an engine has ranks"),
+            procs
                 .iter()
                 .map(|&q| OfferRank {
                     rank: self.procs[q].id.rank,
@@ -43,10 +43,10 @@ impl World {
                     addr: self.producers[self.procs[q].producer].addr.to_string(),
                 })
                 .collect(),
+            1,
             groups,
-            tokens: 1,
-            request: format!("v{version}"),
-        };
+        )
+        .request(format!("v{version}"));
         if let Err(error) = offer.check(1 << 20) {
             self.broken(Promise::Sound, format!("the simulation's own offer: {error}"));
         }

@@ -153,12 +153,12 @@ mod teardown {
         fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
             let help = "Stopped verbs reads (drain) and failed rails, by the teardown stage that made them quiet";
             let mut ends = encoder.encode_descriptor("verbs_teardowns", help, None, MetricType::Counter)?;
-            for (stage, n, _) in COUNTERS.rungs() {
+            for (stage, n, _) in COUNTERS.stages() {
                 ConstCounter::new(n).encode(ends.encode_family(&[("stage", stage)])?)?;
             }
             let help = "Seconds spent in each teardown stage";
             let mut times = encoder.encode_descriptor("verbs_teardown_seconds", help, None, MetricType::Counter)?;
-            for (stage, _, time) in COUNTERS.rungs() {
+            for (stage, _, time) in COUNTERS.stages() {
                 if let Some(time) = time {
                     ConstCounter::new(time.as_secs_f64()).encode(times.encode_family(&[("stage", stage)])?)?;
                 }

@@ -74,10 +74,6 @@ impl Counters {
 }
 
 impl Counters {
-    /// The former name of `stages`, for the metrics.
-    pub(crate) fn rungs(&self) -> [(&'static str, u64, Option<Duration>); 5] {
-        self.stages()
-    }
 }
 
 /// This process's counters.

@@ -3,10 +3,12 @@
 use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    process::Command,
     time::Duration,
 };
 
-use kvferry::{Cause, Config, LaneKind, Pull};
+use kvferry::{Cause, Config, LaneKind, Offer, Pull};
 use kvferry_testkit::rig::{Producer, SOON, Spec, assert_loaded_is_exact, consumer, ended, local, pull_all, really};
 use rustix::process::Signal;
 
@@ -129,4 +131,53 @@ fn a_peer_that_does_not_listen_is_unreachable_at_once() {
     let end = ended(&consumer);
     assert_eq!((end.outcome.loaded(), end.outcome.cause()), (0, Some(Cause::Unreachable)));
     assert!(end.outcome.times.decided.unwrap() < Duration::from_secs(5), "not at its deadline of {SOON:?}");
+}
+
+/// The environment variable that makes this binary a consumer of another user.
+const STRANGER: &str = "KVFERRY_TEST_STRANGER";
+
+/// Does the work of another user's consumer if this process was started as one: pulls an offer over the local lane alone,
+/// and prints how many blocks were loaded.
+pub(crate) fn play_stranger() {
+    let Ok(text) = std::env::var(STRANGER) else { return };
+    let (spec, offer): (Spec, Offer) = serde_json::from_str(&text).expect("a spec and an offer");
+    // This side trusts root: the producer must refuse.
+    let mut config = Config::default();
+    config.local.uids = vec![0];
+    let consumer = consumer(&spec, config);
+    consumer.pull(pull_all(&offer, LaneKind::Local, Duration::from_secs(3))).expect("a pull");
+    println!("@@{}", ended(&consumer).outcome.loaded());
+}
+
+#[test]
+#[ignore = "needs root, to become another user"]
+fn another_user_of_the_host_gets_no_local_lane_from_a_producer_of_root() {
+    const NOBODY: u32 = 65534;
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    // Another user may not be able to reach this binary where it is.
+    let folder = std::env::temp_dir().join(format!("kvferry-stranger-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let exe = folder.join("contract");
+    std::fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+    for path in [&folder, &exe] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let mut loaded_by = |uid: u32| {
+        let offer = producer.offer_all();
+        let out = Command::new(&exe)
+            .args(["--exact", "role", "--ignored", "--nocapture", "--test-threads=1"])
+            .env(STRANGER, serde_json::to_string(&(&spec, &offer)).unwrap())
+            .current_dir("/")
+            .uid(uid)
+            .gid(uid)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stdout);
+        let at = text.find("@@").unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&out.stderr)));
+        text[at + 2..].lines().next().unwrap().parse::<u64>().unwrap()
+    };
+    let (same, other) = (loaded_by(0), loaded_by(NOBODY));
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!((same, other), (u64::from(spec.blocks), 0));
 }

@@ -16,5 +16,6 @@ mod timely;
 #[ignore = "a role: other tests start it"]
 fn role() {
     leak_free::play_consumer();
+    isolated::play_stranger();
     kvferry_testkit::rig::play();
 }

@@ -73,8 +73,7 @@ impl Counters {
     }
 }
 
-impl Counters {
-}
+impl Counters {}
 
 /// This process's counters.
 pub(crate) static COUNTERS: Counters = Counters {

@@ -2,11 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry_proto::{
-    config::{LeaseConfig, Limits, SessionConfig},
-    lane::LaneKind,
-    plan::ChunkSize,
-};
+use kvferry_proto::{ChunkSize, LaneKind, LeaseConfig, Limits, SessionConfig};
 
 use crate::{error::StartError, faults::Faults};
 

@@ -20,13 +20,9 @@ use std::{
 };
 
 use kvferry_proto::{
-    error::{Cause, PullError},
-    frame::{PeerId, Reader, Release},
-    group::PoolLayout,
-    offer::Offer,
+    Cause, Offer, PeerId, PoolLayout, PullError, Reader, Release, Shard,
     pull::Retry,
     puller::{Ended, In, PullId, Start},
-    shard::Shard,
 };
 use parking_lot::Mutex;
 use tokio::sync::oneshot;

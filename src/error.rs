@@ -1,6 +1,6 @@
 //! The error of a start. Each message says the cause and the next step.
 
-use kvferry_proto::group::BadLayout;
+use kvferry_proto::BadLayout;
 
 /// A producer or consumer that could not be started.
 #[derive(Debug, thiserror::Error)]

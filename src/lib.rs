@@ -76,19 +76,12 @@ pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
 pub use faults::{BadFault, Faults};
 pub use kvferry_proto::{
-    block::{BadEngineId, Block, BlockId, EngineId, GroupId, Incarnation, OfferId, PositionSet, Rank},
-    config::{LeaseConfig, Limits, SessionConfig},
-    error::{Cause, HelloError, OfferError, PullError},
-    frame::{Gone, PeerId},
-    group::{BadLayout, Group, GroupKind, PoolLayout, Region},
+    BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Gone, Group, GroupId,
+    GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks, Mismatch, Model,
+    Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId, PlanError, PoolLayout, PositionSet, PullError,
+    Rank, Region, SessionConfig, Shard, Times,
     hello::{Hello, Welcome},
-    lane::LaneKind,
-    model::{Mismatch, Model},
-    offer::{BadOffer, Offer, OfferGroup, OfferRank},
-    outcome::{BlockReport, GroupOutcome, Outcome, Times},
-    plan::{ChunkSize, LocalBlocks, PlanError},
     puller::{Ended, PullId},
-    shard::Shard,
     table::Freed,
 };
 pub use lane::built as built_lanes;

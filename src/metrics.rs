@@ -3,7 +3,7 @@
 //! Register a consumer's or a producer's metrics in the engine's registry and serve it with the engine's own; kvferry opens
 //! no port for it.
 
-use kvferry_proto::{frame::Gone, outcome::Outcome};
+use kvferry_proto::{Gone, Outcome};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -171,12 +171,7 @@ mod teardown {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvferry_proto::{
-        block::{GroupId, PositionSet},
-        error,
-        lane::LaneKind,
-        outcome::{GroupOutcome, Times},
-    };
+    use kvferry_proto::{GroupId, GroupOutcome, LaneKind, PositionSet, Times};
 
     #[test]
     fn an_ended_pull_is_counted_once_by_block_and_cause() {
@@ -187,7 +182,7 @@ mod tests {
                 group: GroupId(0),
                 loaded: set(0..6),
                 invalid: set(6..10),
-                causes: vec![(error::Cause::PeerDown, set(6..10))],
+                causes: vec![(kvferry_proto::Cause::PeerDown, set(6..10))],
             }],
             bytes: 6 * 4096,
             lanes: vec![LaneKind::Local, LaneKind::Tcp],

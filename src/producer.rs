@@ -14,11 +14,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::OfferId,
-    error::OfferError,
-    frame::PeerId,
-    group::PoolLayout,
-    offer::Offer,
+    Offer, OfferError, OfferId, PeerId, PoolLayout,
     table::{self, Freed},
 };
 

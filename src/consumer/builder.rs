@@ -6,13 +6,9 @@ use std::sync::{
 };
 
 use kvferry_proto::{
-    block::{EngineId, Incarnation, Rank},
-    frame::PeerId,
-    group::PoolLayout,
+    EngineId, Incarnation, Model, PeerId, PoolLayout, Rank, Shard,
     hello::{self, Hello},
-    model::Model,
     puller::{Puller, better::Waits},
-    shard::Shard,
 };
 use parking_lot::Mutex;
 

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use kvferry_proto::{hello::Welcome, lane::LaneKind};
+use kvferry_proto::{LaneKind, hello::Welcome};
 
 use crate::{
     config::{Config, LocalConfig, TcpConfig},

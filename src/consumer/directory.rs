@@ -10,11 +10,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::Incarnation,
-    error::Cause,
-    frame::{ClaimId, Release},
+    Cause, ClaimId, Grant, Incarnation, Release,
     hello::{Hello, Welcome},
-    lane::Grant,
     puller::{Addr, In, LaneWish},
     session::Want,
 };

@@ -2,14 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kvferry_proto::{
-    block::Marks,
-    error::PullError,
-    group::PoolLayout,
-    lane::LaneKind,
-    offer::Offer,
-    plan::{LocalBlocks, PlanError},
-};
+use kvferry_proto::{LaneKind, LocalBlocks, Marks, Offer, PlanError, PoolLayout, PullError};
 
 /// A pull to start. Only the offer and the blocks are required.
 #[derive(Debug, Clone)]

@@ -12,9 +12,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    error::{Cause, PullError},
-    group::PoolLayout,
-    plan::LocalBlocks,
+    Cause, LocalBlocks, PoolLayout, PullError,
     puller::{Ended, Progress, PullId},
     quarantine::Quarantine,
 };

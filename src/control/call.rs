@@ -4,12 +4,8 @@
 use std::time::Duration;
 
 use kvferry_proto::{
-    block::{EngineId, Incarnation, OfferId, Rank},
-    error::HelloError,
-    frame::PeerId,
+    EngineId, HelloError, Incarnation, Model, OfferId, PeerId, Rank, Shard,
     hello::{Hello, VERSIONS, Welcome, features},
-    model::Model,
-    shard::Shard,
 };
 
 use super::{

@@ -14,6 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvferry_proto::{
+    Cause, HelloError, Incarnation, Machine, Release, ServerBody, ServerFrame,
+    hello::{Hello, Welcome},
+    puller::{Addr, LaneWish},
+    session::{self, Health, Out, PeerSession, Want},
+};
 use tokio::{
     runtime::Handle,
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
@@ -28,15 +34,6 @@ use super::{
     proto,
 };
 use crate::config::Config;
-use kvferry_proto::{
-    Machine,
-    block::Incarnation,
-    error::{Cause, HelloError},
-    frame::{Release, ServerBody, ServerFrame},
-    hello::{Hello, Welcome},
-    puller::{Addr, LaneWish},
-    session::{self, Health, Out, PeerSession, Want},
-};
 
 /// Shortest time between two ticks of the machine, whose times are not finer than this.
 const TICK: Duration = Duration::from_millis(1);

@@ -1,11 +1,8 @@
 //! The interface between the control server and its producer.
 
 use kvferry_proto::{
-    block::{Incarnation, OfferId},
-    frame::{ClientFrame, PeerId},
+    ClientFrame, Incarnation, LaneKind, Mismatch, OfferId, PeerId,
     hello::{Hello, Welcome},
-    lane::LaneKind,
-    model::Mismatch,
 };
 
 use super::{outbox::Outbox, refusal::Refusal};

@@ -12,9 +12,8 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use kvferry_proto::{
-    error::HelloError,
+    HelloError, Mismatch,
     hello::{Hello, Welcome},
-    model::Mismatch,
 };
 use tokio::net::TcpStream;
 use tonic::{

@@ -3,11 +3,8 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    block::Incarnation,
-    error::Cause,
-    frame::ClaimId,
+    Cause, ClaimId, Grant, Incarnation,
     hello::Welcome,
-    lane::Grant,
     puller::{Addr, Need},
 };
 

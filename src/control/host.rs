@@ -10,7 +10,7 @@ use std::{fs, sync::OnceLock};
 /// If /proc is unreadable, the string is unique to this process, so that `local` is never tried in vain.
 pub(crate) fn identity() -> &'static str {
     static IDENTITY: OnceLock<String> = OnceLock::new();
-    IDENTITY.get_or_init(|| read().unwrap_or_else(|| format!("unknown-{}", kvferry_proto::block::OfferId::random())))
+    IDENTITY.get_or_init(|| read().unwrap_or_else(|| format!("unknown-{}", kvferry_proto::OfferId::random())))
 }
 
 fn read() -> Option<String> {

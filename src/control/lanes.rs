@@ -10,10 +10,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::Incarnation,
-    error::Cause,
+    Cause, Incarnation, LaneKind,
     hello::{Hello, Welcome},
-    lane::LaneKind,
     puller::{Addr, LaneWish, Need},
     retry::Backoff,
 };

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::frame::ServerFrame;
+use kvferry_proto::ServerFrame;
 use parking_lot::Mutex;
 use tonic::Status;
 
@@ -199,7 +199,7 @@ impl FrameQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvferry_proto::frame::ServerBody;
+    use kvferry_proto::ServerBody;
 
     fn pong(n: u64) -> ServerFrame {
         ServerFrame { ack: 0, body: Some(ServerBody::Pong(n)) }

@@ -1,6 +1,6 @@
 //! A producer's refusal of a call.
 
-use kvferry_proto::block::Incarnation;
+use kvferry_proto::Incarnation;
 use tonic::{Code, Status};
 
 /// A refusal; its text goes to the peer.

@@ -13,11 +13,7 @@ use std::{
 };
 
 use futures_core::Stream;
-use kvferry_proto::{
-    frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
-    hello::Hello,
-    lane::LaneKind,
-};
+use kvferry_proto::{ClientBody, ClientFrame, LaneKind, PeerId, ServerBody, ServerFrame, hello::Hello};
 use parking_lot::Mutex;
 use tonic::{Code, Request, Response, Status, Streaming};
 

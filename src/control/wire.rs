@@ -4,13 +4,9 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    block::{EngineId, GroupId, Incarnation, OfferId, Rank},
-    frame::PeerId,
-    group::{Group, GroupKind, PoolLayout, Region},
+    EngineId, Group, GroupId, GroupKind, Incarnation, LaneKind, Mismatch, Model, OfferId, PeerId, PoolLayout, Rank,
+    Region, Shard,
     hello::{Hello, Welcome},
-    lane::LaneKind,
-    model::{Mismatch, Model},
-    shard::Shard,
 };
 
 use self::check::{Checked, bad, incarnation, millis, narrow, offer_id, peer, present, shortened, text, time, within};

@@ -12,8 +12,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::Incarnation,
-    frame::Release,
+    Incarnation, Release,
     puller::{Addr, Ended, In, LaneWish, Out, PullId, Puller},
     session::Want,
 };

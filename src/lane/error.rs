@@ -3,7 +3,7 @@
 
 use std::{io, time::Duration};
 
-use kvferry_proto::error::Cause;
+use kvferry_proto::Cause;
 
 /// A lane that could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -10,11 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, FenceSlot, Grant, Lane, LaneCaps, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, Read};
 use rustix::{
     event::epoll,
     time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
@@ -200,7 +196,7 @@ impl WakingLane for Faulty {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvferry_proto::lane::{FenceKind, LaneKind};
+    use kvferry_proto::{FenceKind, LaneKind};
 
     /// Accepts every read and reports no event.
     struct Still;

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::BorrowedFd};
 
-use kvferry_proto::lane::{Lane, LaneKind};
+use kvferry_proto::{Lane, LaneKind};
 
 pub(crate) mod error;
 pub(crate) mod faulty;

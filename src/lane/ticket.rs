@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kvferry_proto::lane::LaneKind;
+use kvferry_proto::LaneKind;
 
 use crate::lane::verbs::VerbsTicket;
 

@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use kvferry_proto::{block::Nonce, group::PoolLayout, offer::OfferGroup};
+use kvferry_proto::{Nonce, OfferGroup, PoolLayout};
 use parking_lot::RwLock;
 
 use super::{FenceWords, Memory};
@@ -70,7 +70,7 @@ impl Export {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvferry_proto::block::{BlockId, GroupId};
+    use kvferry_proto::{BlockId, GroupId};
 
     #[test]
     fn only_the_live_offer_with_its_own_nonce_resolves() {

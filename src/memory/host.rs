@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use kvferry_proto::group::{BadLayout, PoolLayout};
+use kvferry_proto::{BadLayout, PoolLayout};
 
 use super::{Mapping, mapping};
 use crate::error::StartError;

@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use kvferry_proto::block::Nonce;
+use kvferry_proto::Nonce;
 
 use super::{Mapping, mapping};
 

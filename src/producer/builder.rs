@@ -5,14 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use kvferry_proto::{
-    block::{EngineId, Incarnation, Rank},
-    frame::PeerId,
-    group::PoolLayout,
-    lane::LaneKind,
-    model::Model,
-    shard::Shard,
-};
+use kvferry_proto::{EngineId, Incarnation, LaneKind, Model, PeerId, PoolLayout, Rank, Shard};
 
 use super::{
     Producer,

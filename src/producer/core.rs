@@ -29,15 +29,9 @@ use crate::{
     metrics::ProducerMetrics,
 };
 use kvferry_proto::{
-    Machine,
-    block::{Incarnation, OfferId},
-    error::OfferError,
-    frame::{ClientFrame, Gone, PeerId},
+    BadOffer, ClientFrame, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer, OfferError, OfferGroup,
+    OfferId, OfferRank, PeerId, Shard,
     hello::{self, Hello, Welcome},
-    lane::LaneKind,
-    model::{Mismatch, Model},
-    offer::{BadOffer, Offer, OfferGroup, OfferRank},
-    shard::Shard,
     table::{self, Freed, OfferTable},
 };
 

@@ -1,6 +1,6 @@
 //! An offer as an engine describes it.
 
-use kvferry_proto::{block::OfferId, offer::OfferGroup};
+use kvferry_proto::{OfferGroup, OfferId};
 
 /// The blocks to offer.
 #[derive(Debug, Clone, Default)]

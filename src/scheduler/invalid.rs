@@ -10,7 +10,7 @@ use std::{
     hash::Hash,
 };
 
-use kvferry_proto::{block::Block, error::Cause};
+use kvferry_proto::{Block, Cause};
 
 use super::{
     sabotage::{self, Bug},
@@ -312,7 +312,7 @@ fn dependent_kept(bad: &HashMap<Block, Cause>, b: &Block) -> bool {
 mod tests {
     use super::*;
     use crate::scheduler::table::Keeps;
-    use kvferry_proto::block::{BlockId, GroupId};
+    use kvferry_proto::{BlockId, GroupId};
     use proptest::prelude::*;
 
     type Tables = Vec<Vec<Option<BlockId>>>;

@@ -3,7 +3,7 @@
 
 use std::hash::Hash;
 
-use kvferry_proto::block::Block;
+use kvferry_proto::Block;
 
 /// A bug that a real scheduler had, or nearly had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -5,7 +5,7 @@
 
 use std::num::NonZeroU32;
 
-use kvferry_proto::block::{Block, BlockId, GroupId};
+use kvferry_proto::{Block, BlockId, GroupId};
 
 /// The past tokens that the layers of a group need. They determine from which lengths a request can continue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

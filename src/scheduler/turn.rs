@@ -8,7 +8,7 @@
 
 use std::{collections::HashMap, hash::Hash};
 
-use kvferry_proto::block::Block;
+use kvferry_proto::Block;
 
 use super::{
     sabotage::{self, Bug},
@@ -229,7 +229,7 @@ impl<'a, 'b, R: Clone + Hash> Owners<'a, 'b, R> {
 mod tests {
     use super::*;
     use crate::scheduler::table::Held;
-    use kvferry_proto::block::{BlockId, GroupId};
+    use kvferry_proto::{BlockId, GroupId};
 
     type Tables = Vec<Vec<Option<BlockId>>>;
 

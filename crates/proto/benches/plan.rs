@@ -7,11 +7,8 @@ use std::{hint::black_box, time::Instant};
 
 use counting::allocations;
 use kvferry_proto::{
-    block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank},
-    group::PoolLayout,
-    offer::{Offer, OfferGroup, OfferRank},
-    plan::{ChunkSize, LocalBlocks, Plan, Source},
-    shard::Shard,
+    BlockId, ChunkSize, EngineId, GroupId, Incarnation, LocalBlocks, Offer, OfferGroup, OfferId, OfferRank, Plan,
+    PoolLayout, Rank, Shard, Source,
 };
 use kvferry_testkit::counting;
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{block::OfferId, model::Mismatch, offer::BadOffer, plan::PlanError};
+use crate::{BadOffer, Mismatch, OfferId, PlanError};
 
 /// Why a block did not arrive. Each invalid block has one cause; the names are stable in logs, metrics and JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -5,7 +5,7 @@
 //! arrived knows that none of the data was overwritten: the word would have been cleared before. The nonce is random, so a
 //! word that was cleared and given to another offer never looks live to the first offer's readers.
 
-use crate::block::Nonce;
+use crate::Nonce;
 
 /// Whether the word, read after the data, proves the data good.
 pub fn holds(nonce: Nonce, word: u64) -> bool {

@@ -3,11 +3,7 @@
 
 use std::time::Duration;
 
-use crate::{
-    block::{EngineId, Incarnation, OfferId, Rank},
-    error::Cause,
-    lane::Grant,
-};
+use crate::{Cause, EngineId, Grant, Incarnation, OfferId, Rank};
 
 /// A rank in one process life: a consumer or a producer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

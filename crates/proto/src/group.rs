@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::block::GroupId;
+use crate::GroupId;
 
 /// The kind of a group's layers, which decides which blocks may be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

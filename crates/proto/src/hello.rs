@@ -2,14 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{
-    block::Incarnation,
-    frame::PeerId,
-    group::PoolLayout,
-    lane::LaneKind,
-    model::{Mismatch, Model},
-    shard::Shard,
-};
+use crate::{Incarnation, LaneKind, Mismatch, Model, PeerId, PoolLayout, Shard};
 
 /// The protocol versions that this build speaks, both ends included.
 pub const VERSIONS: (u32, u32) = (1, 1);
@@ -83,7 +76,7 @@ pub fn answer(hello: &Hello, model: &Model) -> Result<u32, Mismatch> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Rank;
+    use crate::Rank;
 
     fn hello(versions: (u32, u32)) -> Hello {
         Hello {

@@ -3,7 +3,7 @@
 
 use std::{fmt, time::Duration};
 
-use crate::{block::Nonce, error::Cause, plan::Read};
+use crate::{Cause, Nonce, Read};
 
 /// One attempt of a pull on one lane. Numbers are never reused in a process, so a late event of an old attempt cannot pass
 /// for a new one's.

@@ -3,29 +3,33 @@
 //! A state machine takes events and the time, and returns actions. Sockets, threads and memory are in another crate, so a
 //! failure is a unit test, and the simulation runs these machines through thousands of seeded failures a second.
 
-pub mod block;
-pub mod config;
-pub mod error;
+mod block;
+mod config;
+mod error;
 pub mod fence;
-pub mod frame;
-pub mod group;
+mod frame;
+mod group;
 pub mod hello;
-pub mod lane;
-pub mod model;
-pub mod offer;
-pub mod outcome;
-pub mod plan;
+mod lane;
+mod model;
+mod offer;
+mod outcome;
+mod plan;
 pub mod pull;
 pub mod puller;
 pub mod quarantine;
 pub mod retry;
 pub mod sabotage;
 pub mod session;
-pub mod shard;
+mod shard;
 mod source;
 pub mod table;
 
 use std::time::Instant;
+
+pub use self::{
+    block::*, config::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*, shard::*,
+};
 
 /// A state machine that is fed events and asked for actions.
 pub trait Machine {

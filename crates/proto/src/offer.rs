@@ -3,19 +3,19 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank};
+use crate::{BlockId, EngineId, GroupId, Incarnation, OfferId, Rank};
 
 /// A name for blocks that a producer engine keeps until they are pulled, released or revoked.
 ///
 /// ```
-/// # use kvferry_proto::offer::Offer;
+/// # use kvferry_proto::Offer;
 /// let text = r#"{"id":"00000000000000010000000000000002","engine":"prefill-0","incarnation":"00000000000000aa",
 ///   "ranks":[{"rank":0,"incarnation":"00000000000000aa","addr":"127.0.0.1:7400"}],
 ///   "groups":[{"group":0,"first_position":0,"blocks":[3,1,null]}],"tokens":40,"request":"req-1"}"#;
 /// let offer = Offer::from_json(text)?;
 /// assert_eq!(offer.groups[0].blocks[2], None);
 /// assert_eq!(Offer::from_json(&offer.to_json())?, offer);
-/// # Ok::<(), kvferry_proto::offer::BadOffer>(())
+/// # Ok::<(), kvferry_proto::BadOffer>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]

@@ -2,12 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{
-    block::{Block, GroupId, PositionSet},
-    error::Cause,
-    lane::LaneKind,
-    plan::LocalBlocks,
-};
+use crate::{Block, Cause, GroupId, LaneKind, LocalBlocks, PositionSet};
 
 /// One group's part of an outcome. `loaded` and `invalid` are disjoint, and together they are the wanted positions.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,12 +7,7 @@
 mod error;
 mod piece;
 
-use crate::{
-    block::{Block, BlockId, GroupId, Marks},
-    group::{Group, PoolLayout},
-    offer::Offer,
-    shard::Shard,
-};
+use crate::{Block, BlockId, Group, GroupId, Marks, Offer, PoolLayout, Shard};
 
 pub use self::error::PlanError;
 use self::piece::{Piece, pieces};

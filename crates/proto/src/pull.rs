@@ -13,12 +13,8 @@ use std::{
 };
 
 use crate::{
-    Machine,
-    block::{Block, PositionSet},
-    error::Cause,
-    lane::{Attempt, FenceSlot, Grant, LaneEvent, LaneKind},
-    outcome::{BlockReport, GroupOutcome, Outcome, Times},
-    plan::{LocalBlocks, Plan, Read},
+    Attempt, Block, BlockReport, Cause, FenceSlot, Grant, GroupOutcome, LaneEvent, LaneKind, LocalBlocks, Machine,
+    Outcome, Plan, PositionSet, Read, Times,
     sabotage::{Bug, planted},
     source::{Fenced, Source, TooManyDone},
 };

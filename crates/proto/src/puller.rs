@@ -13,15 +13,10 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    block::Incarnation,
-    error::Cause,
-    group::PoolLayout,
+    Cause, Incarnation, Lane, LaneEvent, LaneKind, Plan, PoolLayout, Shard, Source,
     hello::Welcome,
-    lane::{Lane, LaneEvent, LaneKind},
-    plan::{Plan, Source},
     pull,
     sabotage::{Bug, planted},
-    shard::Shard,
 };
 
 pub use self::event::{Addr, Ended, In, LaneWish, Need, Out, Progress, PullId, Start};

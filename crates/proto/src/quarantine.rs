@@ -1,11 +1,7 @@
 //! The local blocks that a pull may still write. A block stays here from the pull's start until its end, and indefinitely if
 //! a lane wedged. No other pull gets it meanwhile, so a late write cannot hit a good block (promise 4).
 
-use crate::{
-    block::{Block, GroupId},
-    error::PullError,
-    group::PoolLayout,
-};
+use crate::{Block, GroupId, PoolLayout, PullError};
 
 /// The local blocks that pulls hold.
 #[derive(Debug, Default)]
@@ -76,7 +72,7 @@ impl Quarantine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::BlockId;
+    use crate::BlockId;
 
     #[test]
     fn a_block_belongs_to_one_pull_at_a_time_and_a_refusal_takes_none() {

@@ -17,18 +17,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use self::{claims::Claims, link::Link, liveness::Liveness};
 use crate::{
-    Machine,
-    block::{EngineId, Incarnation, OfferId},
-    config::SessionConfig,
-    error::{Cause, HelloError},
-    frame::{ClaimId, ClientBody, ClientFrame, PeerId, Reader, Release, ServerBody, ServerFrame},
-    lane::Grant,
+    Cause, ClaimId, ClientBody, ClientFrame, EngineId, Grant, HelloError, Incarnation, Machine, OfferId, PeerId,
+    Reader, Release, ServerBody, ServerFrame, SessionConfig,
     sabotage::{Bug, planted},
     table::Entropy,
 };
-
-use self::{claims::Claims, link::Link, liveness::Liveness};
 
 /// An event for a session.
 #[derive(Debug, Clone)]

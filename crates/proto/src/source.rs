@@ -8,10 +8,7 @@ use std::{
 };
 
 use crate::{
-    error::Cause,
-    fence,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneKind},
-    plan::{Plan, Read},
+    Attempt, Cause, FenceKind, FenceSlot, Grant, LaneCaps, LaneKind, Plan, Read, fence,
     retry::Backoff,
     sabotage::{Bug, planted},
 };

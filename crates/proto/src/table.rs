@@ -16,20 +16,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{
-    Machine,
-    block::{Incarnation, Nonce, OfferId},
-    config::{LeaseConfig, Limits},
-    error::OfferError,
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
-    lane::Grant,
-    sabotage::{Bug, planted},
-};
-
 use self::{
     aged::Aged,
     claims::ClaimIndex,
     entry::{ClaimKey, Entry},
+};
+use crate::{
+    ClaimId, ClientBody, ClientFrame, Gone, Grant, Incarnation, LeaseConfig, Limits, Machine, Nonce, OfferError,
+    OfferId, PeerId, Reader, Release, ServerBody, ServerFrame,
+    sabotage::{Bug, planted},
 };
 
 /// An event for the offer table.

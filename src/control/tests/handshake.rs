@@ -6,11 +6,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{
-    error::{Cause, HelloError},
-    hello::Hello,
-    model::Model,
-};
+use kvferry_proto::{Cause, HelloError, Model, hello::Hello};
 
 use super::rig::{Consumer, Rig, config, hello, model, peer_id, run};
 use crate::control::call::Caller;

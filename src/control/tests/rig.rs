@@ -12,16 +12,11 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::{Incarnation, Nonce, OfferId, Rank},
-    error::Cause,
-    frame::{ClaimId, ClientBody, ClientFrame, PeerId, Reader, Release, ServerBody, ServerFrame},
-    group::PoolLayout,
+    Cause, ClaimId, ClientBody, ClientFrame, Grant, Incarnation, LaneKind, Mismatch, Model, Nonce, OfferId, PeerId,
+    PoolLayout, Rank, Reader, Release, ServerBody, ServerFrame, Shard,
     hello::{self, Hello, VERSIONS, Welcome, features},
-    lane::{Grant, LaneKind},
-    model::{Mismatch, Model},
     puller::{Addr, In},
     session::Want,
-    shard::Shard,
 };
 use tonic::service::Routes;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry_proto::block::{Incarnation, OfferId};
+use kvferry_proto::{Incarnation, OfferId};
 use tonic::transport::{Channel, Endpoint};
 use tonic_reflection::pb::{
     v1::{

@@ -7,11 +7,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::{Incarnation, OfferId},
-    error::Cause,
-    frame::{ClaimId, Gone, Reader, Release, ServerBody, ServerFrame},
+    Cause, ClaimId, Gone, Incarnation, LaneKind, OfferId, Reader, Release, ServerBody, ServerFrame,
     hello::Welcome,
-    lane::LaneKind,
     puller::{In, LaneWish, Need},
 };
 
@@ -127,7 +124,7 @@ fn a_second_hello_leaves_the_running_session_alone() {
     let next = consumer.claim(3, &rig.desk.me);
     assert_eq!(consumer.answer(), (next, None));
     rig.seen(|s| match s {
-        Seen::Frame(id, f) if matches!(f.body, kvferry_proto::frame::ClientBody::Claim { claim, .. } if claim == next) => {
+        Seen::Frame(id, f) if matches!(f.body, kvferry_proto::ClientBody::Claim { claim, .. } if claim == next) => {
             assert_eq!(id, session, "on the same session");
             Some(())
         }

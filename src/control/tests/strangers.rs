@@ -6,10 +6,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{
-    block::Incarnation,
-    frame::{ServerBody, ServerFrame},
-};
+use kvferry_proto::{Incarnation, ServerBody, ServerFrame};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{

@@ -1,6 +1,6 @@
 //! Certificates: both ends prove their identity.
 
-use kvferry_proto::error::HelloError;
+use kvferry_proto::HelloError;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use super::rig::{Consumer, Rig, config, hello, run};

@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry_proto::{
-    block::{Incarnation, OfferId},
-    frame::{ClaimId, PeerId, Reader},
-};
+use kvferry_proto::{ClaimId, Incarnation, OfferId, PeerId, Reader};
 
 use crate::control::proto;
 

@@ -1,10 +1,6 @@
 //! The session's frames.
 
-use kvferry_proto::{
-    block::Nonce,
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, Release, ServerBody, ServerFrame},
-    lane::Grant,
-};
+use kvferry_proto::{ClaimId, ClientBody, ClientFrame, Gone, Grant, Nonce, Release, ServerBody, ServerFrame};
 
 use super::check::{
     BadMessage, Checked, bad, claim_id, incarnation, millis, offer_id, peer, present, reader, time, within,

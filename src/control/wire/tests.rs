@@ -1,10 +1,6 @@
 use std::{fmt::Debug, time::Duration};
 
-use kvferry_proto::{
-    block::Nonce,
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, Reader, Release, ServerBody, ServerFrame},
-    lane::Grant,
-};
+use kvferry_proto::{ClaimId, ClientBody, ClientFrame, Gone, Grant, Nonce, Reader, Release, ServerBody, ServerFrame};
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
 

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{block::Incarnation, group::PoolLayout};
+use kvferry_proto::{Incarnation, PoolLayout};
 use rustix::{
     fs::SealFlags,
     io::Errno,

@@ -9,10 +9,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
-    plan::Read,
+    Attempt, Cause, FenceKind, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, LaneKind, PoolLayout, Read,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, epoll},

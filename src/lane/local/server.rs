@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{block::Incarnation, config::Limits};
+use kvferry_proto::{Incarnation, Limits};
 use parking_lot::Mutex;
 use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
 use subtle::ConstantTimeEq as _;

@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
-use kvferry_proto::{group::PoolLayout, lane::Attempt};
+use kvferry_proto::{Attempt, PoolLayout};
 
 use crate::memory::{Mapping, Memory};
 

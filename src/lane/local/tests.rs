@@ -9,14 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{
-    block::{Incarnation, Nonce},
-    config::Limits,
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, FenceSlot, Grant, Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, FenceSlot, Grant, Incarnation, Lane, LaneEvent, Limits, Nonce, PoolLayout, Read};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::FallocateFlags,

@@ -10,7 +10,7 @@
 //! segments' memfds and, last, the fence table's. A later packet from the server, of any content, announces that it closes
 //! the lane on purpose; a close without one means that the process died.
 
-use kvferry_proto::{block::Incarnation, group::PoolLayout};
+use kvferry_proto::{Incarnation, PoolLayout};
 
 const MAGIC: [u8; 8] = *b"kvferryL";
 const VERSION: u32 = 2;

@@ -12,12 +12,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{
-    block::Incarnation,
-    error::Cause,
-    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, FenceKind, Grant, Incarnation, Lane, LaneCaps, LaneEvent, LaneKind, Read};
 use rustix::event::epoll;
 
 use super::{

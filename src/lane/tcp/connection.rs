@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use kvferry_proto::block::Incarnation;
+use kvferry_proto::Incarnation;
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,

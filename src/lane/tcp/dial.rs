@@ -4,7 +4,7 @@
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
 
-use kvferry_proto::block::Incarnation;
+use kvferry_proto::Incarnation;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

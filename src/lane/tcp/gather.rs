@@ -3,11 +3,7 @@
 //! Every entry is checked against the layout and the offer's block list: the spans hold bytes of offered blocks only,
 //! whatever the request names (promise 7). No I/O.
 
-use kvferry_proto::{
-    block::GroupId,
-    group::{Group, PoolLayout},
-    offer::OfferGroup,
-};
+use kvferry_proto::{Group, GroupId, OfferGroup, PoolLayout};
 
 use super::frames::{Entry, MAX_BLOCKS, MAX_PIECES};
 use crate::memory::Span;
@@ -71,7 +67,7 @@ pub(super) fn gather(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvferry_proto::block::BlockId;
+    use kvferry_proto::BlockId;
     use proptest::prelude::*;
 
     const BLOCK: u64 = 64;

@@ -4,7 +4,7 @@
 //! inside one trust domain.
 
 use hmac::{Hmac, KeyInit, Mac};
-use kvferry_proto::block::Incarnation;
+use kvferry_proto::Incarnation;
 use sha2::Sha256;
 
 use super::frames::Challenge;

@@ -10,10 +10,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use kvferry_proto::{
-    lane::{Attempt, Grant, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Grant, LaneEvent, Read};
 use rustix::{
     io::Errno,
     net::{RecvFlags, SendFlags},

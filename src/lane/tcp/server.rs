@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{block::Incarnation, config::Limits};
+use kvferry_proto::{Incarnation, Limits};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     event::{EventfdFlags, Timespec, epoll, eventfd},

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kvferry_proto::error::Cause;
+use kvferry_proto::Cause;
 
 use crate::lane::LaneError;
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-use kvferry_proto::error::Cause;
+use kvferry_proto::Cause;
 
 use super::cq::Status;
 

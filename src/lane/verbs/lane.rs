@@ -11,12 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, LaneEvent, PoolLayout, Read};
 
 use super::{
     failure::FailureReason,

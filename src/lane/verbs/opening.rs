@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use kvferry_proto::{block::Incarnation, group::PoolLayout};
+use kvferry_proto::{Incarnation, PoolLayout};
 
 use super::{
     chain::MAX_DEPTH,

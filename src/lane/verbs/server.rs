@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use kvferry_proto::{block::Incarnation, config::Limits};
+use kvferry_proto::{Incarnation, Limits};
 
 use super::{
     cleanup,

@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::{block::GroupId, group::Group};
-
 use super::{PlanError, Read, Source, Want};
+use crate::{Group, GroupId};
 
 /// The part of each block of a local region that comes from one source region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

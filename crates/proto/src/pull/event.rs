@@ -2,12 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{
-    error::Cause,
-    lane::{Attempt, Grant, LaneCaps, LaneEvent, LaneKind},
-    outcome::Outcome,
-    plan::Plan,
-};
+use crate::{Attempt, Cause, Grant, LaneCaps, LaneEvent, LaneKind, Outcome, Plan};
 
 /// An event for a pull.
 #[derive(Debug, Clone)]

@@ -9,16 +9,8 @@ use std::{
 };
 
 use crate::{
-    block::Incarnation,
-    error::Cause,
-    frame::{ClaimId, Reader, Release},
-    hello::Welcome,
-    lane::{Grant, LaneKind},
-    offer::Offer,
-    outcome::{BlockReport, Outcome},
-    plan::{ChunkSize, LocalBlocks},
-    pull::Retry,
-    session::Want,
+    BlockReport, Cause, ChunkSize, ClaimId, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome, Reader, Release,
+    hello::Welcome, pull::Retry, session::Want,
 };
 
 /// A pull's id, unique in this process; never 0.

@@ -5,14 +5,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{
-    block::Incarnation,
-    error::Cause,
-    lane::{Attempt, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
-    offer::OfferRank,
-};
-
 use super::{Addr, PullId, PullSource, pulls::Pulls};
+use crate::{Attempt, Cause, Grant, Incarnation, Lane, LaneCaps, LaneEvent, LaneKind, OfferRank};
 
 /// A lane's number.
 pub(super) type LaneNo = u64;

@@ -2,12 +2,11 @@
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
-use crate::{block::Incarnation, hello::Welcome, lane::LaneKind, offer::OfferRank};
-
 use super::{
     Addr, Need, PullId, PullSource,
     better::{Search, Waits},
 };
+use crate::{Incarnation, LaneKind, OfferRank, hello::Welcome};
 
 #[derive(Default)]
 struct Peer {

@@ -8,15 +8,12 @@ use std::{
     time::Instant,
 };
 
+use super::{Out, PullId, PullSource, Start};
 use crate::{
-    Machine,
-    frame::{ClaimId, Release},
-    offer::OfferRank,
+    ClaimId, Machine, OfferRank, Release,
     pull::{self, PullTracker},
     session::Want,
 };
-
-use super::{Out, PullId, PullSource, Start};
 
 /// A pull that has not ended.
 pub(super) struct Pull {

@@ -7,15 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::{Out, Want};
 use crate::{
-    block::Incarnation,
-    error::Cause,
-    frame::{ClaimId, ClientBody, PeerId, Release},
-    lane::Grant,
+    Cause, ClaimId, ClientBody, Grant, Incarnation, PeerId, Release,
     sabotage::{Bug, planted},
 };
-
-use super::{Out, Want};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ClaimState {

@@ -8,9 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{block::Incarnation, config::SessionConfig, frame::PeerId, retry::Backoff, table::Entropy};
-
 use super::Out;
+use crate::{Incarnation, PeerId, SessionConfig, retry::Backoff, table::Entropy};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stream {

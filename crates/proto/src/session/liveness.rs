@@ -2,12 +2,8 @@
 
 use std::{collections::VecDeque, time::Instant};
 
-use crate::{
-    config::SessionConfig,
-    frame::{ClientBody, ClientFrame},
-};
-
 use super::{Health, Out};
+use crate::{ClientBody, ClientFrame, SessionConfig};
 
 /// Whether the peer answers.
 pub(super) struct Liveness {

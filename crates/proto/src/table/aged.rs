@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::block::OfferId;
+use crate::OfferId;
 
 /// Values by offer. Forgets the oldest when it is full, and each one after a time.
 pub(super) struct Aged<V> {

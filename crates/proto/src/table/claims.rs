@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::block::{Incarnation, OfferId};
-
 use super::entry::ClaimKey;
+use crate::{Incarnation, OfferId};
 
 /// The offer of each claim, and the number of claims of each consumer.
 #[derive(Default)]

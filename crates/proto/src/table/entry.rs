@@ -5,11 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{
-    block::{EngineId, Incarnation, Nonce},
-    config::LeaseConfig,
-    frame::{ClaimId, PeerId, Release},
-};
+use crate::{ClaimId, EngineId, Incarnation, LeaseConfig, Nonce, PeerId, Release};
 
 /// A claim's key: the consumer's incarnation, and the claim in it.
 pub(super) type ClaimKey = (Incarnation, ClaimId);

@@ -3,11 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kvferry_proto::{
-    Machine,
-    block::{Incarnation, OfferId, Rank},
-    config::{LeaseConfig, Limits},
-    error::OfferError,
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
+    ClaimId, ClientBody, ClientFrame, Gone, Incarnation, LeaseConfig, Limits, Machine, OfferError, OfferId, PeerId,
+    Rank, Reader, Release, ServerBody, ServerFrame,
     table::{Freed, In, OfferTable, Out},
 };
 use proptest::prelude::*;

@@ -3,11 +3,8 @@
 use std::collections::BTreeMap;
 
 use kvferry_proto::{
-    block::{BlockId, GroupId, Incarnation, OfferId},
-    group::{Group, GroupKind, PoolLayout, Region},
-    offer::{Offer, OfferGroup},
-    plan::{ChunkSize, LocalBlocks, Plan, PlanError, Read, Source},
-    shard::Shard,
+    BlockId, ChunkSize, Group, GroupId, GroupKind, Incarnation, LocalBlocks, Offer, OfferGroup, OfferId, Plan,
+    PlanError, PoolLayout, Read, Region, Shard, Source,
 };
 use proptest::prelude::*;
 
@@ -168,7 +165,7 @@ proptest! {
         prop_assert_eq!(plan.bytes(), expected.len() as u64);
         let copied = carry_out(&plan, &[&there], &here, max_read);
         prop_assert!(copied == expected);
-        let said = |(g, p): (usize, &kvferry_proto::plan::GroupPlan)| p.not_offered.iter().map(|n| (g, n.0)).collect::<Vec<_>>();
+        let said = |(g, p): (usize, &kvferry_proto::GroupPlan)| p.not_offered.iter().map(|n| (g, n.0)).collect::<Vec<_>>();
         prop_assert_eq!(plan.groups().iter().enumerate().flat_map(said).collect::<Vec<_>>(), not_offered);
     }
 

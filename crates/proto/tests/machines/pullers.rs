@@ -9,18 +9,11 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::{BlockId, GroupId, Incarnation, Nonce, OfferId, Rank},
-    error::Cause,
-    frame::{PeerId, Reader},
-    group::PoolLayout,
+    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps, LaneEvent, LaneKind,
+    LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank, Read, Reader, Shard,
     hello::Welcome,
-    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
-    model::Model,
-    offer::{Offer, OfferGroup, OfferRank},
-    plan::{ChunkSize, LocalBlocks, Read},
     pull::Retry,
     puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
-    shard::Shard,
 };
 
 const SECOND: Duration = Duration::from_secs(1);

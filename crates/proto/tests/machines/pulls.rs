@@ -3,11 +3,7 @@
 mod rig;
 
 use kvferry_proto::{
-    Machine,
-    block::{BlockId, GroupId, Nonce},
-    error::Cause,
-    lane::{FenceKind, Grant, LaneEvent, LaneKind},
-    plan::LocalBlocks,
+    BlockId, Cause, FenceKind, Grant, GroupId, LaneEvent, LaneKind, LocalBlocks, Machine, Nonce,
     pull::{In, Out, PullTracker, Retry},
 };
 

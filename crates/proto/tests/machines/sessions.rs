@@ -3,12 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kvferry_proto::{
-    Machine,
-    block::{Incarnation, Nonce, OfferId, Rank},
-    config::SessionConfig,
-    error::{Cause, HelloError},
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Reader, Release, ServerBody, ServerFrame},
-    lane::Grant,
+    Cause, ClaimId, ClientBody, ClientFrame, Gone, Grant, HelloError, Incarnation, Machine, Nonce, OfferId, PeerId,
+    Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig,
     session::{Health, In, Out, PeerSession, Want},
 };
 

@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvferry_proto::{
-    block::{EngineId, Incarnation, OfferId},
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, Release, ServerBody},
+    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody,
     puller::Ended,
     table::{self, Freed},
 };

@@ -8,16 +8,11 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::{Block, BlockId, EngineId, Rank},
-    error::Cause,
-    frame::{PeerId, Reader, Release},
+    Block, BlockId, Cause, ChunkSize, EngineId, LaneKind, LocalBlocks, PeerId, Rank, Reader, Release, Shard,
     hello::Welcome,
-    lane::LaneKind,
-    plan::{ChunkSize, LocalBlocks},
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,
     session::{self, PeerSession},
-    shard::Shard,
 };
 
 use crate::{

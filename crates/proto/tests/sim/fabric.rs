@@ -1,7 +1,7 @@
 //! The data plane of a seed: the memory of every process, the reads in flight of every lane, and their failures.
 //!
 //! A read has a life: its bytes are loaded from the source at one time (or two: torn), stored into local memory later, and
-//! reported after that. The limits of a lane are the contract of [`kvferry_proto::lane::Lane`]: nothing is stored after
+//! reported after that. The limits of a lane are the contract of [`kvferry_proto::Lane`]: nothing is stored after
 //! `Quiet`, and everything may be stored until then. The checks that belong to a store are made here.
 
 mod calls;
@@ -14,19 +14,15 @@ use std::{
     collections::{BTreeMap, BinaryHeap},
 };
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, FenceKind, LaneCaps, LaneEvent},
-};
+use kvferry_proto::{Attempt, Cause, FenceKind, LaneCaps, LaneEvent};
 
+use self::state::{DeadMode, LaneCore, LaneState};
 use crate::{
     memory::{LocalMem, ProcMem},
     rng::Rng,
     trace::{Micros, Promise, Trace, Violation},
     weather::LaneLuck,
 };
-
-use self::state::{DeadMode, LaneCore, LaneState};
 
 /// Work happens next to a read, an attempt or a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -2,10 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvferry_proto::{
-    lane::{Attempt, FenceSlot, Grant, Lane, LaneCaps, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, Read};
 
 use crate::fabric::Fabric;
 

@@ -3,11 +3,7 @@
 
 use std::sync::Arc;
 
-use kvferry_proto::{
-    block::{BlockId, GroupId},
-    group::{Group, GroupKind, PoolLayout, Region},
-    shard::Shard,
-};
+use kvferry_proto::{BlockId, Group, GroupId, GroupKind, PoolLayout, Region, Shard};
 
 use crate::rng::Rng;
 

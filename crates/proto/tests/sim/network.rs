@@ -3,11 +3,7 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    error::HelloError,
-    frame::{ClientBody, ClientFrame, PeerId, ServerBody, ServerFrame},
-    hello::Welcome,
-    model::{Mismatch, Model},
-    session,
+    ClientBody, ClientFrame, HelloError, Mismatch, Model, PeerId, ServerBody, ServerFrame, hello::Welcome, session,
 };
 
 use crate::{

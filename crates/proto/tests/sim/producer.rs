@@ -9,13 +9,9 @@ use std::{
 };
 
 use kvferry_proto::{
-    Machine,
-    block::{EngineId, Incarnation, OfferId, Rank},
-    frame::{ClaimId, ClientBody, ClientFrame, Gone, PeerId, ServerBody, ServerFrame},
+    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, LaneKind, Machine, Offer, OfferId, PeerId, Rank,
+    ServerBody, ServerFrame, Shard,
     hello::Welcome,
-    lane::LaneKind,
-    offer::Offer,
-    shard::Shard,
     table::{self, Freed, OfferTable},
 };
 

@@ -2,11 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry_proto::{
-    config::{LeaseConfig, Limits, SessionConfig},
-    pull::Retry,
-    puller::better::Waits,
-};
+use kvferry_proto::{LeaseConfig, Limits, SessionConfig, pull::Retry, puller::better::Waits};
 
 use crate::{rng::Rng, trace::Micros};
 

@@ -7,13 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{
-    block::{Incarnation, OfferId},
-    frame::{ClientFrame, ServerFrame},
-    model::Model,
-    puller::LaneWish,
-    table::Entropy,
-};
+use kvferry_proto::{ClientFrame, Incarnation, Model, OfferId, ServerFrame, puller::LaneWish, table::Entropy};
 
 use crate::{
     checks::PendingKey,

@@ -7,14 +7,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{
-    block::{Incarnation, Nonce},
-    config::Limits,
-    error::Cause,
-    group::PoolLayout,
-    lane::{Grant, Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Cause, Grant, Incarnation, Lane, LaneEvent, Limits, Nonce, PoolLayout, Read};
 
 use super::{
     super::{frames::*, handshake::Keyed},

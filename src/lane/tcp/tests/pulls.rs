@@ -1,12 +1,6 @@
 //! Good peers on good and bad days.
 
-use kvferry_proto::{
-    config::Limits,
-    error::Cause,
-    group::{Group, GroupKind, PoolLayout, Region},
-    lane::{Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Cause, Group, GroupKind, Lane, LaneEvent, Limits, PoolLayout, Read, Region};
 
 use super::rig::*;
 use crate::{
@@ -32,7 +26,7 @@ fn uneven() -> PoolLayout {
     let layout = PoolLayout {
         segments: vec![120_000, 5_000_000],
         groups: vec![Group {
-            id: kvferry_proto::block::GroupId(0),
+            id: kvferry_proto::GroupId(0),
             kind: GroupKind::Full,
             block_tokens: 16,
             blocks: 64,
@@ -57,7 +51,7 @@ fn roomy() -> TcpConfig {
 }
 
 /// The chunk's reads, of 1 MiB at most.
-fn all_reads(plan: &kvferry_proto::plan::Plan, chunk: u32) -> Vec<Read> {
+fn all_reads(plan: &kvferry_proto::Plan, chunk: u32) -> Vec<Read> {
     let mut reads = Vec::new();
     plan.reads(chunk, 0, 1 << 20, &mut reads);
     reads
@@ -286,9 +280,7 @@ fn only_a_peer_with_the_key_of_this_incarnation_may_connect() {
     };
     assert_eq!(try_with(&KEY, rig.incarnation), Ok(()));
     assert!(try_with(&[1; 32], rig.incarnation).unwrap_err().contains("does not know this lane"));
-    assert!(
-        try_with(&KEY, kvferry_proto::block::Incarnation::random()).unwrap_err().contains("does not know this lane")
-    );
+    assert!(try_with(&KEY, kvferry_proto::Incarnation::random()).unwrap_err().contains("does not know this lane"));
     let (mut lane, _) = rig.lane(&config);
     rig.server.dismiss(LANE);
     let events = drive(&mut lane, |_, events| !events.is_empty());

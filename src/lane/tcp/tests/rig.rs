@@ -10,13 +10,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::{BlockId, EngineId, GroupId, Incarnation, Nonce, OfferId, Rank},
-    config::Limits,
-    group::PoolLayout,
-    lane::{Attempt, Grant, Lane, LaneEvent},
-    offer::{Offer, OfferGroup, OfferRank},
-    plan::{ChunkSize, LocalBlocks, Plan, Read, Source},
-    shard::Shard,
+    Attempt, BlockId, ChunkSize, EngineId, Grant, GroupId, Incarnation, Lane, LaneEvent, Limits, LocalBlocks, Nonce,
+    Offer, OfferGroup, OfferId, OfferRank, Plan, PoolLayout, Rank, Read, Shard, Source,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 

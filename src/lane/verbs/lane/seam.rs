@@ -2,11 +2,7 @@
 
 use std::{io, os::fd::BorrowedFd, time::Instant};
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, FenceKind, Grant, Lane, LaneCaps, LaneEvent, LaneKind, Read};
 
 use super::{AttemptState, VerbsLane};
 use crate::lane::{

@@ -2,10 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry_proto::{
-    lane::{Attempt, Grant, Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Grant, Lane, LaneEvent, Read};
 
 use super::rig::{A, BLOCK, BLOCKS, Rig, read};
 use crate::{config::VerbsConfig, lane::WakingLane};

@@ -2,11 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, Grant, Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, Grant, Lane, LaneEvent, Read};
 
 use super::rig::{A, BLOCK, BLOCKS, Rig, read};
 use crate::config::VerbsConfig;

@@ -5,13 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{
-    block::{Incarnation, Nonce},
-    config::Limits,
-    group::PoolLayout,
-    lane::{Attempt, Grant, Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Grant, Incarnation, Lane, LaneEvent, Limits, Nonce, PoolLayout, Read};
 
 use super::fake::{Control, FakeDevice, LIBRARY};
 use crate::{

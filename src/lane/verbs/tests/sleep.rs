@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry_proto::lane::{Lane, LaneEvent};
+use kvferry_proto::{Lane, LaneEvent};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::rig::{A, BLOCK, Rig};

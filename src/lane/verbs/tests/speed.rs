@@ -6,17 +6,11 @@ use std::{
 };
 
 use kvferry_proto::{
-    block::{BlockId, GroupId, Incarnation, OfferId, Rank},
-    frame::{PeerId, Reader},
-    group::PoolLayout,
+    BlockId, ChunkSize, Grant, GroupId, Incarnation, LaneKind, LocalBlocks, Model, Offer, OfferGroup, OfferId,
+    OfferRank, PeerId, PoolLayout, Rank, Reader, Shard,
     hello::Welcome,
-    lane::{Grant, LaneKind},
-    model::Model,
-    offer::{Offer, OfferGroup, OfferRank},
-    plan::{ChunkSize, LocalBlocks},
     pull::Retry,
     puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
-    shard::Shard,
 };
 
 use super::{

@@ -2,10 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, Grant, Lane, LaneEvent},
-};
+use kvferry_proto::{Attempt, Cause, Grant, Lane, LaneEvent};
 
 use super::rig::{A, Rig};
 use crate::lane::{

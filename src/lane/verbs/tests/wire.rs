@@ -5,14 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{
-    block::{Incarnation, Nonce},
-    config::Limits,
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, Grant, Lane, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, Grant, Incarnation, Lane, LaneEvent, Limits, Nonce, PoolLayout, Read};
 use kvferry_testkit::{
     rdma::{Loss, need_wires, objects, settled},
     reasons::reasons,
@@ -86,7 +79,7 @@ fn reads(blocks: std::ops::Range<u64>) -> Vec<Read> {
         chunk: 0,
         position: b as u32,
         blocks: 1,
-        group: kvferry_proto::block::GroupId(0),
+        group: kvferry_proto::GroupId(0),
         region: 0,
         src_segment: 0,
         dst_segment: 0,

@@ -3,16 +3,9 @@
 use std::time::{Duration, Instant};
 
 use kvferry_proto::{
-    Machine,
-    block::{BlockId, GroupId, Incarnation, Nonce, OfferId},
-    error::Cause,
-    group::PoolLayout,
-    lane::{Attempt, FenceKind, Grant, LaneCaps, LaneEvent, LaneKind},
-    offer::{Offer, OfferGroup},
-    outcome::Outcome,
-    plan::{ChunkSize, LocalBlocks, Plan, Source},
+    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, Incarnation, LaneCaps, LaneEvent, LaneKind,
+    LocalBlocks, Machine, Nonce, Offer, OfferGroup, OfferId, Outcome, Plan, PoolLayout, Shard, Source,
     pull::{In, Out, PullTracker, Retry},
-    shard::Shard,
 };
 
 pub(super) const SECOND: Duration = Duration::from_secs(1);

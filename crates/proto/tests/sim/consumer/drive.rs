@@ -4,20 +4,17 @@
 use std::time::Duration;
 
 use kvferry_proto::{
-    Machine,
-    error::Cause,
-    lane::{FenceKind, LaneCaps, LaneKind},
+    Cause, FenceKind, LaneCaps, LaneKind, Machine,
     puller::{self, LaneWish},
     session::{self, PeerSession},
 };
 
+use super::Session;
 use crate::{
     lane::SimLane,
     trace::{Micros, Promise},
     world::{Event, World, say},
 };
-
-use super::Session;
 
 impl World {
     pub(super) fn puller(&mut self, c: usize, event: puller::In<SimLane>) {

@@ -1,17 +1,15 @@
 //! The calls of the `Lane` trait.
 
 use kvferry_proto::{
-    lane::{Attempt, FenceKind, FenceSlot, Grant, LaneEvent},
-    plan::Read,
+    Attempt, FenceKind, FenceSlot, Grant, LaneEvent, Read,
     sabotage::{Bug, planted},
 };
-
-use crate::trace::{Micros, Promise};
 
 use super::{
     Fabric, Task, note,
     state::{AttemptState, LaneState, Op, Work},
 };
+use crate::trace::{Micros, Promise};
 
 impl Fabric {
     pub(crate) fn begin(&mut self, l: usize, a: Attempt, grant: Grant) {

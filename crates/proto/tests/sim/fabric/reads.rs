@@ -1,16 +1,12 @@
 //! The life of an operation after its post: loaded from the source, stored into local memory, reported.
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, FenceSlot, LaneEvent},
-};
-
-use crate::trace::Promise;
+use kvferry_proto::{Attempt, Cause, FenceSlot, LaneEvent};
 
 use super::{
     Fabric, Task,
     state::{DeadMode, LaneState, Work},
 };
+use crate::trace::Promise;
 
 impl Fabric {
     pub(super) fn load(&mut self, l: usize, o: usize) {

@@ -2,11 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, FenceKind, FenceSlot, Grant, LaneCaps, LaneEvent},
-    plan::Read,
-};
+use kvferry_proto::{Attempt, Cause, FenceKind, FenceSlot, Grant, LaneCaps, LaneEvent, Read};
 
 use crate::trace::Micros;
 

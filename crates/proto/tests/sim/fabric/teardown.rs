@@ -1,13 +1,9 @@
 //! The end of attempts and of lanes: quiet, killed, down.
 
-use kvferry_proto::{
-    error::Cause,
-    lane::{Attempt, LaneEvent},
-};
-
-use crate::trace::Micros;
+use kvferry_proto::{Attempt, Cause, LaneEvent};
 
 use super::{Fabric, Task, state::LaneState};
+use crate::trace::Micros;
 
 impl Fabric {
     pub(super) fn check_quiet(&mut self, l: usize, a: Attempt) {

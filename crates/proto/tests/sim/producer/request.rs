@@ -2,20 +2,14 @@
 
 use std::sync::Arc;
 
-use kvferry_proto::{
-    block::{BlockId, GroupId, Incarnation},
-    group::GroupKind,
-    offer::{Offer, OfferGroup, OfferRank},
-    table,
-};
+use kvferry_proto::{BlockId, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferRank, table};
 
+use super::{RankPart, Request};
 use crate::{
     memory::Part,
     trace::{Micros, Promise},
     world::{Event, World, say},
 };
-
-use super::{RankPart, Request};
 
 impl World {
     /// A request is prefilled and offered. `heal`: for this consumer, by this engine, with nothing in its way.

@@ -62,7 +62,7 @@ fn named(item: &Item) -> Option<(String, &Visibility)> {
     })
 }
 
-/// The paths that a `use` imports, with the name of each.
+/// The paths that a `use` imports, with the name of each: `*` for all names of a module.
 fn imports(tree: &UseTree, prefix: &[String], into: &mut Vec<(String, Vec<String>)>) {
     let with = |name: &syn::Ident| [prefix, &[name.to_string()]].concat();
     match tree {
@@ -71,7 +71,7 @@ fn imports(tree: &UseTree, prefix: &[String], into: &mut Vec<(String, Vec<String
         UseTree::Name(n) if n.ident == "self" => into.extend(prefix.last().map(|l| (l.clone(), prefix.to_vec()))),
         UseTree::Name(n) => into.push((n.ident.to_string(), with(&n.ident))),
         UseTree::Rename(r) => into.push((r.rename.to_string(), with(&r.ident))),
-        UseTree::Glob(_) => {}
+        UseTree::Glob(_) => into.push(("*".to_owned(), prefix.to_vec())),
     }
 }
 
@@ -97,21 +97,28 @@ impl Sources {
         self.0.insert(module, items);
     }
 
-    /// Where the item of this name in `module` is defined, through any number of imports.
-    fn definition(&self, module: &[String], name: &str) -> Option<(Module, String)> {
+    /// Where the item of this name in `module` is defined, through any number of imports: public ones only, if it must be
+    /// `exported` from there.
+    fn definition(&self, module: &[String], name: &str, exported: bool) -> Option<(Module, String)> {
         let items = self.0.get(module)?;
         if items.iter().filter_map(named).any(|(n, _)| n == name) {
             return Some((module.to_vec(), name.to_owned()));
         }
         let mut found = Vec::new();
         for item in items {
-            if let Item::Use(u) = item {
+            if let Item::Use(u) = item
+                && (!exported || is_public(&u.vis))
+            {
                 imports(&u.tree, &[], &mut found);
             }
         }
-        let (_, path) = found.into_iter().find(|(n, _)| n == name)?;
-        let (last, path) = path.split_last()?;
-        self.definition(&self.module(module, path)?, last)
+        if let Some((_, path)) = found.iter().find(|(n, _)| n == name) {
+            let (last, path) = path.split_last()?;
+            return self.definition(&self.module(module, path)?, last, false);
+        }
+        let globs = found.iter().filter(|(n, _)| n == "*").filter_map(|(_, path)| self.module(module, path));
+        // What a glob brings is what its module exports: its private imports may lead back here.
+        globs.into_iter().find_map(|m| self.definition(&m, name, true))
     }
 
     /// The module at `path`, as written in `from`.
@@ -138,7 +145,7 @@ impl Sources {
                 let mut paths = Vec::new();
                 imports(&u.tree, &[], &mut paths);
                 for (name, _) in paths {
-                    let (from, original) = self.definition(module, &name).expect("a re-export leads to an item");
+                    let (from, original) = self.definition(module, &name, false).expect("a re-export leads to an item");
                     into.insert(format!("{prefix}::{name}"), self.text(&from, &original));
                 }
             } else if let Some((name, vis)) = named(item)
@@ -166,7 +173,7 @@ impl Sources {
                     && let Type::Path(p) = &*i.self_ty
                     && let Some(last) = p.path.segments.last()
                     && last.ident == name
-                    && self.definition(at, name).is_some_and(|(m, n)| m == module && n == name)
+                    && self.definition(at, name, false).is_some_and(|(m, n)| m == module && n == name)
                     && let Some(item) = public_impl(i.clone())
                 {
                     impls.push(item);

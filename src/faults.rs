@@ -39,7 +39,7 @@ impl FromStr for Faults {
         for part in text.split(',').map(str::trim) {
             let bad = || BadFault(part.into());
             let (name, value) = part.split_once(['@', '=']).map_or((part, None), |(n, v)| (n, Some(v)));
-            let number = || value.and_then(bytes).ok_or_else(bad);
+            let number = || value.and_then(parse_bytes).ok_or_else(bad);
             match name {
                 "throttle" => f.throttle = Some(number()?.max(1)),
                 "down" => f.down_at = Some(number()?),
@@ -56,14 +56,16 @@ impl FromStr for Faults {
     }
 }
 
-/// Parses `64M` and the like.
-fn bytes(text: &str) -> Option<u64> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
+/// A number of bytes: digits, then nothing or `K`, `M`, `G` or `T`, in either case, for powers of 1024. `B` or `iB` may
+/// follow the letter. The one rule for sizes in faults and on the command line.
+pub fn parse_bytes(text: &str) -> Option<u64> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let shift = match unit.to_ascii_lowercase().as_str() {
         "" => 0,
-        "K" | "k" => 10,
-        "M" | "m" => 20,
-        "G" | "g" => 30,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
         _ => return None,
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)

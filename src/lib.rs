@@ -74,7 +74,7 @@ pub use config::{Config, LocalConfig, OnWedge, PullConfig, TcpConfig, TlsConfig,
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
-pub use faults::{BadFault, Faults};
+pub use faults::{BadFault, Faults, parse_bytes};
 pub use kvferry_proto::{
     BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Gone, Group, GroupId,
     GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks, Mismatch, Model,

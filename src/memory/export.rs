@@ -13,7 +13,7 @@ use std::{
 use kvferry_proto::{Nonce, OfferGroup, PoolLayout};
 use parking_lot::RwLock;
 
-use super::{FenceWords, Memory};
+use super::{host::Memory, words::FenceWords};
 
 /// A producer rank's pool and live offers.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use std::{
 
 use kvferry_proto::{BadLayout, PoolLayout};
 
-use super::{Mapping, mapping};
+use super::mapping::{self, Mapping};
 use crate::error::StartError;
 
 /// A rank's memory: the segments that hold its pool's regions. A clone is another handle to the same memory.

@@ -11,7 +11,7 @@ use std::{
 
 use kvferry_proto::Nonce;
 
-use super::{Mapping, mapping};
+use super::mapping::{self, Mapping};
 
 /// A table of fence words, in a sealed memfd.
 #[derive(Debug)]

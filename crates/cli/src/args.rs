@@ -161,23 +161,8 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 
 /// A positive number of bytes, such as `4096`, `64K` or `2GiB`.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
-    let parsed = parse_bytes(text).filter(|n| *n > 0);
+    let parsed = kvferry::parse_bytes(text).filter(|n| *n > 0);
     parsed.ok_or_else(|| "not a positive number of bytes: write 65536, 64K, 1M or 2G".into())
-}
-
-/// A number of bytes: digits, then nothing or `K`, `M`, `G` or `T`, in either case, for powers of 1024. `B` or `iB` may
-/// follow the letter.
-fn parse_bytes(text: &str) -> Option<u64> {
-    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
-    let shift = match unit.to_ascii_lowercase().as_str() {
-        "" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 /// Refuses a pool that does not fit into memory: otherwise the kernel would kill a process.

@@ -13,6 +13,7 @@ use tokio::{
 use super::{
     frames::{Answer, Challenge, Proof, Verdict},
     handshake::{Key, Keyed},
+    options::tune,
 };
 use crate::lane::LaneError;
 
@@ -59,6 +60,6 @@ async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarn
         }
     }
     let stream = stream.into_std().map_err(connect)?;
-    super::tune(&stream).map_err(connect)?;
+    tune(&stream).map_err(connect)?;
     Ok(stream.into())
 }

@@ -29,6 +29,7 @@ use super::{
     connection::{Connection, Next, Shared},
     frames::{Challenge, Verdict},
     handshake::Key,
+    options::tune,
 };
 use crate::memory::Export;
 
@@ -270,7 +271,7 @@ impl Round {
 
     fn begin(&mut self, fd: OwnedFd) {
         let mut random = [0; 32];
-        if super::tune(&fd).is_err() || getrandom::fill(&mut random).is_err() {
+        if tune(&fd).is_err() || getrandom::fill(&mut random).is_err() {
             return;
         }
         let mut connection = Box::new(Connection::new(fd, Challenge { random }));

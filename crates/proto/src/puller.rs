@@ -166,9 +166,6 @@ impl<L: Lane> Puller<L> {
     /// Plans a pull once all its peers are known.
     fn plan(&mut self, now: Instant, id: PullId) {
         let Some(p) = self.pulls.get(id) else { return };
-        if p.tracker.plan().is_some() || p.tracker.decided() {
-            return;
-        }
         // A peer that is missing or of another incarnation: its session finds out which.
         let welcomes: Option<Vec<_>> = p.ranks().map(|rank| self.peers.welcome(rank)).collect();
         let Some(welcomes) = welcomes else { return };

@@ -272,3 +272,17 @@ fn a_pull_without_a_lane_does_not_fail_when_a_search_for_a_better_one_does() {
     let tcp = rig.connected(Prompt::of(LaneKind::Tcp));
     assert_eq!(count(&tcp), 3, "none of them has failed");
 }
+
+#[test]
+fn a_lane_is_idle_once_its_attempts_are_quiet_and_a_turn_says_when_there_was_work() {
+    let mut rig = Rig::new();
+    rig.pull();
+    rig.connected(Prompt::of(LaneKind::Verbs));
+    let lane = rig.puller.lanes().next().expect("it is connected").0;
+    assert_eq!((rig.puller.busy_lanes().collect::<Vec<_>>(), rig.puller.idle_lanes().count()), (vec![lane], 0));
+    rig.puller.handle(rig.now, In::Cancel(PullId(1), Cause::Cancelled));
+    assert!(rig.puller.turn(rig.now), "the lane reported `Quiet`");
+    assert!(!rig.puller.turn(rig.now));
+    assert_eq!((rig.puller.busy_lanes().count(), rig.puller.idle_lanes().collect::<Vec<_>>()), (0, vec![lane]));
+    assert_eq!(rig.puller.pulls(), 0);
+}

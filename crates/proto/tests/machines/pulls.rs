@@ -350,3 +350,20 @@ fn blocks_that_were_not_offered_are_invalid_and_the_rest_is_loaded() {
     p.quiet(a);
     assert_eq!(sets(&p.ended()), (vec![[0, 4]], vec![(Cause::NotOffered, vec![[5, 7]])]));
 }
+
+#[test]
+fn only_the_first_plan_for_the_right_sources_counts() {
+    let mut p = Pull::new(1, wanted(BLOCKS));
+    p.sources = 2;
+    p.plan(BLOCKS);
+    assert!(p.tracker.plan().is_none(), "it is for two sources");
+    p.sources = 1;
+    p.plan(BLOCKS);
+    p.plan(3);
+    assert_eq!(p.tracker.plan().map(|plan| plan.chunks().len()), Some(BLOCKS as usize));
+    assert_eq!(p.tracker.progress(), (0, BLOCKS as usize));
+    let mut late = Pull::new(1, wanted(BLOCKS));
+    late.tell(In::Cancel(Cause::Cancelled));
+    late.plan(BLOCKS);
+    assert!(late.tracker.plan().is_none(), "the pull has decided");
+}

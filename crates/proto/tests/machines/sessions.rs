@@ -234,6 +234,7 @@ fn a_restart_at_the_same_address_loses_the_old_claims_and_grants_the_new() {
     let outs = s.outs();
     assert!(outs.contains(&lost(1, Cause::PeerRestarted)), "{outs:?}");
     assert!(outs.contains(&Out::Peer(peer("them", 3))) && outs.contains(&Out::Health(Health::Reborn)), "{outs:?}");
+    assert_eq!(s.machine.peer(), Some(&peer("them", 3)));
     s.opened(3);
     assert_eq!(claims(&s.outs()), [2]);
     s.grant(2);
@@ -477,4 +478,46 @@ fn a_peer_whose_streams_break_at_once_is_redialled_more_and_more_slowly() {
     assert_eq!(wait_after_break(&mut s, MILLI), Duration::ZERO);
     let after = wait_after_break(&mut s, MILLI);
     assert!(after > Duration::ZERO && after <= 20 * MILLI, "from the shortest wait again: {after:?}");
+}
+
+#[test]
+fn a_failed_dial_says_nothing_about_claims_and_releases_that_were_made_after_it_began() {
+    let version = HelloError::Version { here: "1".into(), there: "9".into() };
+    let refused = HelloError::Unreachable { addr: "x:1".into(), why: String::new(), refused: true };
+    for (error, cause, unacked) in [(version, Cause::Refused, 1), (refused, Cause::Unreachable, 2)] {
+        let mut s = Session::new();
+        s.claim(1, 2);
+        s.release(8, 2);
+        s.unreachable(false);
+        s.wait(20 * MILLI);
+        assert_eq!(s.outs(), [Out::Dial, Out::Health(Health::Down), Out::Dial]);
+        s.claim(2, 3);
+        s.release(9, 3);
+        s.tell(In::DialFailed(error));
+        assert_eq!(losses(s.outs()), [lost(1, cause)]);
+        assert_eq!((s.machine.claims(), s.machine.unacked()), (1, unacked));
+        // The second wait is longer, but claim 2 need not sit it out.
+        s.wait(20 * MILLI - NANO);
+        assert_eq!(s.outs(), []);
+        s.wait(NANO);
+        assert_eq!(s.outs(), [Out::Dial]);
+    }
+}
+
+#[test]
+fn a_session_is_up_while_its_peer_answers_on_an_open_stream() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.welcome(2);
+    assert!(!s.machine.is_up());
+    s.opened(2);
+    assert!(s.machine.is_up());
+    s.wait(Duration::from_millis(2600));
+    assert!(!s.machine.is_up(), "it is silent");
+    s.answer(ServerBody::Pong(1));
+    assert!(s.machine.is_up());
+    s.release(1, 2);
+    assert_eq!(s.machine.claims(), 0);
+    s.breaks();
+    assert!(!s.machine.is_up());
 }

@@ -24,7 +24,7 @@ pub(super) struct Pull {
     pub(super) start: Instant,
     pub(super) now: Instant,
     attempts: u64,
-    sources: usize,
+    pub(super) sources: usize,
 }
 
 impl Pull {

@@ -100,3 +100,8 @@ pub mod verbs {
         crate::lane::verbs::Rails::check(config)
     }
 }
+
+/// The example of the README is compiled and run with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

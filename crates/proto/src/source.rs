@@ -297,8 +297,8 @@ impl Source {
         self.tries.retry_at.is_none()
     }
 
-    /// When the back-off is over, if the source waits for that.
+    /// When the back-off is over. `None` while it has a lane, or waits for one.
     pub(crate) fn retry_at(&self) -> Option<Instant> {
-        self.tries.retry_at.filter(|_| self.live.is_none() && !self.asked)
+        self.tries.retry_at
     }
 }

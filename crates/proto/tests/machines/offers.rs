@@ -455,6 +455,7 @@ fn offers_are_limited_by_the_words_and_a_freed_one_gives_its_word_back() {
 fn a_live_id_is_refused_and_the_first_offer_stays() {
     let mut b = Table::new(Limits::default());
     b.offer(1);
+    assert_eq!((b.table.live(), b.table.claims()), (1, 0));
     assert_eq!(b.table.offer(b.now, id(1), true), Err(OfferError::Duplicate(id(1))));
     b.granted(&peer("a", 1), 1, 1);
 }

@@ -521,3 +521,31 @@ fn a_session_is_up_while_its_peer_answers_on_an_open_stream() {
     s.breaks();
     assert!(!s.machine.is_up());
 }
+
+#[test]
+fn a_stream_that_is_opening_is_silent_until_it_is_down_and_never_suspect() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.welcome(2);
+    s.wait(Duration::from_secs(10) - NANO);
+    assert_eq!(s.machine.health(), Health::Up);
+    s.wait(NANO);
+    assert_eq!(s.machine.health(), Health::Down);
+}
+
+#[test]
+fn a_claim_cuts_a_long_wait_for_the_next_dial_to_the_shortest() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    for _ in 0..9 {
+        s.unreachable(false);
+        s.wait(Duration::from_secs(2));
+    }
+    s.unreachable(false);
+    s.outs();
+    s.claim(2, 2);
+    s.wait(20 * MILLI - NANO);
+    assert_eq!(s.outs(), []);
+    s.wait(NANO);
+    assert_eq!(s.outs(), [Out::Dial]);
+}

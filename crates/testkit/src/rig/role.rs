@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, Producer, Ready};
+use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, Producer, Ready, SealKey};
 
 use super::{
     producer::{Heard, ROLE, Say},
@@ -39,6 +39,7 @@ pub fn play() {
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
     config.verbs.rails = spec.rails.clone();
+    config.names.seal_keys = spec.seal.iter().map(|k| SealKey::new(k.as_bytes()).expect("a key")).collect();
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
         .memory(memory.expect("memory"))
@@ -71,7 +72,8 @@ pub fn play() {
         match said.recv_timeout(Duration::from_millis(1)) {
             Ok(Say::Offer { blocks, ready }) => {
                 let tokens = blocks.len() as u64 * 16;
-                let spec = OfferSpec::new(tokens, groups(&blocks)).request("test");
+                let prompt = [("prompt".to_owned(), format!("{:?}", blocks.first()))].into();
+                let spec = OfferSpec::new(tokens, groups(&blocks)).request("test").fingerprints(prompt);
                 let made = producer.offer(spec, when(ready)).map_err(|e| e.to_string());
                 if let Ok(o) = &made {
                     offered.insert(o.id, blocks.clone());

@@ -85,9 +85,8 @@ impl std::fmt::Debug for TlsIdentity {
 impl TlsIdentity {
     /// Reads the certificates and keys. `engine`: the rank's engine, if it has one.
     pub(crate) fn new(config: &TlsConfig, engine: Option<&EngineId>) -> Result<Arc<Self>, StartError> {
-        // Before the files are read: a file that is replaced meanwhile is read again.
-        let read = stamps(config);
-        let settings = load(config, engine).map_err(StartError::Tls)?;
+        let (read, settings) = load_settled(config, engine);
+        let settings = settings.map_err(StartError::Tls)?;
         Ok(Arc::new(Self {
             config: config.clone(),
             engine: engine.cloned(),
@@ -125,13 +124,13 @@ impl TlsIdentity {
 
     fn read_again(&self, now: Instant, files: &mut Watched) {
         files.looked = now;
-        let stamps = stamps(&self.config);
-        if stamps == files.read {
+        if stamps(&self.config) == files.read {
             return;
         }
         // Noted even if the files are unusable: they are complained about once, and read again when they change again.
+        let (stamps, settings) = load_settled(&self.config, self.engine.as_ref());
         files.read = stamps;
-        match load(&self.config, self.engine.as_ref()) {
+        match settings {
             Ok(settings) => {
                 *self.current.write() = settings;
                 tracing::info!("certificates and keys have changed: new connections use the new ones");
@@ -172,6 +171,24 @@ fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, 
         Ok(all) => Ok(all),
         Err(e) => Err(format!("{what} is not PEM: {e}")),
     }
+}
+
+/// Reads the files, and again if they were replaced meanwhile: a key and its certificate change one after the other.
+/// Returns how they were before.
+fn load_settled(config: &TlsConfig, engine: Option<&EngineId>) -> ([Option<Stamp>; 3], Result<Settings, String>) {
+    /// A folder of files that is replaced as a whole settles at the second try.
+    const TRIES: usize = 4;
+    let mut before = stamps(config);
+    let mut settings = load(config, engine);
+    for _ in 1..TRIES {
+        let now = stamps(config);
+        if settings.is_ok() || now == before {
+            break;
+        }
+        before = now;
+        settings = load(config, engine);
+    }
+    (before, settings)
 }
 
 /// Reads and checks everything. The error is a sentence for the operator.

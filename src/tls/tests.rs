@@ -66,20 +66,23 @@ impl Files {
         files
     }
 
-    /// Replaces the files, each as a whole.
+    /// Replaces all files at once: the link to their folder, as Kubernetes does.
     pub(crate) fn replace(&self, tls: &TlsConfig) {
+        let folder = self.0.join(kvferry_proto::OfferId::random().to_string());
+        fs::create_dir(&folder).unwrap();
         for (name, bytes) in [("key", &tls.key), ("certificate", &tls.certificate), ("ca", &tls.ca)] {
-            let new = self.0.join(format!("{name}.new"));
-            fs::write(&new, bytes).unwrap();
-            fs::rename(new, self.0.join(name)).unwrap();
+            fs::write(folder.join(name), bytes).unwrap();
         }
+        let new = self.0.join("new");
+        std::os::unix::fs::symlink(&folder, &new).unwrap();
+        fs::rename(new, self.0.join("current")).unwrap();
     }
 
     pub(crate) fn config(&self) -> TlsConfig {
         TlsConfig {
-            certificate_file: Some(self.0.join("certificate")),
-            key_file: Some(self.0.join("key")),
-            ca_file: Some(self.0.join("ca")),
+            certificate_file: Some(self.0.join("current/certificate")),
+            key_file: Some(self.0.join("current/key")),
+            ca_file: Some(self.0.join("current/ca")),
             server_name: NAME.into(),
             ..TlsConfig::default()
         }

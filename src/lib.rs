@@ -79,7 +79,7 @@ pub use kvferry_proto::{
     BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Gone, Group, GroupId,
     GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks, Mismatch, Model,
     Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId, PlanError, PoolLayout, PositionSet, PullError,
-    Rank, Region, SessionConfig, Shard, Times,
+    Rank, Region, SessionConfig, Shard, Times, WaitError,
     hello::{Hello, Welcome},
     puller::{Ended, PullId},
     table::Freed,

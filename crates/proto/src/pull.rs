@@ -83,6 +83,11 @@ impl PullTracker {
         &self.wanted
     }
 
+    /// The frozen sets, from the decision to the end.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        self.outcome.as_deref()
+    }
+
     /// Whether its sets are frozen.
     pub fn decided(&self) -> bool {
         matches!(self.phase, Phase::Decided | Phase::Ended)
@@ -167,9 +172,10 @@ impl PullTracker {
             LaneEvent::Failed { cause, .. } | LaneEvent::Down { cause } => self.failed(now, source, cause),
             LaneEvent::Quiet { .. } => self.quiet(now, source),
             LaneEvent::Wedged => {
-                self.out.push_back(Out::Wedged);
-                // It will never be quiet, so nothing can be read into these blocks again.
+                // It will never be quiet, so nothing can be read into these blocks again. The sets are frozen before the
+                // engine hears of the wedge, so that it can read them.
                 self.conclude(now, Cause::LaneFailed);
+                self.out.push_back(Out::Wedged);
             }
         }
     }

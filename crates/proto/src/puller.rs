@@ -13,7 +13,7 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    Cause, Incarnation, Lane, LaneEvent, LaneKind, Plan, PoolLayout, Shard, Source,
+    Cause, Incarnation, Lane, LaneEvent, LaneKind, Outcome, Plan, PoolLayout, Shard, Source,
     hello::Welcome,
     pull,
     sabotage::{Bug, planted},
@@ -69,6 +69,11 @@ impl<L: Lane> Puller<L> {
     /// Number of pulls that have not ended.
     pub fn pulls(&self) -> usize {
         self.pulls.len()
+    }
+
+    /// The frozen sets of a pull that has decided and not ended.
+    pub fn outcome(&self, pull: PullId) -> Option<&Outcome> {
+        self.pulls.get(pull)?.tracker.outcome()
     }
 
     /// Connected lanes that take new attempts.

@@ -262,7 +262,7 @@ fn a_wedged_attempt_decides_and_never_ends_the_pull() {
     p.at(QUIET / 2);
     p.outs();
     p.tell(In::Event(a[0], LaneEvent::Wedged));
-    assert_eq!(p.outs(), [Out::Wedged, Out::Decided]);
+    assert_eq!(p.outs(), [Out::Decided, Out::Wedged]);
     for t in [DEADLINE, 1000 * DEADLINE] {
         p.at(t);
         assert_eq!(p.outs(), []);

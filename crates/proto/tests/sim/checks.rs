@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kvferry_proto::{
     ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody,
-    puller::Ended,
+    puller::{Ended, PullId},
     table::{self, Freed},
 };
 
@@ -356,10 +356,13 @@ impl World {
     pub(crate) fn check_decided(&mut self, c: usize, id: u64) {
         say!(self, "consumer {c}: pull {id} has decided");
         let now = self.now;
+        let process = self.consumers[c].process.as_ref();
+        let frozen = process.and_then(|p| p.puller.outcome(PullId(id))).map(|o| o.groups.clone());
         let Some(p) = self.consumers[c].process.as_mut().and_then(|p| p.pulls.get_mut(&id)) else {
             return self.broken(Promise::Exact, format!("consumer {c} decides pull {id}, which it never started"));
         };
         let deadline = p.deadline;
+        p.frozen = frozen;
         let again = p.decided.replace(now).is_some();
         if again {
             self.broken(Promise::Exact, format!("pull {id} of consumer {c} decided twice"));
@@ -385,6 +388,10 @@ impl World {
         let Some(decided) = pull.decided else {
             return self.broken(Promise::Timely, format!("pull {id} of consumer {c} ended before it decided"));
         };
+        if pull.frozen.as_ref().is_some_and(|f| *f != ended.outcome.groups) {
+            let what = format!("pull {id} of consumer {c} decided {:?}, and ends otherwise", pull.frozen);
+            return self.broken(Promise::Exact, what);
+        }
         if ended.outcome.groups.len() != pull.wanted.len() {
             return self
                 .broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, LaneKind, LocalBlocks, PeerId, Rank, Reader, Release, Shard,
+    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, LaneKind, LocalBlocks, PeerId, Rank, Reader, Release, Shard,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,
@@ -70,6 +70,8 @@ pub(crate) struct Pull {
     pub deadline: Micros,
     pub attempts: u32,
     pub decided: Option<Micros>,
+    /// What it decided, unless it ended at once.
+    pub frozen: Option<Vec<GroupOutcome>>,
     pub ended: bool,
     pub wedged: bool,
     pub healing: bool,
@@ -292,6 +294,7 @@ impl World {
             deadline,
             attempts: self.weather.retry.attempts,
             decided: None,
+            frozen: None,
             ended: false,
             wedged: false,
             healing: heal,

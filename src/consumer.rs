@@ -114,7 +114,7 @@ impl Consumer {
             reader,
             started,
             deadline: started + deadline,
-            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait },
+            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait, patience: settings.patience },
             chunk: settings.chunk,
             lanes: pull.lanes.unwrap_or_else(|| settings.lanes.clone()),
             local_ready: pull.local_ready,

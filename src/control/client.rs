@@ -317,6 +317,7 @@ impl PeerTask {
                 Out::Granted { claim, grant } => self.events.granted(claim, grant),
                 Out::Lost { claim, cause } => self.events.lost(claim, cause),
                 Out::Health(health) => self.log(health),
+                Out::Silent(silent) => self.events.silent(&self.addr, silent),
                 Out::Expired => {
                     self.over |= self.orphan;
                     if !self.orphan {

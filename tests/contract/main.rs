@@ -7,6 +7,7 @@ mod healing;
 mod isolated;
 mod leak_free;
 mod network;
+mod proxy;
 mod quiet;
 mod sockets;
 mod timely;

@@ -60,7 +60,7 @@ impl PullTracker {
         Self {
             wanted,
             plan: None,
-            sources: (0..sources).map(|_| Source::new(retry.wait)).collect(),
+            sources: (0..sources).map(|_| Source::new(now, retry.wait)).collect(),
             started: now,
             deadline,
             retry,
@@ -157,11 +157,15 @@ impl PullTracker {
         };
         match event {
             LaneEvent::Done { chunk, reads, .. } => match self.sources[source].done(chunk, reads) {
-                Ok(()) => self.check_complete(now),
+                Ok(()) => {
+                    self.sources[source].moved = now;
+                    self.check_complete(now);
+                }
                 Err(TooManyDone) => self.failed(now, source, Cause::LaneFailed),
             },
             LaneEvent::Fence { chunk, word, .. } => match self.sources[source].fenced(chunk, word) {
                 Fenced::Good => {
+                    self.sources[source].moved = now;
                     self.times.first.get_or_insert(now.saturating_duration_since(self.started));
                     self.check_complete(now);
                 }
@@ -307,6 +311,20 @@ impl PullTracker {
         self.deadline.checked_sub(self.quiet_bound()).map_or(half, |t| t.max(half))
     }
 
+    /// When it gives up, since a source moves nothing and its peer is silent. Data that moves is no reason to give up: a device
+    /// or a mapping may serve the memory of a stopped process.
+    fn patience_ends(&self) -> Option<Instant> {
+        let patience = self.retry.patience;
+        // This process may have been stopped itself, with the peer's answers unread: time to read them.
+        let second_look = patience / 8;
+        let unfinished = self.sources.iter().filter(|s| self.plan.is_none() || s.good < self.chunks());
+        let ends = unfinished.filter_map(|s| {
+            let silent = s.silent?.checked_add(second_look)?;
+            Some(silent.max(s.moved.checked_add(patience)?))
+        });
+        ends.min()
+    }
+
     /// The local blocks at the positions of an outcome.
     pub fn report(&self, outcome: &Outcome) -> BlockReport {
         let mut report = BlockReport { loaded: Vec::new(), invalid: Vec::new() };
@@ -355,6 +373,7 @@ impl Machine for PullTracker {
                     // A second grant after the session came back: the nonce cannot change while the offer lives.
                     let same = s.grant.is_none_or(|g| g == grant);
                     s.grant = Some(grant);
+                    s.moved = now;
                     if !same {
                         return self.conclude(now, Cause::Stale);
                     }
@@ -377,6 +396,11 @@ impl Machine for PullTracker {
                     }
                 }
             }
+            In::Silent { source, silent } => {
+                if let Some(s) = self.sources.get_mut(source) {
+                    s.silent = silent.then(|| s.silent.unwrap_or(now));
+                }
+            }
             In::NoLane { source, cause } => {
                 if let Some(s) = self.sources.get_mut(source) {
                     s.asked = false;
@@ -394,6 +418,10 @@ impl Machine for PullTracker {
     }
 
     fn tick(&mut self, now: Instant) {
+        if self.phase == Phase::Running && self.patience_ends().is_some_and(|t| t <= now) {
+            // Without a plan, some peer has not even answered Hello.
+            self.conclude(now, if self.plan.is_some() { Cause::PeerDown } else { Cause::Unreachable });
+        }
         if self.phase == Phase::Running && now >= self.stop_at() {
             self.phase = Phase::Draining(Cause::Deadline);
             self.stop_all(now);
@@ -414,7 +442,10 @@ impl Machine for PullTracker {
         let mut next: Option<Instant> = None;
         let mut at = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
         match self.phase {
-            Phase::Running => at(self.stop_at()),
+            Phase::Running => {
+                at(self.stop_at());
+                self.patience_ends().map(&mut at);
+            }
             Phase::Draining(_) => at(self.deadline),
             Phase::Decided | Phase::Ended => {}
         }

@@ -22,6 +22,10 @@ pub enum Bug {
     IncarnationIgnored,
     /// A chunk that its lane takes back as unverified counts as loaded.
     UnverifiedLoaded,
+    /// A pull waits for its deadline although its peer is silent and nothing moves.
+    SilenceIgnored,
+    /// A silent stream gets no second connection beside it.
+    OneConnection,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]
@@ -32,13 +36,15 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 6] = [
+        pub const ALL: [Bug; 8] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
             Bug::FreeBeforeClear,
             Bug::IncarnationIgnored,
             Bug::UnverifiedLoaded,
+            Bug::SilenceIgnored,
+            Bug::OneConnection,
         ];
     }
 

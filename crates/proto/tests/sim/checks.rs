@@ -326,7 +326,7 @@ impl World {
         let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
         let open =
             p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
-        let told = self.knows_of_a_death(p);
+        let told = self.knows_of_a_death(p).or_else(|| self.waits_for_a_stopped_process(p));
         if let (Some(what), None) = (told, self.unsure) {
             self.broken(Promise::Timely, what);
         }
@@ -351,6 +351,24 @@ impl World {
                 Some(format!("pull {id} of {} still waits for a process that died at {died} us", p.me.incarnation))
             },
         )
+    }
+
+    /// A pull that still waits for a stopped process, although nothing moves and its patience must have ended.
+    fn waits_for_a_stopped_process(&self, p: &Process) -> Option<String> {
+        let (s, patience) = (&self.weather.session, self.weather.retry.patience);
+        // The next ping, or the next dial; the silence; the patience with its second look.
+        let bound = s.heartbeat + s.redial_max + s.suspect + patience * 9 / 8;
+        let bound = bound.as_micros() as Micros + 10_000;
+        let fabric = self.fabric.get();
+        p.pulls.iter().filter(|(_, pull)| pull.decided.is_none()).find_map(|(id, pull)| {
+            let [only] = pull.producers[..] else { return None };
+            let q = self.requests[pull.r].ranks.iter().map(|k| &self.procs[k.proc]).find(|q| q.producer == only)?;
+            let moved = fabric.moved.get(&(p.local, *id)).copied().unwrap_or(0);
+            let since = pull.started.max(q.stopped_at).max(moved);
+            (q.alive && q.stopped && self.now > since + bound).then(|| {
+                format!("pull {id} of {} waits for a stopped process, and nothing moved since {since} us", p.me.incarnation)
+            })
+        })
     }
 
     pub(crate) fn check_decided(&mut self, c: usize, id: u64) {

@@ -57,6 +57,8 @@ pub(crate) struct Process {
 pub(crate) struct Session {
     machine: PeerSession,
     pub conn: Option<usize>,
+    /// When the dial that runs began.
+    pub dialing: Option<Micros>,
     /// The answer to the last dial.
     pub welcome: Option<(usize, Arc<Welcome>)>,
 }
@@ -275,6 +277,14 @@ impl World {
                 local.holders[at] = id;
             }
         }
+        let producers: Vec<usize> =
+            sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect();
+        // A dial or a new stream that the storm swallowed may hang for longer than a pull's patience.
+        let hangs = producers.iter().any(|p| {
+            let Some(s) = process.sessions.get(p) else { return false };
+            let opening = s.conn.and_then(|c| self.conns[c].opening);
+            s.dialing.max(opening).is_some_and(|t| self.calm.is_none_or(|calm| t <= calm))
+        });
         let short = self.rng.chance(games.short_deadline) && !heal;
         let late_local = self.rng.chance(games.late_local) && !heal;
         let deadline = self.now
@@ -289,7 +299,7 @@ impl World {
         let info = Pull {
             r,
             wanted: wanted.clone(),
-            producers: sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect(),
+            producers,
             started: self.now,
             deadline,
             attempts: self.weather.retry.attempts,
@@ -301,7 +311,7 @@ impl World {
             excused: match (short, self.weather.sure_network()) {
                 (true, _) => Some("a short deadline"),
                 (_, false) => Some("the network"),
-                _ => None,
+                _ => (hangs && self.unsure.is_some()).then_some("its session hangs"),
             },
         };
         process.pulls.insert(id, info);

@@ -45,6 +45,7 @@ class Settings:
         on_wedge: str | None = None,
         fault: str | None = None,
         tls: tuple[bytes, bytes, bytes, str] | None = None,
+        patience: float | None = None,
     ) -> None: ...
 
 class Producer:

@@ -47,6 +47,8 @@ class Options:
     tls_key: str | None = None
     tls_ca: str | None = None
     tls_server_name: str = "kvferry"
+    # How long a load may move nothing from a silent peer before it gives up.
+    patience: float | None = None
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
@@ -72,7 +74,7 @@ class Options:
         for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
-        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace"):
+        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience"):
             if values.get(name) is not None:
                 values[name] = float(values[name])
         return cls(**values)
@@ -99,6 +101,7 @@ class Options:
             on_wedge=self.on_wedge,
             fault=self.fault,
             tls=tls,  # type: ignore[arg-type]
+            patience=self.patience,
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

@@ -1,7 +1,7 @@
 //! The interface between the control server and its producer.
 
 use kvferry_proto::{
-    ClientFrame, Incarnation, LaneKind, Mismatch, OfferId, PeerId,
+    ClientFrame, Incarnation, LaneKind, Mismatch, OfferId, PeerId, Token,
     hello::{Hello, Welcome},
 };
 
@@ -29,6 +29,12 @@ pub(crate) trait Desk: Send + Sync + 'static {
         let _ = (from, expect, ends);
         Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) })
     }
-    /// An offer is released without a session, by `from` or by a router (`None`). `true`: this call freed it.
-    fn release(&self, from: Option<PeerId>, offer: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal>;
+    /// An offer is released without a session, by `from` or by a router (`None`), which shows its token. `true`: this call
+    /// freed it.
+    fn release(
+        &self,
+        from: Option<PeerId>,
+        offer: (OfferId, Token),
+        expect: Option<Incarnation>,
+    ) -> Result<bool, Refusal>;
 }

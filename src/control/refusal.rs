@@ -21,6 +21,9 @@ pub(crate) enum Refusal {
     /// Not ready yet, but soon: the peer may ask again. ABORTED.
     #[error("{0}")]
     NotYet(String),
+    /// The caller does not show the offer's token. PERMISSION_DENIED.
+    #[error("the token is not that of this offer: pass on the producer's offer unchanged")]
+    Token,
     /// A limit is reached. RESOURCE_EXHAUSTED.
     #[error("too many {what}: the limit here is {limit}")]
     Limit {
@@ -46,6 +49,7 @@ impl Refusal {
         let code = match self {
             Self::OtherIncarnation { .. } | Self::Precondition(_) => Code::FailedPrecondition,
             Self::NotYet(_) => Code::Aborted,
+            Self::Token => Code::PermissionDenied,
             Self::Limit { .. } => Code::ResourceExhausted,
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::Stopping => Code::Unavailable,

@@ -172,7 +172,7 @@ impl Ferry for FerryService {
 
     async fn release(&self, request: Request<proto::ReleaseRequest>) -> Result<Response<proto::ReleaseReply>, Status> {
         let r = ReleaseWanted::try_from(request.into_inner()).map_err(invalid)?;
-        let freed = self.0.desk.release(r.from, r.offer, r.expect).map_err(|r| r.status())?;
+        let freed = self.0.desk.release(r.from, (r.offer, r.token), r.expect).map_err(|r| r.status())?;
         Ok(Response::new(proto::ReleaseReply { freed }))
     }
 }

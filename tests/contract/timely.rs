@@ -143,7 +143,7 @@ fn a_producer_that_stops_while_a_claim_waits_costs_no_more_than_patience() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, Config::default());
-    producer.say(&Say::Offer { blocks: vec![1, 2, 3], ready: false, id: None });
+    producer.say(&Say::Offer { blocks: vec![1, 2, 3], ready: false });
     let offer = producer.offered().unwrap();
     consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
     let began = Instant::now();

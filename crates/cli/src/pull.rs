@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{BadOffer, Cause, Config, Consumer, EngineId, Faults, Offer};
+use kvferry::{BadOffer, Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
@@ -82,7 +82,7 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     let bad = |e: BadOffer| Failure::of(Ending::BadOffer, e);
     let file = args.offer.as_ref().map(read_offer).transpose()?;
     if let Some(offer) = &file {
-        offer.check(1 << 20).map_err(bad)?;
+        offer.check().map_err(bad)?;
     }
     let from = match (&args.from, &file) {
         (Some(addr), _) => addr.clone(),
@@ -95,13 +95,11 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
         None => peer.offer(args.blocks.unwrap_or(0), 0, left())?,
     };
     record.offer(&offer);
-    let bad = |what| Failure::of(Ending::BadOffer, what);
-    let group = offer.groups.first().ok_or_else(|| bad("the offer names no blocks"))?;
-    if group.first_position != 0 {
-        return Err(bad("the offer does not start at position 0: it was not made by `kvferry serve`"));
-    }
-    let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
-    let layout = peer.local_layout(group.group, blocks)?;
+    // `kvferry serve` offers blocks of its first group, from position 0 on.
+    let group = peer.welcome.pool.groups.first().ok_or_else(|| Failure::failed("the peer's pool has no groups"))?;
+    let offered = u32::try_from(offer.tokens.div_ceil(group.block_tokens.into())).unwrap_or(u32::MAX).min(group.blocks);
+    let blocks = args.blocks.unwrap_or(offered).min(offered);
+    let layout = peer.local_layout(group.id, blocks)?;
     args::check_memory(layout.segments[0])?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
@@ -109,10 +107,7 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine.clone(), args.model.model(), layout).config(config).build()?;
     record.setup_us = Some(us(started.elapsed()));
-    let pull = consumer.pull(peer::pull(offer, blocks, args.lane.lanes(), left())?).map_err(|e| {
-        let ending = if e.cause() == Cause::BadOffer { Ending::BadOffer } else { Ending::Failed };
-        Failure::of(ending, e)
-    })?;
+    let pull = peer::pull(&consumer, offer, blocks, args.lane.lanes(), left())?;
     // A pull ends soon after its deadline, or it never does.
     match consumer.wait(left() + Duration::from_secs(30)) {
         Ok(ended) => {

@@ -354,6 +354,9 @@ impl Machine for PullTracker {
                 self.local_ready = true;
                 self.want_lanes(now);
             }
+            In::Met => {
+                self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
+            }
             In::Planned(plan) => {
                 self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
                 if self.plan.is_some() || self.decided() || plan.sources() != self.sources.len() {
@@ -419,8 +422,7 @@ impl Machine for PullTracker {
 
     fn tick(&mut self, now: Instant) {
         if self.phase == Phase::Running && self.patience_ends().is_some_and(|t| t <= now) {
-            // Without a plan, some peer has not even answered Hello.
-            self.conclude(now, if self.plan.is_some() { Cause::PeerDown } else { Cause::Unreachable });
+            self.conclude(now, if self.times.hello.is_some() { Cause::PeerDown } else { Cause::Unreachable });
         }
         if self.phase == Phase::Running && now >= self.stop_at() {
             self.phase = Phase::Draining(Cause::Deadline);

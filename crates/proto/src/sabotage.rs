@@ -26,6 +26,10 @@ pub enum Bug {
     SilenceIgnored,
     /// A silent stream gets no second connection beside it.
     OneConnection,
+    /// A claim or a release counts whatever token it shows.
+    TokenIgnored,
+    /// The source's blocks are taken from the consumer's side instead of from the grant.
+    ListFromElsewhere,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]
@@ -36,7 +40,7 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 8] = [
+        pub const ALL: [Bug; 10] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
@@ -45,6 +49,8 @@ mod planting {
             Bug::UnverifiedLoaded,
             Bug::SilenceIgnored,
             Bug::OneConnection,
+            Bug::TokenIgnored,
+            Bug::ListFromElsewhere,
         ];
     }
 

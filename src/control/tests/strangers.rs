@@ -157,9 +157,22 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
     assert_eq!(other.answer(), (claim, None));
     let id = Some(proto::OfferId { high: 1, low: 1 });
     let bad = [
-        ("claim.reader", Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2 })),
+        (
+            "claim.reader",
+            Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2, token: vec![1; 16].into() }),
+        ),
         ("renew.claims", Frame::Renew(proto::Renew { claims: vec![1; 5000] })),
-        ("seq", Frame::Release(proto::Unclaim { claim: 1, offer: id, reader: 0, readers: 1, all: false })),
+        (
+            "seq",
+            Frame::Release(proto::Unclaim {
+                claim: 1,
+                offer: id,
+                reader: 0,
+                readers: 1,
+                all: false,
+                token: vec![1; 16].into(),
+            }),
+        ),
         ("Open comes once", open(rig.desk.me.incarnation)),
     ];
     for (name, frame) in bad {

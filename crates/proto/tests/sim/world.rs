@@ -228,6 +228,11 @@ impl World {
             let back = t + self.rng.tail(200, 20_000, length);
             if self.rng.chance(300) {
                 self.at(t, Event::Stop { p });
+                // Some pulls are on their way then.
+                for _ in 0..3 {
+                    let before = t.saturating_sub(self.rng.below(1500));
+                    self.at(before, Event::Request);
+                }
                 // Some stay stopped until the faults are over: no pull waits that long.
                 if self.rng.chance(500) {
                     self.at(back, Event::Continue { p });

@@ -191,8 +191,7 @@ impl PullRecord {
     pub(crate) fn offer(&mut self, offer: &Offer) {
         self.offer = Some(offer.id.to_string());
         self.request = Some(offer.request.clone());
-        self.peer =
-            Some(PeerRecord { engine: offer.engine.to_string(), incarnation: offer.incarnation.to_string() });
+        self.peer = Some(PeerRecord { engine: offer.engine.to_string(), incarnation: offer.incarnation.to_string() });
     }
 
     /// Enters the decision, and the end if there is one.
@@ -201,7 +200,7 @@ impl PullRecord {
             self.loaded.insert_ascending(g.loaded.iter());
             self.invalid.insert_ascending(g.invalid.iter());
             for (cause, set) in &g.causes {
-                self.causes.entry(*cause).or_insert_with(PositionSet::new).insert_ascending(set.iter());
+                self.causes.entry(*cause).or_default().insert_ascending(set.iter());
             }
         }
         self.lane = o.lanes.last().map(|l| l.as_str());

@@ -20,7 +20,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, Offer, PeerId, PoolLayout, PullError, Reader, Release, Shard,
+    BadOffer, Cause, Offer, PeerId, PoolLayout, PullError, Reader, Release, Shard,
     pull::Retry,
     puller::{Ended, In, PullId, Start},
 };
@@ -100,6 +100,7 @@ impl Consumer {
         let started = Instant::now();
         let limits = &self.config.limits;
         pull.check(&self.layout, limits.blocks_per_offer)?;
+        pull.offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(&pull.offer);
         let id = PullId(self.next_pull.fetch_add(1, Ordering::Relaxed));
         let progress = self.pulls.begin(id, &pull.blocks, limits.pulls, waiter)?;
@@ -150,11 +151,18 @@ impl Consumer {
 
     /// Releases an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
     /// producer gets its blocks back at once. Sent again until it is acknowledged.
-    pub fn release(&self, offer: &Offer) {
+    ///
+    /// # Errors
+    /// The name is malformed, or its seal is missing or does not fit. No peer is contacted.
+    pub fn release(&self, offer: &Offer) -> Result<(), BadOffer> {
+        offer.check()?;
+        offer.check_seal(&self.config.names.seal_keys)?;
+        let (id, token) = (offer.id, offer.token);
         for rank in &offer.ranks {
-            let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: true };
+            let release = Release { claim: None, offer: id, token, reader: Reader::ONLY, all: true };
             self.tell(Mail::Release(rank.addr.as_str().into(), rank.incarnation, release));
         }
+        Ok(())
     }
 
     /// Sends mail, unless its reader has ended: nothing would empty the mailbox.

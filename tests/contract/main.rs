@@ -6,6 +6,7 @@ mod frugal;
 mod healing;
 mod isolated;
 mod leak_free;
+mod names;
 mod network;
 mod quiet;
 mod sockets;

@@ -217,7 +217,7 @@ impl Bench<'_> {
             let (mut block, mut first_block) = (Vec::new(), Vec::new());
             for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
-                consumer.pull(peer::pull(offer, blocks, vec![LaneKind::Verbs], LIMIT)?)?;
+                peer::pull(&consumer, offer, blocks, vec![LaneKind::Verbs], LIMIT)?;
                 let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
@@ -255,7 +255,7 @@ impl Bench<'_> {
         let mut lat = Vec::new();
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
-            consumer.pull(peer::pull(self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?)?;
+            peer::pull(consumer, self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?;
             let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
             let o = &ended.outcome;
             if !o.complete() {
@@ -272,7 +272,8 @@ impl Bench<'_> {
                 }
             }
             if let Some(raw) = raw.as_deref_mut() {
-                let src: Vec<u32> = ended.offer.groups[0].blocks.iter().flatten().map(|b| b.0).collect();
+                let granted = ended.contents.iter().flat_map(|c| &c.groups[0].blocks);
+                let src: Vec<u32> = granted.flatten().map(|b| b.0).collect();
                 let t = raw.copy(lane, size, &src)?;
                 if i >= self.args.warmup {
                     bare.push(t);

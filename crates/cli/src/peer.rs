@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kvferry::{
-    BlockId, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, Welcome,
+    BlockId, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, PullId, Welcome,
 };
 use kvferry_testkit::pattern::Check;
 use tokio::runtime::Runtime;
@@ -53,7 +53,8 @@ impl Peer {
         let (theirs, ours): (&PoolLayout, &PoolLayout) = (&self.welcome.pool, consumer.layout());
         let mut check = Check::new();
         let (mut good, mut bad) = (0, 0);
-        for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
+        let offered = ended.contents.as_ref().map_or(&[][..], |c| &c.groups);
+        for (g, offered) in ended.outcome.groups.iter().zip(offered) {
             for position in g.loaded.iter() {
                 let at = (position - offered.first_position) as usize;
                 let Some(src) = offered.blocks[at] else { continue };
@@ -66,10 +67,16 @@ impl Peer {
     }
 }
 
-/// A pull of the first `blocks` positions of an offer's first group into local blocks of the same numbers.
-pub(crate) fn pull(offer: Offer, blocks: u32, lanes: Vec<LaneKind>, deadline: Duration) -> Result<Pull, Failure> {
-    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?.group;
+/// Starts a pull of an offer's first `blocks` positions into blocks of the same numbers, of the consumer's only group.
+pub(crate) fn pull(
+    consumer: &Consumer,
+    offer: Offer,
+    blocks: u32,
+    lanes: Vec<LaneKind>,
+    deadline: Duration,
+) -> Result<PullId, Failure> {
+    let group = consumer.layout().groups.first().ok_or_else(|| Failure::failed("this side's pool has no groups"))?.id;
     let blocks = (0..blocks).map(|b| Some(BlockId(b))).collect();
     let wanted = LocalBlocks { group, first_position: 0, blocks };
-    Ok(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes))
+    Ok(consumer.pull(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes))?)
 }

@@ -55,7 +55,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, false)?;
     let file = args.offer.as_ref().map(read_offer).transpose()?;
     if let Some(offer) = &file {
-        offer.check(1 << 20)?;
+        offer.check()?;
     }
     let from = match (&args.from, &file) {
         (Some(addr), _) => addr.clone(),
@@ -67,19 +67,18 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         Some(offer) => offer,
         None => peer.offer(args.blocks.unwrap_or(0), 0)?,
     };
-    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?;
-    if group.first_position != 0 {
-        return Err(Failure::failed("the offer does not start at position 0: it was not made by `kvferry serve`"));
-    }
-    let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
-    let layout = peer.local_layout(group.group, blocks)?;
+    // `kvferry serve` offers blocks of its first group, from position 0 on.
+    let group = peer.welcome.pool.groups.first().ok_or_else(|| Failure::failed("the peer's pool has no groups"))?;
+    let offered = u32::try_from(offer.tokens.div_ceil(group.block_tokens.into())).unwrap_or(u32::MAX).min(group.blocks);
+    let blocks = args.blocks.unwrap_or(offered).min(offered);
+    let layout = peer.local_layout(group.id, blocks)?;
     args::check_memory(layout.segments[0])?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
     config.pull.faults = args.fault;
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine, args.model.model(), layout).config(config).build()?;
-    consumer.pull(peer::pull(offer, blocks, args.lane.lanes(), args.deadline)?)?;
+    peer::pull(&consumer, offer, blocks, args.lane.lanes(), args.deadline)?;
     // A pull ends soon after its deadline, unless a lane is wedged.
     let ended = consumer
         .wait(args.deadline + Duration::from_secs(30))

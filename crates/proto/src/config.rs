@@ -74,7 +74,8 @@ impl Default for SessionConfig {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Largest control frame, in bytes. An offer of 1,000,000 blocks takes about 5 MB.
+    /// Largest control frame, in bytes. A grant of 1,000,000 scattered blocks takes about 6 MB, one of consecutive blocks some
+    /// bytes.
     pub frame_bytes: usize,
     /// Blocks in an offer or a pull.
     pub blocks_per_offer: usize,

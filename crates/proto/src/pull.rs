@@ -330,6 +330,9 @@ impl Machine for PullTracker {
                 self.local_ready = true;
                 self.want_lanes(now);
             }
+            In::Met => {
+                self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
+            }
             In::Planned(plan) => {
                 self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
                 if self.plan.is_some() || self.decided() || plan.sources() != self.sources.len() {

@@ -14,13 +14,14 @@ mod liveness;
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use self::{claims::Claims, link::Link, liveness::Liveness};
 use crate::{
-    Cause, ClaimId, ClientBody, ClientFrame, EngineId, Grant, HelloError, Incarnation, Machine, OfferId, PeerId,
-    Reader, Release, ServerBody, ServerFrame, SessionConfig,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, EngineId, Grant, HelloError, Incarnation, Machine, OfferId,
+    PeerId, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     sabotage::{Bug, planted},
     table::Entropy,
 };
@@ -58,6 +59,8 @@ pub struct Want {
     pub claim: ClaimId,
     /// The offer.
     pub offer: OfferId,
+    /// Its secret.
+    pub token: Token,
     /// The engine that made the offer.
     pub engine: EngineId,
     /// The incarnation of the producer rank that made the offer.
@@ -85,6 +88,8 @@ pub enum Out {
         claim: ClaimId,
         /// Its fence word.
         grant: Grant,
+        /// What it may read.
+        contents: Arc<Contents>,
     },
     /// The claim is gone, or was never granted. No event of it follows.
     Lost {
@@ -274,7 +279,9 @@ impl PeerSession {
                     self.set_health(Health::Up);
                 }
             },
-            Some(ServerBody::Granted { claim, grant, .. }) => self.claims.granted(claim, grant, &mut self.out),
+            Some(ServerBody::Granted { claim, grant, contents, .. }) => {
+                self.claims.granted(claim, grant, contents, &mut self.out);
+            }
             // The peer's word is bounded: no claim waits longer than a heartbeat.
             Some(ServerBody::NotYet { claim, retry }) => {
                 self.claims.not_yet(now, claim, retry.min(self.config.heartbeat));

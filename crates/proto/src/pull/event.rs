@@ -9,7 +9,9 @@ use crate::{Attempt, Cause, Grant, LaneCaps, LaneEvent, LaneKind, Outcome, Plan}
 pub enum In {
     /// Earlier work on the destination blocks is done.
     LocalReady,
-    /// All peers have answered Hello, and the reads are planned.
+    /// All peers have answered Hello.
+    Met,
+    /// All peers have granted their claims, and the reads are planned.
     Planned(Box<Plan>),
     /// A source rank granted its claim.
     Granted {

@@ -9,8 +9,9 @@ use std::{
 };
 
 use kvferry_proto::{
-    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps, LaneEvent, LaneKind,
-    LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank, Read, Reader, Shard,
+    Attempt, BlockId, Cause, ChunkSize, Contents, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps, LaneEvent,
+    LaneKind, LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank, Read, Reader,
+    Shard,
     hello::Welcome,
     pull::Retry,
     puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
@@ -125,8 +126,9 @@ impl Rig {
             self.incarnation,
             vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: ADDR.into() }],
             64,
-            vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
         );
+        let offered = OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() };
+        let contents = Arc::new(Contents::of(&offer, vec![offered]));
         let start = Start {
             id: PullId(self.pulls),
             offer: Arc::new(offer),
@@ -144,7 +146,7 @@ impl Rig {
         self.puller.handle(self.now, In::Start(Box::new(start)));
         let Some(Out::Claim(_, want)) = self.puller.poll() else { panic!("it claims first") };
         let grant = Grant { slot: 0, nonce: Nonce::from_wire(7).unwrap() };
-        self.puller.handle(self.now, In::Granted(want.claim, grant));
+        self.puller.handle(self.now, In::Granted(want.claim, grant, contents));
         self.wish()
     }
 

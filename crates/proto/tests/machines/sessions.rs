@@ -1,10 +1,13 @@
 //! A consumer's session with one producer address.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvferry_proto::{
     Cause, ClaimId, ClientBody, ClientFrame, Gone, Grant, HelloError, Incarnation, Machine, Nonce, OfferId, PeerId,
-    Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig,
+    Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     session::{Health, In, Out, PeerSession, Want},
 };
 
@@ -73,6 +76,7 @@ impl Session {
         self.tell(In::Claim(Want {
             claim: ClaimId(claim),
             offer: id(claim),
+            token: token(),
             engine: "them".parse().unwrap(),
             expect: incarnation(of),
             reader: Reader::ONLY,
@@ -91,12 +95,14 @@ impl Session {
         self.answer(ServerBody::Granted {
             claim: ClaimId(claim),
             grant: Grant { slot: 3, nonce },
+            contents: Arc::default(),
             remaining: Duration::from_secs(10),
         });
     }
 
     fn release(&mut self, claim: u64, of: u64) {
-        let release = Release { claim: Some(ClaimId(claim)), offer: id(claim), reader: Reader::ONLY, all: false };
+        let release =
+            Release { claim: Some(ClaimId(claim)), offer: id(claim), token: token(), reader: Reader::ONLY, all: false };
         self.tell(In::Release { expect: incarnation(of), release });
     }
 
@@ -150,6 +156,10 @@ fn peer(engine: &str, n: u64) -> PeerId {
     PeerId { engine: engine.parse().unwrap(), rank: Rank(0), incarnation: incarnation(n) }
 }
 
+fn token() -> Token {
+    Token::from_bytes([5; 16])
+}
+
 fn id(n: u64) -> OfferId {
     OfferId { high: 7, low: n }
 }
@@ -195,7 +205,8 @@ fn a_claim_dials_says_hello_opens_and_is_granted_in_this_order() {
     assert_eq!(claims(&outs), [1]);
     s.grant(1);
     s.grant(1);
-    let granted = Out::Granted { claim: ClaimId(1), grant: Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() } };
+    let grant = Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() };
+    let granted = Out::Granted { claim: ClaimId(1), grant, contents: Arc::default() };
     assert_eq!(s.outs(), [granted], "a repeated grant is told once");
 }
 

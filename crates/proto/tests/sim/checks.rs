@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvferry_proto::{
-    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody,
+    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody, Token,
     puller::Ended,
     table::{self, Freed},
 };
@@ -82,15 +82,28 @@ impl World {
         }
     }
 
+    /// Whether this is the token of the offer with this id.
+    fn shows(&self, id: OfferId, token: Token) -> bool {
+        self.requests.iter().any(|r| r.offer.id == id && r.offer.token == token)
+    }
+
     /// A frame is about to reach the offer table.
     pub(crate) fn lease_frame(&mut self, q: usize, from: &PeerId, frame: &ClientFrame) {
         let now = self.now;
         let claimed = self.weather.lease.claimed.as_micros() as Micros;
         let unclaimed = self.weather.lease.unclaimed.as_micros() as Micros;
+        let shown = match &frame.body {
+            ClientBody::Claim { offer, token, .. } => self.shows(*offer, *token),
+            ClientBody::Release(r) => self.shows(r.offer, r.token),
+            _ => true,
+        };
         let proc = &mut self.procs[q];
         match &frame.body {
             ClientBody::Claim { claim, offer, .. } => {
                 proc.claimed.insert((from.incarnation, *claim), *offer);
+                if !shown {
+                    proc.stolen.insert((from.incarnation, *claim));
+                }
             }
             ClientBody::Renew(claims) => {
                 for c in claims {
@@ -106,6 +119,9 @@ impl World {
             ClientBody::Release(r) => {
                 let key = (from.incarnation, r.offer, r.claim, proc.id.incarnation);
                 self.pending.remove(&key);
+                if !shown {
+                    return;
+                }
                 let Some(l) = proc.leases.get_mut(&r.offer) else {
                     if r.all || r.reader.of == 1 {
                         proc.early_released.insert(r.offer);
@@ -136,6 +152,12 @@ impl World {
             table::Out::Send(to, frame) => {
                 if let Some(ServerBody::Granted { claim, .. }) = &frame.body {
                     let key = (*to, *claim);
+                    if self.procs[q].stolen.contains(&key) {
+                        self.broken(
+                            Promise::Exact,
+                            format!("process {q} grants {claim:?}, which showed a wrong token"),
+                        );
+                    }
                     let lease = self.procs[q].claimed.get(&key).copied();
                     if let Some(l) = lease.and_then(|o| self.procs[q].leases.get_mut(&o)) {
                         l.claimed_ever = true;
@@ -173,7 +195,7 @@ impl World {
                 Gone::Released if held.is_some() => Some("while another claim holds"),
                 Gone::Revoked if !lease.revoked => Some("as revoked, though the engine did not revoke it"),
                 Gone::HardCap if now < lease.entered + cap => Some("before the hard cap"),
-                Gone::Unknown | Gone::Limit => Some("for no reason that frees blocks"),
+                Gone::Unknown | Gone::Limit | Gone::Token => Some("for no reason that frees blocks"),
                 _ => None,
             }
         };
@@ -412,7 +434,7 @@ impl World {
                 bad =
                     Some((Promise::Exact, format!("gives causes for {causes:?} where {:?} are invalid", got.invalid)));
             }
-            let offered = request.offer.groups.iter().find(|g| g.group == wanted.group);
+            let offered = request.contents.groups.iter().find(|g| g.group == wanted.group);
             for (position, block) in wanted.wants() {
                 let there = offered.is_some_and(|o| {
                     position
@@ -459,6 +481,9 @@ impl World {
         let mut report = (Vec::new(), Vec::new());
         report.0.extend(ended.blocks.loaded.iter().map(|b| (b.group, b.id)));
         report.1.extend(ended.blocks.invalid.iter().map(|b| (b.group, b.id)));
+        if let Some(what) = pull.mangled.filter(|_| loaded > 0 && bad.is_none()) {
+            bad = Some((Promise::Exact, format!("loads {loaded} blocks by a name whose {what} was changed")));
+        }
         if bad.is_none() && report != (said_loaded, said_invalid) {
             bad = Some((Promise::Exact, "reports other blocks than positions".into()));
         }

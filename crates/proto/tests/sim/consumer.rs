@@ -8,7 +8,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, LaneKind, LocalBlocks, PeerId, Rank, Reader, Release, Shard,
+    Block, BlockId, Cause, ChunkSize, EngineId, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader, Release, Shard,
+    Token,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,
@@ -73,6 +74,8 @@ pub(crate) struct Pull {
     pub ended: bool,
     pub wedged: bool,
     pub healing: bool,
+    /// The field of its name that was changed: it must load nothing.
+    pub mangled: Option<&'static str>,
     /// Why it may lose blocks.
     pub excused: Option<&'static str>,
 }
@@ -220,21 +223,35 @@ impl World {
         let offer = self.requests[r].offer.clone();
         let (reader, shard, life) = (self.consumers[c].reader, self.consumers[c].shard, self.consumers[c].life);
         let games = self.weather.games.clone();
+        let mangled = (!heal && self.rng.chance(games.mangle)).then(|| self.mangle(r));
+        let offer = mangled.as_ref().map_or(offer, |(changed, _)| changed.clone());
+        let mangled = mangled.map(|(_, what)| what);
         let Some(process) = &mut self.consumers[c].process else { return };
         if process.closing {
             return;
         }
+        if mangled.is_some_and(|what| what != "token") {
+            self.requests[r].excused.get_or_insert("a changed name of it was used");
+        }
         if !pull {
-            self.requests[r].excused.get_or_insert("it was released without a pull");
+            if mangled.is_none() {
+                self.requests[r].excused.get_or_insert("it was released without a pull");
+            }
             for rank in &offer.ranks {
-                let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: self.rng.chance(500) };
+                let release = Release {
+                    claim: None,
+                    offer: offer.id,
+                    token: offer.token,
+                    reader: Reader::ONLY,
+                    all: self.rng.chance(500),
+                };
                 let out = puller::Out::Release(rank.addr.as_str().into(), rank.incarnation, release);
                 process.drive_sessions.push_back(out);
             }
             return self.schedule_sessions(c);
         }
         let mut wanted = Vec::new();
-        for (g, o) in offer.groups.iter().enumerate() {
+        for (g, o) in self.requests[r].contents.groups.iter().enumerate() {
             let end = o.first_position + o.blocks.len() as u32;
             // Some more positions than were offered, at either end; some are local hits already.
             let first = o.first_position.saturating_sub(self.rng.below(2) as u32 * u32::from(!heal));
@@ -295,7 +312,9 @@ impl World {
             ended: false,
             wedged: false,
             healing: heal,
+            mangled,
             excused: match (short, self.weather.sure_network()) {
+                _ if mangled.is_some() => Some("its name was changed"),
                 (true, _) => Some("a short deadline"),
                 (_, false) => Some("the network"),
                 _ => None,
@@ -338,6 +357,18 @@ impl World {
             let t = self.now + self.rng.tail(0, 10_000, 100_000);
             self.at(t, Event::Cancel { c, e: life, pull: id });
         }
+    }
+
+    /// A request's name, with one field changed.
+    fn mangle(&mut self, r: usize) -> (Arc<Offer>, &'static str) {
+        let mut name = Offer::clone(&self.requests[r].offer);
+        let what = *self.rng.pick(&["token", "tokens", "fingerprint"]);
+        match what {
+            "token" => name.token = Token::from_bytes([7; 16]),
+            "tokens" => name.tokens += 1,
+            _ => drop(name.fingerprints.insert("prompt".into(), "another".into())),
+        }
+        (Arc::new(name), what)
     }
 
     /// The engine writes local blocks for its own purposes.

@@ -68,6 +68,8 @@ pub(crate) struct Games {
     pub late_ready: u64,
     pub late_handover: u64,
     pub twice: u64,
+    /// A name is changed on its way: its token, its token count or a fingerprint.
+    pub mangle: u64,
     pub unpulled: u64,
     pub short_deadline: u64,
     pub late_local: u64,
@@ -203,6 +205,7 @@ impl Weather {
             w.games.late_ready = some!(500);
             w.games.late_handover = some!(200);
             w.games.twice = some!(500);
+            w.games.mangle = some!(150);
             w.games.unpulled = some!(400);
             w.games.short_deadline = some!(500);
             w.games.late_local = some!(300);

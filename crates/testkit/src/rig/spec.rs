@@ -41,6 +41,8 @@ pub struct Spec {
     pub claimed_ms: u64,
     pub hard_cap_ms: u64,
     pub early_grace_ms: u64,
+    /// A key to seal names with.
+    pub seal: Option<String>,
 }
 
 impl Default for Spec {
@@ -61,6 +63,7 @@ impl Default for Spec {
             claimed_ms: 10_000,
             hard_cap_ms: 600_000,
             early_grace_ms: 2_000,
+            seal: None,
         }
     }
 }

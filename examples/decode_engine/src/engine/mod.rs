@@ -76,7 +76,7 @@ impl Default for Settings {
 
 /// A message to the engine's thread.
 enum Msg {
-    Job(Job),
+    Job(Box<Job>),
     Ended(Box<Ended>),
     Freed(Freed),
     Status(oneshot::Sender<Status>),
@@ -121,7 +121,7 @@ pub struct Handle(Sender<Msg>);
 impl Handle {
     /// Submits a request, whose events come through the job's channel. `false` if the engine has ended.
     pub fn submit(&self, job: Job) -> bool {
-        self.0.send(Msg::Job(job)).is_ok()
+        self.0.send(Msg::Job(Box::new(job))).is_ok()
     }
 
     /// The status of the engine; `None` if it has ended.
@@ -268,7 +268,7 @@ impl Engine {
 
     fn handle(&mut self, msg: Msg) {
         match msg {
-            Msg::Job(job) => self.arrive(job),
+            Msg::Job(job) => self.arrive(*job),
             Msg::Ended(e) => self.ends.push(*e),
             Msg::Freed(f) => self.freed(f),
             Msg::Status(tx) => {
@@ -387,7 +387,7 @@ impl Engine {
 
     fn release_offer(&mut self, r: &mut Req) {
         if let (Some(offer), Some(c)) = (r.job.offer.take(), &self.link.consumer) {
-            c.release(&offer);
+            loads::give_back(c, &offer);
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kvferry_proto::{
-    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, Incarnation, LaneCaps, LaneEvent, LaneKind,
-    LocalBlocks, Machine, Nonce, Offer, OfferGroup, OfferId, Outcome, Plan, PoolLayout, Shard, Source,
+    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, LaneCaps, LaneEvent, LaneKind, LocalBlocks, Machine,
+    Nonce, OfferGroup, Outcome, Plan, PoolLayout, Shard, Source,
     pull::{In, Out, PullTracker, Retry},
 };
 
@@ -67,14 +67,7 @@ impl Pull {
         let from: Vec<_> = parts.iter().map(|(layout, shard)| Source { layout, shard }).collect();
         let (layout, shard) = (PoolLayout::uniform(BLOCKS, 1, BLOCK, 16), Shard::whole(2, 1));
         let blocks = (0..offered).map(|b| Some(BlockId(b))).collect();
-        let offer = Offer::new(
-            OfferId { high: 1, low: 1 },
-            "them".parse().unwrap(),
-            Incarnation::from_wire(1).unwrap(),
-            vec![],
-            128,
-            vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }],
-        );
+        let offer = [OfferGroup { group: GroupId(0), first_position: 0, blocks }];
         let size = ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK };
         let here = Source { layout: &layout, shard: &shard };
         let plan = Plan::new(&offer, &from, here, self.tracker.wanted(), size, 100).unwrap();

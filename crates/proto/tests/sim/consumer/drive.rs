@@ -157,8 +157,8 @@ impl World {
                     let addr = self.addr(p);
                     self.queue_for_puller(c, puller::In::Peer(addr, welcome));
                 }
-                session::Out::Granted { claim, grant } => {
-                    self.queue_for_puller(c, puller::In::Granted(claim, grant));
+                session::Out::Granted { claim, grant, contents } => {
+                    self.queue_for_puller(c, puller::In::Granted(claim, grant, contents));
                 }
                 session::Out::Lost { claim, cause } => {
                     say!(self, "consumer {c}: {claim:?} is lost: {cause}");

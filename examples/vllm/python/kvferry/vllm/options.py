@@ -47,6 +47,9 @@ class Options:
     tls_key: str | None = None
     tls_ca: str | None = None
     tls_server_name: str = "kvferry"
+    # Files with seal keys, equal on all engines: the first one seals the names of offers, and all are accepted. Without keys
+    # any name is accepted.
+    seal_keys: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
@@ -69,6 +72,9 @@ class Options:
         if "lanes" in values and values["lanes"] is not None:
             lanes = values["lanes"]
             values["lanes"] = tuple(lanes.split(",") if isinstance(lanes, str) else lanes)
+        if values.get("seal_keys"):
+            files = values["seal_keys"]
+            values["seal_keys"] = tuple(files.split(",") if isinstance(files, str) else files)
         for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
@@ -76,6 +82,10 @@ class Options:
             if values.get(name) is not None:
                 values[name] = float(values[name])
         return cls(**values)
+
+    def keys(self) -> list[bytes]:
+        """The contents of the seal key files."""
+        return [Path(p).read_bytes() for p in self.seal_keys]
 
     def native(self) -> _native.Settings:
         """The settings for the native part, which checks them."""
@@ -99,6 +109,7 @@ class Options:
             on_wedge=self.on_wedge,
             fault=self.fault,
             tls=tls,  # type: ignore[arg-type]
+            seal_keys=self.keys(),
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

@@ -41,6 +41,11 @@ pub struct PullConfig {
     pub on_wedge: OnWedge,
     /// Break lanes on purpose, for tests.
     pub faults: Option<Faults>,
+    /// How long a pull may move nothing from a peer that has been silent for [`SessionConfig::suspect`]. It then ends with
+    /// [`Cause::PeerDown`](crate::Cause::PeerDown), ahead of its deadline: two seconds of waiting cost a user less than most
+    /// prompts cost an engine. While data moves (over verbs, or out of the mapped pool of a stopped process), a pull goes on.
+    /// Longer where engines are known to pause; `Duration::MAX` always waits for the deadline.
+    pub patience: Duration,
 }
 
 impl Default for PullConfig {
@@ -55,6 +60,7 @@ impl Default for PullConfig {
             lanes: vec![LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp],
             on_wedge: OnWedge::Withhold,
             faults: None,
+            patience: Duration::from_secs(2),
         }
     }
 }
@@ -260,6 +266,9 @@ impl Config {
         }
         if s.suspect < s.heartbeat || s.down < s.suspect {
             return bad("session.suspect", "must lie between heartbeat and down");
+        }
+        if s.second_dial.is_zero() {
+            return bad("session.second_dial", "must not be 0: every frame would dial; Duration::MAX turns it off");
         }
         if s.silence < s.idle_heartbeat * 2 {
             return bad("session.silence", "must be at least two idle heartbeats, or idle sessions end");

@@ -20,7 +20,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    BadOffer, Cause, Offer, PeerId, PoolLayout, PullError, Reader, Release, Shard,
+    BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Release, Shard, WaitError,
     pull::Retry,
     puller::{Ended, In, PullId, Start},
 };
@@ -83,7 +83,8 @@ impl Consumer {
         self.start(pull, None)
     }
 
-    /// Starts a pull whose end comes through the returned receiver, and not through [`Consumer::poll`].
+    /// Starts a pull whose end comes through the returned receiver, and not through [`Consumer::poll`]. The receiver fails at
+    /// once when the pull will not end, see [`Consumer::decided`].
     pub fn pull_async(&self, pull: Pull) -> Result<(PullId, oneshot::Receiver<Ended>), PullError> {
         let (tx, rx) = oneshot::channel();
         Ok((self.start(pull, Some(tx))?, rx))
@@ -114,7 +115,7 @@ impl Consumer {
             reader,
             started,
             deadline: started + deadline,
-            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait },
+            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait, patience: settings.patience },
             chunk: settings.chunk,
             lanes: pull.lanes.unwrap_or_else(|| settings.lanes.clone()),
             local_ready: pull.local_ready,
@@ -178,8 +179,20 @@ impl Consumer {
     }
 
     /// Waits for the next pull to end, for `timeout` at most.
-    pub fn wait(&self, timeout: Duration) -> Option<Ended> {
+    ///
+    /// # Errors
+    /// No pull ended in time, a pull will not end, or none will. The news that a pull will not end, or none will, ends the
+    /// wait at once.
+    pub fn wait(&self, timeout: Duration) -> Result<Ended, WaitError> {
         self.pulls.wait(timeout.min(MAX_DEADLINE))
+    }
+
+    /// The frozen sets of a pull that has decided and not ended. A scheduler may plan with them: they do not change any more.
+    /// The local blocks still belong to the pull, so neither read nor write them. `None` before the decision, and after the
+    /// end. For a pull that will never end, since its lane is wedged or the data thread panicked, this is all there is to
+    /// know.
+    pub fn decided(&self, pull: PullId) -> Option<Outcome> {
+        self.pulls.outcome(pull)
     }
 
     /// A pull's loaded chunks, and all its chunks (0 until its peers have answered). `None` when it has ended.

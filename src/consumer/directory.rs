@@ -172,6 +172,10 @@ impl Events for ToPuller {
         self.0.send(Mail::Puller(In::Lane { peer: peer.clone(), incarnation, need, lane }));
     }
 
+    fn silent(&self, peer: &Addr, silent: bool) {
+        self.0.send(Mail::Puller(In::Silent(peer.clone(), silent)));
+    }
+
     fn dropped(&self, peer: &Addr) {
         self.0.send(Mail::Puller(In::Dropped(peer.clone())));
     }

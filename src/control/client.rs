@@ -338,6 +338,7 @@ impl PeerTask {
                 Out::Granted { claim, grant, contents } => self.events.granted(claim, grant, contents),
                 Out::Lost { claim, cause } => self.events.lost(claim, cause),
                 Out::Health(health) => self.log(health),
+                Out::Silent(silent) => self.events.silent(&self.addr, silent),
                 Out::Expired => {
                     self.over |= self.orphan;
                     if !self.orphan {

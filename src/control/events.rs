@@ -20,6 +20,8 @@ pub(crate) trait Events: Send + Sync + 'static {
     fn lost(&self, claim: ClaimId, cause: Cause);
     /// The answer to a request for a lane.
     fn connected(&self, peer: &Addr, connected: Connected);
+    /// The peer owes an answer and gives none (`true`), or answers again.
+    fn silent(&self, peer: &Addr, silent: bool);
     /// This peer was unused for a long time: the owner may drop its handle.
     fn dropped(&self, peer: &Addr);
 }

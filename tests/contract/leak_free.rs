@@ -169,7 +169,8 @@ fn an_offer_with_several_consumers_serves_all_and_is_freed_once() {
 #[test]
 fn a_thousand_sessions_are_held_while_in_use_and_closed_when_idle() {
     // One producer listens on every loopback address. To the consumer each address is another peer.
-    let spec = Spec { listen: "0.0.0.0:0".into(), blocks: 8, regions: 1, ..Spec::default() };
+    let listen = "0.0.0.0:0".into();
+    let spec = Spec { listen, blocks: 8, regions: 1, sessions_per_peer: Some(2000), ..Spec::default() };
     let mut producer = Producer::start(&spec);
     let port = producer.addr.rsplit(':').next().unwrap().to_owned();
     let mut config = Config::default();

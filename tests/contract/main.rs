@@ -8,6 +8,7 @@ mod isolated;
 mod leak_free;
 mod names;
 mod network;
+mod proxy;
 mod quiet;
 mod sockets;
 mod timely;

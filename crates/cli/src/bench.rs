@@ -65,7 +65,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    json: JsonArg,
+    pub(crate) json: JsonArg,
 }
 
 /// Rounds in which pulls and bare READs alternate.
@@ -195,8 +195,9 @@ impl Bench<'_> {
     fn offer(&self, blocks: u32, size: u64) -> Result<Offer, Failure> {
         let size =
             u32::try_from(size).map_err(|_| Failure::usage("--max-block-size: a block must be smaller than 4 GiB"))?;
-        self.peer.offer(blocks, size).map_err(|e| {
-            Failure::failed(format!("{}; start the other side with `kvferry serve --views {size}`", e.message))
+        self.peer.offer(blocks, size, LIMIT).map_err(|e| {
+            let message = format!("{}; start the other side with `kvferry serve --views {size}`", e.message);
+            Failure { message, ..e }
         })
     }
 
@@ -218,7 +219,7 @@ impl Bench<'_> {
             for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
                 peer::pull(&consumer, offer, blocks, vec![LaneKind::Verbs], LIMIT)?;
-                let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
+                let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
                 };
@@ -256,7 +257,7 @@ impl Bench<'_> {
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
             peer::pull(consumer, self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?;
-            let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
+            let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
             let o = &ended.outcome;
             if !o.complete() {
                 let cause = o.cause().map_or("none", |c| c.as_str());

@@ -3,32 +3,34 @@
 use std::time::Duration;
 
 use kvferry::{
-    BlockId, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, PullId, Welcome,
+    BlockId, Cause, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, PullId, Welcome,
 };
 use kvferry_testkit::pattern::Check;
 use tokio::runtime::Runtime;
 
-use crate::{offers, report::Failure};
+use crate::{
+    offers,
+    report::{Ending, Failure},
+};
 
 /// One life of a `kvferry serve`.
 pub(crate) struct Peer {
     addr: String,
-    limit: Duration,
     runtime: Runtime,
     pub welcome: Welcome,
 }
 
 impl Peer {
-    /// Greets the producer at `addr`. This and later calls fail if it does not answer within `limit`.
+    /// Greets the producer at `addr`, which must answer within `limit`.
     pub(crate) fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit))?;
-        Ok(Self { addr: addr.into(), limit, runtime, welcome })
+        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit)).map_err(|e| Failure::dial(&e))?;
+        Ok(Self { addr: addr.into(), runtime, welcome })
     }
 
-    /// A new offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of its first group).
-    pub(crate) fn offer(&self, blocks: u32, block_bytes: u32) -> Result<Offer, Failure> {
-        self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, self.limit))
+    /// A new offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of its first group), made within `limit`.
+    pub(crate) fn offer(&self, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
+        self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, limit))
     }
 
     /// A layout for `blocks` blocks of the shape that the producer's group has.
@@ -78,5 +80,8 @@ pub(crate) fn pull(
     let group = consumer.layout().groups.first().ok_or_else(|| Failure::failed("this side's pool has no groups"))?.id;
     let blocks = (0..blocks).map(|b| Some(BlockId(b))).collect();
     let wanted = LocalBlocks { group, first_position: 0, blocks };
-    Ok(consumer.pull(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes))?)
+    consumer.pull(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes)).map_err(|e| {
+        let ending = if e.cause() == Cause::BadOffer { Ending::BadOffer } else { Ending::Failed };
+        Failure::of(ending, e)
+    })
 }

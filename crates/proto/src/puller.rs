@@ -13,7 +13,7 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    Cause, Contents, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Plan, PlanError, PoolLayout,
+    Cause, Contents, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError, PoolLayout,
     Shard, Source,
     hello::Welcome,
     pull,
@@ -72,6 +72,11 @@ impl<L: Lane> Puller<L> {
         self.pulls.len()
     }
 
+    /// The frozen sets of a pull that has decided and not ended.
+    pub fn outcome(&self, pull: PullId) -> Option<&Outcome> {
+        self.pulls.get(pull)?.tracker.outcome()
+    }
+
     /// Connected lanes that take new attempts.
     pub fn lanes(&self) -> impl Iterator<Item = (LaneNo, LaneKind, &Addr)> {
         self.lanes.alive()
@@ -104,6 +109,11 @@ impl<L: Lane> Puller<L> {
         match event {
             In::Start(start) => {
                 let id = self.pulls.start(start, &mut self.out);
+                let Some(p) = self.pulls.get(id) else { return };
+                let silent: Vec<_> = p.ranks().map(|r| self.peers.is_silent(&r.addr)).collect();
+                for (source, _) in silent.into_iter().enumerate().filter(|(_, silent)| *silent) {
+                    self.pulls.tell(now, id, pull::In::Silent { source, silent: true });
+                }
                 self.plan(now, id);
             }
             In::LocalReady(id) => self.pulls.tell(now, id, pull::In::LocalReady),
@@ -122,6 +132,13 @@ impl<L: Lane> Puller<L> {
                 }
             }
             In::Lane { peer, incarnation, need, lane } => self.connected(now, peer, incarnation, need, lane),
+            In::Silent(addr, silent) if !planted(Bug::SilenceIgnored) => {
+                self.peers.set_silent(&addr, silent);
+                for PullSource { pull, source } in self.pulls.sources_at(&addr) {
+                    self.pulls.tell(now, pull, pull::In::Silent { source, silent });
+                }
+            }
+            In::Silent(..) => {}
             In::Dropped(addr) => {
                 self.peers.remove(&addr);
                 self.lanes.retire(&addr, None);

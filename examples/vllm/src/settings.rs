@@ -23,7 +23,7 @@ impl Settings {
     #[new]
     #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
         early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
-        tls = None, seal_keys = Vec::new()))]
+        tls = None, seal_keys = Vec::new(), patience = None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         lanes: Option<Vec<String>>,
@@ -39,6 +39,7 @@ impl Settings {
         fault: Option<&str>,
         tls: Option<PyTls>,
         seal_keys: Vec<Vec<u8>>,
+        patience: Option<f64>,
     ) -> PyResult<Self> {
         let mut config = Config::default();
         let times = [
@@ -47,6 +48,7 @@ impl Settings {
             (claim_lease, &mut config.lease.claimed),
             (hard_cap, &mut config.lease.hard_cap),
             (early_grace, &mut config.lease.early_grace),
+            (patience, &mut config.pull.patience),
         ];
         for (given, to) in times {
             if let Some(s) = given {

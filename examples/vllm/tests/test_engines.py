@@ -60,7 +60,7 @@ def test_tensor_parallel_ranks_pull_their_heads(
 ) -> None:
     f = tiny_fleet
     # Many processes on few cores: this test checks no promise in seconds.
-    slow = {"deadline": LIMIT, "unclaimed_lease": LIMIT, "early_grace": 5}
+    slow = {"deadline": LIMIT, "unclaimed_lease": LIMIT, "early_grace": 5, "patience": LIMIT}
     label = f"tp{prefill}{decode}"
     p = start(f"{label}-prefill", tiny, "kv_producer", llm={"tensor_parallel_size": prefill}, **slow)
     d = start(f"{label}-decode", tiny, "kv_consumer", llm={"tensor_parallel_size": decode}, **slow)

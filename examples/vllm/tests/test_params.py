@@ -1,8 +1,9 @@
 """The params that routers pass on: kvferry's, another connector's, another request's, or none."""
 
 import copy
+from pathlib import Path
 
-from conftest import Fleet
+from conftest import Fleet, Start
 
 
 def test_cached_blocks_are_not_pulled(tiny_fleet: Fleet) -> None:

@@ -312,6 +312,9 @@ impl Events for Recorder {
     fn connected(&self, peer: &Addr, Connected { incarnation, need, lane }: Connected) {
         self.keep(In::Lane { peer: peer.clone(), incarnation, need, lane });
     }
+    fn silent(&self, peer: &Addr, silent: bool) {
+        self.keep(In::Silent(peer.clone(), silent));
+    }
     fn dropped(&self, peer: &Addr) {
         self.keep(In::Dropped(peer.clone()));
     }

@@ -34,6 +34,13 @@ pub enum In {
         /// The lane's properties.
         caps: LaneCaps,
     },
+    /// A source's peer owes an answer and gives none (`true`), or answers again.
+    Silent {
+        /// Index of the source.
+        source: usize,
+        /// Whether it is silent.
+        silent: bool,
+    },
     /// The other answer to [`Out::NeedLane`]: no lane is available.
     NoLane {
         /// Index of the source.
@@ -77,4 +84,6 @@ pub struct Retry {
     /// Wait before the third attempt; doubles with each further one. The second comes at once: a broken lane says nothing
     /// about the next one.
     pub wait: Duration,
+    /// How long a source may move nothing while its peer is silent, before the pull gives up.
+    pub patience: Duration,
 }

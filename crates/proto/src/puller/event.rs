@@ -93,6 +93,8 @@ pub enum In<L> {
         /// The lane, or the cause of the failure.
         lane: Result<L, Cause>,
     },
+    /// A peer owes an answer and gives none (`true`), or answers again.
+    Silent(Addr, bool),
     /// The peer's session was dropped: its lanes are dropped too, once no pull uses them.
     Dropped(Addr),
     /// The consumer shuts down: cancel all pulls.

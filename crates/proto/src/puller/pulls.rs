@@ -76,6 +76,15 @@ impl Pulls {
         unplanned.filter(|(_, p)| p.ranks().any(|r| r.addr == addr)).map(|(id, _)| *id).collect()
     }
 
+    /// The sources of all pulls that a peer serves.
+    pub(super) fn sources_at(&self, addr: &str) -> Vec<PullSource> {
+        let sources = self.by_id.iter().flat_map(|(&pull, p)| {
+            let at = p.ranks().enumerate().filter(|(_, r)| r.addr == addr);
+            at.map(move |(source, _)| PullSource { pull, source })
+        });
+        sources.collect()
+    }
+
     /// Adds a pull and claims its offer at each source.
     pub(super) fn start(&mut self, mut start: Box<Start>, out: &mut VecDeque<Out>) -> PullId {
         let id = start.id;

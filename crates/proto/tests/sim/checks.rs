@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kvferry_proto::{
     ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody, Token,
-    puller::Ended,
+    puller::{Ended, PullId},
     table::{self, Freed},
 };
 
@@ -51,14 +51,18 @@ impl World {
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
             ended_claims: BTreeSet::new(),
-            // A table with tight limits forgets some early releases.
-            done: (early && !self.weather.tight).then_some(self.now),
+            done: (early && !self.forgets_early(q)).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
             claimed_ever: false,
             revoked: false,
             freed: None,
         };
         self.procs[q].leases.insert(id, lease);
+    }
+
+    /// A table with tight limits forgets some early releases, and so does a process that was stopped until they were too old.
+    fn forgets_early(&self, q: usize) -> bool {
+        self.weather.tight || self.procs[q].resumed > 0
     }
 
     pub(crate) fn lease_ready(&mut self, q: usize, id: OfferId) {
@@ -180,7 +184,7 @@ impl World {
         };
         let lease = l.clone();
         l.freed = Some(why);
-        let early = self.weather.tight && self.procs[q].early_released.contains(&id);
+        let early = self.forgets_early(q) && self.procs[q].early_released.contains(&id);
         let held = lease.claims.values().copied().max().filter(|t| *t > now && lease.entered + cap > now);
         let wrong = if lease.freed.is_some() {
             Some("a second time")
@@ -348,7 +352,7 @@ impl World {
         let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
         let open =
             p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
-        let told = self.knows_of_a_death(p);
+        let told = self.knows_of_a_death(p).or_else(|| self.waits_for_a_stopped_process(p));
         if let (Some(what), None) = (told, self.unsure) {
             self.broken(Promise::Timely, what);
         }
@@ -375,13 +379,34 @@ impl World {
         )
     }
 
+    /// A pull that still waits for a stopped process, although nothing moves and its patience must have ended.
+    fn waits_for_a_stopped_process(&self, p: &Process) -> Option<String> {
+        let (s, patience) = (&self.weather.session, self.weather.retry.patience);
+        // The next ping, or the next dial; the silence; the patience with its second look.
+        let bound = s.heartbeat + s.redial_max + s.suspect + patience * 9 / 8;
+        let bound = bound.as_micros() as Micros + 10_000;
+        let fabric = self.fabric.get();
+        p.pulls.iter().filter(|(_, pull)| pull.decided.is_none()).find_map(|(id, pull)| {
+            let [only] = pull.producers[..] else { return None };
+            let q = self.requests[pull.r].ranks.iter().map(|k| &self.procs[k.proc]).find(|q| q.producer == only)?;
+            let moved = fabric.moved.get(&(p.local, *id)).copied().unwrap_or(0);
+            let since = pull.started.max(q.stopped_at).max(moved);
+            (q.alive && q.stopped && self.now > since + bound).then(|| {
+                format!("pull {id} of {} waits for a stopped process, and nothing moved since {since} us", p.me.incarnation)
+            })
+        })
+    }
+
     pub(crate) fn check_decided(&mut self, c: usize, id: u64) {
         say!(self, "consumer {c}: pull {id} has decided");
         let now = self.now;
+        let process = self.consumers[c].process.as_ref();
+        let frozen = process.and_then(|p| p.puller.outcome(PullId(id))).map(|o| o.groups.clone());
         let Some(p) = self.consumers[c].process.as_mut().and_then(|p| p.pulls.get_mut(&id)) else {
             return self.broken(Promise::Exact, format!("consumer {c} decides pull {id}, which it never started"));
         };
         let deadline = p.deadline;
+        p.frozen = frozen;
         let again = p.decided.replace(now).is_some();
         if again {
             self.broken(Promise::Exact, format!("pull {id} of consumer {c} decided twice"));
@@ -407,6 +432,10 @@ impl World {
         let Some(decided) = pull.decided else {
             return self.broken(Promise::Timely, format!("pull {id} of consumer {c} ended before it decided"));
         };
+        if pull.frozen.as_ref().is_some_and(|f| *f != ended.outcome.groups) {
+            let what = format!("pull {id} of consumer {c} decided {:?}, and ends otherwise", pull.frozen);
+            return self.broken(Promise::Exact, what);
+        }
         if ended.outcome.groups.len() != pull.wanted.len() {
             return self
                 .broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));

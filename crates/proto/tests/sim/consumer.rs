@@ -8,7 +8,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader, Release, Shard,
+    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader, Release, Shard,
     Token,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
@@ -58,6 +58,8 @@ pub(crate) struct Process {
 pub(crate) struct Session {
     machine: PeerSession,
     pub conn: Option<usize>,
+    /// When the dial that runs began.
+    pub dialing: Option<Micros>,
     /// The answer to the last dial.
     pub welcome: Option<(usize, Arc<Welcome>)>,
 }
@@ -71,6 +73,8 @@ pub(crate) struct Pull {
     pub deadline: Micros,
     pub attempts: u32,
     pub decided: Option<Micros>,
+    /// What it decided, unless it ended at once.
+    pub frozen: Option<Vec<GroupOutcome>>,
     pub ended: bool,
     pub wedged: bool,
     pub healing: bool,
@@ -290,6 +294,14 @@ impl World {
                 local.holders[at] = id;
             }
         }
+        let producers: Vec<usize> =
+            sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect();
+        // A dial or a new stream that the storm swallowed may hang for longer than a pull's patience.
+        let hangs = producers.iter().any(|p| {
+            let Some(s) = process.sessions.get(p) else { return false };
+            let opening = s.conn.and_then(|c| self.conns[c].opening);
+            s.dialing.max(opening).is_some_and(|t| self.calm.is_none_or(|calm| t <= calm))
+        });
         let short = self.rng.chance(games.short_deadline) && !heal;
         let late_local = self.rng.chance(games.late_local) && !heal;
         let deadline = self.now
@@ -304,11 +316,12 @@ impl World {
         let info = Pull {
             r,
             wanted: wanted.clone(),
-            producers: sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect(),
+            producers,
             started: self.now,
             deadline,
             attempts: self.weather.retry.attempts,
             decided: None,
+            frozen: None,
             ended: false,
             wedged: false,
             healing: heal,
@@ -317,7 +330,7 @@ impl World {
                 _ if mangled.is_some() => Some("its name was changed"),
                 (true, _) => Some("a short deadline"),
                 (_, false) => Some("the network"),
-                _ => None,
+                _ => (hangs && self.unsure.is_some()).then_some("its session hangs"),
             },
         };
         process.pulls.insert(id, info);

@@ -60,6 +60,7 @@ pub(crate) struct Proc {
     /// When it died, and its host told so.
     pub died: Option<Micros>,
     pub stopped: bool,
+    pub stopped_at: Micros,
     pub resumed: Micros,
     draining: bool,
     outs: VecDeque<table::Out>,
@@ -196,6 +197,7 @@ impl World {
             alive: true,
             died: None,
             stopped: false,
+            stopped_at: 0,
             resumed: 0,
             draining: false,
             outs: VecDeque::new(),
@@ -377,6 +379,7 @@ impl World {
         if let Some(q) = self.producers[p].proc {
             say!(self, "process {q} is stopped");
             self.procs[q].stopped = true;
+            self.procs[q].stopped_at = self.now;
             self.fabric.get().proc_stopped(q, true);
             for r in &mut self.requests {
                 if r.ranks.iter().any(|k| k.proc == q) {

@@ -39,6 +39,9 @@ pub fn play() {
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
     config.verbs.rails = spec.rails.clone();
+    if let Some(n) = spec.sessions_per_peer {
+        (config.limits.sessions_per_peer, config.limits.connections_per_peer) = (n, 2 * n);
+    }
     config.names.seal_keys = spec.seal.iter().map(|k| SealKey::new(k.as_bytes()).expect("a key")).collect();
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())

@@ -43,6 +43,8 @@ pub struct Spec {
     pub early_grace_ms: u64,
     /// A key to seal names with.
     pub seal: Option<String>,
+    /// Most sessions of one peer; `None`: the default.
+    pub sessions_per_peer: Option<usize>,
 }
 
 impl Default for Spec {
@@ -64,6 +66,7 @@ impl Default for Spec {
             hard_cap_ms: 600_000,
             early_grace_ms: 2_000,
             seal: None,
+            sessions_per_peer: None,
         }
     }
 }

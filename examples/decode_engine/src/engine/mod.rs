@@ -25,7 +25,7 @@ use std::{
 };
 
 use kvferry::{
-    BlockId, Cause, Consumer, Ended, EngineId, Freed, GroupId, OfferId, Producer, PullId,
+    BlockId, Cause, Consumer, Ended, EngineId, Freed, GroupId, OfferId, Producer, PullId, WaitError,
     scheduler::{
         invalid::Policy,
         ledger::{EndReason, Ledger},
@@ -191,7 +191,10 @@ impl Engine {
             let (consumer, tx) = (Arc::downgrade(c), tx.clone());
             watch("pull-ends", move || {
                 let Some(c) = consumer.upgrade() else { return false };
-                c.wait(Duration::from_secs(1)).is_none_or(|e| tx.send(Msg::Ended(Box::new(e))).is_ok())
+                match c.wait(Duration::from_secs(1)) {
+                    Ok(e) => tx.send(Msg::Ended(Box::new(e))).is_ok(),
+                    Err(e) => !matches!(e, WaitError::Died | WaitError::Shutdown),
+                }
             })?;
         }
         if let Some(p) = &link.producer {

@@ -55,6 +55,7 @@ class Settings:
         fault: str | None = None,
         tls: tuple[bytes, bytes, bytes, str] | None = None,
         seal_keys: list[bytes] = [],
+        patience: float | None = None,
     ) -> None: ...
 
 class Producer:

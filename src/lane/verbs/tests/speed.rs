@@ -76,7 +76,7 @@ fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
         reader: Reader::ONLY,
         started: now,
         deadline: now + 30 * SECOND,
-        retry: Retry { attempts: 3, wait: SECOND },
+        retry: Retry { attempts: 3, wait: SECOND, patience: SECOND },
         chunk: ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK },
         lanes: vec![LaneKind::Verbs],
         local_ready: true,

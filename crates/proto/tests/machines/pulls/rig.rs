@@ -15,6 +15,8 @@ pub(super) const BLOCK: u64 = 64;
 /// Blocks of the pull, at positions 0 to 7.
 pub(super) const BLOCKS: u32 = 8;
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a pull waits for a silent peer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// The bound of every lane here: a pull stops that long before its deadline.
 pub(super) const QUIET: Duration = Duration::from_secs(2);
 
@@ -31,7 +33,7 @@ impl Pull {
     /// A pull without plan, grants and lanes.
     pub(super) fn new(sources: usize, wanted: LocalBlocks) -> Self {
         let start = Instant::now();
-        let retry = Retry { attempts: 3, wait: Duration::from_millis(10) };
+        let retry = Retry { attempts: 3, wait: Duration::from_millis(10), patience: PATIENCE };
         let tracker = PullTracker::new(start, vec![wanted], sources, start + DEADLINE, retry, true);
         Self { tracker, start, now: start, attempts: 0, sources }
     }

@@ -122,6 +122,7 @@ impl World {
             process.sessions.entry(p).or_insert_with(|| Session {
                 machine: PeerSession::new(now, process.me.clone(), config, entropy),
                 conn: None,
+                dialing: None,
                 welcome: None,
             });
         }
@@ -166,6 +167,10 @@ impl World {
                 }
                 session::Out::Health(health) => {
                     say!(self, "consumer {c}: {} is {health:?}", self.producers[p].addr);
+                }
+                session::Out::Silent(silent) => {
+                    let addr = self.addr(p);
+                    self.queue_for_puller(c, puller::In::Silent(addr, silent));
                 }
                 session::Out::Expired => {
                     say!(self, "consumer {c}: drops its session with {}", self.producers[p].addr);

@@ -50,6 +50,8 @@ class Options:
     # Files with seal keys, equal on all engines: the first one seals the names of offers, and all are accepted. Without keys
     # any name is accepted.
     seal_keys: tuple[str, ...] = ()
+    # How long a load may move nothing from a silent peer before it gives up.
+    patience: float | None = None
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
@@ -78,7 +80,7 @@ class Options:
         for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
-        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace"):
+        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience"):
             if values.get(name) is not None:
                 values[name] = float(values[name])
         return cls(**values)
@@ -110,6 +112,7 @@ class Options:
             fault=self.fault,
             tls=tls,  # type: ignore[arg-type]
             seal_keys=self.keys(),
+            patience=self.patience,
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

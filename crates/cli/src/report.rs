@@ -191,8 +191,7 @@ impl PullRecord {
     pub(crate) fn offer(&mut self, offer: &Offer) {
         self.offer = Some(offer.id.to_string());
         self.request = Some(offer.request.clone());
-        self.peer =
-            Some(PeerRecord { engine: offer.engine.to_string(), incarnation: offer.incarnation.to_string() });
+        self.peer = Some(PeerRecord { engine: offer.engine.to_string(), incarnation: offer.incarnation.to_string() });
     }
 
     /// Enters the decision, and the end if there is one.

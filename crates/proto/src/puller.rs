@@ -13,8 +13,8 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    Cause, Contents, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError, PoolLayout,
-    Shard, Source,
+    Cause, Contents, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError,
+    PoolLayout, Shard, Source,
     hello::Welcome,
     pull,
     sabotage::{Bug, planted},

@@ -609,7 +609,9 @@ fn a_silent_stream_gets_a_second_dial_and_the_session_moves_if_only_that_is_answ
     let old = s.stream;
     s.welcome(2);
     let outs = s.outs();
-    assert!(matches!(&outs[..], [Out::Peer(_), Out::Open(_), Out::Send(f)] if matches!(f.body, ClientBody::Open { .. })));
+    assert!(
+        matches!(&outs[..], [Out::Peer(_), Out::Open(_), Out::Send(f)] if matches!(f.body, ClientBody::Open { .. }))
+    );
     assert_ne!(s.stream, old);
     // The first connection answers after all: its grant does not count any more.
     let (first, second) = (Nonce::from_wire(9).unwrap(), Nonce::from_wire(1).unwrap());

@@ -392,7 +392,10 @@ impl World {
             let moved = fabric.moved.get(&(p.local, *id)).copied().unwrap_or(0);
             let since = pull.started.max(q.stopped_at).max(moved);
             (q.alive && q.stopped && self.now > since + bound).then(|| {
-                format!("pull {id} of {} waits for a stopped process, and nothing moved since {since} us", p.me.incarnation)
+                format!(
+                    "pull {id} of {} waits for a stopped process, and nothing moved since {since} us",
+                    p.me.incarnation
+                )
             })
         })
     }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader, Release, Shard,
-    Token,
+    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader,
+    Release, Shard, Token,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,

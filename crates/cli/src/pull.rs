@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use kvferry::{Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
     peer::{self, Peer},
     report::{Failure, PullRecord, ranges, size},
 };
@@ -27,6 +27,8 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
+    #[command(flatten)]
+    tcp: TcpArgs,
     /// Pull the offer in this file (JSON) instead of a new one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
@@ -76,6 +78,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args::check_memory(layout.segments[0])?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
+    config.tcp = args.tcp.config();
     config.pull.faults = args.fault;
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine, args.model.model(), layout).config(config).build()?;

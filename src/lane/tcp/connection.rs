@@ -14,9 +14,10 @@ use rustix::{
 };
 
 use super::{
-    frames::{Answer, Challenge, Entry, Proof, Reply, Request, Status, Trailer, Verdict},
+    frames::{Answer, Challenge, Entry, Proof, Reply, Request, SUM, Status, Trailer, Verdict, check_request},
     gather::gather,
     handshake::{Key, Keyed},
+    sum::DataSum,
 };
 use crate::memory::{Export, Span};
 
@@ -54,6 +55,8 @@ enum Phase {
 /// The reply in progress.
 struct Serving {
     tag: u64,
+    /// The request's checksum.
+    request: u64,
     slot: u32,
     nonce: u64,
     /// Bytes of data not sent yet.
@@ -71,6 +74,8 @@ pub(super) struct Connection {
     head: Vec<u8>,
     sent: usize,
     serving: Option<Serving>,
+    /// The checksum of the data that was sent of the reply in progress; `None` if the two sides have not agreed on it.
+    sum: Option<DataSum>,
     /// Data to send: from `spans[at]` on, without its first `skip` bytes.
     spans: Vec<Span>,
     at: usize,
@@ -104,6 +109,7 @@ impl Connection {
             decoded: 0,
             sent: 0,
             serving: None,
+            sum: None,
             spans: Vec::new(),
             at: 0,
             skip: 0,
@@ -194,12 +200,13 @@ impl Connection {
     }
 
     fn judge(&mut self, challenge: &Challenge, proof: &Proof, shared: &Shared<'_>) {
-        let (lane, random) = (proof.lane, &proof.random);
-        let key = (shared.key)(lane);
-        let keyed = key.as_ref().map(|key| Keyed { key, challenge, random, lane, incarnation: shared.incarnation });
+        let &Proof { lane, options, ref random, .. } = proof;
+        let (key, incarnation) = ((shared.key)(lane), shared.incarnation);
+        let keyed = key.as_ref().map(|key| Keyed { key, challenge, options, random, lane, incarnation });
         match keyed.filter(|k| k.is_consumer(&proof.mac)) {
             Some(k) => {
                 self.head.extend_from_slice(&Answer { verdict: Verdict::Welcome, mac: k.producer() }.encode());
+                self.sum = options.both(challenge.options).sums().then(DataSum::default);
                 self.phase = Phase::Serving { lane };
             }
             None => self.refuse(Verdict::Refused),
@@ -211,8 +218,13 @@ impl Connection {
         let input = &self.input[self.decoded..];
         let Some(header) = input.first_chunk() else { return Ok(false) };
         let request = Request::decode(header).map_err(|_| Halt::Over)?;
-        let end = Request::LEN + request.count as usize * Entry::LEN;
-        let Some(entries) = input.get(Request::LEN..end) else { return Ok(false) };
+        let end = Request::LEN + request.count as usize * Entry::LEN + SUM;
+        let Some(whole) = input.get(..end) else { return Ok(false) };
+        let sum = check_request(whole).map_err(|error| {
+            tracing::warn!(lane = self.lane(), "tcp connection closed: a request breaks the protocol: {error}");
+            Halt::Over
+        })?;
+        let entries = &whole[Request::LEN..end - SUM];
         let Request { tag, slot, nonce, .. } = request;
         let result = match export.resolve(slot, nonce) {
             None => Err(Status::Stale),
@@ -223,11 +235,11 @@ impl Connection {
         self.decoded += end;
         match result {
             Ok(left) => {
-                self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode());
-                self.serving = Some(Serving { tag, slot, nonce, left });
+                self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode(sum));
+                self.serving = Some(Serving { tag, request: sum, slot, nonce, left });
                 (self.at, self.skip) = (0, 0);
             }
-            Err(status) => self.head.extend_from_slice(&Reply { status, tag, total: 0 }.encode()),
+            Err(status) => self.head.extend_from_slice(&Reply { status, tag, total: 0 }.encode(sum)),
         }
         Ok(true)
     }
@@ -257,6 +269,10 @@ impl Connection {
         let of_head = sent.min(head.len());
         self.sent += of_head;
         let data = (sent - of_head) as u64;
+        if let Some(sum) = &mut self.sum {
+            // The bytes are still in the cache.
+            sum.add(&export.memory, &self.spans[self.at..], self.skip, data);
+        }
         *bytes = bytes.saturating_sub(data);
         serving.left = serving.left.saturating_sub(data);
         self.skip += data;
@@ -267,9 +283,11 @@ impl Connection {
             self.at += 1;
         }
         if serving.left == 0 {
-            // Every byte has been copied into the socket, so the word loaded now covers all of them.
+            // Every byte has been copied into the socket, and added to the checksum, so the word loaded now covers all of
+            // them: bytes that changed in between are stale.
             let word = export.still(serving.slot, serving.nonce);
-            let trailer = Trailer { tag: serving.tag, word }.encode();
+            let data = self.sum.as_mut().map_or(0, DataSum::finish);
+            let trailer = Trailer { tag: serving.tag, word, data }.encode(serving.request);
             self.head.clear();
             self.sent = 0;
             self.head.extend_from_slice(&trailer);

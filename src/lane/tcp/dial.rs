@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    frames::{Answer, Challenge, Proof, Verdict},
+    frames::{Answer, Challenge, Options, Proof, Verdict},
     handshake::{Key, Keyed},
     options::tune,
 };
@@ -20,20 +20,28 @@ use crate::lane::LaneError;
 /// Longest time for a connection and its handshake.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection that is ready for requests. It does not block, and is registered with no runtime.
+/// A connection that is ready for requests, and the options that both sides want. It does not block, and is registered with
+/// no runtime.
 pub(super) async fn dial(
     addr: SocketAddr,
     lane: u64,
     key: &Key,
     incarnation: Incarnation,
-) -> Result<OwnedFd, LaneError> {
-    match tokio::time::timeout(TIMEOUT, shake_hands(addr, lane, key, incarnation)).await {
+    options: Options,
+) -> Result<(OwnedFd, Options), LaneError> {
+    match tokio::time::timeout(TIMEOUT, shake_hands(addr, lane, key, incarnation, options)).await {
         Ok(result) => result,
         Err(_) => Err(LaneError::Silent { after: TIMEOUT }),
     }
 }
 
-async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarnation) -> Result<OwnedFd, LaneError> {
+async fn shake_hands(
+    addr: SocketAddr,
+    lane: u64,
+    key: &Key,
+    incarnation: Incarnation,
+    options: Options,
+) -> Result<(OwnedFd, Options), LaneError> {
     let connect = |source: io::Error| LaneError::Connect { to: addr.to_string(), source };
     let refused = |why: &str| Err(LaneError::Refused { why: format!("{addr}: {why}") });
 
@@ -44,8 +52,8 @@ async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarn
 
     let mut random = [0; 32];
     getrandom::fill(&mut random).map_err(|e| LaneError::io("random bytes")(io::Error::other(e)))?;
-    let keyed = Keyed { key, challenge: &challenge, random: &random, lane, incarnation };
-    stream.write_all(&Proof { lane, random, mac: keyed.consumer() }.encode()).await.map_err(connect)?;
+    let keyed = Keyed { key, challenge: &challenge, options, random: &random, lane, incarnation };
+    stream.write_all(&Proof { lane, options, random, mac: keyed.consumer() }.encode()).await.map_err(connect)?;
 
     let mut bytes = [0; Answer::LEN];
     stream.read_exact(&mut bytes).await.map_err(connect)?;
@@ -53,7 +61,11 @@ async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarn
     match answer.verdict {
         Verdict::Welcome if keyed.is_producer(&answer.mac) => {}
         Verdict::Welcome => return refused("it does not have this lane's key: another process has taken the port"),
-        Verdict::Refused => return refused("it does not know this lane: it has restarted, or the session has ended"),
+        Verdict::Refused => {
+            return refused(
+                "it does not know this lane: it has restarted, or the session has ended, or the network changed the handshake",
+            );
+        }
         Verdict::Full => return refused("it is at its limit of data connections: raise limits.lanes there"),
         Verdict::TooLate => {
             return refused("the proof came too late: this host is overloaded, or the network is slow");
@@ -61,5 +73,5 @@ async fn shake_hands(addr: SocketAddr, lane: u64, key: &Key, incarnation: Incarn
     }
     let stream = stream.into_std().map_err(connect)?;
     tune(&stream).map_err(connect)?;
-    Ok(stream.into())
+    Ok((stream.into(), options.both(challenge.options)))
 }

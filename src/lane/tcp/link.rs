@@ -1,8 +1,9 @@
 //! One connection of a lane, on the consumer's side: requests out, replies in.
 //!
 //! Owns the socket and the order of its requests. Data goes from the socket straight into the requested blocks; an
-//! unexpected reply ends the connection before any of its bytes is written. Never waits, and never writes for a request
-//! whose attempt was stopped (promise 4, Quiet).
+//! unexpected reply ends the connection before any of its bytes is written. A chunk whose bytes were changed on their way is
+//! reported as corrupt instead of fenced (promise 1, Exact). Never waits, and never writes for a request whose attempt was
+//! stopped (promise 4, Quiet).
 
 use std::{
     collections::VecDeque,
@@ -16,7 +17,10 @@ use rustix::{
     net::{RecvFlags, SendFlags},
 };
 
-use super::frames::{BadFrame, Entry, Reply, Request, Status, Trailer};
+use super::{
+    frames::{BadFrame, Entry, Options, Reply, Request, Status, Trailer, seal_request},
+    sum::DataSum,
+};
 use crate::memory::{Memory, Span, set_low_water};
 
 /// Most entries of a request: its frame, 64 KiB, fits into a socket buffer, and its reply is long enough.
@@ -29,6 +33,8 @@ const BETWEEN: usize = Trailer::LEN + Reply::LEN;
 /// A request whose reply is incomplete.
 struct Pending {
     tag: u64,
+    /// The request's checksum: its reply's frames are bound to it.
+    sum: u64,
     attempt: Attempt,
     chunk: u32,
     /// Its trailer's word is the chunk's fence.
@@ -58,6 +64,8 @@ pub(super) enum Stop {
     Bound,
     /// A request was refused. The connection goes on.
     Refused(Attempt, Status),
+    /// All of a chunk has come, and bytes of it were changed on their way. The connection goes on.
+    Corrupt(Attempt, u32),
     /// The connection is unusable.
     Lost(Lost),
 }
@@ -97,6 +105,10 @@ pub(super) struct Link {
     frame: [u8; BETWEEN],
     have: usize,
     next_tag: u64,
+    /// The checksum of the received data of the first pending request; `None` if the two sides have not agreed on it.
+    data: Option<DataSum>,
+    /// Chunks of which a reply was changed on its way, until their last reply.
+    corrupt: Vec<(Attempt, u32)>,
     /// Bytes requested and not received.
     pub(super) outstanding: u64,
     /// Whether the owner's epoll waits for room to send.
@@ -106,8 +118,8 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// A connection whose handshake is done. The socket does not block.
-    pub(super) fn new(fd: OwnedFd) -> Self {
+    /// A connection whose handshake is done, and the options in force. The socket does not block.
+    pub(super) fn new(fd: OwnedFd, options: Options) -> Self {
         Self {
             fd,
             out: Vec::new(),
@@ -120,6 +132,8 @@ impl Link {
             frame: [0; BETWEEN],
             have: 0,
             next_tag: 0,
+            data: options.sums().then(DataSum::default),
+            corrupt: Vec::new(),
             outstanding: 0,
             wants_room: false,
             low_water: 1,
@@ -136,6 +150,7 @@ impl Link {
         let tag = self.next_tag;
         self.next_tag += 1;
         let (count, nonce) = (reads.len() as u32, grant.nonce.get());
+        let begin = self.out.len();
         self.out.extend_from_slice(&Request { count, tag, nonce, slot: grant.slot }.encode());
         let mut total = 0;
         for r in reads {
@@ -151,14 +166,16 @@ impl Link {
             self.spans.push_back(Span { segment: r.dst_segment, offset: r.dst_offset, len: r.len });
             total += r.len;
         }
+        let sum = seal_request(&mut self.out, begin);
         self.outstanding += total;
         let spans = reads.len();
-        self.pending.push_back(Pending { tag, attempt, chunk: first.chunk, fence, dead: false, spans, total });
+        self.pending.push_back(Pending { tag, sum, attempt, chunk: first.chunk, fence, dead: false, spans, total });
     }
 
     /// Stops an attempt: from now on its replies are neither written to its blocks nor reported.
     pub(super) fn stop(&mut self, attempt: Attempt) {
         self.pending.iter_mut().filter(|a| a.attempt == attempt).for_each(|a| a.dead = true);
+        self.corrupt.retain(|(a, _)| *a != attempt);
     }
 
     /// Whether a reply to this attempt, not stopped, is outstanding.
@@ -215,10 +232,8 @@ impl Link {
         let mut drained = false;
         loop {
             // First decode what `frame` holds already.
-            match self.decode(out) {
-                Ok(None) => {}
-                Ok(Some((attempt, status))) => return Stop::Refused(attempt, status),
-                Err(lost) => return Stop::Lost(lost),
+            if let Err(stop) = self.decode(out) {
+                return stop;
             }
             if drained {
                 return self.empty();
@@ -297,17 +312,21 @@ impl Link {
         }
         // The ring's first slice may end before the request does: then this call receives less, and no frame.
         let ring = self.spans.as_slices().0;
-        let (mut n, mut bytes) = (0, 0);
-        while n < ring.len().min(front.spans) && n < MOST_SPANS && bytes < bound {
-            bytes += ring[n].len;
-            n += 1;
+        let (mut count, mut bytes) = (0, 0);
+        while count < ring.len().min(front.spans) && count < MOST_SPANS && bytes < bound {
+            bytes += ring[count].len;
+            count += 1;
         }
         let bytes = bytes - self.filled;
         let tail = if bytes == left { &mut self.frame[..room] } else { &mut [] };
         let wanted = bytes + tail.len() as u64;
-        let got = memory.readv_with(self.fd.as_fd(), &ring[..n], self.filled, tail);
+        let got = memory.readv_with(self.fd.as_fd(), &ring[..count], self.filled, tail);
         if let Ok(n) = got {
             let data = (n as u64).min(bytes);
+            if let Some(sum) = &mut self.data {
+                // The bytes are still in the cache.
+                sum.add(memory, &ring[..count], self.filled, data);
+            }
             self.have = n - data as usize;
             self.outstanding = self.outstanding.saturating_sub(data);
             self.due = due_after(left - data);
@@ -327,23 +346,25 @@ impl Link {
         (wanted, got)
     }
 
-    /// Decodes complete heads and trailers in `frame`. Returns a refused request's attempt.
-    fn decode(&mut self, out: &mut Vec<LaneEvent>) -> Result<Option<(Attempt, Status)>, Lost> {
+    /// Decodes complete heads and trailers in `frame`. An error is the owner's to handle before it goes on.
+    fn decode(&mut self, out: &mut Vec<LaneEvent>) -> Result<(), Stop> {
+        let malformed = |e| Stop::Lost(Lost::Malformed(e));
         loop {
             let Some(front) = self.pending.front() else {
                 // Bytes without a request.
-                return if self.have > 0 { Err(Lost::NotDue) } else { Ok(None) };
+                return if self.have > 0 { Err(Stop::Lost(Lost::NotDue)) } else { Ok(()) };
             };
+            let (attempt, chunk, dead) = (front.attempt, front.chunk, front.dead);
             match self.due {
-                Due::Data(_) => return Ok(None),
+                Due::Data(_) => return Ok(()),
                 Due::Head => {
-                    let Some(head) = self.frame[..self.have].first_chunk() else { return Ok(None) };
-                    let head = Reply::decode(head).map_err(Lost::Malformed)?;
+                    let Some(head) = self.frame[..self.have].first_chunk() else { return Ok(()) };
+                    let head = Reply::decode(head, front.sum).map_err(malformed)?;
                     let total = if head.status == Status::Ok { front.total } else { 0 };
                     if head.tag != front.tag || head.total != total {
-                        return Err(Lost::NotDue);
+                        return Err(Stop::Lost(Lost::NotDue));
                     }
-                    let (attempt, dead, asked) = (front.attempt, front.dead, front.total);
+                    let asked = front.total;
                     self.consume(Reply::LEN);
                     if head.status != Status::Ok {
                         self.outstanding = self.outstanding.saturating_sub(asked);
@@ -351,22 +372,40 @@ impl Link {
                         if dead {
                             continue;
                         }
-                        return Ok(Some((attempt, head.status)));
+                        return Err(Stop::Refused(attempt, head.status));
                     }
                     self.due = due_after(total);
                 }
                 Due::Trailer => {
-                    let Some(trailer) = self.frame[..self.have].first_chunk() else { return Ok(None) };
-                    let trailer = Trailer::decode(trailer);
-                    if trailer.tag != front.tag {
-                        return Err(Lost::NotDue);
+                    let Some(trailer) = self.frame[..self.have].first_chunk() else { return Ok(()) };
+                    // A trailer that was changed leaves the stream in step.
+                    let trailer = Trailer::decode(trailer, front.sum).ok();
+                    if trailer.is_some_and(|t| t.tag != front.tag) {
+                        return Err(Stop::Lost(Lost::NotDue));
                     }
-                    if front.fence && !front.dead {
-                        let (attempt, chunk) = (front.attempt, front.chunk);
-                        out.push(LaneEvent::Fence { attempt, chunk, word: trailer.word });
-                    }
+                    let fence = front.fence;
                     self.consume(Trailer::LEN);
                     self.finish();
+                    let data = self.data.as_mut().map(DataSum::finish);
+                    if dead {
+                        continue;
+                    }
+                    let exact = trailer.is_some_and(|t| data.is_none_or(|d| d == t.data));
+                    let before = self.corrupt.iter().position(|c| *c == (attempt, chunk));
+                    if !fence {
+                        if !exact && before.is_none() {
+                            self.corrupt.push((attempt, chunk));
+                        }
+                        continue;
+                    }
+                    before.map(|i| self.corrupt.swap_remove(i));
+                    match trailer {
+                        // The data of a revoked offer may have changed while it was sent: it is stale then, not corrupt.
+                        Some(t) if t.word == 0 || (exact && before.is_none()) => {
+                            out.push(LaneEvent::Fence { attempt, chunk, word: t.word });
+                        }
+                        _ => return Err(Stop::Corrupt(attempt, chunk)),
+                    }
                 }
             }
         }

@@ -27,11 +27,11 @@ use rustix::{
 
 use super::{
     connection::{Connection, Next, Shared},
-    frames::{Challenge, Verdict},
+    frames::{Challenge, Options, Verdict},
     handshake::Key,
     options::tune,
 };
-use crate::memory::Export;
+use crate::{config::TcpConfig, memory::Export};
 
 /// Bytes that a connection may move before the next one's turn.
 const TURN: u64 = 2 << 20;
@@ -86,8 +86,9 @@ impl Server {
         export: Arc<Export>,
         incarnation: Incarnation,
         limits: &Limits,
+        config: &TcpConfig,
     ) -> io::Result<Self> {
-        Self::start_with(bind, export, incarnation, limits, PROOF_TIMEOUT, MOST_PROVING)
+        Self::start_with(bind, export, incarnation, limits, config, PROOF_TIMEOUT, MOST_PROVING)
     }
 
     pub(super) fn start_with(
@@ -95,6 +96,7 @@ impl Server {
         export: Arc<Export>,
         incarnation: Incarnation,
         limits: &Limits,
+        config: &TcpConfig,
         proof_timeout: Duration,
         most_proving: usize,
     ) -> io::Result<Self> {
@@ -113,6 +115,7 @@ impl Server {
             common: common.clone(),
             export,
             incarnation,
+            options: Options::new(config.checksum),
             limit: limits.lanes,
             epoll,
             listener,
@@ -166,6 +169,7 @@ struct Round {
     common: Arc<Common>,
     export: Arc<Export>,
     incarnation: Incarnation,
+    options: Options,
     limit: usize,
     epoll: OwnedFd,
     listener: TcpListener,
@@ -274,7 +278,7 @@ impl Round {
         if tune(&fd).is_err() || getrandom::fill(&mut random).is_err() {
             return;
         }
-        let mut connection = Box::new(Connection::new(fd, Challenge { random }));
+        let mut connection = Box::new(Connection::new(fd, Challenge { options: self.options, random }));
         if self.count >= self.limit {
             connection.refuse(Verdict::Full);
         } else if self.proving.len() >= self.most_proving {

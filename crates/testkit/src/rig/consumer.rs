@@ -25,6 +25,7 @@ pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
     if config.verbs.rails.is_empty() {
         config.verbs.rails = rails(READER_RAILS);
     }
+    config.tcp.checksum |= spec.checksum;
     Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), spec.layout())
         .config(config)
         .build()

@@ -35,6 +35,8 @@ pub struct Spec {
     pub engine_memory: bool,
     pub local: bool,
     pub tcp: bool,
+    /// Checksum the data of tcp lanes.
+    pub checksum: bool,
     /// Rails for verbs. Without any, it does not serve verbs.
     pub rails: Vec<String>,
     pub unclaimed_ms: u64,
@@ -56,6 +58,7 @@ impl Default for Spec {
             engine_memory: false,
             local: true,
             tcp: true,
+            checksum: false,
             rails: rails(SERVED_RAILS),
             unclaimed_ms: 30_000,
             claimed_ms: 10_000,

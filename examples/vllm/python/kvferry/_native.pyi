@@ -45,6 +45,7 @@ class Settings:
         on_wedge: str | None = None,
         fault: str | None = None,
         tls: tuple[bytes, bytes, bytes, str] | None = None,
+        tcp_checksum: bool = False,
     ) -> None: ...
 
 class Producer:

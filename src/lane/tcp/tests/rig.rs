@@ -54,7 +54,9 @@ pub(super) fn filled(layout: &PoolLayout) -> Memory {
 
 impl Rig {
     pub(super) fn new(layout: PoolLayout) -> Self {
-        Self::with(layout, |export, incarnation| Server::start(ANY, export, incarnation, &Limits::default()).unwrap())
+        Self::with(layout, |export, incarnation| {
+            Server::start(ANY, export, incarnation, &Limits::default(), &TcpConfig::default()).unwrap()
+        })
     }
 
     pub(super) fn with(layout: PoolLayout, start: impl FnOnce(Arc<Export>, Incarnation) -> Server) -> Self {

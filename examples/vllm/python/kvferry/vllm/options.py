@@ -47,6 +47,8 @@ class Options:
     tls_key: str | None = None
     tls_ca: str | None = None
     tls_server_name: str = "kvferry"
+    # Checksum the data of TCP lanes, if the other side does too.
+    tcp_checksum: bool = False
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
@@ -99,6 +101,7 @@ class Options:
             on_wedge=self.on_wedge,
             fault=self.fault,
             tls=tls,  # type: ignore[arg-type]
+            tcp_checksum=bool(self.tcp_checksum),
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

@@ -1,10 +1,10 @@
 //! Every setting, with its default and the reason for it.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
-use kvferry_proto::{ChunkSize, LaneKind, LeaseConfig, Limits, SessionConfig};
+use kvferry_proto::{ChunkSize, EngineId, LaneKind, LeaseConfig, Limits, SessionConfig};
 
-use crate::{error::StartError, faults::Faults};
+use crate::{dial_list::DialList, error::StartError, faults::Faults};
 
 /// What to do when a lane wedges: its last teardown stage failed, so a device may still write local blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -199,11 +199,23 @@ pub struct Config {
     pub tcp: TcpConfig,
     /// The verbs lane.
     pub verbs: VerbsConfig,
-    /// Certificates of the control plane; `None`: plain text.
+    /// Certificates; `None`: plain text.
     pub tls: Option<TlsConfig>,
+    /// The engines that this rank offers to and pulls from; empty, the default: every engine. With [`Config::tls`] it is
+    /// enforced, by the engines that a peer's certificate names. Without, it is advice: a peer may claim any engine id.
+    pub engines: Vec<EngineId>,
+    /// The hosts that this rank connects to as a consumer, data servers included; empty, the default: every host. Each is a
+    /// network (`10.1.0.0/16`, `fd00::/8`), an address, a host name, or the end of host names (`.prefill.example`). A host
+    /// name must be listed by name: it is not resolved to see whether its address is. Set it wherever clients reach the
+    /// engine, since a name can come from anywhere: a name that leads elsewhere is refused without a packet.
+    pub dial: Vec<String>,
 }
 
-/// Certificates and keys of one rank, in PEM. Both sides prove their identity. Every field is required; the default is empty.
+/// Certificates and keys of one rank, in PEM. Both sides prove their identity. Every field is required, each of the first
+/// three as bytes or as a file; the default is empty.
+///
+/// A certificate names the engines that it may speak for, as subject alternative names: the URI `kvferry://engine/ID` (`ID`
+/// percent-encoded), or `kvferry://engine/*` for a certificate that a deployment shares. One that names none is refused.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub struct TlsConfig {
@@ -213,8 +225,15 @@ pub struct TlsConfig {
     pub key: Vec<u8>,
     /// The authority that must have signed the peers' certificates, in both directions.
     pub ca: Vec<u8>,
-    /// The name in producers' certificates, whatever their address.
+    /// The name in producers' certificates (a DNS name or an address), whatever their address is.
     pub server_name: String,
+    /// In place of `certificate`: its file. Files are read again within a second of a change, or when the next connection is
+    /// made. Open connections go on. Unusable new files are logged once, and the old ones stay in force.
+    pub certificate_file: Option<PathBuf>,
+    /// In place of `key`: its file.
+    pub key_file: Option<PathBuf>,
+    /// In place of `ca`: its file. It may hold several authorities, so that one can be replaced by another.
+    pub ca_file: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for TlsConfig {
@@ -263,6 +282,9 @@ impl Config {
         }
         if let Err(why) = self.verbs.check() {
             return bad("verbs", why);
+        }
+        if let Err(why) = DialList::new(&self.dial) {
+            return bad("dial", &why);
         }
         Ok(())
     }

@@ -51,3 +51,18 @@ impl StartError {
         move |source| Self::Os { what, source }
     }
 }
+
+/// An error with its sources on one line: the outermost text alone is "transport error".
+pub(crate) fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut inner = error.source();
+    while let Some(e) = inner {
+        let said = e.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        inner = e.source();
+    }
+    text
+}

@@ -61,6 +61,7 @@ mod api;
 mod config;
 mod consumer;
 mod control;
+mod dial_list;
 mod driver;
 mod error;
 mod faults;
@@ -69,6 +70,7 @@ mod memory;
 pub mod metrics;
 mod producer;
 pub mod scheduler;
+mod tls;
 
 pub use config::{Config, LocalConfig, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig};
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};

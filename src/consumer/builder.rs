@@ -24,6 +24,7 @@ use crate::{
     driver::{mailbox::Mailbox, runtime::Runtime, thread},
     error::StartError,
     memory::Memory,
+    tls::TlsIdentity,
 };
 
 /// Builds a [`Consumer`].
@@ -70,6 +71,7 @@ impl Builder {
         self.shard.check().map_err(|why| StartError::Config { field: "shard", why: why.into() })?;
         self.config.check()?;
         let memory = Memory::for_layout(self.memory, &self.layout)?;
+        let tls = self.config.tls.as_ref().map(|t| TlsIdentity::new(t, Some(&self.engine))).transpose()?;
         let me = PeerId { engine: self.engine, rank: self.rank, incarnation: Incarnation::random() };
         let runtime = Runtime::start("kvferry-control").map_err(StartError::os("cannot start the control thread"))?;
         let mailbox = Mailbox::new().map_err(StartError::os("cannot create an eventfd"))?;
@@ -91,6 +93,7 @@ impl Builder {
             Arc::new(ToPuller(mailbox.clone())),
             Arc::new(Connector::new(memory.clone(), &self.config)),
             sessions.clone(),
+            tls,
         );
         let waits = Waits { first: self.config.pull.look_min, longest: self.config.pull.look_max };
         let puller = Puller::new(layout.clone(), self.shard, self.config.limits.blocks_per_offer, waits);

@@ -12,7 +12,11 @@ use kvferry_proto::{LaneKind, hello::Welcome};
 
 use crate::{
     config::{Config, LocalConfig, TcpConfig},
-    control::lanes::{Connecting, LaneConnector, Prepared, Preparing},
+    control::{
+        dial::not_listed,
+        lanes::{Connecting, LaneConnector, Prepared, Preparing},
+    },
+    dial_list::DialList,
     faults::Faults,
     lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
     memory::Memory,
@@ -23,6 +27,7 @@ pub(super) struct Connector {
     memory: Memory,
     local: LocalConfig,
     tcp: TcpConfig,
+    dial: DialList,
     faults: Option<Faults>,
     /// Lanes connected so far.
     lanes: AtomicU32,
@@ -40,6 +45,8 @@ impl Connector {
             memory,
             local: config.local.clone(),
             tcp: config.tcp.clone(),
+            // `Config::check` has refused a malformed list.
+            dial: DialList::new(&config.dial).unwrap_or_default(),
             faults: config.pull.faults.clone(),
             lanes: AtomicU32::new(0),
         }
@@ -82,6 +89,9 @@ impl LaneConnector for Connector {
             let lane = match ticket {
                 LaneTicket::Tcp { host, port, lane, key } => {
                     let addr = match host {
+                        Some(host) if !self.dial.allows(&host) => {
+                            return Err(LaneError::NoPath { what: not_listed(&host).to_string() });
+                        }
                         Some(host) => resolve(&host, port).await?,
                         None => SocketAddr::new(peer.ip(), port),
                     };

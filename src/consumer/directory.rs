@@ -6,7 +6,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use kvferry_proto::{
@@ -23,12 +23,15 @@ use crate::{
     config::Config,
     control::{
         client::{PeerHandle, PeerTask},
+        dial::not_listed,
         events::{Connected, Events},
     },
+    dial_list::DialList,
     driver::{
         mailbox::Mailbox,
         thread::{Mail, Peers},
     },
+    tls::TlsIdentity,
 };
 
 /// Whether each peer's session is up.
@@ -56,6 +59,10 @@ pub(super) struct Directory {
     events: Arc<dyn Events>,
     connector: Arc<Connector>,
     sessions: Arc<Sessions>,
+    tls: Option<Arc<TlsIdentity>>,
+    dial: DialList,
+    /// When a refused name was last logged.
+    told: Option<Instant>,
     peers: HashMap<Addr, Known>,
 }
 
@@ -73,8 +80,11 @@ impl Directory {
         events: Arc<dyn Events>,
         connector: Arc<Connector>,
         sessions: Arc<Sessions>,
+        tls: Option<Arc<TlsIdentity>>,
     ) -> Self {
-        Self { handle, hello, config, events, connector, sessions, peers: HashMap::new() }
+        // `Config::check` has refused a malformed list.
+        let dial = DialList::new(&config.dial).unwrap_or_default();
+        Self { handle, hello, config, events, connector, sessions, tls, dial, told: None, peers: HashMap::new() }
     }
 
     /// Whether this peer is unknown and the limit of known peers is reached.
@@ -91,6 +101,7 @@ impl Directory {
                 self.config.clone(),
                 self.events.clone(),
                 self.connector.clone(),
+                self.tls.clone(),
             );
             self.sessions.add(handle.up());
             Known { handle, used: Instant::now() }
@@ -102,6 +113,15 @@ impl Directory {
 
 impl Peers for Directory {
     fn claim(&mut self, peer: &Addr, want: Want) {
+        // Before a task is made: such names must not fill the list of peers.
+        if !self.dial.allows_addr(peer) {
+            // Such names come from clients: one line a minute is enough.
+            if self.told.is_none_or(|at| at.elapsed() >= Duration::from_secs(60)) {
+                self.told = Some(Instant::now());
+                tracing::warn!(error = %not_listed(peer), "refused a name");
+            }
+            return self.events.lost(want.claim, Cause::Refused);
+        }
         if self.is_full(peer) {
             let limit = self.config.limits.peers;
             tracing::warn!(%peer, limit, "the limit of known peers is reached: raise limits.peers");
@@ -112,7 +132,7 @@ impl Peers for Directory {
 
     fn release(&mut self, peer: &Addr, expect: Incarnation, release: Release) {
         // A peer over the limit has no claim of ours to release; a release without a claim is left to the lease.
-        if !self.is_full(peer) {
+        if !self.is_full(peer) && self.dial.allows_addr(peer) {
             self.peer(peer).release(expect, release);
         }
     }

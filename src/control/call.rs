@@ -13,7 +13,7 @@ use super::{
     host, proto,
     wire::ReleaseWanted,
 };
-use crate::config::Config;
+use crate::{config::Config, error::StartError, tls::TlsIdentity};
 
 /// A call that failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -68,7 +68,13 @@ impl Caller {
 
     /// Says Hello, as `me`.
     pub async fn hello(&self, addr: &str, me: &Hello) -> Result<Welcome, HelloError> {
-        Ok(Dialer::new(addr.into(), &self.config).hello(me).await?.1)
+        Ok(self.dialer(addr)?.hello(me).await?.1)
+    }
+
+    fn dialer(&self, addr: &str) -> Result<Dialer, HelloError> {
+        let unusable = |e: StartError| HelloError::Refused { addr: addr.into(), why: e.to_string() };
+        let tls = self.config.tls.as_ref().map(|t| TlsIdentity::new(t, None)).transpose().map_err(unusable)?;
+        Ok(Dialer::new(addr.into(), &self.config, tls))
     }
 
     /// Releases an offer at the rank that serves `addr`, on behalf of `from`. `expect`: the incarnation that offered, if it
@@ -83,7 +89,7 @@ impl Caller {
         let request = proto::ReleaseRequest::from(&ReleaseWanted { from, offer, expect });
         let reply = self
             .call(addr, async {
-                let connection = Dialer::new(addr.into(), &self.config).connect().await?;
+                let connection = self.dialer(addr)?.connect().await?;
                 connection.ferry().release(request).await.map_err(|s| refused(addr, &s))
             })
             .await?;

@@ -25,7 +25,7 @@ use tokio::{
     sync::mpsc::{self, UnboundedReceiver, UnboundedSender},
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{Response, Status, Streaming};
+use tonic::{Code, Response, Status, Streaming};
 
 use super::{
     dial::{Connection, Dialer, random, said},
@@ -33,7 +33,7 @@ use super::{
     lanes::{LaneCall, LaneConnector, Skipped},
     proto,
 };
-use crate::config::Config;
+use crate::{config::Config, tls::TlsIdentity};
 
 /// Shortest time between two ticks of the machine, whose times are not finer than this.
 const TICK: Duration = Duration::from_millis(1);
@@ -158,6 +158,15 @@ enum Event {
     Time,
 }
 
+/// The cause for claims of a session that the peer refused to open, if asking again soon changes nothing.
+fn refused(status: &Status) -> Option<Cause> {
+    match status.code() {
+        Code::ResourceExhausted => Some(Cause::Limit),
+        Code::PermissionDenied => Some(Cause::Refused),
+        _ => None,
+    }
+}
+
 /// The result of the running dial. Waits indefinitely while no dial is running.
 async fn dialled<T>(dialing: &mut Option<BoxFuture<T>>) -> T {
     let Some(dial) = dialing else { return std::future::pending().await };
@@ -176,6 +185,7 @@ impl PeerTask {
         config: Arc<Config>,
         events: Arc<dyn Events>,
         connector: Arc<dyn LaneConnector>,
+        tls: Option<Arc<TlsIdentity>>,
     ) -> PeerHandle {
         let (tx, commands) = mpsc::unbounded_channel();
         let up = Arc::new(AtomicBool::new(false));
@@ -185,7 +195,7 @@ impl PeerTask {
             let machine = PeerSession::new(now, me.peer.clone(), config.session.clone(), Box::new(random));
             let task = Self {
                 up: says,
-                dialer: Dialer::new(addr.clone(), &config),
+                dialer: Dialer::new(addr.clone(), &config, tls),
                 machine,
                 commands,
                 orphan: false,
@@ -251,7 +261,13 @@ impl PeerTask {
                 Ok(frame) => self.machine.handle(now, session::In::Frame(self.number, frame)),
                 Err(what) => self.broke(now, &format!("malformed message from the peer: {what}")),
             },
-            Event::Frame(Err(Some(status))) => self.broke(now, &said(&status)),
+            Event::Frame(Err(Some(status))) => match refused(&status) {
+                Some(cause) if !self.machine.is_up() => {
+                    self.note_break(now, &said(&status));
+                    self.machine.handle(now, session::In::Refused(self.number, cause));
+                }
+                _ => self.broke(now, &said(&status)),
+            },
             Event::Frame(Err(None)) => self.broke(now, "the peer ended it"),
             Event::Time => {
                 self.ticked = now;
@@ -275,6 +291,11 @@ impl PeerTask {
     }
 
     fn broke(&mut self, now: Instant, why: &str) {
+        self.note_break(now, why);
+        self.machine.handle(now, session::In::Broken(self.number));
+    }
+
+    fn note_break(&mut self, now: Instant, why: &str) {
         self.stream = SessionStream::Closed;
         self.frames = None;
         if self.breaks.is_news(now, why) {
@@ -284,7 +305,6 @@ impl PeerTask {
                 why, "session broke"
             );
         }
-        self.machine.handle(now, session::In::Broken(self.number));
     }
 
     fn carry_out(&mut self) {

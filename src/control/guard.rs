@@ -1,4 +1,4 @@
-//! The connections of a server: a limit on their number, a time limit for the first call of each, and a way to close one.
+//! The connections of a server: limits on their number, a time limit for the first call of each, and a way to close one.
 //! A stranger at the port costs a bounded number of connections for a bounded time (promise 7).
 
 use std::{
@@ -7,7 +7,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -15,34 +15,52 @@ use std::{
 };
 
 use futures_core::Stream;
+use kvferry_proto::PeerId;
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     time::Sleep,
 };
-use tonic::transport::server::Connected;
+
+use super::{
+    io::Conn,
+    owners::Secret,
+    peer::{Counts, PeerKey, RefusalLog},
+    refusal::Refusal,
+};
+use crate::tls::{EngineNames, TlsIdentity};
 
 /// Wait after an accept that failed for lack of descriptors or memory: an immediate retry would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections of a peer over its share that are kept until their first call, which hears the limit. More are closed at once.
+const OVER: usize = 16;
 
 /// All connections of one server.
 pub(crate) struct Guard {
     limit: usize,
+    per_peer: usize,
     held: Mutex<Held>,
+    pub(crate) log: RefusalLog,
 }
 
 #[derive(Default)]
 struct Held {
     next: u64,
     conns: HashMap<u64, Arc<ConnState>>,
+    by_peer: Counts,
     /// Connections turned away since the last accepted one.
     turned_away: u64,
 }
 
 impl Guard {
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit: limit.max(1), held: Mutex::default() })
+    /// `limit`: most connections; `per_peer`: of one peer.
+    pub(crate) fn new(limit: usize, per_peer: usize) -> Arc<Self> {
+        Arc::new(Self {
+            limit: limit.max(1),
+            per_peer: per_peer.max(1),
+            held: Mutex::default(),
+            log: RefusalLog::default(),
+        })
     }
 
     #[cfg(test)]
@@ -50,8 +68,9 @@ impl Guard {
         self.held.lock().conns.len()
     }
 
-    /// Admits a connection; `None`: the limit is reached.
-    fn admit(self: &Arc<Self>, io: TcpStream, from: SocketAddr) -> Option<Conn> {
+    /// Admits a connection; `None`: a limit is reached.
+    fn admit(self: &Arc<Self>, from: SocketAddr) -> Option<(u64, Arc<ConnState>)> {
+        let peer = PeerKey::new(from.ip(), None);
         let mut held = self.held.lock();
         if held.conns.len() >= self.limit {
             held.turned_away += 1;
@@ -60,18 +79,58 @@ impl Guard {
             }
             return None;
         }
+        let of_peer = held.by_peer.of(&peer);
+        if of_peer >= self.per_peer {
+            self.log.refused(Instant::now(), &peer, "connections", &self.share(&peer));
+        }
+        if of_peer >= self.per_peer.saturating_add(OVER) {
+            return None;
+        }
         held.turned_away = 0;
         let number = held.next;
         held.next += 1;
-        let state = Arc::new(ConnState {
-            from,
-            accepted: Instant::now(),
-            called: AtomicBool::new(false),
-            dead: AtomicBool::new(false),
-            reader: Mutex::new(None),
-        });
+        let state = Arc::new(ConnState::new(from));
+        state.over.store(of_peer >= self.per_peer, Ordering::Relaxed);
+        held.by_peer.add(&peer);
         held.conns.insert(number, state.clone());
-        Some(Conn { io, number, state, guard: self.clone() })
+        Some((number, state))
+    }
+
+    fn share(&self, peer: &PeerKey) -> Refusal {
+        let peer = peer.clone();
+        Refusal::Share { what: "connections", peer, limit: self.per_peer, setting: "limits.connections_per_peer" }
+    }
+
+    /// The connection's certificate is verified: from now on it counts as its peer's.
+    pub(super) fn identified(&self, conn: &ConnState, engines: EngineNames) {
+        let mut held = self.held.lock();
+        held.by_peer.remove(&conn.peer(), 1);
+        // A handshake comes once.
+        let _ = conn.engines.set(Arc::new(engines));
+        let peer = conn.peer();
+        let over = held.by_peer.of(&peer) >= self.per_peer;
+        held.by_peer.add(&peer);
+        conn.over.store(over, Ordering::Relaxed);
+        if over {
+            self.log.refused(Instant::now(), &peer, "connections", &self.share(&peer));
+        }
+    }
+
+    /// The connection is gone.
+    pub(super) fn dropped(&self, number: u64) {
+        let mut held = self.held.lock();
+        if let Some(conn) = held.conns.remove(&number) {
+            held.by_peer.remove(&conn.peer(), 1);
+        }
+    }
+
+    /// Records a call. Refuses it on a connection over its peer's share.
+    pub(crate) fn called(&self, conn: &ConnState) -> Result<(), Refusal> {
+        if conn.over.load(Ordering::Relaxed) {
+            return Err(self.share(&conn.peer()));
+        }
+        conn.called.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Closes connections that have made no call within `limit` of their accept.
@@ -82,6 +141,7 @@ impl Guard {
                 c.kill();
             }
         }
+        self.log.sweep(now);
     }
 
     pub(crate) fn kill_all(&self) {
@@ -98,19 +158,59 @@ impl Guard {
 pub(crate) struct ConnState {
     from: SocketAddr,
     accepted: Instant,
+    /// It made a call: its peer speaks the protocol.
     called: AtomicBool,
+    /// It is over its peer's share.
+    over: AtomicBool,
     dead: AtomicBool,
-    reader: Mutex<Option<Waker>>,
+    /// The engines that its certificate names, once that is verified.
+    engines: OnceLock<Arc<EngineNames>>,
+    /// The consumer whose Hello came on it, with that Hello's secret.
+    hello: Mutex<Option<(PeerId, Secret)>>,
+    pub(super) reader: Mutex<Option<Waker>>,
 }
 
 impl ConnState {
-    /// The connection made a call: its peer speaks the protocol.
-    pub(crate) fn called(&self) {
-        self.called.store(true, Ordering::Relaxed);
+    fn new(from: SocketAddr) -> Self {
+        Self {
+            from,
+            accepted: Instant::now(),
+            called: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            dead: AtomicBool::new(false),
+            engines: OnceLock::new(),
+            hello: Mutex::default(),
+            reader: Mutex::default(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_test() -> Arc<Self> {
+        Arc::new(Self::new(SocketAddr::from(([127, 0, 0, 1], 1))))
     }
 
     pub(crate) fn from(&self) -> SocketAddr {
         self.from
+    }
+
+    /// The peer that it counts for.
+    pub(crate) fn peer(&self) -> PeerKey {
+        PeerKey::new(self.from.ip(), self.engines.get())
+    }
+
+    /// The engines that its certificate names; `None`: it is not encrypted.
+    pub(crate) fn engines(&self) -> Option<&EngineNames> {
+        self.engines.get().map(Arc::as_ref)
+    }
+
+    /// A consumer said Hello on it.
+    pub(crate) fn greeted(&self, consumer: PeerId, secret: Secret) {
+        *self.hello.lock() = Some((consumer, secret));
+    }
+
+    /// The secret of the Hello that this consumer said on it.
+    pub(crate) fn hello_of(&self, consumer: &PeerId) -> Option<Secret> {
+        self.hello.lock().as_ref().filter(|(c, _)| c == consumer).map(|(_, s)| *s)
     }
 
     /// Closes the connection and every stream on it.
@@ -122,7 +222,7 @@ impl ConnState {
         }
     }
 
-    fn check(&self) -> io::Result<()> {
+    pub(super) fn check(&self) -> io::Result<()> {
         if self.dead.load(Ordering::Acquire) {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "closed by this side"));
         }
@@ -131,80 +231,30 @@ impl ConnState {
 }
 
 #[derive(Clone)]
-pub(crate) struct ConnInfo(pub(crate) Arc<ConnState>);
-
-/// An accepted connection.
-pub(crate) struct Conn {
-    io: TcpStream,
-    number: u64,
-    state: Arc<ConnState>,
-    guard: Arc<Guard>,
-}
-
-impl Drop for Conn {
-    fn drop(&mut self) {
-        self.guard.held.lock().conns.remove(&self.number);
-    }
-}
-
-impl Connected for Conn {
-    type ConnectInfo = ConnInfo;
-    fn connect_info(&self) -> ConnInfo {
-        ConnInfo(self.state.clone())
-    }
-}
-
-impl AsyncRead for Conn {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.state.check()?;
-        let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        if read.is_pending() {
-            let mut reader = self.state.reader.lock();
-            match &mut *reader {
-                Some(w) => w.clone_from(cx.waker()),
-                none => *none = Some(cx.waker().clone()),
-            }
-            drop(reader);
-            // `kill` may have come before the waker.
-            self.state.check()?;
-        }
-        read
-    }
-}
-
-impl AsyncWrite for Conn {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.state.check()?;
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.state.check()?;
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
+pub(crate) struct ConnInfo {
+    pub(crate) state: Arc<ConnState>,
+    pub(crate) guard: Arc<Guard>,
 }
 
 /// Accepts connections for a server. Never ends by itself, and never spins on a failing accept.
 pub(crate) struct Incoming {
-    pub(crate) listener: TcpListener,
-    pub(crate) guard: Arc<Guard>,
-    pub(crate) pause: Option<Pin<Box<Sleep>>>,
+    listener: TcpListener,
+    guard: Arc<Guard>,
+    tls: Option<Arc<TlsIdentity>>,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl Incoming {
+    pub(crate) fn new(listener: TcpListener, guard: Arc<Guard>, tls: Option<Arc<TlsIdentity>>) -> Self {
+        Self { listener, guard, tls, pause: None }
+    }
+
+    fn accepted(&self, io: TcpStream, from: SocketAddr) -> Option<Conn> {
+        // Without this, small frames wait for each other.
+        let _ = io.set_nodelay(true);
+        let (number, state) = self.guard.admit(from)?;
+        Some(Conn::new(io, self.tls.as_deref(), number, ConnInfo { state, guard: self.guard.clone() }))
+    }
 }
 
 impl Stream for Incoming {
@@ -218,9 +268,7 @@ impl Stream for Incoming {
             }
             match ready!(self.listener.poll_accept(cx)) {
                 Ok((io, from)) => {
-                    // Without this, small frames wait for each other.
-                    let _ = io.set_nodelay(true);
-                    if let Some(conn) = self.guard.admit(io, from) {
+                    if let Some(conn) = self.accepted(io, from) {
                         return Poll::Ready(Some(Ok(conn)));
                     }
                 }
@@ -231,18 +279,5 @@ impl Stream for Incoming {
                 }
             }
         }
-    }
-}
-
-#[cfg(test)]
-impl ConnState {
-    pub(crate) fn for_test() -> Arc<Self> {
-        Arc::new(Self {
-            from: SocketAddr::from(([127, 0, 0, 1], 1)),
-            accepted: Instant::now(),
-            called: AtomicBool::new(false),
-            dead: AtomicBool::new(false),
-            reader: Mutex::new(None),
-        })
     }
 }

@@ -111,7 +111,7 @@ impl LaneCall {
             match failed {
                 Ok(lane) => return Connected { incarnation, need, lane: Ok(lane) },
                 Err((why, c)) => {
-                    if c == Cause::Unreachable {
+                    if matches!(c, Cause::Unreachable | Cause::Limit) {
                         cause = c;
                     }
                     if self.skipped.first(incarnation, kind) {
@@ -178,6 +178,7 @@ impl LaneCall {
                 // The peer is gone or has restarted; the session finds out which.
                 Code::Unavailable | Code::FailedPrecondition | Code::Cancelled | Code::Unknown => Cause::Unreachable,
                 Code::Aborted => Cause::Unreachable,
+                Code::ResourceExhausted => Cause::Limit,
                 _ => Cause::LaneFailed,
             };
             Failure { why: said(&s), cause, not_yet: s.code() == Code::Aborted }

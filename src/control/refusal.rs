@@ -3,6 +3,8 @@
 use kvferry_proto::Incarnation;
 use tonic::{Code, Status};
 
+use super::peer::PeerKey;
+
 /// A refusal; its text goes to the peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -29,6 +31,21 @@ pub(crate) enum Refusal {
         /// The limit.
         limit: usize,
     },
+    /// The peer's share of a limit is used up. RESOURCE_EXHAUSTED.
+    #[error("too many {what} from this peer ({peer}): its share here is {limit}; raise {setting} if it needs more")]
+    Share {
+        /// The limited thing.
+        what: &'static str,
+        /// The peer.
+        peer: PeerKey,
+        /// Its share.
+        limit: usize,
+        /// The setting's name.
+        setting: &'static str,
+    },
+    /// The peer may not do this. PERMISSION_DENIED.
+    #[error("{0}")]
+    Denied(String),
     /// Not served by this producer. UNIMPLEMENTED.
     #[error("{what} is not served here")]
     Unsupported {
@@ -41,12 +58,22 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
+    /// The kind of this refusal in the log, if it is logged for each peer: repeated ones share a line.
+    pub(crate) fn logged_as(&self) -> Option<&'static str> {
+        match self {
+            Self::Limit { what, .. } | Self::Share { what, .. } => Some(what),
+            Self::Denied(_) => Some("denied"),
+            _ => None,
+        }
+    }
+
     /// The status for the peer.
     pub(crate) fn status(&self) -> Status {
         let code = match self {
             Self::OtherIncarnation { .. } | Self::Precondition(_) => Code::FailedPrecondition,
             Self::NotYet(_) => Code::Aborted,
-            Self::Limit { .. } => Code::ResourceExhausted,
+            Self::Limit { .. } | Self::Share { .. } => Code::ResourceExhausted,
+            Self::Denied(_) => Code::PermissionDenied,
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::Stopping => Code::Unavailable,
         };

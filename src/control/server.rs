@@ -24,9 +24,12 @@ use super::{
     health,
     proto::{DESCRIPTORS, ferry_server::FerryServer},
     service::{FerryService, Hub},
-    tls,
 };
-use crate::{config::Config, error::StartError};
+use crate::{
+    config::Config,
+    error::{StartError, with_sources},
+    tls::TlsIdentity,
+};
 
 /// Additional gRPC services on the control plane's port.
 #[derive(Default)]
@@ -63,12 +66,13 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// Serves on `listener`, on the runtime of `handle`, with the certificates, limits and times of `config`.
+    /// Serves on `listener`, on the runtime of `handle`, with the certificates of `tls`, and the limits and times of `config`.
     pub(crate) fn start(
         handle: &Handle,
         listener: TcpListener,
         desk: Arc<dyn Desk>,
         config: &Config,
+        tls: Option<Arc<TlsIdentity>>,
         extra: Option<Extra>,
     ) -> Result<Self, StartError> {
         let addr = listener.local_addr().map_err(StartError::os("cannot learn the listening address"))?;
@@ -79,20 +83,17 @@ impl Server {
                 .map_err(StartError::os("cannot register the listening socket"))?
         };
         // A consumer that dials again holds two connections for a moment; health and reflection need a few more.
-        let guard = Guard::new(config.limits.sessions.saturating_mul(2).saturating_add(64));
+        let limits = &config.limits;
+        let guard = Guard::new(limits.sessions.saturating_mul(2).saturating_add(64), limits.connections_per_peer);
         let hub = Hub::new(desk, guard.clone(), config);
 
-        let mut builder = tonic::transport::Server::builder()
+        let builder = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(config.session.idle_heartbeat))
             .http2_keepalive_timeout(Some(config.session.down))
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(STREAMS)
             .http2_max_header_list_size(16 << 10);
-        if let Some(t) = &config.tls {
-            let with_tls = tls::server(t, config.session.hello_timeout)?;
-            builder = builder.tls_config(with_tls).map_err(|e| StartError::Tls(tls::why(&e)))?;
-        }
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let frame = config.limits.frame_bytes;
         let ferry = FerryServer::new(FerryService(hub.clone()))
@@ -121,7 +122,7 @@ impl Server {
         let mut good = health::watch();
         let (done, _running) = watch::channel(());
         let inner = hub.clone();
-        let incoming = Incoming { listener, guard: guard.clone(), pause: None };
+        let incoming = Incoming::new(listener, guard.clone(), tls.clone());
         let mut signal = stop.subscribe();
         handle.spawn(async move {
             let _done = done;
@@ -139,11 +140,16 @@ impl Server {
                 tokio::select! {
                     served = &mut serve => {
                         if let Err(e) = served {
-                            tracing::error!(%addr, error = tls::why(&e), "the control server failed");
+                            tracing::error!(%addr, error = with_sources(&e), "the control server failed");
                         }
                         break;
                     }
-                    _ = sweep.tick() => inner.sweep(Instant::now()),
+                    _ = sweep.tick() => {
+                        inner.sweep(Instant::now());
+                        if let Some(tls) = &tls {
+                            tls.look();
+                        }
+                    }
                     Ok(()) = good.changed() => {
                         let now = *good.borrow_and_update();
                         report(&reporter, now).await;
@@ -221,10 +227,10 @@ async fn report(reporter: &tonic_health::server::HealthReporter, good: bool) {
     reporter.set_service_status(FERRY, status).await;
 }
 
-/// Records that the connection made a call, so that the sweep keeps it.
+/// Records that the connection made a call, so that the sweep keeps it; refuses one over its peer's share.
 fn note_call(request: Request<()>) -> Result<Request<()>, Status> {
-    if let Some(ConnInfo(conn)) = request.extensions().get() {
-        conn.called();
+    if let Some(ConnInfo { state, guard }) = request.extensions().get() {
+        guard.called(state).map_err(|r| r.status())?;
     }
     Ok(request)
 }

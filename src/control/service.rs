@@ -13,7 +13,9 @@ use std::{
 };
 
 use futures_core::Stream;
-use kvferry_proto::{ClientBody, ClientFrame, LaneKind, PeerId, ServerBody, ServerFrame, hello::Hello};
+use kvferry_proto::{
+    ClientBody, ClientFrame, EngineId, Incarnation, LaneKind, PeerId, ServerBody, ServerFrame, hello::Hello,
+};
 use parking_lot::Mutex;
 use tonic::{Code, Request, Response, Status, Streaming};
 
@@ -21,11 +23,13 @@ use super::{
     desk::{Desk, SessionId},
     guard::{ConnInfo, ConnState, Guard},
     outbox::{FrameQueue, Next, Outbox},
+    owners::{Owners, Secret},
+    peer::{Counts, PeerKey},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
-use crate::config::Config;
+use crate::{config::Config, tls::NAMELESS};
 
 /// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
@@ -35,8 +39,12 @@ pub(crate) struct Hub {
     desk: Arc<dyn Desk>,
     guard: Arc<Guard>,
     sessions: Mutex<Sessions>,
-    /// Most session streams, including those without an Open.
+    owners: Mutex<Owners>,
+    /// The engines that may speak to this rank; empty: all.
+    engines: Vec<EngineId>,
+    /// Most session streams, including those without an Open, and most of one peer.
     limit: usize,
+    per_peer: usize,
     frame_bytes: usize,
     open_within: Duration,
     silence: Duration,
@@ -48,6 +56,7 @@ pub(crate) struct Hub {
 struct Sessions {
     next: u64,
     live: HashMap<u64, Arc<FrameQueue>>,
+    by_peer: Counts,
 }
 
 impl Hub {
@@ -57,7 +66,10 @@ impl Hub {
             desk,
             guard,
             sessions: Mutex::default(),
+            owners: Mutex::new(Owners::new(config.lease.claimed)),
+            engines: config.engines.clone(),
             limit: config.limits.sessions.saturating_mul(2).max(1),
+            per_peer: config.limits.sessions_per_peer,
             frame_bytes: config.limits.frame_bytes,
             open_within,
             silence: config.session.silence,
@@ -84,6 +96,7 @@ impl Hub {
     /// Ends sessions and connections that are silent, half open or not read.
     pub(crate) fn sweep(&self, now: Instant) {
         self.guard.sweep(now, self.open_within);
+        self.owners.lock().sweep(now);
         for q in self.queues() {
             q.sweep(now, self.open_within, self.silence, self.linger);
         }
@@ -110,15 +123,70 @@ impl Hub {
         if self.stopping.load(Ordering::Acquire) {
             return Err(Refusal::Stopping.status());
         }
+        let peer = conn.peer();
+        let (held, limit) = (sessions.by_peer.of(&peer), self.per_peer);
+        if held >= limit {
+            let setting = "limits.sessions_per_peer";
+            return Err(self.refuse(&conn, Refusal::Share { what: "sessions", peer, limit, setting }));
+        }
         if sessions.live.len() >= self.limit {
-            return Err(Refusal::Limit { what: "sessions", limit: self.limit }.status());
+            return Err(self.refuse(&conn, Refusal::Limit { what: "sessions", limit: self.limit }));
         }
         let number = sessions.next;
         sessions.next += 1;
-        let queue = FrameQueue::new(conn);
+        let queue = FrameQueue::new(conn.clone());
         sessions.live.insert(number, queue.clone());
-        Ok(Session { inbound: Some(inbound), queue, number, opened: None, hub: self.clone() })
+        sessions.by_peer.add(&peer);
+        Ok(Session { inbound: Some(inbound), queue, number, conn, peer, opened: None, hub: self.clone() })
     }
+
+    /// Logs a refusal once a minute for each peer and kind.
+    fn refuse(&self, conn: &ConnState, refusal: Refusal) -> Status {
+        if let Some(kind) = refusal.logged_as() {
+            self.guard.log.refused(Instant::now(), &conn.peer(), kind, &refusal);
+        }
+        refusal.status()
+    }
+
+    /// Checks that the peer behind a connection may speak for an engine (`None`: for any one), and that the engine is allowed
+    /// here.
+    fn check_engine(&self, conn: &ConnState, engine: Option<&EngineId>) -> Result<(), Refusal> {
+        if let Some(names) = conn.engines() {
+            let named = match engine {
+                Some(engine) => names.check(engine),
+                None if names.is_empty() => Err(NAMELESS.into()),
+                None => Ok(()),
+            };
+            named.map_err(|why| Refusal::Denied(format!("this certificate {why}")))?;
+        }
+        match engine {
+            Some(engine) if !self.engines.is_empty() && !self.engines.contains(engine) => {
+                Err(Refusal::Denied(format!("engine {engine:?} is not in this rank's list of engines")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that a consumer may open a session or request a lane on a connection: it said Hello on it, and nobody else
+    /// owns its incarnation. Returns the secret of that Hello.
+    fn check_consumer(&self, conn: &ConnState, from: &PeerId) -> Result<Secret, Refusal> {
+        self.check_engine(conn, Some(&from.engine))?;
+        let secret = conn.hello_of(from).ok_or_else(|| {
+            Refusal::Denied(format!(
+                "incarnation {} of engine {:?} has not said Hello on this connection: a session and its lanes belong to \
+                 the connection that did",
+                from.incarnation, from.engine
+            ))
+        })?;
+        self.owners.lock().check(from, &secret)?;
+        Ok(secret)
+    }
+}
+
+/// The connection of a request.
+fn conn<T>(request: &Request<T>) -> Result<Arc<ConnState>, Status> {
+    let info = request.extensions().get::<ConnInfo>();
+    info.map(|i| i.state.clone()).ok_or_else(|| Status::internal("unknown connection"))
 }
 
 fn invalid(e: BadMessage) -> Status {
@@ -130,9 +198,23 @@ pub(crate) struct FerryService(pub(crate) Arc<Hub>);
 #[tonic::async_trait]
 impl Ferry for FerryService {
     async fn hello(&self, request: Request<proto::HelloRequest>) -> Result<Response<proto::HelloReply>, Status> {
-        let hello = Hello::try_from(request.into_inner()).map_err(invalid)?;
-        let result = match self.0.desk.hello(&hello) {
-            Ok(welcome) => proto::hello_reply::Result::Welcome((&welcome).into()),
+        let conn = conn(&request)?;
+        let request = request.into_inner();
+        let secret = match &*request.secret {
+            // Only this connection will ever show it.
+            [] => Secret::random().map_err(Status::internal)?,
+            bytes => {
+                Secret::from_wire(bytes).ok_or_else(|| Status::invalid_argument("secret: is not 16 bytes long"))?
+            }
+        };
+        let hello = Hello::try_from(request).map_err(invalid)?;
+        let allowed = self.0.check_engine(&conn, Some(&hello.peer.engine));
+        allowed.and_then(|()| self.0.owners.lock().check(&hello.peer, &secret)).map_err(|r| self.0.refuse(&conn, r))?;
+        let result = match self.0.desk.hello(&hello, &conn.peer()) {
+            Ok(welcome) => {
+                conn.greeted(hello.peer, secret);
+                proto::hello_reply::Result::Welcome((&welcome).into())
+            }
             Err(mismatch) => {
                 tracing::warn!(peer = %hello.peer.engine, incarnation = %hello.peer.incarnation, %mismatch, "refused a consumer");
                 proto::hello_reply::Result::Mismatch(mismatch.into())
@@ -142,37 +224,41 @@ impl Ferry for FerryService {
     }
 
     async fn connect_lane(&self, request: Request<proto::LaneRequest>) -> Result<Response<proto::LaneReply>, Status> {
+        let conn = conn(&request)?;
         let wanted = LaneWanted::try_from(request.into_inner()).map_err(invalid)?;
+        self.0.check_consumer(&conn, &wanted.from).map_err(|r| self.0.refuse(&conn, r))?;
+        let by = conn.peer();
         let Some(kind) = wanted.kind else {
             return Err(Refusal::Unsupported { what: "a lane of this kind".into() }.status());
         };
         let ticket = match wanted.verbs {
             Some(ends) if kind == LaneKind::Verbs => {
                 let desk = self.0.desk.clone();
-                let make = move || desk.connect_verbs(&wanted.from, wanted.expect, &ends);
+                let make = move || desk.connect_verbs(&wanted.from, wanted.expect, &ends, &by);
                 // The device's firmware creates queue pairs slowly: other calls go on meanwhile.
                 tokio::task::spawn_blocking(make)
                     .await
                     .map_err(|_| Status::internal("the thread that creates the lane panicked"))?
             }
-            _ => self.0.desk.connect_lane(&wanted.from, wanted.expect, kind),
+            _ => self.0.desk.connect_lane(&wanted.from, wanted.expect, kind, &by),
         };
-        let ticket = ticket.map_err(|r| r.status())?;
+        let ticket = ticket.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(ticket.into()))
     }
 
     type SessionStream = Session;
 
     async fn session(&self, request: Request<Streaming<proto::ClientFrame>>) -> Result<Response<Session>, Status> {
-        let Some(ConnInfo(conn)) = request.extensions().get().cloned() else {
-            return Err(Status::internal("unknown connection"));
-        };
+        let conn = conn(&request)?;
         Ok(Response::new(self.0.enter(request.into_inner(), conn)?))
     }
 
     async fn release(&self, request: Request<proto::ReleaseRequest>) -> Result<Response<proto::ReleaseReply>, Status> {
+        let conn = conn(&request)?;
         let r = ReleaseWanted::try_from(request.into_inner()).map_err(invalid)?;
-        let freed = self.0.desk.release(r.from, r.offer, r.expect).map_err(|r| r.status())?;
+        let allowed = self.0.check_engine(&conn, r.from.as_ref().map(|p| &p.engine));
+        let freed = allowed.and_then(|()| self.0.desk.release(r.from, r.offer, r.expect, &conn.peer()));
+        let freed = freed.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(proto::ReleaseReply { freed }))
     }
 }
@@ -182,6 +268,9 @@ pub(crate) struct Session {
     inbound: Option<Streaming<proto::ClientFrame>>,
     queue: Arc<FrameQueue>,
     number: u64,
+    conn: Arc<ConnState>,
+    /// The peer that it counts for.
+    peer: PeerKey,
     opened: Option<(SessionId, PeerId)>,
     hub: Arc<Hub>,
 }
@@ -191,8 +280,7 @@ impl Session {
         let frame = ClientFrame::try_from(frame).map_err(invalid)?;
         match (&self.opened, frame.body) {
             (None, ClientBody::Open { from, expect }) => {
-                let outbox = Outbox::new(self.queue.clone());
-                let id = self.hub.desk.open(&from, expect, outbox).map_err(|r| r.status())?;
+                let id = self.open(&from, expect).map_err(|r| self.hub.refuse(&self.conn, r))?;
                 self.queue.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
                 self.queue.opened();
                 tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session opened");
@@ -202,10 +290,22 @@ impl Session {
             (None, _) => Err(Status::invalid_argument("frame: a session begins with Open")),
             (Some(_), ClientBody::Open { .. }) => Err(Status::invalid_argument("frame: Open comes once")),
             (Some((id, from)), body) => {
-                self.hub.desk.frame(*id, from, ClientFrame { seq: frame.seq, body });
+                if let Err(refusal) = self.hub.desk.frame(*id, from, ClientFrame { seq: frame.seq, body }, &self.peer) {
+                    self.hub.refuse(&self.conn, refusal);
+                }
                 Ok(())
             }
         }
+    }
+
+    fn open(&self, from: &PeerId, expect: Incarnation) -> Result<SessionId, Refusal> {
+        let secret = self.hub.check_consumer(&self.conn, from)?;
+        self.hub.owners.lock().open(Instant::now(), from, secret, &self.peer)?;
+        let opened = self.hub.desk.open(from, expect, Outbox::new(self.queue.clone()), &self.peer);
+        if opened.is_err() {
+            self.hub.owners.lock().close(Instant::now(), from.incarnation);
+        }
+        opened
     }
 
     /// The status for a stream that broke or carried a malformed frame.
@@ -225,10 +325,15 @@ impl Session {
     fn close(&mut self) {
         self.inbound = None;
         self.queue.close();
-        self.hub.sessions.lock().live.remove(&self.number);
+        let mut sessions = self.hub.sessions.lock();
+        if sessions.live.remove(&self.number).is_some() {
+            sessions.by_peer.remove(&self.peer, 1);
+        }
+        drop(sessions);
         if let Some((id, from)) = self.opened.take() {
             tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
             self.hub.desk.closed(id, &from);
+            self.hub.owners.lock().close(Instant::now(), from.incarnation);
         }
     }
 }

@@ -180,6 +180,8 @@ impl From<&Hello> for proto::HelloRequest {
             model: Some((&h.model).into()),
             shard: Some((&h.shard).into()),
             host: h.host.clone(),
+            // The dialer's, see `Dialer::hello`.
+            secret: Default::default(),
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     error::StartError,
     lane::{self, local, tcp},
     memory::{Export, FenceWords, Memory},
+    tls::TlsIdentity,
 };
 
 /// Builds a [`Producer`].
@@ -113,6 +114,7 @@ impl Builder {
         let words = FenceWords::new(self.config.limits.offers as u32)
             .map_err(StartError::os("cannot allocate the fence table"))?;
         let layout = Arc::new(self.layout);
+        let tls = self.config.tls.as_ref().map(|t| TlsIdentity::new(t, Some(&self.engine))).transpose()?;
         let export = Arc::new(Export::new(layout, memory, Arc::new(words)));
         let me = PeerId { engine: self.engine, rank: self.rank, incarnation: Incarnation::random() };
         let runtime = Runtime::start("kvferry-control").map_err(StartError::os("cannot start the control thread"))?;
@@ -151,7 +153,7 @@ impl Builder {
         let addr = self.advertise.unwrap_or_else(|| advertised(bound));
         let core = Arc::new(Core::new(me, addr, self.model, self.shard, export, servers, self.config));
         runtime.handle().spawn(keep_time(Arc::downgrade(&core), core.rearm.clone()));
-        let server = Server::start(runtime.handle(), listener, core.clone(), &core.config, self.services)?;
+        let server = Server::start(runtime.handle(), listener, core.clone(), &core.config, tls, self.services)?;
         Ok(Producer { core, server: Some(server), _runtime: runtime })
     }
 }

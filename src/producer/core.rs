@@ -22,6 +22,7 @@ use crate::{
         desk::{Desk, SessionId},
         host,
         outbox::Outbox,
+        peer::PeerKey,
         refusal::Refusal,
     },
     lane::{local, tcp, ticket::LaneTicket},
@@ -29,8 +30,8 @@ use crate::{
     metrics::ProducerMetrics,
 };
 use kvferry_proto::{
-    BadOffer, ClientFrame, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer, OfferError, OfferGroup,
-    OfferId, OfferRank, PeerId, Shard,
+    BadOffer, ClaimId, ClientBody, ClientFrame, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer,
+    OfferError, OfferGroup, OfferId, OfferRank, PeerId, ServerBody, ServerFrame, Shard,
     hello::{self, Hello, Welcome},
     table::{self, Freed, OfferTable},
 };
@@ -90,9 +91,17 @@ pub(super) struct State {
     pub(super) sessions: HashMap<SessionId, Session>,
     /// The newest session of each consumer incarnation.
     by_consumer: HashMap<Incarnation, SessionId>,
+    /// The sessions of each peer.
+    by_peer: HashMap<PeerKey, Vec<SessionId>>,
     /// Lanes of all sessions.
     lanes: usize,
     next_session: u64,
+}
+
+impl State {
+    fn of_peer(&self, peer: &PeerKey) -> impl Iterator<Item = &Session> {
+        self.by_peer.get(peer).into_iter().flatten().filter_map(|id| self.sessions.get(id))
+    }
 }
 
 /// Most lanes of one session and kind. A consumer starts pulls on the newest; older lanes finish their pulls. A consumer
@@ -101,6 +110,8 @@ const LANES_OF_A_KIND: usize = 8;
 
 pub(super) struct Session {
     from: PeerId,
+    /// The peer that it counts for.
+    by: PeerKey,
     outbox: Outbox,
     /// Oldest first.
     lanes: VecDeque<(LaneKind, u64)>,
@@ -130,6 +141,7 @@ impl Core {
             groups: HashMap::new(),
             sessions: HashMap::new(),
             by_consumer: HashMap::new(),
+            by_peer: HashMap::new(),
             lanes: 0,
             next_session: 1,
         };
@@ -263,11 +275,34 @@ impl Core {
         })
     }
 
+    /// Checks that a peer may have one more claim. A claim that is sent again is none.
+    fn check_claims(&self, from: Incarnation, claim: ClaimId, by: &PeerKey) -> Result<(), Refusal> {
+        let limit = self.config.limits.claims_per_peer;
+        let state = self.lock();
+        let held: usize = state.of_peer(by).map(|s| state.table.claims_of(s.from.incarnation)).sum();
+        if held < limit || state.table.holds(from, claim) {
+            return Ok(());
+        }
+        Err(Refusal::Share { what: "claims", peer: by.clone(), limit, setting: "limits.claims_per_peer" })
+    }
+
     /// Checks that a consumer may have one more lane. Returns the lane that must close for it, if any.
-    fn room(&self, state: &mut State, from: &PeerId, kind: LaneKind) -> Result<Option<(LaneKind, u64)>, Refusal> {
+    fn room(
+        &self,
+        state: &mut State,
+        from: &PeerId,
+        kind: LaneKind,
+        by: &PeerKey,
+    ) -> Result<Option<(LaneKind, u64)>, Refusal> {
         let (lanes, limit) = (state.lanes, self.config.limits.lanes);
+        let share = self.config.limits.lanes_per_peer;
+        let of_peer: usize = state.of_peer(by).map(|s| s.lanes.len()).sum();
         let session = self.session(state, from)?;
         let oldest = superfluous(&session.lanes, kind).and_then(|i| session.lanes.remove(i));
+        if oldest.is_none() && of_peer >= share {
+            let (peer, setting) = (by.clone(), "limits.lanes_per_peer");
+            return Err(Refusal::Share { what: "lanes", peer, limit: share, setting });
+        }
         if oldest.is_none() && lanes >= limit {
             return Err(Refusal::Limit { what: "lanes", limit });
         }
@@ -303,7 +338,7 @@ impl Core {
 }
 
 impl Desk for Core {
-    fn hello(&self, hello: &Hello) -> Result<Welcome, Mismatch> {
+    fn hello(&self, hello: &Hello, _: &PeerKey) -> Result<Welcome, Mismatch> {
         let version = hello::answer(hello, &self.model)?;
         Ok(Welcome {
             version,
@@ -320,7 +355,7 @@ impl Desk for Core {
         })
     }
 
-    fn open(&self, from: &PeerId, expect: Incarnation, outbox: Outbox) -> Result<SessionId, Refusal> {
+    fn open(&self, from: &PeerId, expect: Incarnation, outbox: Outbox, by: &PeerKey) -> Result<SessionId, Refusal> {
         self.expects_me(expect)?;
         let mut state = self.lock();
         if state.sessions.len() >= self.config.limits.sessions {
@@ -330,12 +365,22 @@ impl Desk for Core {
         let id = SessionId(state.next_session);
         state.next_session += 1;
         state.by_consumer.insert(from.incarnation, id);
-        state.sessions.insert(id, Session { from: from.clone(), outbox, lanes: VecDeque::new() });
+        state.by_peer.entry(by.clone()).or_default().push(id);
+        state.sessions.insert(id, Session { from: from.clone(), by: by.clone(), outbox, lanes: VecDeque::new() });
         Ok(id)
     }
 
-    fn frame(&self, _: SessionId, from: &PeerId, frame: ClientFrame) {
+    fn frame(&self, session: SessionId, from: &PeerId, frame: ClientFrame, by: &PeerKey) -> Result<(), Refusal> {
+        if let ClientBody::Claim { claim, .. } = frame.body
+            && let Err(refusal) = self.check_claims(from.incarnation, claim, by)
+        {
+            if let Some(s) = self.lock().sessions.get(&session) {
+                s.outbox.send(ServerFrame { ack: 0, body: Some(ServerBody::Gone { claim, why: Gone::Limit }) });
+            }
+            return Err(refusal);
+        }
         self.tell(table::In::Frame(from.clone(), frame));
+        Ok(())
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {
@@ -348,6 +393,12 @@ impl Desk for Core {
                 if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
                     state.by_consumer.remove(&s.from.incarnation);
                 }
+                if let Some(ids) = state.by_peer.get_mut(&s.by) {
+                    ids.retain(|id| *id != session);
+                    if ids.is_empty() {
+                        state.by_peer.remove(&s.by);
+                    }
+                }
             }
             gone
         };
@@ -356,14 +407,20 @@ impl Desk for Core {
         }
     }
 
-    fn connect_lane(&self, from: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
+    fn connect_lane(
+        &self,
+        from: &PeerId,
+        expect: Incarnation,
+        kind: LaneKind,
+        by: &PeerKey,
+    ) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
         // Before `room`: a refused request must not close another lane. A verbs lane needs `connect_verbs`.
         if kind == LaneKind::Verbs || !self.servers.kinds().contains(&kind) {
             return Err(Refusal::Unsupported { what: format!("lane {kind} by this request") });
         }
         let mut state = self.lock();
-        let oldest = self.room(&mut state, from, kind)?;
+        let oldest = self.room(&mut state, from, kind, by)?;
         let lane = Incarnation::random().get();
         let mut key = [0; 32];
         getrandom::fill(&mut key).map_err(|_| Refusal::Precondition("the system's random source failed".into()))?;
@@ -383,7 +440,13 @@ impl Desk for Core {
     }
 
     #[cfg(feature = "verbs")]
-    fn connect_verbs(&self, from: &PeerId, expect: Incarnation, ends: &VerbsRequest) -> Result<LaneTicket, Refusal> {
+    fn connect_verbs(
+        &self,
+        from: &PeerId,
+        expect: Incarnation,
+        ends: &VerbsRequest,
+        by: &PeerKey,
+    ) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
         let Some(server) = &self.servers.verbs else {
             return Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) });
@@ -396,7 +459,7 @@ impl Desk for Core {
             e => Refusal::Precondition(e.to_string()),
         })?;
         let mut state = self.lock();
-        match self.room(&mut state, from, LaneKind::Verbs) {
+        match self.room(&mut state, from, LaneKind::Verbs, by) {
             Ok(oldest) => {
                 self.keep(state, from, (LaneKind::Verbs, lane), oldest);
                 Ok(LaneTicket::Verbs(ticket))
@@ -409,7 +472,13 @@ impl Desk for Core {
         }
     }
 
-    fn release(&self, from: Option<PeerId>, offer: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal> {
+    fn release(
+        &self,
+        from: Option<PeerId>,
+        offer: OfferId,
+        expect: Option<Incarnation>,
+        _: &PeerKey,
+    ) -> Result<bool, Refusal> {
         if let Some(expect) = expect {
             self.expects_me(expect)?;
         }

@@ -94,6 +94,17 @@ pub struct Limits {
     pub peers: usize,
     /// Most tombstones that a producer remembers, and most early claims.
     pub remembered: usize,
+    /// Connections of one peer to a producer's control plane, and below its sessions, data connections and claims. A peer
+    /// is what its certificate names, else a source address (of IPv6 the first 64 bits), so many pods behind one address
+    /// are one peer. The default is twice the sessions, since a consumer that dials again holds two for a moment.
+    pub connections_per_peer: usize,
+    /// Each rank of a consumer holds one. The default serves 64 pods of 8 ranks behind one address, and is a sixteenth of
+    /// all sessions.
+    pub sessions_per_peer: usize,
+    /// A rank keeps 1 to 8 of each kind. The default is an eighth of all.
+    pub lanes_per_peer: usize,
+    /// A rank holds one for each pull. The default is four full sessions.
+    pub claims_per_peer: usize,
 }
 
 impl Default for Limits {
@@ -109,6 +120,10 @@ impl Default for Limits {
             pulls: 1 << 16,
             peers: 8192,
             remembered: 1 << 16,
+            connections_per_peer: 1024,
+            sessions_per_peer: 512,
+            lanes_per_peer: 2048,
+            claims_per_peer: 1 << 18,
         }
     }
 }

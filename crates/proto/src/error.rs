@@ -21,7 +21,7 @@ pub enum Cause {
     PeerRestarted,
     /// The peer could not be reached.
     Unreachable,
-    /// The peer refused the handshake: other model, dtype, version or engine.
+    /// The peer refused the handshake (other model, dtype, version or engine), or this side does not trust the peer.
     Refused,
     /// The producer never heard of the offer.
     Unknown,
@@ -180,13 +180,30 @@ pub enum HelloError {
         /// Whether the connection was refused: no process listens.
         refused: bool,
     },
+    /// The peer refused this side, or this side does not trust the peer.
+    #[error("refused at {addr}: {why}")]
+    Refused {
+        /// The address.
+        addr: String,
+        /// Why.
+        why: String,
+    },
+    /// A limit of the peer is reached.
+    #[error("a limit is reached at {addr}: {why}")]
+    Limit {
+        /// The address.
+        addr: String,
+        /// The limit.
+        why: String,
+    },
 }
 
 impl HelloError {
     /// The cause that a pull's blocks get.
     pub fn cause(&self) -> Cause {
         match self {
-            Self::Mismatch(_) | Self::Version { .. } | Self::Protocol { .. } => Cause::Refused,
+            Self::Mismatch(_) | Self::Version { .. } | Self::Protocol { .. } | Self::Refused { .. } => Cause::Refused,
+            Self::Limit { .. } => Cause::Limit,
             Self::Unreachable { .. } => Cause::Unreachable,
         }
     }

@@ -45,6 +45,8 @@ pub enum In {
     Frame(u64, ServerFrame),
     /// That stream broke.
     Broken(u64),
+    /// The peer refused that stream, and would refuse it again soon.
+    Refused(u64, Cause),
     /// The consumer is shutting down: the session sends its releases, then closes.
     Close,
 }
@@ -378,6 +380,12 @@ impl Machine for PeerSession {
             }
             In::Broken(stream) => {
                 if self.link.is_stream(stream) {
+                    self.down(now);
+                }
+            }
+            In::Refused(stream, cause) => {
+                if self.link.is_stream(stream) {
+                    self.claims.lose(cause, &mut self.out, |_| true);
                     self.down(now);
                 }
             }

@@ -175,6 +175,16 @@ impl OfferTable {
         self.claims.len()
     }
 
+    /// Number of claims of a consumer on live offers.
+    pub fn claims_of(&self, consumer: Incarnation) -> usize {
+        self.claims.of_consumer(consumer)
+    }
+
+    /// Whether a consumer's claim holds.
+    pub fn holds(&self, consumer: Incarnation, claim: ClaimId) -> bool {
+        self.claims.offer((consumer, claim)).is_some()
+    }
+
     fn frame(&mut self, now: Instant, from: PeerId, frame: ClientFrame) {
         let to = from.incarnation;
         match frame.body {

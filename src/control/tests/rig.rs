@@ -28,11 +28,13 @@ use crate::{
         events::{Connected, Events},
         lanes::{Connecting, LaneConnector, Prepared},
         outbox::Outbox,
+        peer::PeerKey,
         refusal::Refusal,
         server::{Extra, Server},
     },
     driver::runtime::Runtime,
     lane::{LaneError, WakingLane, ticket::LaneTicket},
+    tls::TlsIdentity,
 };
 
 /// Longest wait of a test.
@@ -112,7 +114,7 @@ impl TestDesk {
 }
 
 impl Desk for TestDesk {
-    fn hello(&self, hello: &Hello) -> Result<Welcome, Mismatch> {
+    fn hello(&self, hello: &Hello, _: &PeerKey) -> Result<Welcome, Mismatch> {
         let version = hello::answer(hello, &model())?;
         self.see(Seen::Hello);
         Ok(Welcome {
@@ -130,19 +132,19 @@ impl Desk for TestDesk {
         })
     }
 
-    fn open(&self, _: &PeerId, expect: Incarnation, outbox: Outbox) -> Result<SessionId, Refusal> {
+    fn open(&self, _: &PeerId, expect: Incarnation, outbox: Outbox, _: &PeerKey) -> Result<SessionId, Refusal> {
         self.expects_me(expect)?;
         let id = SessionId(self.next.fetch_add(1, Ordering::SeqCst));
         if self.refuses_sessions.load(Ordering::SeqCst) {
             self.see(Seen::Opened(id));
-            return Err(Refusal::Limit { what: "sessions", limit: 0 });
+            return Err(Refusal::Precondition("not now".into()));
         }
         self.outboxes.lock().unwrap().insert(id, outbox);
         self.see(Seen::Opened(id));
         Ok(id)
     }
 
-    fn frame(&self, session: SessionId, _: &PeerId, frame: ClientFrame) {
+    fn frame(&self, session: SessionId, _: &PeerId, frame: ClientFrame, _: &PeerKey) -> Result<(), Refusal> {
         let outbox = self.outbox(session);
         let reply = |ack, body| assert!(outbox.send(ServerFrame { ack, body }));
         match &frame.body {
@@ -162,6 +164,7 @@ impl Desk for TestDesk {
             _ => {}
         }
         self.see(Seen::Frame(session, frame));
+        Ok(())
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {
@@ -169,7 +172,13 @@ impl Desk for TestDesk {
         self.see(Seen::Closed(session));
     }
 
-    fn connect_lane(&self, _: &PeerId, expect: Incarnation, kind: LaneKind) -> Result<LaneTicket, Refusal> {
+    fn connect_lane(
+        &self,
+        _: &PeerId,
+        expect: Incarnation,
+        kind: LaneKind,
+        _: &PeerKey,
+    ) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
         let less = |n: u64| n.checked_sub(1);
         if self.not_yet.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
@@ -181,7 +190,13 @@ impl Desk for TestDesk {
         }
     }
 
-    fn release(&self, _: Option<PeerId>, _: OfferId, expect: Option<Incarnation>) -> Result<bool, Refusal> {
+    fn release(
+        &self,
+        _: Option<PeerId>,
+        _: OfferId,
+        expect: Option<Incarnation>,
+        _: &PeerKey,
+    ) -> Result<bool, Refusal> {
         expect.map_or(Ok(()), |e| self.expects_me(e))?;
         Ok(true)
     }
@@ -217,7 +232,8 @@ impl Rig {
         let runtime = Runtime::start("test-server").unwrap();
         let listener = TcpListener::bind(addr).unwrap();
         let extra = Extra { routes: Routes::default(), described: vec![("test.Extra".into(), Vec::new())] };
-        let server = Server::start(runtime.handle(), listener, desk.clone(), config, Some(extra)).unwrap();
+        let tls = config.tls.as_ref().map(|t| TlsIdentity::new(t, None).unwrap());
+        let server = Server::start(runtime.handle(), listener, desk.clone(), config, tls, Some(extra)).unwrap();
         let addr = server.addr();
         Self { server, desk, seen, addr, runtime }
     }
@@ -317,6 +333,7 @@ impl Consumer {
         let (tx, events) = mpsc::channel();
         let runtime = Runtime::start("test-consumer").unwrap();
         let addr: Addr = addr.to_string().into();
+        let tls = config.tls.as_ref().map(|t| TlsIdentity::new(t, None).unwrap());
         let handle = PeerTask::spawn(
             runtime.handle(),
             addr.clone(),
@@ -324,6 +341,7 @@ impl Consumer {
             Arc::new(config),
             Arc::new(Recorder(Mutex::new(tx))),
             connector,
+            tls,
         );
         Self { handle, events, addr, runtime }
     }

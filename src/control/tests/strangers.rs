@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{Incarnation, ServerBody, ServerFrame};
+use kvferry_proto::{Incarnation, PeerId, ServerBody, ServerFrame, hello::Hello};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{
@@ -14,7 +14,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::rig::{Consumer, LIMIT, Rig, config, peer_id, run};
+use super::rig::{Consumer, LIMIT, Rig, config, hello, peer_id, run};
 use crate::{
     control::proto::{self, client_frame::Frame, ferry_client::FerryClient},
     driver::runtime::Runtime,
@@ -22,6 +22,7 @@ use crate::{
 
 /// A peer that can send any frame.
 struct Raw {
+    me: PeerId,
     frames: UnboundedSender<proto::ClientFrame>,
     replies: Streaming<proto::ServerFrame>,
     _client: FerryClient<Channel>,
@@ -36,9 +37,11 @@ impl Raw {
     async fn with_window(rig: &Rig, window: u32) -> Self {
         let endpoint = Endpoint::from_shared(format!("http://{}", rig.addr)).unwrap();
         let mut client = FerryClient::new(endpoint.initial_stream_window_size(window).connect().await.unwrap());
+        let me = peer_id("decode-7");
+        client.hello(proto::HelloRequest::from(&Hello { peer: me.clone(), ..hello() })).await.unwrap();
         let (frames, rx) = unbounded_channel();
         let replies = client.session(UnboundedReceiverStream::new(rx)).await.unwrap().into_inner();
-        Self { frames, replies, _client: client }
+        Self { me, frames, replies, _client: client }
     }
 
     async fn open(rig: &Rig) -> Self {
@@ -47,7 +50,7 @@ impl Raw {
 
     async fn opened(self, rig: &Rig) -> Self {
         let mut raw = self;
-        raw.send(0, open(rig.desk.me.incarnation));
+        raw.send(0, raw.open_frame(rig.desk.me.incarnation));
         let opened = raw.replies.message().await.unwrap().unwrap();
         assert!(matches!(opened.frame, Some(proto::server_frame::Frame::Opened(_))), "{opened:?}");
         raw
@@ -55,6 +58,10 @@ impl Raw {
 
     fn send(&self, seq: u64, frame: Frame) {
         let _ = self.frames.send(proto::ClientFrame { seq, frame: Some(frame) });
+    }
+
+    fn open_frame(&self, expect: Incarnation) -> Frame {
+        Frame::Open(proto::Open { from: Some((&self.me).into()), expect_incarnation: expect.get() })
     }
 
     async fn end(mut self) -> Status {
@@ -66,11 +73,6 @@ impl Raw {
             }
         }
     }
-}
-
-fn open(expect: Incarnation) -> Frame {
-    let from = Some((&peer_id("decode-7")).into());
-    Frame::Open(proto::Open { from, expect_incarnation: expect.get() })
 }
 
 /// The server still serves.
@@ -142,7 +144,7 @@ fn a_session_for_another_incarnation_is_refused() {
     let rig = Rig::new(&config());
     let status = run(async {
         let raw = Raw::connect(&rig).await;
-        raw.send(0, open(Incarnation::random()));
+        raw.send(0, raw.open_frame(Incarnation::random()));
         raw.end().await
     });
     assert_eq!(status.code(), Code::FailedPrecondition);
@@ -157,15 +159,15 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
     assert_eq!(other.answer(), (claim, None));
     let id = Some(proto::OfferId { high: 1, low: 1 });
     let bad = [
-        ("claim.reader", Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2 })),
-        ("renew.claims", Frame::Renew(proto::Renew { claims: vec![1; 5000] })),
-        ("seq", Frame::Release(proto::Unclaim { claim: 1, offer: id, reader: 0, readers: 1, all: false })),
-        ("Open comes once", open(rig.desk.me.incarnation)),
+        ("claim.reader", Some(Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2 }))),
+        ("renew.claims", Some(Frame::Renew(proto::Renew { claims: vec![1; 5000] }))),
+        ("seq", Some(Frame::Release(proto::Unclaim { claim: 1, offer: id, reader: 0, readers: 1, all: false }))),
+        ("Open comes once", None),
     ];
     for (name, frame) in bad {
         let status = run(async {
             let raw = Raw::open(&rig).await;
-            raw.send(0, frame);
+            raw.send(0, frame.unwrap_or_else(|| raw.open_frame(rig.desk.me.incarnation)));
             raw.end().await
         });
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");

@@ -1,0 +1,138 @@
+//! Real pulls: over replaced certificates, and at a peer's share of claims and lanes.
+
+use std::{
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Instant,
+};
+
+use kvferry_proto::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Model, OfferGroup, PoolLayout};
+
+use super::rig::{LIMIT, config, hello, run};
+use crate::{
+    Consumer, OfferSpec, Producer, Pull, Ready,
+    config::{Config, TlsConfig},
+    control::call::Caller,
+    tls::tests::{Authority, Files},
+};
+
+fn model() -> Model {
+    super::rig::model()
+}
+
+fn layout() -> PoolLayout {
+    PoolLayout::uniform(8, 2, 4096, 16)
+}
+
+fn producer(config: Config) -> Producer {
+    Producer::builder("prefill-0".parse().unwrap(), model(), layout()).config(config).build().unwrap()
+}
+
+fn consumer(config: Config) -> Consumer {
+    Consumer::builder("decode-0".parse().unwrap(), model(), layout()).config(config).build().unwrap()
+}
+
+/// A pull of one block, offered for it, into the local block of that number.
+fn pull(producer: &Producer, block: u32) -> Pull {
+    let blocks = vec![Some(BlockId(block))];
+    let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }];
+    let offer = producer.offer(OfferSpec::new(16, groups), Ready::Now).unwrap();
+    let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks };
+    Pull::new(offer, vec![wanted]).deadline(LIMIT).lanes(vec![LaneKind::Tcp])
+}
+
+fn cause(consumer: &Consumer) -> Option<Cause> {
+    consumer.wait(LIMIT * 2).expect("a pull ends soon after its deadline").outcome.cause()
+}
+
+#[test]
+fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let bundle = [old.issue("x").ca, new.issue("x").ca].concat();
+    let under = |authority: &Authority, engine, ca: &[u8]| TlsConfig { ca: ca.to_vec(), ..authority.issue(engine) };
+    let old_ca = old.issue("x").ca;
+    let files = ["prefill-0", "decode-0"].map(|e| Files::new(&format!("rotate-{e}"), &under(&old, e, &old_ca)));
+    let with = |tls: TlsConfig| Config { tls: Some(tls), ..config() };
+    let producer = producer(with(files[0].config()));
+    let settled = consumer(with(files[1].config()));
+    let stop = AtomicBool::new(false);
+    let (done, complete) = mpsc::channel();
+    std::thread::scope(|s| {
+        // One consumer keeps its session; another one is new for every pull.
+        let (producer, files, settled, stop) = (&producer, &files, &settled, &stop);
+        s.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                settled.pull(pull(producer, 0)).unwrap();
+                assert_eq!(cause(settled), None);
+                let fresh = consumer(with(files[1].config()));
+                fresh.pull(pull(producer, 1)).unwrap();
+                assert_eq!(cause(&fresh), None);
+                let _ = done.send(());
+            }
+        });
+        // Waits until a client with this certificate is accepted or refused.
+        let until = |tls: &TlsConfig, accepted: bool| {
+            run(async {
+                while Caller::new(with(tls.clone())).hello(producer.addr(), &hello()).await.is_ok() != accepted {}
+            });
+        };
+        let of_new = under(&new, "decode-0", &bundle);
+        until(&of_new, false);
+        // First both sides trust both authorities, then they get new certificates, then they trust the new one only.
+        for (i, engine) in ["prefill-0", "decode-0"].iter().enumerate() {
+            files[i].replace(&under(&old, engine, &bundle));
+        }
+        until(&of_new, true);
+        for (i, engine) in ["prefill-0", "decode-0"].iter().enumerate() {
+            files[i].replace(&under(&new, engine, &bundle));
+        }
+        // This client trusts the new authority only.
+        until(&under(&new, "decode-0", &new.issue("x").ca), true);
+        for (i, engine) in ["prefill-0", "decode-0"].iter().enumerate() {
+            files[i].replace(&under(&new, engine, &new.issue("x").ca));
+        }
+        until(&under(&old, "decode-0", &bundle), false);
+        // Pulls that began after the last change are complete too.
+        complete.try_iter().for_each(drop);
+        for _ in 0..2 {
+            complete.recv_timeout(LIMIT).expect("pulls go on");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn a_claim_over_the_peers_share_ends_with_limit_and_the_held_one_goes_on() {
+    let mut c = config();
+    c.limits.claims_per_peer = 1;
+    let producer = producer(c);
+    let consumer = consumer(config());
+    let mut first = pull(&producer, 0);
+    first.local_ready = false;
+    let held = consumer.pull(first).unwrap();
+    let until = Instant::now() + LIMIT;
+    while producer.live().1 == 0 {
+        assert!(Instant::now() < until, "no claim in time");
+        std::thread::yield_now();
+    }
+    consumer.pull(pull(&producer, 1)).unwrap();
+    assert_eq!(cause(&consumer), Some(Cause::Limit));
+    consumer.local_ready(held);
+    assert_eq!(cause(&consumer), None);
+}
+
+#[test]
+fn a_lane_over_the_peers_share_ends_its_pull_with_limit() {
+    let mut c = config();
+    c.limits.lanes_per_peer = 1;
+    let producer = producer(c);
+    let (first, second) = (consumer(config()), consumer(config()));
+    first.pull(pull(&producer, 0)).unwrap();
+    assert_eq!(cause(&first), None);
+    second.pull(pull(&producer, 1)).unwrap();
+    assert_eq!(cause(&second), Some(Cause::Limit));
+    first.pull(pull(&producer, 2)).unwrap();
+    assert_eq!(cause(&first), None);
+}

@@ -123,7 +123,7 @@ impl Builder {
         let tcp = serves(LaneKind::Tcp)
             .then(|| {
                 let (bind, config) = (SocketAddr::new(bound.ip(), 0), &self.config.tcp);
-                tcp::Server::start(bind, export.clone(), me.incarnation, limits, config)
+                tcp::Server::start(bind, export.clone(), me.incarnation, limits, config, tls.clone())
             })
             .transpose()
             .map_err(StartError::os("cannot start the tcp lane"))?;

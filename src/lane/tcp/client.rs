@@ -20,11 +20,13 @@ use super::{
     frames::{BadFrame, MAX_BLOCKS, Options, Status},
     handshake::Key,
     link::{ENTRIES, Link, Lost, Stop},
+    tls::is_change,
 };
 use crate::{
     config::TcpConfig,
     lane::{LaneError, WakingLane},
     memory::Memory,
+    tls::TlsIdentity,
 };
 
 /// Longest read. A read is one destination of a `readv` and one event, so longer reads gain nothing.
@@ -66,7 +68,8 @@ struct AttemptState {
 
 impl TcpLane {
     /// Connects to a producer rank's data port; both sides prove to have the lane's key. `lane` and `key` come from
-    /// `ConnectLane`; `incarnation` comes from the rank's Hello. Takes 5 s at most for each connection.
+    /// `ConnectLane`; `incarnation` comes from the rank's Hello. With `tls`, only over TLS. Takes 5 s at most for each
+    /// connection.
     pub(crate) async fn connect(
         addr: SocketAddr,
         lane: u64,
@@ -74,15 +77,18 @@ impl TcpLane {
         incarnation: Incarnation,
         memory: Memory,
         config: &TcpConfig,
+        tls: Option<&TlsIdentity>,
     ) -> Result<Self, LaneError> {
         let failed = |e: rustix::io::Errno| LaneError::io("epoll")(e.into());
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
         let mut links = Vec::with_capacity(config.connections.max(1));
+        // TLS itself sees every change.
+        let options = Options::new(config.checksum && tls.is_none());
         for _ in 0..config.connections.max(1) {
-            let (fd, options) = dial::dial(addr, lane, key, incarnation, Options::new(config.checksum)).await?;
-            epoll::add(&epoll, &fd, epoll::EventData::new_u64(links.len() as u64), epoll::EventFlags::IN)
+            let dialed = dial::dial(addr, lane, key, incarnation, options, tls).await?;
+            epoll::add(&epoll, &dialed.fd, epoll::EventData::new_u64(links.len() as u64), epoll::EventFlags::IN)
                 .map_err(failed)?;
-            links.push(Link::new(fd, options));
+            links.push(Link::new(dialed));
         }
         Ok(Self {
             peer: addr,
@@ -267,7 +273,8 @@ impl Lane for TcpLane {
             let (cause, failed) = match why {
                 Lost::Closed | Lost::Broken(_) => (Cause::PeerDown, Cause::LaneFailed),
                 Lost::Malformed(BadFrame::Sum) => (Cause::Corrupt, Cause::Corrupt),
-                Lost::Malformed(_) | Lost::NotDue => (Cause::LaneFailed, Cause::LaneFailed),
+                Lost::Tls(ref e) if is_change(e) => (Cause::Corrupt, Cause::Corrupt),
+                Lost::Malformed(_) | Lost::NotDue | Lost::Tls(_) => (Cause::LaneFailed, Cause::LaneFailed),
             };
             tracing::warn!(peer = %self.peer, "tcp lane lost: {why}");
             self.go_down(cause, Some(failed), out);

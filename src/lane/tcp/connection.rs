@@ -4,7 +4,10 @@
 //! consumer that requests more than it receives is slowed down by its own socket. Loads the fence word of a reply only after
 //! its last byte has been copied out of the pool, and before the trailer leaves (promise 2, Fresh). Never waits.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 use kvferry_proto::Incarnation;
 use rustix::{
@@ -18,6 +21,7 @@ use super::{
     gather::gather,
     handshake::{Key, Keyed},
     sum::DataSum,
+    tls::{Sealer, blocks},
 };
 use crate::memory::{Export, Span};
 
@@ -35,12 +39,12 @@ pub(super) struct Shared<'a> {
 }
 
 /// A connection's next step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Next {
     /// Go on when the socket is ready for this.
     Wait(EventFlags),
-    /// Close it.
-    Close,
+    /// Close it. The reason, if the peer broke a protocol.
+    Close(Option<String>),
 }
 
 enum Phase {
@@ -66,6 +70,7 @@ struct Serving {
 /// One connection.
 pub(super) struct Connection {
     fd: OwnedFd,
+    tls: Option<Box<Sealer>>,
     phase: Phase,
     /// Received requests; decoded up to `decoded`.
     input: Vec<u8>,
@@ -94,15 +99,18 @@ enum Halt {
     Empty,
     /// Its turn is over.
     Turn,
-    /// The peer is gone or breaks the protocol.
+    /// The peer is gone.
     Over,
+    /// The peer breaks a protocol.
+    Broken(String),
 }
 
 impl Connection {
     /// An accepted connection; its socket does not block.
-    pub(super) fn new(fd: OwnedFd, challenge: Challenge) -> Self {
+    pub(super) fn new(fd: OwnedFd, tls: Option<Box<Sealer>>, challenge: Challenge) -> Self {
         Self {
             fd,
+            tls,
             head: challenge.encode().to_vec(),
             phase: Phase::Proving(challenge),
             input: Vec::new(),
@@ -120,6 +128,16 @@ impl Connection {
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// The peer's address.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        rustix::net::getpeername(&self.fd).ok()??.try_into().ok()
+    }
+
+    /// Whether a TLS handshake is going on.
+    pub(super) fn is_handshaking(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
     /// Whether the proof is outstanding.
@@ -148,7 +166,8 @@ impl Connection {
                 Ok(()) => {}
                 Err(Halt::Full | Halt::Turn) => return Next::Wait(EventFlags::OUT),
                 Err(Halt::Empty) => return Next::Wait(EventFlags::IN),
-                Err(Halt::Over) => return Next::Close,
+                Err(Halt::Over) => return Next::Close(None),
+                Err(Halt::Broken(why)) => return Next::Close(Some(why)),
             }
         }
     }
@@ -156,6 +175,9 @@ impl Connection {
     fn step(&mut self, shared: &mut Shared<'_>, bytes: &mut u64) -> Result<(), Halt> {
         if *bytes == 0 {
             return Err(Halt::Turn);
+        }
+        if let Some(tls) = &mut self.tls {
+            tls.flush(self.fd.as_fd()).map_err(halt)?;
         }
         if self.serving.is_some() {
             self.cork(true);
@@ -217,13 +239,10 @@ impl Connection {
     fn next_request(&mut self, export: &Export) -> Result<bool, Halt> {
         let input = &self.input[self.decoded..];
         let Some(header) = input.first_chunk() else { return Ok(false) };
-        let request = Request::decode(header).map_err(|_| Halt::Over)?;
+        let request = Request::decode(header).map_err(|e| Halt::Broken(e.to_string()))?;
         let end = Request::LEN + request.count as usize * Entry::LEN + SUM;
         let Some(whole) = input.get(..end) else { return Ok(false) };
-        let sum = check_request(whole).map_err(|error| {
-            tracing::warn!(lane = self.lane(), "tcp connection closed: a request breaks the protocol: {error}");
-            Halt::Over
-        })?;
+        let sum = check_request(whole).map_err(|e| Halt::Broken(e.to_string()))?;
         let entries = &whole[Request::LEN..end - SUM];
         let Request { tag, slot, nonce, .. } = request;
         let result = match export.resolve(slot, nonce) {
@@ -258,13 +277,12 @@ impl Connection {
         let cut = sum.saturating_sub(*bytes + self.skip);
         let Some(last) = n.checked_sub(1) else { return Err(Halt::Over) };
         rest[last].len -= cut;
-        let sent = export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip);
-        rest[last].len += cut;
-        let sent = match sent {
-            Ok(sent) => sent,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Err(Halt::Full),
-            Err(_) => return Err(Halt::Over),
+        let sent = match &mut self.tls {
+            None => export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip),
+            Some(tls) => tls.seal_spans(head, &export.memory, &rest[..n], self.skip, sum - cut - self.skip),
         };
+        rest[last].len += cut;
+        let sent = sent.map_err(halt)?;
         let wanted = head.len() as u64 + sum - cut - self.skip;
         let of_head = sent.min(head.len());
         self.sent += of_head;
@@ -293,7 +311,7 @@ impl Connection {
             self.head.extend_from_slice(&trailer);
             self.serving = None;
             Ok(())
-        } else if (sent as u64) < wanted {
+        } else if (sent as u64) < wanted && self.tls.is_none() {
             // A partial send: the next call would only return that there is no room.
             Err(Halt::Full)
         } else {
@@ -302,18 +320,26 @@ impl Connection {
     }
 
     fn send_head(&mut self) -> Result<(), Halt> {
+        if let Some(tls) = &mut self.tls {
+            self.sent += tls.seal(&self.head[self.sent..]).map_err(halt)?;
+            return Ok(self.head_sent());
+        }
         match rustix::net::send(&self.fd, &self.head[self.sent..], SendFlags::NOSIGNAL) {
             Ok(n) => self.sent += n,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Err(Halt::Full),
             Err(_) => return Err(Halt::Over),
         }
+        self.head_sent();
+        Ok(())
+    }
+
+    fn head_sent(&mut self) {
         if self.sent == self.head.len() {
             self.head.clear();
             self.head.shrink_to(KEEP);
             self.sent = 0;
         }
-        Ok(())
     }
 
     /// Receives requests. Called only when every complete request has been answered.
@@ -328,15 +354,31 @@ impl Connection {
         match rustix::net::recv(&self.fd, &mut *scratch, RecvFlags::empty()) {
             Ok((0, _)) => Err(Halt::Over),
             Ok((n, _)) => {
-                self.input.extend_from_slice(&scratch[..n]);
                 *bytes = bytes.saturating_sub(n as u64);
-                Ok(())
+                let Some(tls) = &mut self.tls else {
+                    self.input.extend_from_slice(&scratch[..n]);
+                    return Ok(());
+                };
+                let opened = tls.open(&scratch[..n], &mut self.input);
+                match opened {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(Halt::Over),
+                    Err(e) => {
+                        // The alert tells the peer why.
+                        let _ = tls.flush(self.fd.as_fd());
+                        Err(Halt::Broken(format!("TLS: {e}")))
+                    }
+                }
             }
             Err(Errno::INTR) => Ok(()),
             Err(Errno::AGAIN) => Err(Halt::Empty),
             Err(_) => Err(Halt::Over),
         }
     }
+}
+
+fn halt(e: std::io::Error) -> Halt {
+    if blocks(&e) { Halt::Full } else { Halt::Over }
 }
 
 /// Most spans of one call: 1024 pieces, one of them the head.

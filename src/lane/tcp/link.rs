@@ -18,8 +18,10 @@ use rustix::{
 };
 
 use super::{
-    frames::{BadFrame, Entry, Options, Reply, Request, Status, Trailer, seal_request},
+    dial::Dialed,
+    frames::{BadFrame, Entry, Reply, Request, Status, Trailer, seal_request},
     sum::DataSum,
+    tls::{Opener, Pause},
 };
 use crate::memory::{Memory, Span, set_low_water};
 
@@ -81,6 +83,8 @@ pub(super) enum Lost {
     Malformed(BadFrame),
     #[error("the producer's reply breaks the protocol: it does not answer the oldest request")]
     NotDue,
+    #[error("TLS: {0}")]
+    Tls(rustls::Error),
 }
 
 /// During a long reply, the owner sleeps until this many bytes have come. A wake-up for every packet costs both sides a
@@ -91,6 +95,7 @@ const LOW_WATER: u64 = 1 << 20;
 /// One connection.
 pub(super) struct Link {
     fd: OwnedFd,
+    tls: Option<Box<Opener>>,
     /// Encoded requests, sent up to `sent`.
     out: Vec<u8>,
     sent: usize,
@@ -118,10 +123,11 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// A connection whose handshake is done, and the options in force. The socket does not block.
-    pub(super) fn new(fd: OwnedFd, options: Options) -> Self {
+    /// A connection whose handshake is done.
+    pub(super) fn new(Dialed { fd, options, tls }: Dialed) -> Self {
         Self {
             fd,
+            tls,
             out: Vec::new(),
             sent: 0,
             send_error: None,
@@ -185,20 +191,31 @@ impl Link {
 
     /// Sends queued requests. True if the socket has no room for the rest.
     pub(super) fn flush(&mut self) -> bool {
-        while self.sent < self.out.len() && self.send_error.is_none() {
-            match rustix::net::send(&self.fd, &self.out[self.sent..], SendFlags::NOSIGNAL) {
-                Ok(n) => self.sent += n,
+        let (out, sent) = match &mut self.tls {
+            None => (&mut self.out, &mut self.sent),
+            Some(tls) => {
+                if !self.out.is_empty() && tls.seal(&self.out).is_err() {
+                    self.send_error = Some(Errno::PIPE);
+                }
+                self.out.clear();
+                let Opener { sealed, sent, .. } = &mut **tls;
+                (sealed, sent)
+            }
+        };
+        while *sent < out.len() && self.send_error.is_none() {
+            match rustix::net::send(&self.fd, &out[*sent..], SendFlags::NOSIGNAL) {
+                Ok(n) => *sent += n,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    self.out.drain(..self.sent);
-                    self.sent = 0;
+                    out.drain(..*sent);
+                    *sent = 0;
                     return true;
                 }
                 Err(e) => self.send_error = Some(e),
             }
         }
-        self.out.clear();
-        self.sent = 0;
+        out.clear();
+        *sent = 0;
         false
     }
 
@@ -209,8 +226,10 @@ impl Link {
 
     /// Called before the owner sleeps: sets the number of bytes that wake it. Never more than are certain to come.
     pub(super) fn set_low_water(&mut self) {
+        // Sealed bytes are more than the bytes in them, and a part of a record has come already.
+        let held = self.tls.as_ref().map_or(0, |tls| tls.held());
         let sure = match self.due {
-            Due::Data(left) => left + Trailer::LEN as u64,
+            Due::Data(left) => (left + Trailer::LEN as u64).saturating_sub(held).max(1),
             // Any byte completes a step.
             Due::Head | Due::Trailer => 1,
         };
@@ -229,6 +248,11 @@ impl Link {
         bound: &mut u64,
         out: &mut Vec<LaneEvent>,
     ) -> Stop {
+        if let Some(mut tls) = self.tls.take() {
+            let stop = self.receive_sealed(&mut tls, memory, bound, out);
+            self.tls = Some(tls);
+            return stop;
+        }
         let mut drained = false;
         loop {
             // First decode what `frame` holds already.
@@ -257,6 +281,123 @@ impl Link {
                 Err(e) => return Stop::Lost(Lost::Broken(e)),
             }
         }
+    }
+
+    /// The same over TLS.
+    fn receive_sealed(&mut self, tls: &mut Opener, memory: &Memory, bound: &mut u64, out: &mut Vec<LaneEvent>) -> Stop {
+        let mut drained = false;
+        loop {
+            // Opened bytes that follow an earlier stop.
+            let rest = std::mem::take(&mut tls.rest);
+            let (taken, stop) = self.take_in(&rest, memory, out);
+            tls.rest.extend_from_slice(&rest[taken..]);
+            if let Some(stop) = stop {
+                return stop;
+            }
+            let mut stop = None;
+            let opened = tls.open(|bytes, rest| {
+                let taken = match stop {
+                    Some(_) => 0,
+                    None => {
+                        let (taken, why) = self.take_in(bytes, memory, out);
+                        stop = why;
+                        taken
+                    }
+                };
+                rest.extend_from_slice(&bytes[taken..]);
+            });
+            match (stop, opened) {
+                (Some(stop), Ok(_)) => return stop,
+                (_, Err(e)) => return Stop::Lost(Lost::Tls(e)),
+                (None, Ok(Pause::Closed)) => return Stop::Lost(Lost::Closed),
+                (None, Ok(Pause::Empty)) => {}
+            }
+            if drained {
+                return self.empty();
+            }
+            if *bound == 0 {
+                return Stop::Bound;
+            }
+            let (wanted, got) = tls.receive(self.fd.as_fd());
+            match got {
+                Ok(0) => return Stop::Lost(Lost::Closed),
+                Ok(n) => {
+                    *bound = bound.saturating_sub(n as u64);
+                    drained = (n as u64) < wanted;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.empty(),
+                Err(e) => return Stop::Lost(Lost::Broken(e)),
+            }
+        }
+    }
+
+    /// Takes bytes of replies in, up to one that the owner must handle first. Returns the number that it took.
+    fn take_in(&mut self, bytes: &[u8], memory: &Memory, out: &mut Vec<LaneEvent>) -> (usize, Option<Stop>) {
+        let mut at = 0;
+        loop {
+            if let Err(stop) = self.decode(out) {
+                return (at, Some(stop));
+            }
+            let rest = &bytes[at..];
+            if rest.is_empty() {
+                return (at, None);
+            }
+            at += match self.due {
+                Due::Data(left) => {
+                    let n = left.min(rest.len() as u64) as usize;
+                    if let Err(e) = self.write_data(&rest[..n], memory, out) {
+                        return (at, Some(Stop::Lost(Lost::Broken(e))));
+                    }
+                    n
+                }
+                Due::Head | Due::Trailer => {
+                    let whole = if self.due == Due::Head { Reply::LEN } else { Trailer::LEN };
+                    let n = whole.saturating_sub(self.have).min(rest.len());
+                    self.frame[self.have..self.have + n].copy_from_slice(&rest[..n]);
+                    self.have += n;
+                    n
+                }
+            };
+        }
+    }
+
+    /// Writes data of the first request into its blocks, unless its attempt was stopped.
+    fn write_data(&mut self, bytes: &[u8], memory: &Memory, out: &mut Vec<LaneEvent>) -> io::Result<()> {
+        if self.pending.front().is_some_and(|front| !front.dead) {
+            let (mut at, mut skip) = (0, self.filled);
+            for s in &self.spans {
+                let n = (s.len - skip).min((bytes.len() - at) as u64) as usize;
+                memory.write_from(s.segment, s.offset + skip, &bytes[at..at + n])?;
+                (at, skip) = (at + n, 0);
+                if at == bytes.len() {
+                    break;
+                }
+            }
+        }
+        self.advance(bytes.len() as u64, out);
+        Ok(())
+    }
+
+    /// Data of the first request has come.
+    fn advance(&mut self, data: u64, out: &mut Vec<LaneEvent>) {
+        self.outstanding = self.outstanding.saturating_sub(data);
+        if let Due::Data(left) = self.due {
+            self.due = due_after(left.saturating_sub(data));
+        }
+        let Some(front) = self.pending.front_mut().filter(|front| !front.dead) else { return };
+        let mut full = 0;
+        self.filled += data;
+        while let Some(s) = self.spans.get(full)
+            && full < front.spans
+            && self.filled >= s.len
+        {
+            self.filled -= s.len;
+            full += 1;
+        }
+        self.spans.drain(..full);
+        front.spans -= full;
+        report_done(front.attempt, front.chunk, full as u32, out);
     }
 
     /// The socket is empty. If sending has failed too, no more replies will come.
@@ -298,15 +439,14 @@ impl Link {
         out: &mut Vec<LaneEvent>,
     ) -> (u64, io::Result<usize>) {
         let room = self.frame_room();
-        let Some(front) = self.pending.front_mut() else { return (0, Err(io::ErrorKind::InvalidData.into())) };
+        let Some(front) = self.pending.front() else { return (0, Err(io::ErrorKind::InvalidData.into())) };
         if front.dead {
             scratch.resize(SCRATCH, 0);
             let most = (SCRATCH as u64).min(left) as usize;
             let got = rustix::net::recv(&self.fd, &mut scratch[..most], RecvFlags::empty());
             let got = got.map(|(n, _)| n).map_err(io::Error::from);
             if let Ok(n) = got {
-                self.outstanding = self.outstanding.saturating_sub(n as u64);
-                self.due = due_after(left - n as u64);
+                self.advance(n as u64, out);
             }
             return (most as u64, got);
         }
@@ -328,20 +468,7 @@ impl Link {
                 sum.add(memory, &ring[..count], self.filled, data);
             }
             self.have = n - data as usize;
-            self.outstanding = self.outstanding.saturating_sub(data);
-            self.due = due_after(left - data);
-            let mut full = 0;
-            self.filled += data;
-            while let Some(s) = self.spans.get(full)
-                && full < front.spans
-                && self.filled >= s.len
-            {
-                self.filled -= s.len;
-                full += 1;
-            }
-            self.spans.drain(..full);
-            front.spans -= full;
-            report_done(front.attempt, front.chunk, full as u32, out);
+            self.advance(data, out);
         }
         (wanted, got)
     }

@@ -46,6 +46,7 @@ mod link;
 mod options;
 mod server;
 mod sum;
+mod tls;
 
 pub(crate) use client::TcpLane;
 pub(crate) use server::Server;

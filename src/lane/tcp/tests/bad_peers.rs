@@ -57,8 +57,8 @@ fn noise_and_half_open_connections_do_no_harm() {
             incarnation,
             &Limits::default(),
             &TcpConfig::default(),
-            Duration::from_secs(3600),
-            8,
+            None,
+            (Duration::from_secs(3600), 8),
         )
         .unwrap()
     });
@@ -101,8 +101,8 @@ fn a_peer_without_a_proof_in_time_is_told_and_closed() {
             incarnation,
             &Limits::default(),
             &TcpConfig::default(),
-            Duration::from_millis(20),
-            8,
+            None,
+            (Duration::from_millis(20), 8),
         )
         .unwrap()
     });

@@ -28,18 +28,18 @@ const DATA: usize = Challenge::LEN + Answer::LEN + Reply::LEN;
 const PERIOD: usize = Reply::LEN + BLOCK + Trailer::LEN;
 
 /// Changes bytes of a stream. Gets the place of the first one.
-type Change = Arc<Mutex<dyn FnMut(usize, &mut [u8]) + Send>>;
+pub(super) type Change = Arc<Mutex<dyn FnMut(usize, &mut [u8]) + Send>>;
 
-fn change(change: impl FnMut(usize, &mut [u8]) + Send + 'static) -> Change {
+pub(super) fn change(change: impl FnMut(usize, &mut [u8]) + Send + 'static) -> Change {
     Arc::new(Mutex::new(change))
 }
 
-fn unchanged() -> Change {
+pub(super) fn unchanged() -> Change {
     change(|_, _| {})
 }
 
 /// Flips the byte at `place`, and every `period` bytes from there.
-fn flip(place: usize, period: usize) -> Change {
+pub(super) fn flip(place: usize, period: usize) -> Change {
     change(move |at, bytes| {
         let hit = |i: usize| at + i >= place && (at + i - place).is_multiple_of(period);
         bytes.iter_mut().enumerate().filter(|(i, _)| hit(*i)).for_each(|(_, b)| *b ^= 1);
@@ -73,7 +73,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, change: Change) {
 }
 
 /// A proxy to a producer that changes requests and replies. Ends with the test's process.
-fn proxy(to: SocketAddr, up: Change, down: Change) -> SocketAddr {
+pub(super) fn proxy(to: SocketAddr, up: Change, down: Change) -> SocketAddr {
     let listener = TcpListener::bind(ANY).unwrap();
     let addr = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -98,7 +98,7 @@ impl Setting {
     fn new(checksum: bool) -> Self {
         let config = TcpConfig { checksum, ..TcpConfig::default() };
         let rig = Rig::with(PoolLayout::uniform(BLOCKS, 1, BLOCK as u64, 16), |export, incarnation| {
-            Server::start(ANY, export, incarnation, &Limits::default(), &config).unwrap()
+            Server::start(ANY, export, incarnation, &Limits::default(), &config, None).unwrap()
         });
         let blocks: Vec<_> = (0..BLOCKS).map(Some).collect();
         let (grant, offer) = rig.offer(1, &blocks);

@@ -4,3 +4,4 @@ mod bad_peers;
 mod changed;
 mod pulls;
 mod rig;
+mod tls;

@@ -196,3 +196,97 @@ fn a_producer_that_closes_in_the_handshake_is_named() {
     assert!(closes.join().unwrap() > 0);
     assert!(matches!(error, LaneError::Tls { .. } | LaneError::Connect { .. }), "{error}");
 }
+
+/// Bytes of one copy of the measurement.
+const COPY: usize = 256 << 20;
+
+/// A bare copy over one loopback connection of rustls, with writes and reads of 1 MiB. Returns the time of each.
+struct Bare {
+    stream: rustls::StreamOwned<rustls::ClientConnection, TcpStream>,
+    to: Vec<u8>,
+}
+
+impl Bare {
+    fn new(tls: &TlsIdentity) -> Self {
+        let listener = TcpListener::bind(ANY).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let server = tls.server(crate::tls::Protocol::Lane);
+        std::thread::spawn(move || {
+            let io = listener.accept().unwrap().0;
+            io.set_nodelay(true).unwrap();
+            let conn = rustls::ServerConnection::new(server).unwrap();
+            let mut stream = rustls::StreamOwned::new(conn, io);
+            let from: Vec<u8> = (0..COPY).map(|i| pattern(0, i as u64)).collect();
+            while stream.read_exact(&mut [0]).is_ok() {
+                for piece in from.chunks(1 << 20) {
+                    stream.write_all(piece).unwrap();
+                }
+                stream.flush().unwrap();
+            }
+        });
+        let client = tls.client(crate::tls::Protocol::Lane);
+        let conn = rustls::ClientConnection::new(client, tls.server_name().unwrap()).unwrap();
+        let stream = rustls::StreamOwned::new(conn, TcpStream::connect(addr).unwrap());
+        Self { stream, to: vec![0; COPY] }
+    }
+
+    fn copy(&mut self) -> Duration {
+        let start = std::time::Instant::now();
+        self.stream.write_all(&[1]).unwrap();
+        for piece in self.to.chunks_mut(1 << 20) {
+            self.stream.read_exact(piece).unwrap();
+        }
+        start.elapsed()
+    }
+}
+
+/// The lane beside a bare rustls copy, in turn.
+/// `cargo test --release --lib --features verbs tls_speed -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement, for a release build on an idle machine"]
+fn tls_speed() {
+    let tls = identity_of(&Authority::new());
+    let mut bare = Bare::new(&tls);
+    for block in [16 << 10, 64 << 10, 1 << 20] {
+        let n = (COPY / block) as u32;
+        let rig = Rig::with(PoolLayout::uniform(n, 1, block as u64, 16), |export, incarnation| {
+            let (limits, config) = (Limits::default(), TcpConfig::default());
+            Server::start(ANY, export, incarnation, &limits, &config, Some(tls.clone())).unwrap()
+        });
+        let blocks: Vec<_> = (0..n).map(|b| Some(b.wrapping_mul(7919) % n)).collect();
+        let (grant, offer) = rig.offer(1, &blocks);
+        let local: Vec<_> = (0..n).map(Some).collect();
+        let plan = rig.plan(&offer, &local, 2 << 20);
+        let memory = Memory::alloc(&rig.export.layout.segments).unwrap();
+        memory.touch().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let connect = |tls: Option<&TlsIdentity>| {
+            let config = TcpConfig::default();
+            let addr = rig.server.addr();
+            runtime.block_on(TcpLane::connect(addr, LANE, &KEY, rig.incarnation, memory.clone(), &config, tls)).unwrap()
+        };
+        let mut lane = connect(Some(&tls));
+        let mut times: [Vec<f64>; 3] = Default::default();
+        for round in 0..11 {
+            let start = std::time::Instant::now();
+            let a = attempt();
+            let events = pull(&mut lane, a, grant, &plan, 8 << 20);
+            let ours = start.elapsed();
+            assert_eq!(fences(&events, a).len(), plan.chunks().len());
+            let theirs = bare.copy();
+            if round > 0 {
+                times[0].push(ours.as_secs_f64());
+                times[1].push(theirs.as_secs_f64());
+                times[2].push(theirs.as_secs_f64() / ours.as_secs_f64());
+            }
+        }
+        times.iter_mut().for_each(|t| t.sort_by(f64::total_cmp));
+        let rate = |t: &[f64]| COPY as f64 / t[t.len() / 2] / 1e9;
+        println!(
+            "blocks of {block:>7}: {:.2} GB/s over TLS, {:.2} bare, median ratio {:.2}",
+            rate(&times[0]),
+            rate(&times[1]),
+            times[2][times[2].len() / 2]
+        );
+    }
+}

@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     consumer.pull(Pull::new(offer, vec![blocks]).deadline(Duration::from_secs(5)))?;
 
     // An engine would call `poll` once per step; this example has nothing else to do.
-    let ended = consumer.wait(Duration::from_secs(10)).ok_or("the pull's lane is wedged")?;
+    let ended = consumer.wait(Duration::from_secs(10))?;
     let outcome = &ended.outcome;
     println!(
         "loaded {} invalid {} over {:?} in {:?}",

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use kvferry_proto::{ChunkSize, EngineId, LaneKind, LeaseConfig, Limits, SessionConfig};
+use kvferry_proto::{ChunkSize, EngineId, LaneKind, LeaseConfig, Limits, SealKey, SessionConfig};
 
 use crate::{dial_list::DialList, error::StartError, faults::Faults};
 
@@ -41,6 +41,11 @@ pub struct PullConfig {
     pub on_wedge: OnWedge,
     /// Break lanes on purpose, for tests.
     pub faults: Option<Faults>,
+    /// How long a pull may move nothing from a peer that has been silent for [`SessionConfig::suspect`]. It then ends with
+    /// [`Cause::PeerDown`](crate::Cause::PeerDown), ahead of its deadline: two seconds of waiting cost a user less than most
+    /// prompts cost an engine. While data moves (over verbs, or out of the mapped pool of a stopped process), a pull goes on.
+    /// Longer where engines are known to pause; `Duration::MAX` always waits for the deadline.
+    pub patience: Duration,
 }
 
 impl Default for PullConfig {
@@ -55,6 +60,7 @@ impl Default for PullConfig {
             lanes: vec![LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp],
             on_wedge: OnWedge::Withhold,
             faults: None,
+            patience: Duration::from_secs(2),
         }
     }
 }
@@ -201,6 +207,8 @@ pub struct Config {
     pub verbs: VerbsConfig,
     /// Certificates; `None`: plain text.
     pub tls: Option<TlsConfig>,
+    /// Names of offers.
+    pub names: NameConfig,
     /// The engines that this rank offers to and pulls from; empty, the default: every engine. With [`Config::tls`] it is
     /// enforced, by the engines that a peer's certificate names. Without, it is advice: a peer may claim any engine id.
     pub engines: Vec<EngineId>,
@@ -209,6 +217,17 @@ pub struct Config {
     /// name must be listed by name: it is not resolved to see whether its address is. Set it wherever clients reach the
     /// engine, since a name can come from anywhere: a name that leads elsewhere is refused without a packet.
     pub dial: Vec<String>,
+}
+
+/// Settings of names.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct NameConfig {
+    /// Keys that this deployment's engines share. With a key, a producer seals the names that it makes with the first one, and
+    /// a consumer accepts only names that one of the keys has sealed: nobody else can then make it connect anywhere, or
+    /// change a name. Several keys make it possible to replace a key without a pause. Empty: names are not sealed, and any
+    /// name is accepted.
+    pub seal_keys: Vec<SealKey>,
 }
 
 /// Certificates and keys of one rank, in PEM. Both sides prove their identity. Every field is required, each of the first
@@ -253,6 +272,9 @@ impl Config {
         if s.suspect < s.heartbeat || s.down < s.suspect {
             return bad("session.suspect", "must lie between heartbeat and down");
         }
+        if s.second_dial.is_zero() {
+            return bad("session.second_dial", "must not be 0: every frame would dial; Duration::MAX turns it off");
+        }
         if s.silence < s.idle_heartbeat * 2 {
             return bad("session.silence", "must be at least two idle heartbeats, or idle sessions end");
         }
@@ -264,6 +286,13 @@ impl Config {
         }
         if self.limits.offers == 0 || self.limits.offers > 1 << 24 {
             return bad("limits.offers", "must be 1 to 16777216");
+        }
+        // Runs of scattered blocks take 6 bytes a block at most: 5 for the block's number, 1 for the run's length.
+        if self.limits.frame_bytes < self.limits.blocks_per_offer.saturating_mul(6).saturating_add(64 << 10) {
+            return bad(
+                "limits.frame_bytes",
+                "must be at least 6 bytes a block of limits.blocks_per_offer, plus 64 KiB",
+            );
         }
         if self.pull.lanes.is_empty() {
             return bad("pull.lanes", "must name at least one lane");

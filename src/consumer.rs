@@ -20,7 +20,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, Offer, PeerId, PoolLayout, PullError, Reader, Release, Shard,
+    BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Release, Shard, WaitError,
     pull::Retry,
     puller::{Ended, In, PullId, Start},
 };
@@ -83,7 +83,8 @@ impl Consumer {
         self.start(pull, None)
     }
 
-    /// Starts a pull whose end comes through the returned receiver, and not through [`Consumer::poll`].
+    /// Starts a pull whose end comes through the returned receiver, and not through [`Consumer::poll`]. The receiver fails at
+    /// once when the pull will not end, see [`Consumer::decided`].
     pub fn pull_async(&self, pull: Pull) -> Result<(PullId, oneshot::Receiver<Ended>), PullError> {
         let (tx, rx) = oneshot::channel();
         Ok((self.start(pull, Some(tx))?, rx))
@@ -100,6 +101,7 @@ impl Consumer {
         let started = Instant::now();
         let limits = &self.config.limits;
         pull.check(&self.layout, limits.blocks_per_offer)?;
+        pull.offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(&pull.offer);
         let id = PullId(self.next_pull.fetch_add(1, Ordering::Relaxed));
         let progress = self.pulls.begin(id, &pull.blocks, limits.pulls, waiter)?;
@@ -113,7 +115,7 @@ impl Consumer {
             reader,
             started,
             deadline: started + deadline,
-            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait },
+            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait, patience: settings.patience },
             chunk: settings.chunk,
             lanes: pull.lanes.unwrap_or_else(|| settings.lanes.clone()),
             local_ready: pull.local_ready,
@@ -150,11 +152,18 @@ impl Consumer {
 
     /// Releases an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
     /// producer gets its blocks back at once. Sent again until it is acknowledged.
-    pub fn release(&self, offer: &Offer) {
+    ///
+    /// # Errors
+    /// The name is malformed, or its seal is missing or does not fit. No peer is contacted.
+    pub fn release(&self, offer: &Offer) -> Result<(), BadOffer> {
+        offer.check()?;
+        offer.check_seal(&self.config.names.seal_keys)?;
+        let (id, token) = (offer.id, offer.token);
         for rank in &offer.ranks {
-            let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: true };
+            let release = Release { claim: None, offer: id, token, reader: Reader::ONLY, all: true };
             self.tell(Mail::Release(rank.addr.as_str().into(), rank.incarnation, release));
         }
+        Ok(())
     }
 
     /// Sends mail, unless its reader has ended: nothing would empty the mailbox.
@@ -170,8 +179,20 @@ impl Consumer {
     }
 
     /// Waits for the next pull to end, for `timeout` at most.
-    pub fn wait(&self, timeout: Duration) -> Option<Ended> {
+    ///
+    /// # Errors
+    /// No pull ended in time, a pull will not end, or none will. The news that a pull will not end, or none will, ends the
+    /// wait at once.
+    pub fn wait(&self, timeout: Duration) -> Result<Ended, WaitError> {
         self.pulls.wait(timeout.min(MAX_DEADLINE))
+    }
+
+    /// The frozen sets of a pull that has decided and not ended. A scheduler may plan with them: they do not change any more.
+    /// The local blocks still belong to the pull, so neither read nor write them. `None` before the decision, and after the
+    /// end. For a pull that will never end, since its lane is wedged or the data thread panicked, this is all there is to
+    /// know.
+    pub fn decided(&self, pull: PullId) -> Option<Outcome> {
+        self.pulls.outcome(pull)
     }
 
     /// A pull's loaded chunks, and all its chunks (0 until its peers have answered). `None` when it has ended.

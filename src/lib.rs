@@ -72,16 +72,16 @@ mod producer;
 pub mod scheduler;
 mod tls;
 
-pub use config::{Config, LocalConfig, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig};
+pub use config::{Config, LocalConfig, NameConfig, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig};
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
 pub use faults::{BadFault, Faults, parse_bytes};
 pub use kvferry_proto::{
-    BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Gone, Group, GroupId,
-    GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks, Mismatch, Model,
-    Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId, PlanError, PoolLayout, PositionSet, PullError,
-    Rank, Region, SessionConfig, Shard, Times,
+    BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Fingerprints, Gone,
+    Group, GroupId, GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks,
+    Mismatch, Model, Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId, PlanError, PoolLayout,
+    PositionSet, PullError, Rank, Region, Seal, SealKey, SessionConfig, Shard, Times, Token, WaitError,
     hello::{Hello, Welcome},
     puller::{Ended, PullId},
     table::Freed,

@@ -14,7 +14,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Offer, OfferError, OfferId, PeerId, PoolLayout,
+    Offer, OfferError, OfferGroup, OfferId, PeerId, PoolLayout,
     table::{self, Freed},
 };
 
@@ -56,15 +56,18 @@ impl Producer {
 
     /// Offers blocks of an engine of one rank. They must stay as they are until the offer is freed.
     pub fn offer(&self, spec: OfferSpec, ready: Ready) -> Result<Offer, OfferError> {
-        let offer = self.core.name(spec);
-        self.core.enter(&offer, ready)?;
-        Ok(offer)
+        let (name, groups) = self.core.name(spec);
+        self.core.enter(&name, groups, ready)?;
+        Ok(name)
     }
 
-    /// Enters an offer that was named elsewhere, such as by the engine's scheduler for all of its ranks. Claims that came
-    /// before it are granted from now on.
-    pub fn enter(&self, offer: &Offer, ready: Ready) -> Result<(), OfferError> {
-        self.core.enter(offer, ready)
+    /// Enters an offer of these blocks, by group, under a name that was made elsewhere, such as by the engine's scheduler for
+    /// all of its ranks: each rank enters the same lists. Claims that came before it are granted from now on.
+    ///
+    /// # Errors
+    /// The name or the blocks are out of bounds, the id was used before, or the table is full or draining.
+    pub fn enter(&self, name: &Offer, groups: Vec<OfferGroup>, ready: Ready) -> Result<(), OfferError> {
+        self.core.enter(name, groups, ready)
     }
 
     /// The work that fills the offer's blocks is done: consumers can claim it.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, Grant, Incarnation, Release,
+    Cause, ClaimId, Contents, Grant, Incarnation, Release,
     hello::{Hello, Welcome},
     puller::{Addr, In, LaneWish},
     session::Want,
@@ -159,8 +159,8 @@ impl Events for ToPuller {
         self.0.send(Mail::Puller(In::Peer(peer.clone(), welcome)));
     }
 
-    fn granted(&self, claim: ClaimId, grant: Grant) {
-        self.0.send(Mail::Puller(In::Granted(claim, grant)));
+    fn granted(&self, claim: ClaimId, grant: Grant, contents: Arc<Contents>) {
+        self.0.send(Mail::Puller(In::Granted(claim, grant, contents)));
     }
 
     fn lost(&self, claim: ClaimId, cause: Cause) {
@@ -170,6 +170,10 @@ impl Events for ToPuller {
     fn connected(&self, peer: &Addr, connected: Connected) {
         let Connected { incarnation, need, lane } = connected;
         self.0.send(Mail::Puller(In::Lane { peer: peer.clone(), incarnation, need, lane }));
+    }
+
+    fn silent(&self, peer: &Addr, silent: bool) {
+        self.0.send(Mail::Puller(In::Silent(peer.clone(), silent)));
     }
 
     fn dropped(&self, peer: &Addr) {

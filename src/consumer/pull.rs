@@ -2,13 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kvferry_proto::{LaneKind, LocalBlocks, Marks, Offer, PlanError, PoolLayout, PullError};
+use kvferry_proto::{Fingerprints, LaneKind, LocalBlocks, Marks, Offer, PlanError, PoolLayout, PullError};
 
 /// A pull to start. Only the offer and the blocks are required.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Pull {
-    /// The offer to read.
+    /// The name of the offer to read.
     pub offer: Arc<Offer>,
     /// Which positions are wanted, and the local blocks that they go into.
     pub blocks: Vec<LocalBlocks>,
@@ -19,12 +19,21 @@ pub struct Pull {
     /// Whether earlier work on the local blocks is done. If not, nothing is read before
     /// [`Consumer::local_ready`](crate::Consumer::local_ready) is called.
     pub local_ready: bool,
+    /// What the KV must have been computed from: the offer must have each of these fingerprints, with the same value.
+    pub expect: Fingerprints,
 }
 
 impl Pull {
     /// A pull of these blocks, with the defaults.
     pub fn new(offer: impl Into<Arc<Offer>>, blocks: Vec<LocalBlocks>) -> Self {
-        Self { offer: offer.into(), blocks, deadline: None, lanes: None, local_ready: true }
+        Self {
+            offer: offer.into(),
+            blocks,
+            deadline: None,
+            lanes: None,
+            local_ready: true,
+            expect: Fingerprints::new(),
+        }
     }
 
     /// Sets the time from now to the decision.
@@ -39,9 +48,16 @@ impl Pull {
         self
     }
 
-    /// Checks the wanted blocks against this rank's layout. `limit` bounds their number.
+    /// Requires the offer to have these fingerprints.
+    pub fn expect(mut self, fingerprints: Fingerprints) -> Self {
+        self.expect = fingerprints;
+        self
+    }
+
+    /// Checks the name, and the wanted blocks against this rank's layout. `limit` bounds their number.
     pub(super) fn check(&self, layout: &PoolLayout, limit: usize) -> Result<(), PullError> {
-        self.offer.check(limit)?;
+        self.offer.check()?;
+        self.offer.expect(&self.expect)?;
         let blocks = self.blocks.iter().map(|l| l.blocks.len()).sum();
         if blocks > limit {
             return Err(PlanError::TooManyBlocks { blocks, limit }.into());

@@ -12,7 +12,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, LocalBlocks, PoolLayout, PullError,
+    Cause, LocalBlocks, Outcome, PoolLayout, PullError, WaitError,
     puller::{Ended, Progress, PullId},
     quarantine::Quarantine,
 };
@@ -35,12 +35,20 @@ pub(super) struct Pulls {
 struct State {
     /// Ended pulls that the engine has not polled.
     ended: VecDeque<Ended>,
+    /// Wedged pulls of which no call of `wait` has heard.
+    wedged: VecDeque<PullId>,
     /// Receivers of asynchronous pulls.
     waiters: HashMap<PullId, oneshot::Sender<Ended>>,
-    /// Running pulls.
-    progress: HashMap<PullId, Arc<Progress>>,
-    /// The data thread panicked: a running pull will never end.
-    died: bool,
+    /// Pulls that have not ended.
+    running: HashMap<PullId, Running>,
+    /// Why no running pull will end: the data thread panicked, or stopped.
+    over: Option<WaitError>,
+}
+
+struct Running {
+    progress: Arc<Progress>,
+    /// Its frozen sets, once it has decided.
+    decided: Option<Outcome>,
 }
 
 impl Pulls {
@@ -77,12 +85,13 @@ impl Pulls {
         }
         let progress = Arc::new(Progress::default());
         let mut state = self.state.lock();
-        if state.died {
+        if let Some(over) = &state.over {
+            let error = if *over == WaitError::Died { PullError::Died } else { PullError::Shutdown };
             drop(state);
             self.quarantine.lock().give_back(id.0, wanted());
-            return failed(PullError::Died);
+            return failed(error);
         }
-        state.progress.insert(id, progress.clone());
+        state.running.insert(id, Running { progress: progress.clone(), decided: None });
         state.waiters.extend(waiter.map(|tx| (id, tx)));
         drop(state);
         self.metrics.running.inc();
@@ -94,15 +103,26 @@ impl Pulls {
         self.state.lock().ended.pop_front()
     }
 
-    /// Waits for the next ended pull.
-    pub(super) fn wait(&self, timeout: Duration) -> Option<Ended> {
+    /// Waits for the next ended pull, or for the news that one will not end.
+    pub(super) fn wait(&self, timeout: Duration) -> Result<Ended, WaitError> {
         let mut state = self.state.lock();
-        self.ended.wait_while_for(&mut state, |s| s.ended.is_empty(), timeout);
-        state.ended.pop_front()
+        let nothing = |s: &mut State| s.ended.is_empty() && s.wedged.is_empty() && s.over.is_none();
+        self.ended.wait_while_for(&mut state, nothing, timeout);
+        if let Some(ended) = state.ended.pop_front() {
+            return Ok(ended);
+        }
+        if let Some(pull) = state.wedged.pop_front() {
+            return Err(WaitError::Wedged { pull });
+        }
+        Err(state.over.clone().unwrap_or(WaitError::NotYet { after: timeout }))
     }
 
     pub(super) fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
-        self.state.lock().progress.get(&pull).map(|p| p.get())
+        self.state.lock().running.get(&pull).map(|p| p.progress.get())
+    }
+
+    pub(super) fn outcome(&self, pull: PullId) -> Option<Outcome> {
+        self.state.lock().running.get(&pull)?.decided.clone()
     }
 
     pub(super) fn running(&self) -> usize {
@@ -119,7 +139,7 @@ impl Pulls {
 
     /// Whether the data thread has panicked.
     pub(super) fn died(&self) -> bool {
-        self.state.lock().died
+        self.state.lock().over == Some(WaitError::Died)
     }
 
     fn after_wedge(&self) {
@@ -131,6 +151,12 @@ impl Pulls {
 }
 
 impl Reports for Pulls {
+    fn decided(&self, pull: PullId, outcome: Outcome) {
+        if let Some(running) = self.state.lock().running.get_mut(&pull) {
+            running.decided = Some(outcome);
+        }
+    }
+
     fn ended(&self, ended: Ended) {
         let blocks = ended.blocks.loaded.iter().chain(&ended.blocks.invalid).copied();
         self.quarantine.lock().give_back(ended.pull.0, blocks);
@@ -145,7 +171,7 @@ impl Reports for Pulls {
             );
         }
         let mut state = self.state.lock();
-        state.progress.remove(&ended.pull);
+        state.running.remove(&ended.pull);
         let unclaimed = match state.waiters.remove(&ended.pull) {
             Some(tx) => tx.send(ended).err(),
             None => Some(ended),
@@ -160,6 +186,13 @@ impl Reports for Pulls {
         self.wedged.fetch_add(1, Ordering::AcqRel);
         self.metrics.wedged.inc();
         health::turn_bad();
+        let mut state = self.state.lock();
+        // The receiver of an asynchronous pull sees its sender dropped.
+        if state.waiters.remove(&pull).is_none() {
+            state.wedged.push_back(pull);
+            self.ended.notify_one();
+        }
+        drop(state);
         tracing::error!(
             pull = pull.0,
             "a pull's blocks are withheld: its lane wedged; restart this process to get them back"
@@ -169,13 +202,14 @@ impl Reports for Pulls {
 
     fn died(&self) {
         let mut state = self.state.lock();
-        state.died = true;
-        let pulls = state.progress.len();
+        state.over = Some(WaitError::Died);
+        let pulls = state.running.len();
         self.wedged.store(pulls, Ordering::Release);
         self.metrics.wedged.set(pulls as i64);
         health::turn_bad();
         // Last, so that a receiver that sees its sender dropped also sees the count above.
         state.waiters.clear();
+        self.ended.notify_all();
         drop(state);
         tracing::error!(
             pulls,
@@ -183,5 +217,12 @@ impl Reports for Pulls {
              restart this process"
         );
         self.after_wedge();
+    }
+
+    fn stopped(&self) {
+        let mut state = self.state.lock();
+        state.over = Some(WaitError::Shutdown);
+        state.waiters.clear();
+        self.ended.notify_all();
     }
 }

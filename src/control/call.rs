@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use kvferry_proto::{
-    EngineId, HelloError, Incarnation, Model, OfferId, PeerId, Rank, Shard,
+    EngineId, HelloError, Incarnation, Model, OfferId, PeerId, Rank, Shard, Token,
     hello::{Hello, VERSIONS, Welcome, features},
 };
 
@@ -77,16 +77,16 @@ impl Caller {
         Ok(Dialer::new(addr.into(), &self.config, tls))
     }
 
-    /// Releases an offer at the rank that serves `addr`, on behalf of `from`. `expect`: the incarnation that offered, if it
-    /// is known. `true`: this call freed the offer; `false`: it was gone already, or other readers hold it.
+    /// Releases an offer at the rank that serves `addr`, on behalf of `from`; `token` is the one in the offer's name. `expect`:
+    /// the incarnation that offered, if it is known. `true`: this call freed the offer; `false`: it was gone already, or other readers hold it.
     pub async fn release(
         &self,
         addr: &str,
         from: Option<PeerId>,
-        offer: OfferId,
+        (offer, token): (OfferId, Token),
         expect: Option<Incarnation>,
     ) -> Result<bool, CallError> {
-        let request = proto::ReleaseRequest::from(&ReleaseWanted { from, offer, expect });
+        let request = proto::ReleaseRequest::from(&ReleaseWanted { from, offer, token, expect });
         let reply = self
             .call(addr, async {
                 let connection = self.dialer(addr)?.connect().await?;
@@ -131,7 +131,7 @@ pub async fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration
 pub async fn release(
     addr: &str,
     from: Option<PeerId>,
-    offer: OfferId,
+    offer: (OfferId, Token),
     expect: Option<Incarnation>,
     limit: Duration,
 ) -> Result<bool, CallError> {

@@ -32,6 +32,7 @@ use super::{
     events::{Connected, Events},
     lanes::{LaneCall, LaneConnector, Skipped},
     proto,
+    wire::server_frame,
 };
 use crate::{config::Config, tls::TlsIdentity};
 
@@ -277,7 +278,7 @@ impl PeerTask {
     }
 
     fn check(&self, frame: proto::ServerFrame) -> Result<ServerFrame, String> {
-        let frame = ServerFrame::try_from(frame).map_err(|e| e.to_string())?;
+        let frame = server_frame(frame, self.config.limits.blocks_per_offer).map_err(|e| e.to_string())?;
         if let Some(ServerBody::Granted { grant, .. }) = &frame.body
             && let Some((_, welcome)) = &self.current
             && grant.slot >= welcome.fence_slots
@@ -334,9 +335,10 @@ impl PeerTask {
                         self.events.welcomed(&self.addr, welcome.clone());
                     }
                 }
-                Out::Granted { claim, grant } => self.events.granted(claim, grant),
+                Out::Granted { claim, grant, contents } => self.events.granted(claim, grant, contents),
                 Out::Lost { claim, cause } => self.events.lost(claim, cause),
                 Out::Health(health) => self.log(health),
+                Out::Silent(silent) => self.events.silent(&self.addr, silent),
                 Out::Expired => {
                     self.over |= self.orphan;
                     if !self.orphan {

@@ -1,7 +1,7 @@
 //! The interface between the control server and its producer.
 
 use kvferry_proto::{
-    ClientFrame, Incarnation, LaneKind, Mismatch, OfferId, PeerId,
+    ClientFrame, Incarnation, LaneKind, Mismatch, OfferId, PeerId, Token,
     hello::{Hello, Welcome},
 };
 
@@ -45,11 +45,12 @@ pub(crate) trait Desk: Send + Sync + 'static {
         let _ = (from, expect, ends, by);
         Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) })
     }
-    /// An offer is released without a session, by `from` or by a router (`None`). `true`: this call freed it.
+    /// An offer is released without a session, by `from` or by a router (`None`), which shows its token. `true`: this call
+    /// freed it.
     fn release(
         &self,
         from: Option<PeerId>,
-        offer: OfferId,
+        offer: (OfferId, Token),
         expect: Option<Incarnation>,
         by: &PeerKey,
     ) -> Result<bool, Refusal>;

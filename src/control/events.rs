@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    Cause, ClaimId, Grant, Incarnation,
+    Cause, ClaimId, Contents, Grant, Incarnation,
     hello::Welcome,
     puller::{Addr, Need},
 };
@@ -14,12 +14,14 @@ use crate::lane::WakingLane;
 pub(crate) trait Events: Send + Sync + 'static {
     /// A peer answered Hello. State of its other incarnations is void.
     fn welcomed(&self, peer: &Addr, welcome: Arc<Welcome>);
-    /// A claim was granted.
-    fn granted(&self, claim: ClaimId, grant: Grant);
+    /// A claim was granted: its fence word, and what it may read.
+    fn granted(&self, claim: ClaimId, grant: Grant, contents: Arc<Contents>);
     /// A claim was lost.
     fn lost(&self, claim: ClaimId, cause: Cause);
     /// The answer to a request for a lane.
     fn connected(&self, peer: &Addr, connected: Connected);
+    /// The peer owes an answer and gives none (`true`), or answers again.
+    fn silent(&self, peer: &Addr, silent: bool);
     /// This peer was unused for a long time: the owner may drop its handle.
     fn dropped(&self, peer: &Addr);
 }

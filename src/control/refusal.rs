@@ -23,6 +23,9 @@ pub(crate) enum Refusal {
     /// Not ready yet, but soon: the peer may ask again. ABORTED.
     #[error("{0}")]
     NotYet(String),
+    /// The caller does not show the offer's token. PERMISSION_DENIED.
+    #[error("the token is not that of this offer: pass on the producer's offer unchanged")]
+    Token,
     /// A limit is reached. RESOURCE_EXHAUSTED.
     #[error("too many {what}: the limit here is {limit}")]
     Limit {
@@ -73,7 +76,7 @@ impl Refusal {
             Self::OtherIncarnation { .. } | Self::Precondition(_) => Code::FailedPrecondition,
             Self::NotYet(_) => Code::Aborted,
             Self::Limit { .. } | Self::Share { .. } => Code::ResourceExhausted,
-            Self::Denied(_) => Code::PermissionDenied,
+            Self::Denied(_) | Self::Token => Code::PermissionDenied,
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::Stopping => Code::Unavailable,
         };

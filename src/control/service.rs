@@ -257,7 +257,8 @@ impl Ferry for FerryService {
         let conn = conn(&request)?;
         let r = ReleaseWanted::try_from(request.into_inner()).map_err(invalid)?;
         let allowed = self.0.check_engine(&conn, r.from.as_ref().map(|p| &p.engine));
-        let freed = allowed.and_then(|()| self.0.desk.release(r.from, r.offer, r.expect, &conn.peer()));
+        let offer = (r.offer, r.token);
+        let freed = allowed.and_then(|()| self.0.desk.release(r.from, offer, r.expect, &conn.peer()));
         let freed = freed.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(proto::ReleaseReply { freed }))
     }

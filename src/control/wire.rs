@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use kvferry_proto::{
     EngineId, Group, GroupId, GroupKind, Incarnation, LaneKind, Mismatch, Model, OfferId, PeerId, PoolLayout, Rank,
-    Region, Shard,
+    Region, Shard, Token,
     hello::{Hello, Welcome},
 };
 
-use self::check::{Checked, bad, incarnation, millis, narrow, offer_id, peer, present, shortened, text, time, within};
+use self::check::{
+    Checked, bad, incarnation, millis, narrow, offer_id, peer, present, shortened, text, time, token, within,
+};
 use super::proto;
 use crate::lane::{ticket::LaneTicket, verbs::VerbsRequest};
 
-pub(super) use self::check::BadMessage;
+pub(super) use self::{check::BadMessage, frame::server_frame};
 
 mod check;
 mod frame;
@@ -339,6 +341,8 @@ pub(crate) struct ReleaseWanted {
     pub from: Option<PeerId>,
     /// The offer.
     pub offer: OfferId,
+    /// Its secret.
+    pub token: Token,
     /// The incarnation that offered; `None`: any.
     pub expect: Option<Incarnation>,
 }
@@ -348,6 +352,7 @@ impl From<&ReleaseWanted> for proto::ReleaseRequest {
         Self {
             from: r.from.as_ref().map(Into::into),
             offer: Some(r.offer.into()),
+            token: r.token.to_bytes().to_vec().into(),
             expect_incarnation: r.expect.map_or(0, Incarnation::get),
         }
     }
@@ -359,6 +364,7 @@ impl TryFrom<proto::ReleaseRequest> for ReleaseWanted {
         Ok(Self {
             from: r.from.map(|p| peer("from", Some(p))).transpose()?,
             offer: offer_id("offer", r.offer)?,
+            token: token("token", &r.token)?,
             expect: Incarnation::from_wire(r.expect_incarnation),
         })
     }

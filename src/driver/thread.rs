@@ -12,7 +12,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Incarnation, Release,
+    Incarnation, Outcome, Release,
     puller::{Addr, Ended, In, LaneWish, Out, PullId, Puller},
     session::Want,
 };
@@ -47,12 +47,16 @@ pub(crate) trait Peers: Send {
 
 /// Receives the events of pulls, on the data thread. No call blocks.
 pub(crate) trait Reports: Send + Sync {
+    /// The pull's sets are frozen, and it has not ended: its lanes are not quiet yet.
+    fn decided(&self, pull: PullId, outcome: Outcome);
     /// The pull has ended.
     fn ended(&self, ended: Ended);
     /// The pull's lane wedged: its blocks may be written at any time.
     fn wedged(&self, pull: PullId);
     /// The thread panicked: no pull will end any more, and their blocks may still be written.
     fn died(&self);
+    /// The thread was told to stop, and has: no pull will end any more.
+    fn stopped(&self);
 }
 
 /// Starts the data thread.
@@ -66,8 +70,9 @@ pub(crate) fn spawn(
     let mut this = Driver { puller, mailbox, peers, reports, sleeper, stop: None, mail: VecDeque::new() };
     std::thread::Builder::new().name("kvferry-data".into()).spawn(move || {
         // After a panic the driver is only dropped, never used: lanes that are not quiet keep their memory.
-        if std::panic::catch_unwind(AssertUnwindSafe(|| this.run())).is_err() {
-            this.reports.died();
+        match std::panic::catch_unwind(AssertUnwindSafe(|| this.run())) {
+            Ok(()) => this.reports.stopped(),
+            Err(_) => this.reports.died(),
         }
     })
 }
@@ -133,7 +138,12 @@ impl Driver {
                 Out::Claim(peer, want) => self.peers.claim(&peer, want),
                 Out::Release(peer, expect, release) => self.peers.release(&peer, expect, release),
                 Out::Connect(peer, wish) => self.peers.connect(&peer, wish),
-                Out::Decided(_) => {}
+                Out::Decided(pull) => {
+                    // Without an outcome it has ended in the same turn, and `Ended` follows.
+                    if let Some(outcome) = self.puller.outcome(pull) {
+                        self.reports.decided(pull, outcome.clone());
+                    }
+                }
                 Out::Ended(ended) => self.reports.ended(*ended),
                 Out::Wedged(pull) => self.reports.wedged(pull),
             }

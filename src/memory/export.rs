@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use kvferry_proto::{Nonce, OfferGroup, PoolLayout};
+use kvferry_proto::{Contents, Nonce, PoolLayout};
 use parking_lot::RwLock;
 
 use super::{host::Memory, words::FenceWords};
@@ -30,7 +30,7 @@ pub(crate) struct Export {
 #[derive(Debug)]
 struct Live {
     nonce: Nonce,
-    groups: Arc<[OfferGroup]>,
+    contents: Arc<Contents>,
 }
 
 impl Export {
@@ -40,8 +40,8 @@ impl Export {
     }
 
     /// The offer in `slot` may be read from now on. Its word is set last, once its blocks are known here.
-    pub(crate) fn publish(&self, slot: u32, nonce: Nonce, groups: Arc<[OfferGroup]>) {
-        self.live.write().insert(slot, Live { nonce, groups });
+    pub(crate) fn publish(&self, slot: u32, nonce: Nonce, contents: Arc<Contents>) {
+        self.live.write().insert(slot, Live { nonce, contents });
         self.words.set(slot, nonce);
     }
 
@@ -52,9 +52,9 @@ impl Export {
     }
 
     /// The blocks of the offer in `slot`, if it is live and its nonce is this one.
-    pub(crate) fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<[OfferGroup]>> {
+    pub(crate) fn resolve(&self, slot: u32, nonce: u64) -> Option<Arc<Contents>> {
         let live = self.live.read();
-        live.get(&slot).filter(|l| l.nonce.get() == nonce).map(|l| l.groups.clone())
+        live.get(&slot).filter(|l| l.nonce.get() == nonce).map(|l| l.contents.clone())
     }
 
     /// The check after the copy: the nonce if the offer in `slot` is still live under it, else 0. If it is, every earlier
@@ -70,18 +70,18 @@ impl Export {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvferry_proto::{BlockId, GroupId};
+    use kvferry_proto::{BlockId, GroupId, OfferGroup};
 
     #[test]
     fn only_the_live_offer_with_its_own_nonce_resolves() {
         let layout = Arc::new(PoolLayout::uniform(4, 1, 4096, 16));
         let memory = Memory::alloc(&layout.segments).unwrap();
         let e = Export::new(layout, memory, Arc::new(FenceWords::new(4).unwrap()));
-        let groups: Arc<[OfferGroup]> =
-            [OfferGroup { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(3))] }].into();
+        let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: vec![Some(BlockId(3))] }];
+        let groups = Arc::new(Contents { groups, ..Contents::default() });
         let (a, b) = (Nonce::random(), Nonce::random());
         e.publish(2, a, groups.clone());
-        assert_eq!(e.resolve(2, a.get()).as_deref(), Some(&groups[..]));
+        assert_eq!(e.resolve(2, a.get()), Some(groups.clone()));
         assert_eq!(e.still(2, a.get()), a.get());
         assert!(e.resolve(2, b.get()).is_none() && e.resolve(1, a.get()).is_none());
         assert_eq!(e.still(2, b.get()), 0, "a caller with a wrong nonce does not learn the live one");
@@ -105,7 +105,7 @@ mod tests {
         })
         .join();
         let n = Nonce::random();
-        e.publish(0, n, [].into());
+        e.publish(0, n, Arc::default());
         assert!(e.resolve(0, n.get()).is_some());
         e.withdraw(0);
         assert!(e.resolve(0, n.get()).is_none());

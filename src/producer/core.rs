@@ -30,8 +30,8 @@ use crate::{
     metrics::ProducerMetrics,
 };
 use kvferry_proto::{
-    BadOffer, ClaimId, ClientBody, ClientFrame, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer,
-    OfferError, OfferGroup, OfferId, OfferRank, PeerId, ServerBody, ServerFrame, Shard,
+    BadOffer, ClaimId, ClientBody, ClientFrame, Contents, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer,
+    OfferError, OfferGroup, OfferId, OfferRank, PeerId, ServerBody, ServerFrame, Shard, Token,
     hello::{self, Hello, Welcome},
     table::{self, Freed, OfferTable},
 };
@@ -86,8 +86,6 @@ impl Servers {
 
 pub(super) struct State {
     pub(super) table: OfferTable,
-    /// The blocks of live offers.
-    groups: HashMap<OfferId, Arc<[OfferGroup]>>,
     pub(super) sessions: HashMap<SessionId, Session>,
     /// The newest session of each consumer incarnation.
     by_consumer: HashMap<Incarnation, SessionId>,
@@ -138,7 +136,6 @@ impl Core {
         let random = Box::new(|| Incarnation::random().get());
         let state = State {
             table: OfferTable::new(config.lease.clone(), config.limits.clone(), random),
-            groups: HashMap::new(),
             sessions: HashMap::new(),
             by_consumer: HashMap::new(),
             by_peer: HashMap::new(),
@@ -166,22 +163,25 @@ impl Core {
         self.state.lock()
     }
 
-    pub(super) fn name(&self, spec: OfferSpec) -> Offer {
+    /// The name of an offer, sealed if there is a key, and its blocks.
+    pub(super) fn name(&self, spec: OfferSpec) -> (Offer, Vec<OfferGroup>) {
         let rank = OfferRank { rank: self.me.rank, incarnation: self.me.incarnation, addr: self.addr.clone() };
-        Offer::new(
-            spec.id.unwrap_or_else(OfferId::random),
-            self.me.engine.clone(),
-            self.me.incarnation,
-            vec![rank],
-            spec.tokens,
-            spec.groups,
-        )
-        .request(spec.request)
+        let id = spec.id.unwrap_or_else(OfferId::random);
+        let name = Offer::new(id, self.me.engine.clone(), self.me.incarnation, vec![rank], spec.tokens)
+            .request(spec.request)
+            .fingerprints(spec.fingerprints);
+        let name = match self.config.names.seal_keys.first() {
+            Some(key) => name.sealed(key),
+            None => name,
+        };
+        (name, spec.groups)
     }
 
-    pub(super) fn enter(&self, offer: &Offer, ready: Ready) -> Result<(), OfferError> {
-        offer.check(self.config.limits.blocks_per_offer)?;
-        for g in &offer.groups {
+    pub(super) fn enter(&self, name: &Offer, groups: Vec<OfferGroup>, ready: Ready) -> Result<(), OfferError> {
+        name.check()?;
+        let contents = Contents::of(name, groups);
+        contents.check(self.config.limits.blocks_per_offer)?;
+        for g in &contents.groups {
             let blocks = self.export.layout.group(g.group).map_or(0, |l| l.blocks);
             if let Some(b) = g.blocks.iter().flatten().find(|b| b.0 >= blocks) {
                 let (block, group) = (b.0, g.group.0);
@@ -192,14 +192,8 @@ impl Core {
             }
         }
         let mut state = self.lock();
-        // The table publishes a ready offer at once, so its blocks must be known before.
-        let known = state.groups.insert(offer.id, offer.groups.clone().into());
-        let entered = state.table.offer(Instant::now(), offer.id, ready == Ready::Now);
-        match (&entered, known) {
-            (Err(_), Some(known)) => drop(state.groups.insert(offer.id, known)),
-            (Err(_), None) => drop(state.groups.remove(&offer.id)),
-            _ => {}
-        }
+        let secret = (name.id, name.token);
+        let entered = state.table.offer(Instant::now(), secret, Arc::new(contents), ready == Ready::Now);
         if entered.is_ok() {
             self.metrics.offers.inc();
         }
@@ -230,15 +224,12 @@ impl Core {
         let mut freed = 0;
         while let Some(out) = state.table.poll() {
             match out {
-                table::Out::Publish { offer, slot, nonce } => {
-                    if let Some(groups) = state.groups.get(&offer) {
-                        self.export.publish(slot, nonce, groups.clone());
-                    }
+                table::Out::Publish { contents, slot, nonce, .. } => {
+                    self.export.publish(slot, nonce, contents);
                     self.rearm.notify_one();
                 }
                 table::Out::Withdraw { slot, .. } => self.export.withdraw(slot),
                 table::Out::Freed(f) => {
-                    state.groups.remove(&f.offer);
                     if !matches!(f.why, Gone::Released) {
                         tracing::warn!(offer = %f.offer, why = ?f.why, "offer ended without a release; its blocks are freed");
                     }
@@ -475,16 +466,21 @@ impl Desk for Core {
     fn release(
         &self,
         from: Option<PeerId>,
-        offer: OfferId,
+        (offer, token): (OfferId, Token),
         expect: Option<Incarnation>,
         _: &PeerKey,
     ) -> Result<bool, Refusal> {
         if let Some(expect) = expect {
             self.expects_me(expect)?;
         }
-        let before = self.lock().groups.contains_key(&offer);
-        self.tell(table::In::Release(from, offer));
-        Ok(before && !self.lock().groups.contains_key(&offer))
+        let shown = self.lock().table.shows(offer, token);
+        // The table counts a wrong token.
+        self.tell(table::In::Release(from, offer, token));
+        match shown {
+            None => Ok(false),
+            Some(false) => Err(Refusal::Token),
+            Some(true) => Ok(self.lock().table.shows(offer, token).is_none()),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! An offer as an engine describes it.
 
-use kvferry_proto::{OfferGroup, OfferId};
+use kvferry_proto::{Fingerprints, OfferGroup, OfferId};
 
 /// The blocks to offer.
 #[derive(Debug, Clone, Default)]
@@ -14,6 +14,8 @@ pub struct OfferSpec {
     pub tokens: u64,
     /// The blocks, by group, ascending.
     pub groups: Vec<OfferGroup>,
+    /// What the KV was computed from.
+    pub fingerprints: Fingerprints,
 }
 
 impl OfferSpec {
@@ -25,6 +27,12 @@ impl OfferSpec {
     /// Sets the engine's request id, for logs.
     pub fn request(mut self, request: impl Into<String>) -> Self {
         self.request = request.into();
+        self
+    }
+
+    /// Says what the KV was computed from; see [`Pull::expect`](crate::Pull::expect).
+    pub fn fingerprints(mut self, fingerprints: Fingerprints) -> Self {
+        self.fingerprints = fingerprints;
         self
     }
 

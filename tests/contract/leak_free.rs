@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{BlockId, Cause, Config, LaneKind, Offer, OfferId, Pull};
+use kvferry::{Cause, Config, LaneKind, Offer, OfferId, Pull};
 use kvferry_testkit::rig::{
     Heard, Producer, SOON, Say, Spec, all_of, assert_loaded_is_exact, consumer, ended, local, pull_all, really,
     throttled, wait_until_loaded,
@@ -72,7 +72,7 @@ fn an_offer_released_without_a_pull_comes_back_at_once() {
     let mut producer = Producer::start(&spec);
     let consumer = consumer(&spec, Config::default());
     let offer = producer.offer_all();
-    consumer.release(&offer);
+    consumer.release(&offer).unwrap();
     assert_eq!(producer.freed(offer.id).0, "Released");
     consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
     assert_eq!(ended(&consumer).outcome.cause(), Some(Cause::Released));
@@ -115,14 +115,14 @@ fn a_pull_of_an_offer_that_the_producer_does_not_know_yet_waits_for_it() {
     let consumer = consumer(&spec, Config::default());
     // Block 0 was overwritten when the first offer was revoked, so the early name has other blocks.
     let (mut offer, id) = early_name(&mut producer, &[0]);
-    offer.groups[0].blocks = vec![Some(BlockId(5)), Some(BlockId(6))];
+    offer.tokens = 32;
     consumer.pull(Pull::new(offer.clone(), all_of(&offer)).deadline(SOON)).unwrap();
     let until = Instant::now() + SOON;
     while producer.count().2 == 0 {
         assert!(Instant::now() < until, "no session was opened");
     }
     assert!(consumer.poll().is_none());
-    producer.say(&Say::Offer { blocks: vec![5, 6], ready: false, id: Some(id) });
+    producer.say(&Say::Enter { name: offer.clone(), blocks: vec![5, 6], ready: false });
     producer.offered().unwrap();
     assert!(consumer.poll().is_none(), "its blocks are not filled yet");
     producer.say(&Say::Ready(id));
@@ -169,7 +169,8 @@ fn an_offer_with_several_consumers_serves_all_and_is_freed_once() {
 #[test]
 fn a_thousand_sessions_are_held_while_in_use_and_closed_when_idle() {
     // One producer listens on every loopback address. To the consumer each address is another peer.
-    let spec = Spec { listen: "0.0.0.0:0".into(), blocks: 8, regions: 1, ..Spec::default() };
+    let listen = "0.0.0.0:0".into();
+    let spec = Spec { listen, blocks: 8, regions: 1, sessions_per_peer: Some(2000), ..Spec::default() };
     let mut producer = Producer::start(&spec);
     let port = producer.addr.rsplit(':').next().unwrap().to_owned();
     let mut config = Config::default();

@@ -6,10 +6,13 @@ mod frugal;
 mod healing;
 mod isolated;
 mod leak_free;
+mod names;
 mod network;
+mod proxy;
 mod quiet;
 mod sockets;
 mod timely;
+mod tls;
 
 /// Not a test: the work of a producer or consumer process, which other tests start.
 #[test]

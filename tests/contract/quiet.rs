@@ -1,8 +1,8 @@
 //! A pull ends only when nothing can write its local blocks any more, and only then is the engine told.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use kvferry::{Cause, Consumer, LaneKind, PullError};
+use kvferry::{Cause, Config, Consumer, LaneKind, PullError, WaitError};
 use kvferry_testkit::rig::{
     Producer, SOON, Spec, consumer, deadline, ended, killable, pull_all, throttled, wait_until_loaded,
 };
@@ -76,6 +76,7 @@ fn a_lane_that_does_not_drain_is_killed_before_the_pull_ends() {
     let end = ended(&consumer);
     assert_eq!(end.outcome.cause(), Some(Cause::Deadline));
     assert_eq!((consumer.blocks_held(), consumer.wedged()), (0, 0));
+    assert_eq!(consumer.decided(end.pull), None, "`Ended` has the sets now");
 }
 
 #[test]
@@ -86,12 +87,13 @@ fn a_wedged_lane_withholds_its_blocks_and_the_producer_gets_its_own_back() {
     let offer = producer.offer_all();
     let pull =
         consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline(LaneKind::Tcp, Duration::from_millis(500)))).unwrap();
-    let until = std::time::Instant::now() + SOON;
-    while consumer.wedged() == 0 {
-        assert!(std::time::Instant::now() < until, "the lane did not wedge");
-        std::thread::yield_now();
-    }
-    assert!(consumer.poll().is_none(), "a wedged pull does not end");
+    assert!(consumer.decided(pull).is_none());
+    assert_eq!(consumer.wait(SOON), Err(WaitError::Wedged { pull }), "a wedged pull does not end");
+    assert_eq!(consumer.wedged(), 1);
+    assert!(consumer.poll().is_none());
+    let decided = consumer.decided(pull).expect("it has decided");
+    assert_eq!(decided.loaded() + decided.invalid(), u64::from(spec.blocks));
+    assert!(decided.invalid() > 0 && decided.times.ended.is_none(), "{decided:?}");
     assert_eq!(consumer.blocks_held(), spec.blocks as usize);
     assert!(consumer.progress(pull).is_some());
     let other = producer.offer_all();
@@ -108,6 +110,7 @@ fn a_data_thread_that_panics_withholds_its_blocks_and_refuses_pulls() {
     let (offer, other) = (producer.offer_all(), producer.offer_all());
     let (_, end) = consumer.pull_async(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
     assert!(end.blocking_recv().is_err(), "the pull never ends");
+    assert_eq!(consumer.wait(SOON), Err(WaitError::Died), "no other pull ends");
     assert_eq!((consumer.wedged(), consumer.is_alive()), (1, false));
     assert_eq!(consumer.blocks_held(), spec.blocks as usize, "they may still be written");
     // Neither the next pull nor the producer waits indefinitely.
@@ -115,4 +118,33 @@ fn a_data_thread_that_panics_withholds_its_blocks_and_refuses_pulls() {
     assert_eq!((consumer.blocks_held(), consumer.pulls()), (spec.blocks as usize, 1));
     producer.freed(offer.id);
     assert!(consumer.poll().is_none());
+}
+
+#[test]
+fn every_waiter_hears_at_once_that_the_data_thread_panicked() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, throttled("panic@4M"));
+    let offer = producer.offer_all();
+    std::thread::scope(|scope| {
+        let waiters: Vec<_> = (0..3).map(|_| scope.spawn(|| consumer.wait(SOON))).collect();
+        let began = Instant::now();
+        let pull = consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+        for waiter in waiters {
+            assert_eq!(waiter.join().unwrap(), Err(WaitError::Died));
+        }
+        assert!(began.elapsed() < SOON / 2, "they did not sit out their time-out: {:?}", began.elapsed());
+        assert_eq!(consumer.decided(pull), None, "it had not decided");
+    });
+}
+
+#[test]
+fn a_wait_ends_with_the_consumer() {
+    let spec = Spec::default();
+    let consumer = consumer(&spec, Config::default());
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| consumer.wait(SOON));
+        consumer.shutdown();
+        assert_eq!(waiter.join().unwrap(), Err(WaitError::Shutdown));
+    });
 }

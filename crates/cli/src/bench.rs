@@ -67,7 +67,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    json: JsonArg,
+    pub(crate) json: JsonArg,
 }
 
 /// Rounds in which pulls and bare READs alternate.
@@ -199,8 +199,9 @@ impl Bench<'_> {
     fn offer(&self, blocks: u32, size: u64) -> Result<Offer, Failure> {
         let size =
             u32::try_from(size).map_err(|_| Failure::usage("--max-block-size: a block must be smaller than 4 GiB"))?;
-        self.peer.offer(blocks, size).map_err(|e| {
-            Failure::failed(format!("{}; start the other side with `kvferry serve --views {size}`", e.message))
+        self.peer.offer(blocks, size, LIMIT).map_err(|e| {
+            let message = format!("{}; start the other side with `kvferry serve --views {size}`", e.message);
+            Failure { message, ..e }
         })
     }
 
@@ -221,8 +222,8 @@ impl Bench<'_> {
             let (mut block, mut first_block) = (Vec::new(), Vec::new());
             for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
-                consumer.pull(peer::pull(offer, blocks, vec![LaneKind::Verbs], LIMIT)?)?;
-                let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
+                peer::pull(&consumer, offer, blocks, vec![LaneKind::Verbs], LIMIT)?;
+                let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
                 };
@@ -259,8 +260,8 @@ impl Bench<'_> {
         let mut lat = Vec::new();
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
-            consumer.pull(peer::pull(self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?)?;
-            let ended = consumer.wait(LIMIT * 2).ok_or_else(|| Failure::failed("a pull did not end"))?;
+            peer::pull(consumer, self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?;
+            let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
             let o = &ended.outcome;
             if !o.complete() {
                 let cause = o.cause().map_or("none", |c| c.as_str());
@@ -276,7 +277,8 @@ impl Bench<'_> {
                 }
             }
             if let Some(raw) = raw.as_deref_mut() {
-                let src: Vec<u32> = ended.offer.groups[0].blocks.iter().flatten().map(|b| b.0).collect();
+                let granted = ended.contents.iter().flat_map(|c| &c.groups[0].blocks);
+                let src: Vec<u32> = granted.flatten().map(|b| b.0).collect();
                 let t = raw.copy(lane, size, &src)?;
                 if i >= self.args.warmup {
                     bare.push(t);

@@ -35,7 +35,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    json: JsonArg,
+    pub(crate) json: JsonArg,
 }
 
 const REGIONS: u32 = 32;
@@ -87,21 +87,21 @@ impl Demo {
 
     fn offer(&self, addr: &str) -> Result<(Peer, Offer), Failure> {
         let peer = Peer::probe(addr, &"demo".parse()?, &self.model.model(), LIMIT)?;
-        let offer = peer.offer(self.blocks, 0)?;
+        let offer = peer.offer(self.blocks, 0, LIMIT)?;
         Ok((peer, offer))
     }
 
     fn start(&self, offer: Offer, lane: LaneKind) -> Result<PullId, Failure> {
-        Ok(self.consumer.pull(peer::pull(offer, self.blocks, vec![lane], LIMIT)?)?)
+        peer::pull(&self.consumer, offer, self.blocks, vec![lane], LIMIT)
     }
 
     fn end(&mut self, peer: &Peer) -> Result<(Ended, PullRecord), Failure> {
-        let ended = self
-            .consumer
-            .wait(LIMIT + LIMIT)
-            .ok_or_else(|| Failure::failed("a pull did not end: its lane is wedged"))?;
+        let ended = self.consumer.wait(LIMIT + LIMIT).map_err(|e| Failure::waiting(&e))?;
         let (good, bad) = peer.verify(&ended, &self.consumer)?;
-        let record = PullRecord::new(&ended, good, bad);
+        let mut record = PullRecord::new(LIMIT);
+        record.offer(&ended.offer);
+        record.outcome(&ended.outcome);
+        record.checked(good, bad);
         self.pulls.push(record.clone());
         Ok((ended, record))
     }
@@ -202,7 +202,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         all(&healed) && producer.ready.incarnation != before,
         format!(
             "incarnation {} pulled by the same consumer: {} of {blocks} blocks",
-            healed.peer.incarnation,
+            healed.peer.as_ref().map_or("unknown", |p| p.incarnation.as_str()),
             healed.loaded.len()
         ),
     );

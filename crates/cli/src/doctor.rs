@@ -16,7 +16,7 @@ use crate::{
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    json: JsonArg,
+    pub(crate) json: JsonArg,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -289,8 +289,8 @@ fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
     let peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;
     let layout = peer.local_layout(GroupId(0), BLOCKS)?;
     let consumer = Consumer::builder("doctor".parse()?, model, layout).build()?;
-    consumer.pull(peer::pull(peer.offer(BLOCKS, 0)?, BLOCKS, vec![lane], limit)?)?;
-    let ended = consumer.wait(limit * 2).ok_or_else(|| Failure::failed("a small pull did not end"))?;
+    peer::pull(&consumer, peer.offer(BLOCKS, 0, limit)?, BLOCKS, vec![lane], limit)?;
+    let ended = consumer.wait(limit * 2).map_err(|e| Failure::waiting(&e))?;
     let (good, bad) = peer.verify(&ended, &consumer)?;
     if let Some(cause) = ended.outcome.cause() {
         return Err(Failure::failed(format!("a small pull failed: {cause}")));

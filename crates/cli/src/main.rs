@@ -19,7 +19,7 @@ use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser as _;
 
-use crate::report::Failure;
+use crate::report::FailureRecord;
 
 /// Moves KV-cache blocks between LLM serving engines and reports, block by block, which ones arrived.
 #[derive(clap::Parser)]
@@ -82,6 +82,14 @@ fn main() -> ExitCode {
     // A file or a pipe gets plain text.
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+    // A failed `pull` writes its own record.
+    let json = match &cli.command {
+        Command::Serve(args) => Some(args.json.clone()),
+        Command::Demo(args) => Some(args.json.clone()),
+        Command::Bench(args) => Some(args.json.clone()),
+        Command::Doctor(args) => Some(args.json.clone()),
+        Command::Pull(_) | Command::RawSend { .. } => None,
+    };
     let done = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Pull(args) => pull::run(args),
@@ -92,9 +100,12 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(code) => code,
-        Err(Failure { code, message }) => {
-            eprintln!("error: {message}");
-            ExitCode::from(code)
+        Err(failure) => {
+            let written = json.map_or(Ok(()), |json| json.write(&FailureRecord::from(&failure)));
+            for f in [Some(&failure), written.as_ref().err()].into_iter().flatten() {
+                eprintln!("error: {}", f.message);
+            }
+            ExitCode::from(failure.code)
         }
     }
 }

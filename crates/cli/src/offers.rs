@@ -13,7 +13,7 @@ use tonic::{
 };
 
 use self::proto::{MakeOfferReply, MakeOfferRequest, bench_client::BenchClient, bench_server::BenchServer};
-use crate::report::Failure;
+use crate::report::{Ending, Failure};
 
 #[allow(missing_docs, unreachable_pub, clippy::all, unused_qualifications, rustdoc::all)]
 mod proto {
@@ -81,14 +81,17 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
 
 /// Requests an offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of the first group) from `addr`.
 pub(crate) async fn make_offer(addr: &str, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
-    let failed = |reason: String| Failure::failed(format!("{addr} made no offer: {reason}; is it a `kvferry serve`?"));
+    let failed = |ending, reason: String| {
+        Failure::of(ending, format!("{addr} made no offer: {reason}; is it a `kvferry serve`?"))
+    };
+    let unreachable = |reason| failed(Ending::Unreachable, reason);
     let call = async {
-        let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|e| failed(e.to_string()))?;
-        let channel: Channel = endpoint.connect().await.map_err(|e| failed(e.to_string()))?;
+        let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|e| unreachable(e.to_string()))?;
+        let channel: Channel = endpoint.connect().await.map_err(|e| unreachable(e.to_string()))?;
         let mut bench = BenchClient::new(channel).max_decoding_message_size(FRAME_BYTES);
         let request = MakeOfferRequest { blocks, scattered: true, block_bytes };
-        let reply = bench.make_offer(request).await.map_err(|s| failed(s.message().into()))?;
-        Offer::from_json(&reply.into_inner().offer).map_err(|e| failed(e.to_string()))
+        let reply = bench.make_offer(request).await.map_err(|s| failed(Ending::Refused, s.message().into()))?;
+        Offer::from_json(&reply.into_inner().offer).map_err(|e| failed(Ending::BadOffer, e.to_string()))
     };
-    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(failed(format!("no answer within {limit:?}"))))
+    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(unreachable(format!("no answer within {limit:?}"))))
 }

@@ -3,32 +3,35 @@
 use std::time::Duration;
 
 use kvferry::{
-    BlockId, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, Welcome,
+    BlockId, Cause, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, PullId,
+    Welcome,
 };
 use kvferry_testkit::pattern::Check;
 use tokio::runtime::Runtime;
 
-use crate::{offers, report::Failure};
+use crate::{
+    offers,
+    report::{Ending, Failure},
+};
 
 /// One life of a `kvferry serve`.
 pub(crate) struct Peer {
     addr: String,
-    limit: Duration,
     runtime: Runtime,
     pub welcome: Welcome,
 }
 
 impl Peer {
-    /// Greets the producer at `addr`. This and later calls fail if it does not answer within `limit`.
+    /// Greets the producer at `addr`, which must answer within `limit`.
     pub(crate) fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit))?;
-        Ok(Self { addr: addr.into(), limit, runtime, welcome })
+        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit)).map_err(|e| Failure::dial(&e))?;
+        Ok(Self { addr: addr.into(), runtime, welcome })
     }
 
-    /// A new offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of its first group).
-    pub(crate) fn offer(&self, blocks: u32, block_bytes: u32) -> Result<Offer, Failure> {
-        self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, self.limit))
+    /// A new offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of its first group), made within `limit`.
+    pub(crate) fn offer(&self, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
+        self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, limit))
     }
 
     /// A layout for `blocks` blocks of the shape that the producer's group has.
@@ -53,7 +56,8 @@ impl Peer {
         let (theirs, ours): (&PoolLayout, &PoolLayout) = (&self.welcome.pool, consumer.layout());
         let mut check = Check::new();
         let (mut good, mut bad) = (0, 0);
-        for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
+        let offered = ended.contents.as_ref().map_or(&[][..], |c| &c.groups);
+        for (g, offered) in ended.outcome.groups.iter().zip(offered) {
             for position in g.loaded.iter() {
                 let at = (position - offered.first_position) as usize;
                 let Some(src) = offered.blocks[at] else { continue };
@@ -66,10 +70,19 @@ impl Peer {
     }
 }
 
-/// A pull of the first `blocks` positions of an offer's first group into local blocks of the same numbers.
-pub(crate) fn pull(offer: Offer, blocks: u32, lanes: Vec<LaneKind>, deadline: Duration) -> Result<Pull, Failure> {
-    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?.group;
+/// Starts a pull of an offer's first `blocks` positions into blocks of the same numbers, of the consumer's only group.
+pub(crate) fn pull(
+    consumer: &Consumer,
+    offer: Offer,
+    blocks: u32,
+    lanes: Vec<LaneKind>,
+    deadline: Duration,
+) -> Result<PullId, Failure> {
+    let group = consumer.layout().groups.first().ok_or_else(|| Failure::failed("this side's pool has no groups"))?.id;
     let blocks = (0..blocks).map(|b| Some(BlockId(b))).collect();
     let wanted = LocalBlocks { group, first_position: 0, blocks };
-    Ok(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes))
+    consumer.pull(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes)).map_err(|e| {
+        let ending = if e.cause() == Cause::BadOffer { Ending::BadOffer } else { Ending::Failed };
+        Failure::of(ending, e)
+    })
 }

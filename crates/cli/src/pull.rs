@@ -1,13 +1,17 @@
 //! `kvferry pull`: one pull from a `kvferry serve`. It checks every loaded byte against the pattern.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
-use kvferry::{Config, Consumer, EngineId, Faults, Offer};
+use kvferry::{BadOffer, Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
     peer::{self, Peer},
-    report::{Failure, PullRecord, ranges, size},
+    report::{Ending, Failure, PullRecord, ranges, size, us},
 };
 
 /// Flags of `pull`.
@@ -19,7 +23,7 @@ pub(crate) struct Args {
     /// Number of blocks. The default is all blocks of the peer.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     blocks: Option<u32>,
-    /// Time from the start of the pull to its decision.
+    /// Time from the start of the command to the decision: Hello, the fresh offer and the pull.
     #[arg(long, default_value = "5s", value_parser = args::duration)]
     deadline: Duration,
     /// Lanes to use.
@@ -47,57 +51,82 @@ pub(crate) struct Args {
 
 /// Reads an offer from a file.
 fn read_offer(path: &PathBuf) -> Result<Offer, Failure> {
+    let bad = |what: String| Failure::of(Ending::BadOffer, what);
     let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::failed(format!("cannot read {}: {e}; the file must hold an offer", path.display())))?;
-    Offer::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
+        .map_err(|e| bad(format!("cannot read {}: {e}; the file must hold an offer", path.display())))?;
+    Offer::from_json(&text).map_err(|e| bad(format!("{}: {e}", path.display())))
 }
 
 /// Pulls once.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
+    let mut record = PullRecord::new(args.deadline);
+    let done = pull(&args, &mut record);
+    if let Err(failure) = &done {
+        record.failed(failure);
+    }
+    if args.json.text() && record.decided_us.is_some() {
+        print(&record);
+    }
+    args.json.write(&record)?;
+    done?;
+    Ok(match record.result {
+        Ending::Complete => ExitCode::SUCCESS,
+        Ending::Incomplete => ExitCode::from(3),
+        _ => ExitCode::from(1),
+    })
+}
+
+/// Pulls once, and enters into the record what happens. One deadline covers Hello, the offer and the pull.
+fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
+    let started = Instant::now();
+    let left = || args.deadline.saturating_sub(started.elapsed());
     args.verbs.check(args.lane, false)?;
+    let bad = |e: BadOffer| Failure::of(Ending::BadOffer, e);
     let file = args.offer.as_ref().map(read_offer).transpose()?;
     if let Some(offer) = &file {
-        offer.check(1 << 20)?;
+        offer.check().map_err(bad)?;
     }
     let from = match (&args.from, &file) {
         (Some(addr), _) => addr.clone(),
         (None, Some(offer)) => offer.ranks[0].addr.clone(),
         (None, None) => return Err(Failure::usage("--from or --offer is missing")),
     };
-    let peer = Peer::probe(&from, &args.engine, &args.model.model(), args.deadline)?;
+    let peer = Peer::probe(&from, &args.engine, &args.model.model(), left())?;
     let offer = match file {
         Some(offer) => offer,
-        None => peer.offer(args.blocks.unwrap_or(0), 0)?,
+        None => peer.offer(args.blocks.unwrap_or(0), 0, left())?,
     };
-    let group = offer.groups.first().ok_or_else(|| Failure::failed("the offer names no blocks"))?;
-    if group.first_position != 0 {
-        return Err(Failure::failed("the offer does not start at position 0: it was not made by `kvferry serve`"));
-    }
-    let blocks = args.blocks.unwrap_or(u32::MAX).min(u32::try_from(group.blocks.len()).unwrap_or(u32::MAX));
-    let layout = peer.local_layout(group.group, blocks)?;
+    record.offer(&offer);
+    // `kvferry serve` offers blocks of its first group, from position 0 on.
+    let group = peer.welcome.pool.groups.first().ok_or_else(|| Failure::failed("the peer's pool has no groups"))?;
+    let offered = u32::try_from(offer.tokens.div_ceil(group.block_tokens.into())).unwrap_or(u32::MAX).min(group.blocks);
+    let blocks = args.blocks.unwrap_or(offered).min(offered);
+    let layout = peer.local_layout(group.id, blocks)?;
     args::check_memory(layout.segments[0])?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
     config.tcp = args.tcp.config();
-    config.pull.faults = args.fault;
+    config.pull.faults = args.fault.clone();
     config.pull.lanes = args.lane.lanes();
-    let consumer = Consumer::builder(args.engine, args.model.model(), layout).config(config).build()?;
-    consumer.pull(peer::pull(offer, blocks, args.lane.lanes(), args.deadline)?)?;
-    // A pull ends soon after its deadline, unless a lane is wedged.
-    let ended = consumer
-        .wait(args.deadline + Duration::from_secs(30))
-        .ok_or_else(|| Failure::failed("the pull decided but did not end: its lane is wedged, see the log"))?;
-    let (verified, mismatched) = peer.verify(&ended, &consumer)?;
-    let record = PullRecord::new(&ended, verified, mismatched);
-    if args.json.text() {
-        print(&record);
+    let consumer = Consumer::builder(args.engine.clone(), args.model.model(), layout).config(config).build()?;
+    record.setup_us = Some(us(started.elapsed()));
+    let pull = peer::pull(&consumer, offer, blocks, args.lane.lanes(), left())?;
+    // A pull ends soon after its deadline, or it never does.
+    match consumer.wait(left() + Duration::from_secs(30)) {
+        Ok(ended) => {
+            record.outcome(&ended.outcome);
+            let (verified, mismatched) = peer.verify(&ended, &consumer)?;
+            record.checked(verified, mismatched);
+            Ok(())
+        }
+        Err(error) => {
+            // Its blocks still belong to it, so the bytes that arrived are not compared.
+            if let Some(outcome) = consumer.decided(pull) {
+                record.outcome(&outcome);
+            }
+            Err(Failure::waiting(&error))
+        }
     }
-    args.json.write(&record)?;
-    Ok(match (&record, ended.outcome.complete()) {
-        (r, _) if r.mismatched_bytes > 0 => ExitCode::from(1),
-        (_, true) => ExitCode::SUCCESS,
-        (_, false) => ExitCode::from(3),
-    })
 }
 
 fn print(r: &PullRecord) {

@@ -3,27 +3,88 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use kvferry::{Cause, Ended, PositionSet};
+use kvferry::{Cause, HelloError, Offer, Outcome, PositionSet, WaitError};
 use serde::Serialize;
+
+/// How a command ended: the field `result` of its JSON. The names are stable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Ending {
+    /// Every block was loaded, with the right bytes.
+    Complete,
+    /// Some blocks are invalid.
+    Incomplete,
+    /// A loaded block has a wrong byte.
+    Mismatch,
+    /// The pull decided and will not end: its lane is wedged.
+    Wedged,
+    /// The data thread panicked.
+    Died,
+    /// The peer could not be reached, or did not answer in time.
+    Unreachable,
+    /// The peer refused: other model, dtype, version, or more blocks than it has.
+    Refused,
+    /// The offer is unreadable, malformed, or does not fit.
+    BadOffer,
+    /// The flags are wrong.
+    Usage,
+    /// Anything else.
+    Failed,
+}
 
 /// The failure of a command.
 #[derive(Debug)]
 pub(crate) struct Failure {
     /// Exit code: 1 if the command failed or was refused, 2 for wrong usage.
     pub code: u8,
+    /// The kind of failure.
+    pub ending: Ending,
     /// One line with the cause and the next step.
     pub message: String,
+}
+
+/// The JSON of a failed command. A failed `pull` has a [`PullRecord`] instead.
+#[derive(Debug, Serialize)]
+pub(crate) struct FailureRecord {
+    result: Ending,
+    error: String,
+}
+
+impl From<&Failure> for FailureRecord {
+    fn from(f: &Failure) -> Self {
+        Self { result: f.ending, error: f.message.clone() }
+    }
 }
 
 impl Failure {
     /// The command failed or was refused.
     pub(crate) fn failed(message: impl Into<String>) -> Self {
-        Self { code: 1, message: message.into() }
+        Self::of(Ending::Failed, message.into())
+    }
+
+    /// The command failed in this way.
+    pub(crate) fn of(ending: Ending, error: impl std::fmt::Display) -> Self {
+        Self { code: 1, ending, message: error.to_string() }
+    }
+
+    /// A pull did not end.
+    pub(crate) fn waiting(error: &WaitError) -> Self {
+        match error {
+            WaitError::Wedged { .. } => Self::of(Ending::Wedged, error),
+            WaitError::Died => Self::of(Ending::Died, error),
+            _ => Self::of(Ending::Failed, error),
+        }
+    }
+
+    /// The handshake failed.
+    pub(crate) fn dial(error: &HelloError) -> Self {
+        let unreachable = matches!(error, HelloError::Unreachable { .. });
+        Self::of(if unreachable { Ending::Unreachable } else { Ending::Refused }, error)
     }
 
     /// The flags are wrong.
     pub(crate) fn usage(message: impl Into<String>) -> Self {
-        Self { code: 2, message: message.into() }
+        Self { code: 2, ending: Ending::Usage, message: message.into() }
     }
 }
 
@@ -46,10 +107,14 @@ pub(crate) struct PeerRecord {
 /// that the event did not happen.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct PullRecord {
-    /// Offer id.
-    pub offer: String,
+    /// How it ended.
+    pub result: Ending,
+    /// The line on standard error; `null` if there is none.
+    pub error: Option<String>,
+    /// Offer id; `null` as long as there is no offer.
+    pub offer: Option<String>,
     /// The producer's request id.
-    pub request: String,
+    pub request: Option<String>,
     /// The last lane; `null` if there was none.
     pub lane: Option<&'static str>,
     /// Blocks wanted.
@@ -66,6 +131,8 @@ pub(crate) struct PullRecord {
     pub mismatched_bytes: u64,
     /// Bytes of the loaded blocks.
     pub bytes: u64,
+    /// From the start of the command to the call: Hello and the fresh offer.
+    pub setup_us: Option<u64>,
     /// The handshake was complete.
     pub hello_us: Option<u64>,
     /// The claim was granted.
@@ -82,8 +149,8 @@ pub(crate) struct PullRecord {
     pub deadline_us: u64,
     /// Attempts after the first.
     pub retries: u32,
-    /// The producer.
-    pub peer: PeerRecord,
+    /// The producer; `null` as long as there is no offer.
+    pub peer: Option<PeerRecord>,
 }
 
 /// Whole microseconds.
@@ -92,42 +159,73 @@ pub(crate) fn us(d: Duration) -> u64 {
 }
 
 impl PullRecord {
-    /// The record of an ended pull whose bytes were compared with the pattern.
-    pub(crate) fn new(ended: &Ended, verified_bytes: u64, mismatched_bytes: u64) -> Self {
-        let o = &ended.outcome;
-        let mut causes = BTreeMap::new();
-        let (mut loaded, mut invalid) = (PositionSet::new(), PositionSet::new());
+    /// A pull that has not begun.
+    pub(crate) fn new(deadline: Duration) -> Self {
+        Self {
+            result: Ending::Failed,
+            error: None,
+            offer: None,
+            request: None,
+            lane: None,
+            blocks: 0,
+            loaded: PositionSet::new(),
+            invalid: PositionSet::new(),
+            causes: BTreeMap::new(),
+            verified_bytes: 0,
+            mismatched_bytes: 0,
+            bytes: 0,
+            setup_us: None,
+            hello_us: None,
+            claim_us: None,
+            first_us: None,
+            data_us: None,
+            decided_us: None,
+            ended_us: None,
+            deadline_us: us(deadline),
+            retries: 0,
+            peer: None,
+        }
+    }
+
+    /// Enters the offer.
+    pub(crate) fn offer(&mut self, offer: &Offer) {
+        self.offer = Some(offer.id.to_string());
+        self.request = Some(offer.request.clone());
+        self.peer = Some(PeerRecord { engine: offer.engine.to_string(), incarnation: offer.incarnation.to_string() });
+    }
+
+    /// Enters the decision, and the end if there is one.
+    pub(crate) fn outcome(&mut self, o: &Outcome) {
         for g in &o.groups {
-            loaded.insert_ascending(g.loaded.iter());
-            invalid.insert_ascending(g.invalid.iter());
+            self.loaded.insert_ascending(g.loaded.iter());
+            self.invalid.insert_ascending(g.invalid.iter());
             for (cause, set) in &g.causes {
-                causes.entry(*cause).or_insert_with(PositionSet::new).insert_ascending(set.iter());
+                self.causes.entry(*cause).or_insert_with(PositionSet::new).insert_ascending(set.iter());
             }
         }
-        Self {
-            offer: ended.offer.id.to_string(),
-            request: ended.offer.request.clone(),
-            lane: o.lanes.last().map(|l| l.as_str()),
-            blocks: o.loaded() + o.invalid(),
-            loaded,
-            invalid,
-            causes,
-            verified_bytes,
-            mismatched_bytes,
-            bytes: o.bytes,
-            hello_us: o.times.hello.map(us),
-            claim_us: o.times.claim.map(us),
-            first_us: o.times.first.map(us),
-            data_us: o.times.data.map(us),
-            decided_us: o.times.decided.map(us),
-            ended_us: o.times.ended.map(us),
-            deadline_us: us(o.times.deadline),
-            retries: o.retries,
-            peer: PeerRecord {
-                engine: ended.offer.engine.to_string(),
-                incarnation: ended.offer.incarnation.to_string(),
-            },
-        }
+        self.lane = o.lanes.last().map(|l| l.as_str());
+        (self.blocks, self.bytes, self.retries) = (o.loaded() + o.invalid(), o.bytes, o.retries);
+        self.hello_us = o.times.hello.map(us);
+        self.claim_us = o.times.claim.map(us);
+        self.first_us = o.times.first.map(us);
+        self.data_us = o.times.data.map(us);
+        self.decided_us = o.times.decided.map(us);
+        self.ended_us = o.times.ended.map(us);
+    }
+
+    /// Enters the comparison of the loaded bytes with the pattern.
+    pub(crate) fn checked(&mut self, verified_bytes: u64, mismatched_bytes: u64) {
+        (self.verified_bytes, self.mismatched_bytes) = (verified_bytes, mismatched_bytes);
+        self.result = match (mismatched_bytes, self.invalid.is_empty()) {
+            (0, true) => Ending::Complete,
+            (0, false) => Ending::Incomplete,
+            _ => Ending::Mismatch,
+        };
+    }
+
+    /// Enters a failure.
+    pub(crate) fn failed(&mut self, failure: &Failure) {
+        (self.result, self.error) = (failure.ending, Some(failure.message.clone()));
     }
 }
 

@@ -66,7 +66,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    json: JsonArg,
+    pub(crate) json: JsonArg,
 }
 
 /// The line that `serve` prints when it is ready.

@@ -1,6 +1,11 @@
 //! The command line from the outside: exit codes, one-line errors, stable JSON.
 
-use std::process::{Command, Output, Stdio};
+use std::{
+    net::{TcpListener, TcpStream},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
 
 use kvferry_testkit::serve::Serve;
 use serde_json::Value;
@@ -96,36 +101,51 @@ fn unavailable_verbs_are_an_error_before_anything_else_happens() {
     }
 }
 
+/// The one JSON object that a pull prints, with all documented fields.
+fn pull_record(out: &Output) -> Value {
+    let v: Value = serde_json::from_slice(&out.stdout).expect("only JSON");
+    for field in [
+        "result",
+        "error",
+        "offer",
+        "request",
+        "lane",
+        "blocks",
+        "loaded",
+        "invalid",
+        "causes",
+        "verified_bytes",
+        "mismatched_bytes",
+        "bytes",
+        "setup_us",
+        "hello_us",
+        "claim_us",
+        "first_us",
+        "data_us",
+        "decided_us",
+        "ended_us",
+        "deadline_us",
+        "retries",
+        "peer",
+    ] {
+        assert!(v.get(field).is_some(), "{field} is missing in {v}");
+    }
+    v
+}
+
+/// Number of positions in a list of ranges.
+fn positions(set: &Value) -> u64 {
+    set.as_array().unwrap().iter().map(|r| r[1].as_u64().unwrap() - r[0].as_u64().unwrap() + 1).sum()
+}
+
 #[test]
 fn the_json_of_a_pull_has_the_documented_fields() {
     let producer = serve(&["--blocks", "64", "--regions", "3", "--block-size", "8K"]);
     for lane in ["tcp", "local", "auto"] {
         let out = kvferry(&["pull", "--from", &producer.ready.listen, "--lane", lane, "--blocks", "40", "--json"]);
         assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
-        let v: Value = serde_json::from_slice(&out.stdout).expect("only JSON");
-        for field in [
-            "offer",
-            "request",
-            "lane",
-            "blocks",
-            "loaded",
-            "invalid",
-            "causes",
-            "verified_bytes",
-            "mismatched_bytes",
-            "bytes",
-            "hello_us",
-            "claim_us",
-            "first_us",
-            "data_us",
-            "decided_us",
-            "ended_us",
-            "deadline_us",
-            "retries",
-            "peer",
-        ] {
-            assert!(v.get(field).is_some(), "{field} is missing in {v}");
-        }
+        let v = pull_record(&out);
+        assert_eq!((&v["result"], &v["error"]), (&Value::from("complete"), &Value::Null));
         assert_eq!(v["blocks"], 40);
         assert_eq!(v["loaded"], serde_json::json!([[0, 39]]));
         assert_eq!(v["invalid"], serde_json::json!([]));
@@ -175,14 +195,129 @@ fn invalid_blocks_exit_with_3_and_have_a_cause() {
     ];
     let out = kvferry(&args);
     assert_eq!(out.status.code(), Some(3), "{}", String::from_utf8_lossy(&out.stderr));
-    let v: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    let v = pull_record(&out);
+    assert_eq!(v["result"], "incomplete");
     assert_eq!(v["invalid"], v["causes"]["deadline"]);
     assert_eq!(v["mismatched_bytes"], 0);
-    let n = |set: &Value| -> u64 {
-        set.as_array().unwrap().iter().map(|r| r[1].as_u64().unwrap() - r[0].as_u64().unwrap() + 1).sum()
+    assert_eq!(positions(&v["loaded"]) + positions(&v["invalid"]), 256);
+    assert_eq!(v["verified_bytes"], positions(&v["loaded"]) * 4 * 65536);
+}
+
+#[test]
+fn a_pull_prints_one_json_object_however_it_fails() {
+    let producer = serve(&["--blocks", "8", "--regions", "1", "--block-size", "4K"]);
+    let at = &producer.ready.listen;
+    let file = std::env::temp_dir().join(format!("kvferry-bad-offer-{}.json", std::process::id()));
+    std::fs::write(&file, "{}").unwrap();
+    let cases: &[(&[&str], &str)] = &[
+        (&["--from", "127.0.0.1:1"], "unreachable"),
+        (&["--from", at, "--model", "other"], "refused"),
+        (&["--from", at, "--blocks", "9"], "refused"),
+        (&["--offer", file.to_str().unwrap()], "bad_offer"),
+        (&["--offer", "/nonexistent/offer.json"], "bad_offer"),
+    ];
+    for (flags, result) in cases {
+        let out = kvferry(&[&["pull", "--json"], *flags].concat());
+        assert_eq!(out.status.code(), Some(1), "{flags:?}");
+        let v = pull_record(&out);
+        assert_eq!(v["result"], *result, "{v}");
+        let line = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(line.trim_end(), format!("error: {}", v["error"].as_str().unwrap()));
+        assert_eq!((&v["blocks"], &v["decided_us"], &v["ended_us"]), (&Value::from(0), &Value::Null, &Value::Null));
+    }
+    // To a file, the same.
+    let to = file.to_str().unwrap();
+    assert_eq!(kvferry(&["pull", "--from", "127.0.0.1:1", "--json", to]).status.code(), Some(1));
+    let v: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(v["result"], "unreachable");
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn other_commands_print_their_failure_as_json_too() {
+    let producer = serve(&["--blocks", "8", "--regions", "1", "--block-size", "4K"]);
+    let cases: &[(&[&str], &str, i32)] = &[
+        (&["bench", "--connect", "127.0.0.1:1"], "unreachable", 1),
+        (&["bench", "--connect", &producer.ready.listen, "--total-bytes", "4M", "--dtype", "float8"], "refused", 1),
+        (&["bench", "--total-bytes", "4K"], "usage", 2),
+        (&["serve", "--listen", &producer.ready.listen], "failed", 1),
+    ];
+    for (args, result, code) in cases {
+        let out = kvferry(&[*args, &["--json"]].concat());
+        assert_eq!(out.status.code(), Some(*code), "{args:?}");
+        let v: Value = serde_json::from_slice(&out.stdout).expect("only JSON");
+        assert_eq!(v["result"], *result, "{v}");
+        assert!(!v["error"].as_str().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_pull_that_will_not_end_is_reported_at_once_with_its_decision() {
+    let producer = serve(&["--blocks", "256", "--regions", "4", "--block-size", "16K"]);
+    let began = Instant::now();
+    let pull = |fault| {
+        let at = &producer.ready.listen;
+        kvferry(&["pull", "--from", at, "--lane", "tcp", "--fault", fault, "--deadline", "700ms", "--json"])
     };
-    assert_eq!(n(&v["loaded"]) + n(&v["invalid"]), 256);
-    assert_eq!(v["verified_bytes"], n(&v["loaded"]) * 4 * 65536);
+    let died = pull_record(&pull("panic@0"));
+    assert_eq!(died["result"], "died");
+    let out = pull("silent@4M,wedge");
+    assert_eq!(out.status.code(), Some(1));
+    let wedged = pull_record(&out);
+    assert_eq!(wedged["result"], "wedged");
+    assert!(wedged["error"].as_str().unwrap().contains("wedged"));
+    assert_eq!(wedged["blocks"], 256);
+    assert_eq!(positions(&wedged["loaded"]) + positions(&wedged["invalid"]), 256);
+    assert_eq!(wedged["invalid"], wedged["causes"]["lane_failed"]);
+    assert!(wedged["decided_us"].is_u64() && wedged["ended_us"].is_null(), "{wedged}");
+    assert_eq!((&wedged["verified_bytes"], &wedged["mismatched_bytes"]), (&Value::from(0), &Value::from(0)));
+    // Each waited for more than 30 s before.
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+/// Passes connections on to `to`. The first bytes of each wait for `delay`.
+fn slow_proxy(to: String, delay: Duration) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let Ok(far) = TcpStream::connect(&to) else { return };
+            for (mut from, mut into) in [(near.try_clone(), far.try_clone()), (far.try_clone(), near.try_clone())]
+                .map(|(a, b)| (a.unwrap(), b.unwrap()))
+            {
+                thread::spawn(move || {
+                    thread::sleep(delay);
+                    let _ = std::io::copy(&mut from, &mut into);
+                    let _ = into.shutdown(std::net::Shutdown::Write);
+                });
+            }
+        }
+    });
+    addr
+}
+
+#[test]
+fn one_deadline_covers_hello_the_offer_and_the_pull() {
+    let file = std::env::temp_dir().join(format!("kvferry-slow-offer-{}.json", std::process::id()));
+    let file = file.to_str().unwrap();
+    let producer = serve(&["--blocks", "8", "--regions", "1", "--block-size", "4K", "--offer", file]);
+    let proxy = slow_proxy(producer.ready.listen.clone(), Duration::from_millis(600));
+    // Each step alone is within the deadline; together they are not.
+    let began = Instant::now();
+    let out = kvferry(&["pull", "--from", &proxy, "--deadline", "1s", "--json"]);
+    assert!(began.elapsed() < Duration::from_millis(1600), "{:?}", began.elapsed());
+    let v = pull_record(&out);
+    assert_eq!(v["result"], "unreachable", "{v}");
+    // The pull gets what Hello has left.
+    let text = std::fs::read_to_string(file).unwrap().replace(&producer.ready.listen, &proxy);
+    std::fs::write(file, text).unwrap();
+    let out = kvferry(&["pull", "--offer", file, "--deadline", "1s", "--json"]);
+    let v = pull_record(&out);
+    assert_eq!((&v["result"], out.status.code()), (&Value::from("incomplete"), Some(3)), "{v}");
+    let decided = v["setup_us"].as_u64().unwrap() + v["decided_us"].as_u64().unwrap();
+    assert!(decided < 1_250_000, "{v}");
+    assert_eq!(v["deadline_us"], 1_000_000);
+    std::fs::remove_file(file).unwrap();
 }
 
 #[test]

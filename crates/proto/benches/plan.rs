@@ -6,30 +6,15 @@
 use std::{hint::black_box, time::Instant};
 
 use counting::allocations;
-use kvferry_proto::{
-    BlockId, ChunkSize, EngineId, GroupId, Incarnation, LocalBlocks, Offer, OfferGroup, OfferId, OfferRank, Plan,
-    PoolLayout, Rank, Shard, Source,
-};
+use kvferry_proto::{BlockId, ChunkSize, GroupId, LocalBlocks, OfferGroup, Plan, PoolLayout, Shard, Source};
 use kvferry_testkit::counting;
 
 #[global_allocator]
 static COUNTING: counting::Counting = counting::Counting;
 
-fn offer(blocks: Vec<u32>) -> Offer {
-    let incarnation = Incarnation::random();
-    let engine: EngineId = "bench".parse().expect("a good id");
-    Offer::new(
-        OfferId::random(),
-        engine,
-        incarnation,
-        vec![OfferRank { rank: Rank(0), incarnation, addr: "127.0.0.1:1".into() }],
-        blocks.len() as u64 * 16,
-        vec![OfferGroup {
-            group: GroupId(0),
-            first_position: 0,
-            blocks: blocks.into_iter().map(|b| Some(BlockId(b))).collect(),
-        }],
-    )
+fn offer(blocks: Vec<u32>) -> [OfferGroup; 1] {
+    let blocks = blocks.into_iter().map(|b| Some(BlockId(b))).collect();
+    [OfferGroup { group: GroupId(0), first_position: 0, blocks }]
 }
 
 fn main() {

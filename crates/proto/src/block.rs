@@ -139,6 +139,12 @@ pub struct BadHex {
     digits: usize,
 }
 
+impl BadHex {
+    pub(crate) fn new(what: &'static str, digits: usize) -> Self {
+        Self { what, digits }
+    }
+}
+
 impl TryFrom<String> for Incarnation {
     type Error = BadHex;
     fn try_from(s: String) -> Result<Self, BadHex> {

@@ -52,6 +52,10 @@ pub struct SessionConfig {
     pub redial_max: Duration,
     /// A session without a pull for this long is closed.
     pub idle: Duration,
+    /// Silence of a stream after which a second connection is dialled beside it, while claims or releases wait: the network
+    /// may have forgotten the first. Two heartbeats, so that a slow answer costs no dial; half of `suspect`, so that
+    /// the new connection answers before a pull loses its patience.
+    pub second_dial: Duration,
 }
 
 impl Default for SessionConfig {
@@ -66,6 +70,7 @@ impl Default for SessionConfig {
             redial_min: Duration::from_millis(20),
             redial_max: Duration::from_secs(2),
             idle: Duration::from_secs(300),
+            second_dial: Duration::from_millis(1000),
         }
     }
 }
@@ -74,7 +79,8 @@ impl Default for SessionConfig {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Largest control frame, in bytes. An offer of 1,000,000 blocks takes about 5 MB.
+    /// Largest control frame, in bytes. A grant of 1,000,000 scattered blocks takes about 6 MB, one of consecutive blocks some
+    /// bytes.
     pub frame_bytes: usize,
     /// Blocks in an offer or a pull.
     pub blocks_per_offer: usize,

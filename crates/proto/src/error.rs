@@ -1,10 +1,10 @@
 //! Causes of invalid blocks, and the errors of the public calls. Each message names the next step.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BadOffer, Mismatch, OfferId, PlanError};
+use crate::{BadOffer, Mismatch, OfferId, PlanError, puller::PullId};
 
 /// Why a block did not arrive. Each invalid block has one cause; the names are stable in logs, metrics and JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -124,6 +124,33 @@ impl PullError {
             Self::Died => Cause::LaneFailed,
         }
     }
+}
+
+/// A wait for the end of a pull that returned without one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// No pull ended in time.
+    #[error("no pull ended within {after:?}: wait again")]
+    NotYet {
+        /// The time-out.
+        after: Duration,
+    },
+    /// A pull decided and will not end: its lane may write the local blocks at any time. Said once for each such pull.
+    #[error(
+        "pull {} will not end: its lane is wedged, and its local blocks are withheld; `Consumer::decided` has its sets, and a \
+         restart of this process frees the blocks", .pull.0
+    )]
+    Wedged {
+        /// The pull.
+        pull: PullId,
+    },
+    /// The consumer's data thread panicked: no pull ends any more.
+    #[error("this consumer's data thread panicked (the panic is on stderr): restart this process, and report it")]
+    Died,
+    /// The consumer was shut down, and every pull that ended has been returned.
+    #[error("this consumer was shut down")]
+    Shutdown,
 }
 
 /// An offer that could not be made.

@@ -1,9 +1,9 @@
 //! The frames of a session as the machines see them. The control plane converts them to and from protobuf, and checks every
 //! bound of received ones.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use crate::{Cause, EngineId, Grant, Incarnation, OfferId, Rank};
+use crate::{Cause, Contents, EngineId, Grant, Incarnation, OfferId, Rank, Token};
 
 /// A rank in one process life: a consumer or a producer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,6 +61,8 @@ pub enum ClientBody {
         claim: ClaimId,
         /// The offer.
         offer: OfferId,
+        /// The offer's secret, from its name.
+        token: Token,
         /// The engine's reader that claims.
         reader: Reader,
     },
@@ -77,6 +79,8 @@ pub struct Release {
     pub claim: Option<ClaimId>,
     /// The offer.
     pub offer: OfferId,
+    /// The offer's secret, from its name.
+    pub token: Token,
     /// The engine's reader that releases.
     pub reader: Reader,
     /// Whether it is on behalf of all readers of the engine.
@@ -105,6 +109,8 @@ pub enum ServerBody {
         claim: ClaimId,
         /// Its fence word.
         grant: Grant,
+        /// What may be read: the consumer reads by this, and not by the name.
+        contents: Arc<Contents>,
         /// How long the claim holds without a renewal.
         remaining: Duration,
     },
@@ -148,6 +154,8 @@ pub enum Gone {
     HardCap,
     /// Too many claims or readers.
     Limit,
+    /// The claim's token is not the offer's: the name was changed on its way, or guessed.
+    Token,
 }
 
 impl Gone {
@@ -160,6 +168,7 @@ impl Gone {
             Self::Revoked => "revoked",
             Self::HardCap => "hard_cap",
             Self::Limit => "limit",
+            Self::Token => "token",
         }
     }
 
@@ -171,6 +180,7 @@ impl Gone {
             Self::Released => Cause::Released,
             Self::Revoked => Cause::Revoked,
             Self::Limit => Cause::Limit,
+            Self::Token => Cause::BadOffer,
         }
     }
 }

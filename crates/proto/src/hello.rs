@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{Incarnation, LaneKind, Mismatch, Model, PeerId, PoolLayout, Shard};
 
-/// The protocol versions that this build speaks, both ends included.
-pub const VERSIONS: (u32, u32) = (1, 1);
+/// The protocol versions that this build speaks, both ends included. Version 1 took block lists from names.
+pub const VERSIONS: (u32, u32) = (2, 2);
 
 /// Feature bits. A feature is used when both sides have it.
 pub mod features {
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn the_highest_common_version_is_used_and_none_is_refused_by_name() {
-        assert_eq!(answer(&hello((1, 9)), &model()), Ok(1));
+        assert_eq!(answer(&hello((1, 9)), &model()), Ok(2));
         let no = answer(&hello((7, 9)), &model()).unwrap_err();
         assert_eq!((no.field.as_str(), no.consumer.as_str()), ("version", "7 to 9"));
         let no = answer(&hello((9, 7)), &model()).unwrap_err();

@@ -5,6 +5,7 @@
 
 mod block;
 mod config;
+mod contents;
 mod error;
 pub mod fence;
 mod frame;
@@ -24,11 +25,13 @@ pub mod session;
 mod shard;
 mod source;
 pub mod table;
+mod token;
 
 use std::time::Instant;
 
 pub use self::{
-    block::*, config::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*, shard::*,
+    block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*,
+    shard::*, token::*,
 };
 
 /// A state machine that is fed events and asked for actions.

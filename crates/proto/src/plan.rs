@@ -1,4 +1,4 @@
-//! The plan of a pull, a pure function: (offer, remote shards, local shard, local blocks by position) -> chunks of reads.
+//! The plan of a pull, a pure function: (granted blocks, remote shards, local shard, local blocks by position) -> chunks of reads.
 //!
 //! Chunks are in prefix order; inside one, neighbours that are contiguous on both sides become one read. Blocks are matched
 //! by position, never by count. Reads are generated chunk by chunk into a reused buffer, so a plan costs memory for its
@@ -7,7 +7,7 @@
 mod error;
 mod piece;
 
-use crate::{Block, BlockId, Group, GroupId, Marks, Offer, PoolLayout, Shard};
+use crate::{Block, BlockId, Group, GroupId, Marks, OfferGroup, PoolLayout, Shard};
 
 pub use self::error::PlanError;
 use self::piece::{Piece, pieces};
@@ -154,7 +154,7 @@ pub struct GroupPlan {
     pub id: GroupId,
     /// Wanted and offered, ascending by position.
     pub wants: Vec<Want>,
-    /// Wanted, but not in the offer: `(position, local block)`.
+    /// Wanted, but not offered: `(position, local block)`.
     pub not_offered: Vec<(u32, BlockId)>,
     /// Pieces by source.
     pieces: Vec<Vec<Piece>>,
@@ -170,15 +170,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans a pull of `local` blocks out of `offer`.
+    /// Plans a pull of `local` blocks out of the `offered` ones, which the producer granted.
     ///
     /// `sources` are the source ranks that hold a part of this rank's blocks, in the order of the numbers in [`Plan::reads`].
     /// `limit` bounds the wanted blocks.
     ///
     /// # Errors
-    /// The offer, the layouts and the local blocks do not fit together.
+    /// The granted blocks, the layouts and the local blocks do not fit together.
     pub fn new(
-        offer: &Offer,
+        offered: &[OfferGroup],
         sources: &[Source<'_>],
         here: Source<'_>,
         local: &[LocalBlocks],
@@ -196,7 +196,7 @@ impl Plan {
             if groups.iter().any(|p| p.id == l.group) {
                 return Err(PlanError::LocalGroup(l.group.0));
             }
-            let plan = plan_group(offer, sources, here, g, l)?;
+            let plan = plan_group(offered, sources, here, g, l)?;
             bytes += plan.wants.len() as u64 * plan.bytes_per_block();
             groups.push(plan);
         }
@@ -257,14 +257,14 @@ impl GroupPlan {
 }
 
 fn plan_group(
-    offer: &Offer,
+    offered: &[OfferGroup],
     sources: &[Source<'_>],
     here: Source<'_>,
     g: &Group,
     local: &LocalBlocks,
 ) -> Result<GroupPlan, PlanError> {
     let mut plan = GroupPlan { id: g.id, wants: Vec::new(), not_offered: Vec::new(), pieces: Vec::new() };
-    let offered = offer.groups.iter().find(|o| o.group == g.id);
+    let offered = offered.iter().find(|o| o.group == g.id);
     let most = sources.iter().filter_map(|s| s.layout.group(g.id)).map(|s| s.blocks).min().unwrap_or(0);
     let mut seen = Marks::new(g.blocks);
     plan.wants.reserve_exact(local.blocks.len());

@@ -60,7 +60,7 @@ impl PullTracker {
         Self {
             wanted,
             plan: None,
-            sources: (0..sources).map(|_| Source::new(retry.wait)).collect(),
+            sources: (0..sources).map(|_| Source::new(now, retry.wait)).collect(),
             started: now,
             deadline,
             retry,
@@ -81,6 +81,11 @@ impl PullTracker {
     /// The wanted blocks.
     pub fn wanted(&self) -> &[LocalBlocks] {
         &self.wanted
+    }
+
+    /// The frozen sets, from the decision to the end.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        self.outcome.as_deref()
     }
 
     /// Whether its sets are frozen.
@@ -152,11 +157,15 @@ impl PullTracker {
         };
         match event {
             LaneEvent::Done { chunk, reads, .. } => match self.sources[source].done(chunk, reads) {
-                Ok(()) => self.check_complete(now),
+                Ok(()) => {
+                    self.sources[source].moved = now;
+                    self.check_complete(now);
+                }
                 Err(TooManyDone) => self.failed(now, source, Cause::LaneFailed),
             },
             LaneEvent::Fence { chunk, word, .. } => match self.sources[source].fenced(chunk, word) {
                 Fenced::Good => {
+                    self.sources[source].moved = now;
                     self.times.first.get_or_insert(now.saturating_duration_since(self.started));
                     self.check_complete(now);
                 }
@@ -167,9 +176,10 @@ impl PullTracker {
             LaneEvent::Failed { cause, .. } | LaneEvent::Down { cause } => self.failed(now, source, cause),
             LaneEvent::Quiet { .. } => self.quiet(now, source),
             LaneEvent::Wedged => {
-                self.out.push_back(Out::Wedged);
-                // It will never be quiet, so nothing can be read into these blocks again.
+                // It will never be quiet, so nothing can be read into these blocks again. The sets are frozen before the
+                // engine hears of the wedge, so that it can read them.
                 self.conclude(now, Cause::LaneFailed);
+                self.out.push_back(Out::Wedged);
             }
         }
     }
@@ -301,6 +311,20 @@ impl PullTracker {
         self.deadline.checked_sub(self.quiet_bound()).map_or(half, |t| t.max(half))
     }
 
+    /// When it gives up, since a source moves nothing and its peer is silent. Data that moves is no reason to give up: a device
+    /// or a mapping may serve the memory of a stopped process.
+    fn patience_ends(&self) -> Option<Instant> {
+        let patience = self.retry.patience;
+        // This process may have been stopped itself, with the peer's answers unread: time to read them.
+        let second_look = patience / 8;
+        let unfinished = self.sources.iter().filter(|s| self.plan.is_none() || s.good < self.chunks());
+        let ends = unfinished.filter_map(|s| {
+            let silent = s.silent?.checked_add(second_look)?;
+            Some(silent.max(s.moved.checked_add(patience)?))
+        });
+        ends.min()
+    }
+
     /// The local blocks at the positions of an outcome.
     pub fn report(&self, outcome: &Outcome) -> BlockReport {
         let mut report = BlockReport { loaded: Vec::new(), invalid: Vec::new() };
@@ -330,6 +354,9 @@ impl Machine for PullTracker {
                 self.local_ready = true;
                 self.want_lanes(now);
             }
+            In::Met => {
+                self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
+            }
             In::Planned(plan) => {
                 self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
                 if self.plan.is_some() || self.decided() || plan.sources() != self.sources.len() {
@@ -349,6 +376,7 @@ impl Machine for PullTracker {
                     // A second grant after the session came back: the nonce cannot change while the offer lives.
                     let same = s.grant.is_none_or(|g| g == grant);
                     s.grant = Some(grant);
+                    s.moved = now;
                     if !same {
                         return self.conclude(now, Cause::Stale);
                     }
@@ -371,6 +399,11 @@ impl Machine for PullTracker {
                     }
                 }
             }
+            In::Silent { source, silent } => {
+                if let Some(s) = self.sources.get_mut(source) {
+                    s.silent = silent.then(|| s.silent.unwrap_or(now));
+                }
+            }
             In::NoLane { source, cause } => {
                 if let Some(s) = self.sources.get_mut(source) {
                     s.asked = false;
@@ -388,6 +421,9 @@ impl Machine for PullTracker {
     }
 
     fn tick(&mut self, now: Instant) {
+        if self.phase == Phase::Running && self.patience_ends().is_some_and(|t| t <= now) {
+            self.conclude(now, if self.times.hello.is_some() { Cause::PeerDown } else { Cause::Unreachable });
+        }
         if self.phase == Phase::Running && now >= self.stop_at() {
             self.phase = Phase::Draining(Cause::Deadline);
             self.stop_all(now);
@@ -408,7 +444,10 @@ impl Machine for PullTracker {
         let mut next: Option<Instant> = None;
         let mut at = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
         match self.phase {
-            Phase::Running => at(self.stop_at()),
+            Phase::Running => {
+                at(self.stop_at());
+                self.patience_ends().map(&mut at);
+            }
             Phase::Draining(_) => at(self.deadline),
             Phase::Decided | Phase::Ended => {}
         }

@@ -13,7 +13,8 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    Cause, Incarnation, Lane, LaneEvent, LaneKind, Plan, PoolLayout, Shard, Source,
+    Cause, Contents, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError,
+    PoolLayout, Shard, Source,
     hello::Welcome,
     pull,
     sabotage::{Bug, planted},
@@ -24,7 +25,7 @@ use self::{
     better::Waits,
     lanes::{LaneNo, Lanes},
     peers::Peers,
-    pulls::Pulls,
+    pulls::{Pull, Pulls},
 };
 
 /// One source rank of a pull.
@@ -71,6 +72,11 @@ impl<L: Lane> Puller<L> {
         self.pulls.len()
     }
 
+    /// The frozen sets of a pull that has decided and not ended.
+    pub fn outcome(&self, pull: PullId) -> Option<&Outcome> {
+        self.pulls.get(pull)?.tracker.outcome()
+    }
+
     /// Connected lanes that take new attempts.
     pub fn lanes(&self) -> impl Iterator<Item = (LaneNo, LaneKind, &Addr)> {
         self.lanes.alive()
@@ -103,14 +109,21 @@ impl<L: Lane> Puller<L> {
         match event {
             In::Start(start) => {
                 let id = self.pulls.start(start, &mut self.out);
+                let Some(p) = self.pulls.get(id) else { return };
+                let silent: Vec<_> = p.ranks().map(|r| self.peers.is_silent(&r.addr)).collect();
+                for (source, _) in silent.into_iter().enumerate().filter(|(_, silent)| *silent) {
+                    self.pulls.tell(now, id, pull::In::Silent { source, silent: true });
+                }
                 self.plan(now, id);
             }
             In::LocalReady(id) => self.pulls.tell(now, id, pull::In::LocalReady),
             In::Cancel(id, cause) => self.pulls.tell(now, id, pull::In::Cancel(cause)),
             In::Peer(addr, welcome) => self.met(now, addr, welcome),
-            In::Granted(claim, grant) => {
-                if let Some(PullSource { pull, source }) = self.pulls.of_claim(claim) {
-                    self.pulls.tell(now, pull, pull::In::Granted { source, grant });
+            In::Granted(claim, grant, contents) => {
+                if let Some(of) = self.pulls.of_claim(claim) {
+                    self.pulls.granted(of, contents);
+                    self.pulls.tell(now, of.pull, pull::In::Granted { source: of.source, grant });
+                    self.plan(now, of.pull);
                 }
             }
             In::Lost(claim, cause) => {
@@ -119,6 +132,13 @@ impl<L: Lane> Puller<L> {
                 }
             }
             In::Lane { peer, incarnation, need, lane } => self.connected(now, peer, incarnation, need, lane),
+            In::Silent(addr, silent) if !planted(Bug::SilenceIgnored) => {
+                self.peers.set_silent(&addr, silent);
+                for PullSource { pull, source } in self.pulls.sources_at(&addr) {
+                    self.pulls.tell(now, pull, pull::In::Silent { source, silent });
+                }
+            }
+            In::Silent(..) => {}
             In::Dropped(addr) => {
                 self.peers.remove(&addr);
                 self.lanes.retire(&addr, None);
@@ -163,15 +183,17 @@ impl<L: Lane> Puller<L> {
         self.pulls.next_timeout()
     }
 
-    /// Plans a pull once all its peers are known.
+    /// Plans a pull once all its peers are known and have granted their claims.
     fn plan(&mut self, now: Instant, id: PullId) {
-        let Some(p) = self.pulls.get(id) else { return };
+        let Some(p) = self.pulls.get(id).filter(|p| p.tracker.plan().is_none() && !p.tracker.decided()) else { return };
         // A peer that is missing or of another incarnation: its session finds out which.
         let welcomes: Option<Vec<_>> = p.ranks().map(|rank| self.peers.welcome(rank)).collect();
         let Some(welcomes) = welcomes else { return };
+        let Some(contents) = p.contents() else {
+            return self.pulls.tell(now, id, pull::In::Met);
+        };
         let sources: Vec<_> = welcomes.iter().map(|w| Source { layout: &w.pool, shard: &w.shard }).collect();
-        let here = Source { layout: &self.layout, shard: &self.shard };
-        let event = match Plan::new(&p.start.offer, &sources, here, p.tracker.wanted(), p.start.chunk, self.limit) {
+        let event = match self.plan_of(p, &contents, &sources) {
             Ok(plan) => pull::In::Planned(Box::new(plan)),
             Err(error) => {
                 tracing::warn!(request = %p.start.offer.request, offer = %p.start.offer.id, %error, "cannot plan the pull");
@@ -179,6 +201,26 @@ impl<L: Lane> Puller<L> {
             }
         };
         self.pulls.tell(now, id, event);
+    }
+
+    fn plan_of(&self, p: &Pull, contents: &[&Arc<Contents>], sources: &[Source<'_>]) -> Result<Plan, PlanError> {
+        let Some(&first) = contents.first() else { return Err(PlanError::Name("it has no ranks".into())) };
+        first.fits(&p.start.offer).map_err(PlanError::Name)?;
+        if contents.iter().any(|c| *c != first) {
+            return Err(PlanError::Ranks);
+        }
+        let here = Source { layout: &self.layout, shard: &self.shard };
+        let wanted = p.tracker.wanted();
+        if planted(Bug::ListFromElsewhere) {
+            let listed = |l: &LocalBlocks| OfferGroup {
+                group: l.group,
+                first_position: l.first_position,
+                blocks: l.blocks.clone(),
+            };
+            let lists: Vec<_> = wanted.iter().map(listed).collect();
+            return Plan::new(&lists, sources, here, wanted, p.start.chunk, self.limit);
+        }
+        Plan::new(&first.groups, sources, here, wanted, p.start.chunk, self.limit)
     }
 
     /// A peer answered Hello in a new session.
@@ -321,7 +363,14 @@ impl<L: Lane> Puller<L> {
             pull::Out::Ended(outcome) => {
                 let Some(p) = self.pulls.get(id) else { return };
                 let (blocks, offer) = (p.tracker.report(&outcome), p.start.offer.clone());
-                self.out.push_back(Out::Ended(Box::new(Ended { pull: id, offer, outcome: *outcome, blocks })));
+                let contents = p.contents().and_then(|c| c.first().map(|c| Arc::clone(c)));
+                self.out.push_back(Out::Ended(Box::new(Ended {
+                    pull: id,
+                    offer,
+                    contents,
+                    outcome: *outcome,
+                    blocks,
+                })));
                 self.pulls.remove(id);
                 self.peers.forget(id);
             }

@@ -22,6 +22,14 @@ pub enum Bug {
     IncarnationIgnored,
     /// A chunk that its lane takes back as unverified counts as loaded.
     UnverifiedLoaded,
+    /// A pull waits for its deadline although its peer is silent and nothing moves.
+    SilenceIgnored,
+    /// A silent stream gets no second connection beside it.
+    OneConnection,
+    /// A claim or a release counts whatever token it shows.
+    TokenIgnored,
+    /// The source's blocks are taken from the consumer's side instead of from the grant.
+    ListFromElsewhere,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]
@@ -32,13 +40,17 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 6] = [
+        pub const ALL: [Bug; 10] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
             Bug::FreeBeforeClear,
             Bug::IncarnationIgnored,
             Bug::UnverifiedLoaded,
+            Bug::SilenceIgnored,
+            Bug::OneConnection,
+            Bug::TokenIgnored,
+            Bug::ListFromElsewhere,
         ];
     }
 

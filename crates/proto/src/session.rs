@@ -6,6 +6,11 @@
 //! `Suspect` first (no new claims), then down: the session dials at once, and the answer decides. The same incarnation
 //! resumes the claims; another one, or a refused connection, ends them.
 //!
+//! A connection may be dead while its peer is alive: a router forgot it while it was idle, and drops its packets. So a stream
+//! that owes an answer for [`SessionConfig::second_dial`] gets a second dial beside it. If the stream answers first, it stays;
+//! if the dial is answered first, the session moves to the new connection and sends its claims again under the same ids. Only
+//! the newest stream's frames count, so a claim has one grant.
+//!
 //! `Link` decides when to dial, `Liveness` whether the peer answers, and `Claims` what to send.
 
 mod claims;
@@ -14,13 +19,14 @@ mod liveness;
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use self::{claims::Claims, link::Link, liveness::Liveness};
 use crate::{
-    Cause, ClaimId, ClientBody, ClientFrame, EngineId, Grant, HelloError, Incarnation, Machine, OfferId, PeerId,
-    Reader, Release, ServerBody, ServerFrame, SessionConfig,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, EngineId, Grant, HelloError, Incarnation, Machine, OfferId,
+    PeerId, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     sabotage::{Bug, planted},
     table::Entropy,
 };
@@ -58,6 +64,8 @@ pub struct Want {
     pub claim: ClaimId,
     /// The offer.
     pub offer: OfferId,
+    /// Its secret.
+    pub token: Token,
     /// The engine that made the offer.
     pub engine: EngineId,
     /// The incarnation of the producer rank that made the offer.
@@ -85,6 +93,8 @@ pub enum Out {
         claim: ClaimId,
         /// Its fence word.
         grant: Grant,
+        /// What it may read.
+        contents: Arc<Contents>,
     },
     /// The claim is gone, or was never granted. No event of it follows.
     Lost {
@@ -95,6 +105,8 @@ pub enum Out {
     },
     /// The peer's state changed; for logs, metrics and health.
     Health(Health),
+    /// The peer has owed an answer for [`SessionConfig::suspect`], to a frame or to a dial (`true`), or has answered again.
+    Silent(bool),
     /// The session has been unused for [`SessionConfig::idle`]: drop it.
     Expired,
 }
@@ -203,14 +215,17 @@ impl PeerSession {
     fn welcomed(&mut self, now: Instant, peer: PeerId) {
         let dials = self.link.dials();
         let same = self.link.peer() == Some(&peer);
+        // The stream answered while the dial was under way, or something else than its silence caused the dial: it stays.
+        let stays = same && self.link.is_up() && self.liveness.silent_for(now) < self.config.second_dial;
         if self.link.welcomed(peer.clone()) {
             self.set_health(Health::Reborn);
         }
         self.claims.met(&peer, dials, &mut self.out);
-        if !(same && self.link.is_up()) {
+        if !stays {
+            self.claims.resend_all(now);
             let expect = peer.incarnation;
             self.out.push_back(Out::Peer(peer));
-            self.liveness.end_silence();
+            self.liveness.end_silence(&mut self.out);
             self.link.open(&mut self.out);
             self.send(now, ClientBody::Open { from: self.me.clone(), expect });
         }
@@ -220,14 +235,22 @@ impl PeerSession {
     fn dial_failed(&mut self, now: Instant, error: &HelloError) {
         self.link.dial_failed();
         let dials = self.link.dials();
+        let silent = self.liveness.silent_for(now) >= self.config.second_dial;
+        if self.link.is_closed() && !matches!(error, HelloError::Unreachable { refused: false, .. }) {
+            self.liveness.end_silence(&mut self.out);
+        }
         match error {
-            // A probe failed while the stream lives: trust the stream, and ask again later.
-            HelloError::Unreachable { .. } if self.link.is_up() => {}
+            // A probe failed while the stream lives: trust the stream, and ask again later. Do not trust a silent stream to an
+            // address where no process listens.
+            HelloError::Unreachable { refused, .. } if self.link.is_up() && !(*refused && silent) => {}
             HelloError::Unreachable { refused, .. } => {
                 if *refused {
                     // No process listens there: the one that made the offers is gone.
                     let cause = if self.link.peer().is_some() { Cause::PeerDown } else { Cause::Unreachable };
                     self.claims.lose(cause, &mut self.out, |c| c.dials < dials);
+                }
+                if self.link.is_up() {
+                    self.down(now);
                 }
                 self.set_health(Health::Down);
             }
@@ -249,16 +272,18 @@ impl PeerSession {
     /// The stream is unusable: closes it and dials at once. The answer decides about the claims.
     fn down(&mut self, now: Instant) {
         self.out.push_back(Out::HangUp);
-        self.liveness.end_silence();
         self.set_health(Health::Down);
         self.claims.resend_all(now);
         self.link.down(now, self.claims.any(), &mut self.out);
+        if !self.claims.any() {
+            self.liveness.end_silence(&mut self.out);
+        }
     }
 
     fn frame(&mut self, now: Instant, frame: ServerFrame) {
         // While a stream is opening, only its one answer ends the silence.
         if self.link.is_up() || matches!(frame.body, Some(ServerBody::Opened(_))) {
-            self.liveness.end_silence();
+            self.liveness.end_silence(&mut self.out);
         }
         self.claims.acknowledged(frame.ack);
         if self.link.is_up() && self.health() == Health::Suspect {
@@ -274,7 +299,9 @@ impl PeerSession {
                     self.set_health(Health::Up);
                 }
             },
-            Some(ServerBody::Granted { claim, grant, .. }) => self.claims.granted(claim, grant, &mut self.out),
+            Some(ServerBody::Granted { claim, grant, contents, .. }) => {
+                self.claims.granted(claim, grant, contents, &mut self.out);
+            }
             // The peer's word is bounded: no claim waits longer than a heartbeat.
             Some(ServerBody::NotYet { claim, retry }) => {
                 self.claims.not_yet(now, claim, retry.min(self.config.heartbeat));
@@ -304,6 +331,7 @@ impl PeerSession {
 
     /// Acts on the peer's silence once it is over a limit.
     fn check_silence(&mut self, now: Instant) {
+        self.liveness.tell_silence(now, &self.config, &mut self.out);
         if self.link.is_closed() {
             return;
         }
@@ -311,6 +339,21 @@ impl PeerSession {
             Some(Health::Down) => self.down(now),
             Some(health) if self.link.is_up() => self.set_health(health),
             _ => {}
+        }
+    }
+
+    /// When the stream has been silent for long enough to try a second connection. `None` without a use for one, and while a
+    /// dial is running or scheduled.
+    fn second_dial_at(&self) -> Option<Instant> {
+        let idle = !self.link.is_dialing() && self.link.redial_at().is_none();
+        let useful = !self.link.is_closed() && self.claims.any() && idle && !planted(Bug::OneConnection);
+        self.liveness.silent_at(self.link.may_be_silent(self.config.second_dial)).filter(|_| useful)
+    }
+
+    /// A dial without a stream beside it is a question that the peer must answer.
+    fn owe_dial(&mut self, now: Instant) {
+        if self.link.is_dialing() && self.link.is_closed() {
+            self.liveness.owe(now);
         }
     }
 
@@ -334,6 +377,7 @@ impl PeerSession {
             self.out.push_back(Out::HangUp);
             self.out.push_back(Out::Expired);
             self.link.close();
+            self.liveness.end_silence(&mut self.out);
             self.claims.drop_releases_before(u64::MAX);
             self.expired = true;
         }
@@ -396,6 +440,7 @@ impl Machine for PeerSession {
                 self.expire(now);
             }
         }
+        self.owe_dial(now);
     }
 
     fn tick(&mut self, now: Instant) {
@@ -405,8 +450,12 @@ impl Machine for PeerSession {
         }
         self.check_silence(now);
         self.heartbeat(now);
+        if self.second_dial_at().is_some_and(|t| t <= now) {
+            self.link.dial(&mut self.out);
+        }
         self.flush(now);
         self.expire(now);
+        self.owe_dial(now);
     }
 
     fn poll(&mut self) -> Option<Out> {
@@ -419,6 +468,7 @@ impl Machine for PeerSession {
         let on_stream =
             if up { [Some(self.liveness.next_ping()), self.claims.next_timeout(suspect)] } else { [None; 2] };
         let silence = if self.link.is_closed() { None } else { self.liveness.silence_ends_at(up, &self.config) };
-        on_stream.into_iter().chain([self.link.redial_at(), silence, self.expires_at()]).flatten().min()
+        let (tells, second) = (self.liveness.tells_at(&self.config), self.second_dial_at());
+        on_stream.into_iter().chain([self.link.redial_at(), silence, tells, second, self.expires_at()]).flatten().min()
     }
 }

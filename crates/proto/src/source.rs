@@ -70,6 +70,10 @@ pub(super) struct Source {
     pub attempts: u32,
     /// Kinds of lanes that failed this pull.
     pub failed: Vec<LaneKind>,
+    /// Since when its peer is known to be silent.
+    pub silent: Option<Instant>,
+    /// When it moved last: a read or a fence completed, or its claim was granted.
+    pub moved: Instant,
     tries: Tries,
     parts: Vec<Part>,
     /// Parts that are good.
@@ -86,13 +90,15 @@ pub(super) struct Source {
 
 impl Source {
     /// A source without a grant. `wait` is the wait before its third attempt.
-    pub(crate) fn new(wait: Duration) -> Self {
+    pub(crate) fn new(now: Instant, wait: Duration) -> Self {
         Self {
             grant: None,
             live: None,
             asked: false,
             attempts: 0,
             failed: Vec::new(),
+            silent: None,
+            moved: now,
             tries: Tries { failed: 0, backoff: Backoff::new(wait, wait.saturating_mul(1 << 10)), retry_at: None },
             parts: Vec::new(),
             good: 0,

@@ -4,6 +4,9 @@
 //! its fence word is cleared *before* the engine hears that the blocks are free (promise 2), and it does end, even if its
 //! consumers never release it (promise 6). A tombstone then gives the reason for a while.
 //!
+//! Only this table says which blocks an offer has: a grant takes them from here. A claim and a release show the offer's token;
+//! without it an id opens and ends nothing.
+//!
 //! An offer's name may arrive before the offer itself (a router is fast), and a release before both. Unknown ids are
 //! therefore answered `NotYet` for a grace period, and a release of one is remembered.
 
@@ -13,6 +16,7 @@ mod entry;
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,8 +26,8 @@ use self::{
     entry::{ClaimKey, Entry},
 };
 use crate::{
-    ClaimId, ClientBody, ClientFrame, Gone, Grant, Incarnation, LeaseConfig, Limits, Machine, Nonce, OfferError,
-    OfferId, PeerId, Reader, Release, ServerBody, ServerFrame,
+    ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Incarnation, LeaseConfig, Limits, Machine, Nonce,
+    OfferError, OfferId, PeerId, Reader, Release, ServerBody, ServerFrame, Token,
     sabotage::{Bug, planted},
 };
 
@@ -34,8 +38,8 @@ pub enum In {
     Ready(OfferId),
     /// A frame of a consumer's session. `Open` is ignored: the session handles it.
     Frame(PeerId, ClientFrame),
-    /// A release that came without a session. `None`: on behalf of every reader.
-    Release(Option<PeerId>, OfferId),
+    /// A release that came without a session, with the offer's token. No peer: on behalf of every reader.
+    Release(Option<PeerId>, OfferId, Token),
     /// The engine takes the offer back, or the name if it never entered the offer.
     Revoke(OfferId),
     /// No new offers.
@@ -49,6 +53,8 @@ pub enum Out {
     Publish {
         /// The offer.
         offer: OfferId,
+        /// What may be read.
+        contents: Arc<Contents>,
         /// Its word.
         slot: u32,
         /// The word's new value.
@@ -92,8 +98,12 @@ const EARLY_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::f
 #[derive(Debug)]
 struct Early {
     since: Instant,
-    released: bool,
+    /// Tokens of releases that came. One counts once the offer is entered with it.
+    released: Vec<Token>,
 }
+
+/// Releases that are remembered for a name that was not entered yet. One is right; the others have a wrong token.
+const EARLY_RELEASES: usize = 4;
 
 /// Random 64-bit numbers. From the system in production, from a seed in the simulation.
 pub type Entropy = Box<dyn FnMut() -> u64 + Send>;
@@ -112,6 +122,7 @@ pub struct OfferTable {
     /// again at that time, so renewals in any order cannot hide an end.
     timers: BTreeSet<(Instant, OfferId)>,
     draining: bool,
+    wrong_tokens: u64,
     out: VecDeque<Out>,
 }
 
@@ -127,6 +138,7 @@ impl OfferTable {
             tombs: Aged::new(limits.remembered),
             timers: BTreeSet::new(),
             draining: false,
+            wrong_tokens: 0,
             out: VecDeque::new(),
             lease,
             limits,
@@ -134,18 +146,25 @@ impl OfferTable {
         }
     }
 
-    /// Enters an offer, which can be claimed once it is `ready`. An offer that was released before is freed at once.
+    /// Enters an offer, which can be claimed with its token once it is `ready`. An offer that was released before is freed at
+    /// once.
     ///
     /// # Errors
     /// The table is draining or full, or the id was used before.
-    pub fn offer(&mut self, now: Instant, id: OfferId, ready: bool) -> Result<(), OfferError> {
+    pub fn offer(
+        &mut self,
+        now: Instant,
+        (id, token): (OfferId, Token),
+        contents: Arc<Contents>,
+        ready: bool,
+    ) -> Result<(), OfferError> {
         if self.draining {
             return Err(OfferError::Draining);
         }
         if self.live.contains_key(&id) || self.tombs.get(id).is_some() {
             return Err(OfferError::Duplicate(id));
         }
-        if self.early.remove(id).is_some_and(|e| e.released) {
+        if self.early.remove(id).is_some_and(|e| e.released.contains(&token)) {
             self.tombs.insert(now, id, Gone::Released);
             self.out.push_back(Out::Freed(Freed { offer: id, why: Gone::Released }));
             return Ok(());
@@ -156,13 +175,23 @@ impl OfferTable {
                 break n;
             }
         };
-        let entry = Entry::new(now, slot, nonce, ready, &self.lease);
+        if ready {
+            self.out.push_back(Out::Publish { offer: id, contents: contents.clone(), slot, nonce });
+        }
+        let entry = Entry::new(now, (slot, nonce), token, contents, ready, &self.lease);
         self.timers.insert((entry.timer, id));
         self.live.insert(id, entry);
-        if ready {
-            self.out.push_back(Out::Publish { offer: id, slot, nonce });
-        }
         Ok(())
+    }
+
+    /// Whether an offer is live, and if so, whether this is its token.
+    pub fn shows(&self, id: OfferId, token: Token) -> Option<bool> {
+        self.live.get(&id).map(|e| e.token == token)
+    }
+
+    /// Claims and releases so far whose token was not the offer's.
+    pub fn wrong_tokens(&self) -> u64 {
+        self.wrong_tokens
     }
 
     /// Number of live offers.
@@ -190,8 +219,8 @@ impl OfferTable {
         match frame.body {
             ClientBody::Open { .. } => {}
             ClientBody::Ping(n) => self.reply(to, ServerBody::Pong(n)),
-            ClientBody::Claim { claim, offer, .. } => {
-                let body = self.claim(now, (to, claim), offer);
+            ClientBody::Claim { claim, offer, token, .. } => {
+                let body = self.claim(now, (to, claim), offer, token);
                 self.reply(to, body);
             }
             ClientBody::Renew(claims) => self.renew(now, to, &claims),
@@ -206,13 +235,17 @@ impl OfferTable {
         self.out.push_back(Out::Send(to, ServerFrame { ack: 0, body: Some(body) }));
     }
 
-    fn claim(&mut self, now: Instant, key: ClaimKey, id: OfferId) -> ServerBody {
+    fn claim(&mut self, now: Instant, key: ClaimKey, id: OfferId, token: Token) -> ServerBody {
         let claim = key.1;
         let gone = |why| ServerBody::Gone { claim, why };
         if let Some(&why) = self.tombs.get(id) {
             return gone(why);
         }
-        let Some(entry) = self.live.get_mut(&id) else { return self.claim_early(now, claim, id) };
+        let Some(entry) = self.live.get_mut(&id) else { return self.claim_early(now, claim, id, token) };
+        if entry.token != token && !planted(Bug::TokenIgnored) {
+            self.wrong_tokens += 1;
+            return gone(Gone::Token);
+        }
         // The timer may be late.
         if entry.end() <= now {
             self.expire(now, id);
@@ -237,19 +270,20 @@ impl OfferTable {
         }
         let until = entry.claim(now, key, self.lease.claimed);
         let (grant, end) = (Grant { slot: entry.slot, nonce: entry.nonce }, entry.end());
+        let contents = entry.contents.clone();
         self.claims.insert(key, id);
         self.watch(id, end);
-        ServerBody::Granted { claim, grant, remaining: until - now }
+        ServerBody::Granted { claim, grant, contents, remaining: until - now }
     }
 
     /// A claim of an id that was never entered: it may be early, or long gone.
-    fn claim_early(&mut self, now: Instant, claim: ClaimId, id: OfferId) -> ServerBody {
+    fn claim_early(&mut self, now: Instant, claim: ClaimId, id: OfferId, token: Token) -> ServerBody {
         let waited = match self.early.get(id) {
-            Some(e) if e.released => return ServerBody::Gone { claim, why: Gone::Released },
+            Some(e) if e.released.contains(&token) => return ServerBody::Gone { claim, why: Gone::Released },
             Some(e) => now.saturating_duration_since(e.since),
             None if self.draining => return ServerBody::Gone { claim, why: Gone::Unknown },
             None => {
-                self.early.insert(now, id, Early { since: now, released: false });
+                self.early.insert(now, id, Early { since: now, released: Vec::new() });
                 Duration::ZERO
             }
         };
@@ -272,10 +306,17 @@ impl OfferTable {
     fn release(&mut self, now: Instant, from: Option<PeerId>, r: &Release) {
         let Some(entry) = self.live.get_mut(&r.offer) else {
             if self.tombs.get(r.offer).is_none() && (r.all || r.reader.of == 1) {
-                self.early.insert(now, r.offer, Early { since: now, released: true }).released = true;
+                let early = self.early.insert(now, r.offer, Early { since: now, released: Vec::new() });
+                if early.released.len() < EARLY_RELEASES && !early.released.contains(&r.token) {
+                    early.released.push(r.token);
+                }
             }
             return;
         };
+        if entry.token != r.token && !planted(Bug::TokenIgnored) {
+            self.wrong_tokens += 1;
+            return;
+        }
         if let (Some(claim), Some(from)) = (r.claim, &from) {
             let key = (from.incarnation, claim);
             if entry.end_claim(key, self.limits.claims_per_offer.max(ENDED_CLAIMS)) {
@@ -379,13 +420,14 @@ impl Machine for OfferTable {
                 if let Some(e) = self.live.get_mut(&id).filter(|e| !e.ready) {
                     e.set_ready(now, self.lease.unclaimed);
                     let end = e.end();
-                    self.out.push_back(Out::Publish { offer: id, slot: e.slot, nonce: e.nonce });
+                    let (contents, slot, nonce) = (e.contents.clone(), e.slot, e.nonce);
+                    self.out.push_back(Out::Publish { offer: id, contents, slot, nonce });
                     self.watch(id, end);
                 }
             }
             In::Frame(from, frame) => self.frame(now, from, frame),
-            In::Release(from, offer) => {
-                self.release(now, from, &Release { claim: None, offer, reader: Reader::ONLY, all: true });
+            In::Release(from, offer, token) => {
+                self.release(now, from, &Release { claim: None, offer, token, reader: Reader::ONLY, all: true });
             }
             In::Revoke(id) => self.revoke(now, id),
             In::Drain => {

@@ -3,8 +3,16 @@
 //! A router calls a prefill engine with `kv_transfer_params: {"do_remote_decode": true}` and `max_tokens: 1`, and passes the
 //! `kv_transfer_params` of the answer on to a decode engine: `{"do_remote_prefill": true, "offer": {…}}`.
 
-use kvferry::{Offer, scheduler::tokens::Parts};
+use kvferry::{Fingerprints, Offer, scheduler::tokens::Parts};
 use serde::{Deserialize, Serialize};
+
+use crate::blocks::Key;
+
+/// What the KV of a prompt is computed from. KV of another prompt would give wrong answers, even to other requests through the
+/// prefix cache.
+pub fn fingerprints(prompt: &[u32]) -> Fingerprints {
+    [("prompt".to_owned(), Key::default().then(prompt).to_string())].into()
+}
 
 /// `POST /v1/completions`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -92,10 +100,6 @@ pub struct Transfer {
     /// The offer to pull.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offer: Option<Offer>,
-    /// A hash of the offer's tokens. KV of another prompt would give wrong answers, even to other requests through the
-    /// prefix cache. So an offer without this hash, or with a wrong one, is ignored.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub prompt: Option<String>,
 }
 
 /// An answer, or a piece of one.

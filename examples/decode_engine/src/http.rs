@@ -24,8 +24,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
-    api::{Answer, Ask, Choice, Problem, Prompt, Transfer, Usage},
-    blocks::Key,
+    api::{Answer, Ask, Choice, Problem, Prompt, Transfer, Usage, fingerprints},
     engine::{Handle, Status},
     request::{Event, Job, Refusal},
     text::Text,
@@ -47,11 +46,6 @@ impl Front {
         let salt = RandomState::new().hash_one(std::process::id());
         Self { engine, text, model, registry, asked: AtomicU64::new(1), salt }
     }
-}
-
-/// Names a prompt: see [`Transfer::prompt`].
-fn fingerprint(prompt: &[u32]) -> String {
-    Key::default().then(prompt).to_string()
 }
 
 type Shared = State<Arc<Front>>;
@@ -102,14 +96,14 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
         },
     };
     let mut transfer = ask.kv_transfer_params.unwrap_or_default();
-    if transfer.offer.is_some() && transfer.prompt.as_deref() != Some(&fingerprint(&prompt)) {
-        tracing::warn!("an offer is not used: it is not for this prompt, or does not say for which");
+    if let Some(Err(e)) = transfer.offer.as_ref().map(|o| o.expect(&fingerprints(&prompt))) {
+        tracing::warn!("an offer is not used: {e}");
         transfer.offer = None;
     }
     let number = front.asked.fetch_add(1, Ordering::Relaxed);
     let name = ask.request_id.unwrap_or_else(|| format!("cmpl-{:08x}-{number}", front.salt as u32));
     let (out, events) = unbounded_channel();
-    let (prompt_tokens, prompt_is) = (prompt.len() as u64, fingerprint(&prompt));
+    let prompt_tokens = prompt.len() as u64;
     let job = Job {
         name: name.clone(),
         prompt,
@@ -122,7 +116,7 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
     if !front.engine.submit(job) {
         return refuse(Problem::new(503, "engine_error", "the engine has ended"));
     }
-    let answer = Answers { front, name, events, prompt_tokens, prompt_is, tokens: Vec::new(), said: 0 };
+    let answer = Answers { front, name, events, prompt_tokens, tokens: Vec::new(), said: 0 };
     if ask.stream { answer.stream().await } else { answer.whole().await }
 }
 
@@ -132,8 +126,6 @@ struct Answers {
     name: String,
     events: UnboundedReceiver<Event>,
     prompt_tokens: u64,
-    /// See [`Transfer::prompt`].
-    prompt_is: String,
     tokens: Vec<u32>,
     /// Bytes of text that were given out.
     said: usize,
@@ -170,7 +162,6 @@ impl Answers {
             let transfer = |o: &kvferry::Offer| Transfer {
                 do_remote_prefill: true,
                 offer: Some(o.clone()),
-                prompt: Some(self.prompt_is.clone()),
                 ..Transfer::default()
             };
             answer.kv_transfer_params = offer.as_deref().map(transfer);

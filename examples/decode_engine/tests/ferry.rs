@@ -125,7 +125,7 @@ fn an_unusable_offer_changes_no_answer() -> Result<()> {
     let mut unreachable = good.clone();
     unreachable.ranks[0].addr = "127.0.0.1:1".into();
     let mut broken = good.clone();
-    broken.groups[0].blocks[0] = Some(kvferry::BlockId(u32::MAX - 1));
+    broken.token = kvferry::Token::from_bytes([1; 16]);
     let mut empty = good.clone();
     empty.ranks.clear();
     let mut long = good.clone();

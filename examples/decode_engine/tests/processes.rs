@@ -152,9 +152,10 @@ async fn an_offer_of_another_prompt_is_ignored() -> Result<()> {
     let fleet = Fleet::start(&plan())?;
     let (prefill, decode) = (fleet.prefill[0].lock().addr().to_owned(), fleet.decode_addrs().remove(0));
     let offering = Transfer { do_remote_decode: true, ..Transfer::default() };
-    let ask = Ask { kv_transfer_params: Some(offering), ..question(&texts[1], 1) };
+    let ask = Ask { kv_transfer_params: Some(offering.clone()), ..question(&texts[1], 1) };
     let other = client.whole(&prefill, &ask).await?.kv_transfer_params.context("no offer was made")?;
-    let unnamed = Transfer { prompt: None, ..other.clone() };
+    let offer = other.offer.clone().context("no offer was made")?;
+    let unnamed = Transfer { offer: Some(offer.clone().fingerprints([].into())), ..other.clone() };
     for transfer in [other.clone(), unnamed] {
         let ask = Ask { kv_transfer_params: Some(transfer), ..question(&texts[0], 6) };
         ensure!(client.whole(&decode, &ask).await?.choices[0].token_ids == right[0].tokens);
@@ -164,10 +165,25 @@ async fn an_offer_of_another_prompt_is_ignored() -> Result<()> {
         );
     }
     // It is used for its own prompt.
-    let ask = Ask { kv_transfer_params: Some(other), ..question(&texts[1], 6) };
+    let ask = Ask { kv_transfer_params: Some(other.clone()), ..question(&texts[1], 6) };
     let answer = client.whole(&decode, &ask).await?;
     ensure!(answer.choices[0].token_ids == right[1].tokens);
     ensure!(answer.usage.context("no usage")?.prompt_tokens_details.external > 0);
+    // A client that puts its own prompt's fingerprint into another prompt's name gets nothing loaded.
+    let more = prompts(2, 2, 0, 200, 42);
+    let right = self::right(&client, &more, 6).await?;
+    let mut names = Vec::new();
+    for text in &more {
+        let ask = Ask { kv_transfer_params: Some(offering.clone()), ..question(text, 1) };
+        let made = client.whole(&prefill, &ask).await?.kv_transfer_params.and_then(|t| t.offer);
+        names.push(made.context("no offer was made")?);
+    }
+    let forged = names[1].clone().fingerprints(names[0].fingerprints.clone());
+    for offer in [forged, names[0].clone()] {
+        let transfer = Transfer { offer: Some(offer), ..other.clone() };
+        let ask = Ask { kv_transfer_params: Some(transfer), ..question(&more[0], 6) };
+        ensure!(client.whole(&decode, &ask).await?.choices[0].token_ids == right[0].tokens);
+    }
     fleet.settled(&client, LIMIT).await
 }
 

@@ -17,8 +17,8 @@ pub struct Consumer {
     inner: Handle<Inner>,
 }
 
-/// `(group, first position, local block ids by position)`. A position with `None` is not pulled.
-type PyBlocks = (u16, u32, Vec<Option<u32>>);
+/// `(group, first position, block ids by position)`. A position with `None` is not pulled, or not offered.
+pub type PyBlocks = (u16, u32, Vec<Option<u32>>);
 
 #[pymethods]
 impl Consumer {
@@ -56,10 +56,7 @@ impl Consumer {
     /// Releases an offer (JSON) without a pull.
     fn release(&self, py: Python<'_>, json: &str) -> PyResult<()> {
         let inner = self.inner.get()?;
-        py.detach(|| {
-            inner.release(&offer(json)?);
-            Ok(())
-        })
+        py.detach(|| inner.release(&offer(json)?).map_err(value_error))
     }
 
     /// Returns the pulls that have ended since the last call.

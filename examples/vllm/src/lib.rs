@@ -10,8 +10,10 @@ mod pool;
 mod producer;
 mod settings;
 
-use kvferry::Incarnation;
+use kvferry::{Fingerprints, Incarnation, Offer, OfferId, OfferRank, Rank};
 use pyo3::{exceptions::PyValueError, prelude::*};
+
+use self::pool::value_error;
 
 /// Computes an engine's incarnation from the incarnations of all its ranks, in rank order. 16 hexadecimal digits.
 #[pyfunction]
@@ -23,16 +25,40 @@ fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
     Ok(engine.to_string())
 }
 
-/// Makes a new offer id: 32 hexadecimal digits.
+/// Makes the name of a new offer, sealed with the first of `seal_keys`. `ranks` are `(rank, incarnation, HOST:PORT)`. Returns
+/// the offer's id and the name (JSON), which contains its secret token.
 #[pyfunction]
-fn new_offer_id() -> String {
-    kvferry::OfferId::random().to_string()
+#[pyo3(signature = (*, engine, incarnation, ranks, tokens, request, fingerprints, seal_keys))]
+fn name_offer(
+    engine: &str,
+    incarnation: String,
+    ranks: Vec<(u32, String, String)>,
+    tokens: u64,
+    request: String,
+    fingerprints: Fingerprints,
+    seal_keys: Vec<Vec<u8>>,
+) -> PyResult<(String, String)> {
+    let rank = |(rank, incarnation, addr): (u32, String, String)| {
+        let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
+        Ok(OfferRank { rank: Rank(rank), incarnation, addr })
+    };
+    let ranks = ranks.into_iter().map(rank).collect::<PyResult<_>>()?;
+    let engine = engine.parse().map_err(value_error)?;
+    let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
+    let mut name = Offer::new(OfferId::random(), engine, incarnation, ranks, tokens);
+    (name.request, name.fingerprints) = (request, fingerprints);
+    if let Some(key) = pool::seal_keys(seal_keys)?.first() {
+        name = name.sealed(key);
+    }
+    name.check().map_err(value_error)?;
+    Ok((name.id.to_string(), name.to_json()))
 }
 
-/// Checks an offer (JSON) and all its bounds. The `ValueError` names the first problem.
+/// Checks the name of an offer (JSON): all its bounds, and its seal if there are keys. The `ValueError` names the first
+/// problem.
 #[pyfunction]
-fn check_offer(offer: &str) -> PyResult<()> {
-    pool::offer(offer).map(drop)
+fn check_offer(offer: &str, seal_keys: Vec<Vec<u8>>) -> PyResult<()> {
+    pool::offer(offer)?.check_seal(&pool::seal_keys(seal_keys)?).map_err(value_error)
 }
 
 /// Sends the library's log of peers and lanes to standard error, next to the engine's own log. The level is `warn`, unless
@@ -58,7 +84,7 @@ mod _native {
     use super::{
         check_offer,
         consumer::{Consumer, Ended},
-        engine_incarnation, new_offer_id,
+        engine_incarnation, name_offer,
         pool::{Identity, Pool},
         producer::Producer,
         settings::Settings,

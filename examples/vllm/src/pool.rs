@@ -3,7 +3,7 @@
 use std::{ptr::NonNull, sync::Arc};
 
 use kvferry::{
-    EngineId, Group, GroupId, GroupKind, Limits, Memory, Model, Offer, OfferId, PoolLayout, Rank, Region, Shard,
+    EngineId, Group, GroupId, GroupKind, Memory, Model, Offer, OfferId, PoolLayout, Rank, Region, SealKey, Shard,
 };
 use pyo3::{exceptions::PyValueError, prelude::*};
 
@@ -12,11 +12,16 @@ pub fn value_error(e: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(e.to_string())
 }
 
-/// Parses an offer and checks its bounds. The input is untrusted.
+/// Parses the name of an offer and checks its bounds. The input is untrusted.
 pub fn offer(json: &str) -> PyResult<Offer> {
     let offer = Offer::from_json(json).map_err(value_error)?;
-    offer.check(Limits::default().blocks_per_offer).map_err(value_error)?;
+    offer.check().map_err(value_error)?;
     Ok(offer)
+}
+
+/// Seal keys from the contents of their files.
+pub fn seal_keys(contents: Vec<Vec<u8>>) -> PyResult<Vec<SealKey>> {
+    contents.iter().map(|c| SealKey::new(c).map_err(value_error)).collect()
 }
 
 pub fn offer_id(id: String) -> PyResult<OfferId> {

@@ -1,9 +1,10 @@
 //! A prefill rank's producer.
 
-use kvferry::{Producer as Inner, Ready};
+use kvferry::{BlockId, GroupId, OfferGroup, Producer as Inner, Ready};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{
+    consumer::PyBlocks,
     handle::{Handle, seconds},
     pool::{Identity, Pool, offer, offer_id, value_error},
     settings::Settings,
@@ -57,12 +58,18 @@ impl Producer {
         &self.addr
     }
 
-    /// Enters an offer (JSON) made by the scheduler side. From now on its blocks are held and can be pulled.
-    fn enter(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+    /// Enters an offer of these blocks under a name (JSON) that the scheduler side made. From now on the blocks are held and
+    /// can be pulled.
+    fn enter(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>) -> PyResult<()> {
         let inner = self.inner.get()?;
         py.detach(|| {
-            let offer = offer(json)?;
-            inner.enter(&offer, Ready::Now).map_err(value_error)
+            let name = offer(json)?;
+            let groups = blocks.into_iter().map(|(group, first_position, ids)| OfferGroup {
+                group: GroupId(group),
+                first_position,
+                blocks: ids.into_iter().map(|b| b.map(BlockId)).collect(),
+            });
+            inner.enter(&name, groups.collect(), Ready::Now).map_err(value_error)
         })
     }
 

@@ -3,7 +3,10 @@
 use kvferry::{Config, LaneKind, OnWedge, TlsConfig};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
-use crate::{handle::seconds, pool::value_error};
+use crate::{
+    handle::seconds,
+    pool::{self, value_error},
+};
 
 /// `(certificate, key, authority, server name)`, the first three PEM.
 type PyTls = (Vec<u8>, Vec<u8>, Vec<u8>, String);
@@ -20,7 +23,7 @@ impl Settings {
     #[new]
     #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
         early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
-        tls = None, tcp_checksum = false))]
+        tls = None, seal_keys = Vec::new(), patience = None, tcp_checksum = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         lanes: Option<Vec<String>>,
@@ -35,6 +38,8 @@ impl Settings {
         on_wedge: Option<&str>,
         fault: Option<&str>,
         tls: Option<PyTls>,
+        seal_keys: Vec<Vec<u8>>,
+        patience: Option<f64>,
         tcp_checksum: bool,
     ) -> PyResult<Self> {
         let mut config = Config::default();
@@ -44,6 +49,7 @@ impl Settings {
             (claim_lease, &mut config.lease.claimed),
             (hard_cap, &mut config.lease.hard_cap),
             (early_grace, &mut config.lease.early_grace),
+            (patience, &mut config.pull.patience),
         ];
         for (given, to) in times {
             if let Some(s) = given {
@@ -77,6 +83,7 @@ impl Settings {
             (tls.certificate, tls.key, tls.ca, tls.server_name) = (certificate, key, ca, server_name);
             config.tls = Some(tls);
         }
+        config.names.seal_keys = pool::seal_keys(seal_keys)?;
         let lanes = match lanes {
             Some(names) => names.iter().map(|n| lane(n)).collect::<PyResult<Vec<_>>>()?,
             None => config.pull.lanes.clone(),

@@ -72,7 +72,10 @@ class Engine:
         self.connector = self.scheduler.get_kv_connector()
         self.scheduled: dict[str, int] = {}
         self.idle = False
+        # Blocks that the offer of a request leaves out: lists of (group, position).
+        self.lost: dict[str, list[list[int]]] = {}
         self._watch()
+        self._leave_out()
 
     def _watch(self) -> None:
         """Counts the tokens that the scheduler has scheduled, by request."""
@@ -86,6 +89,24 @@ class Engine:
             return output
 
         self.scheduler.schedule = watched
+
+    def _leave_out(self) -> None:
+        """Leaves the blocks in `lost` out of a request's offer, as if they had been freed before the offer was made."""
+        connectors = [self.connector, *getattr(self.connector, "_connectors", [])]
+        side = next((c._side for c in connectors if getattr(c, "_side", None) is not None), None)
+        if side is None:
+            return
+        offer = side._offer
+
+        def leaving_out(request: Any, blocks: Any) -> Any:
+            made = offer(request, blocks)
+            # The engine appends eight random digits to a request's id.
+            lost = self.lost.pop(request.request_id, None) or self.lost.pop(request.request_id[:-9], None)
+            for group, position in lost or ():
+                side._todo.offerings[-1].groups[group].blocks[position] = None
+            return made
+
+        side._offer = leaving_out
 
     def worker(self) -> Any:
         """kvferry's worker side, if it is in this process."""
@@ -119,6 +140,8 @@ class Engine:
 
         op = c["op"]
         if op == "add":
+            if c.get("lost"):
+                self.lost[c["id"]] = c["lost"]
             extra = {"kv_transfer_params": c["params"]} if c.get("params") else None
             # Greedy. Several answers to one prompt must be sampled; top_k=1 makes sampling greedy.
             n = c.get("n", 1)

@@ -69,7 +69,7 @@ def test_kill_9_in_the_middle_of_a_pull_keeps_the_loaded_blocks(start: Start, sl
     p = start("reborn", tiny, "kv_producer", port=port).ready()
     tokens = tiny_fleet.prompt(200)
     # The decode engine remembers the offer as used and would not ask for it: give it another id.
-    stale = {**params, "kvferry": {"offer": {**params["kvferry"]["offer"], "id": f"{7:032x}"}, "prompt": None}}
+    stale = {**params, "kvferry": {"offer": {**params["kvferry"]["offer"], "id": f"{7:032x}"}}}
     old = slow.generate("dies-old", tokens, params=stale)
     assert old["tokens"] == tiny_fleet.alone(tokens) and old["computed"] == len(tokens)
     # The next request loads from the new prefill engine.
@@ -193,8 +193,7 @@ def test_policy_fail_fails_incomplete_loads_only(start: Start, tiny_fleet: Fleet
     free = d.state()["free"]
     for name, lost in (("partial", 3), ("first", 0)):
         tokens = f.prompt(300)
-        params = f.p.prefill(name, tokens)
-        params["kvferry"]["offer"]["groups"][0]["blocks"][lost] = None
+        params = f.p.prefill(name, tokens, lost=[[0, lost]])
         assert d.generate(name, tokens, params=params)["reason"] == "error"
     tokens = f.prompt(300)
     params = f.p.prefill("total", tokens)

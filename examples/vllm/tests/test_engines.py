@@ -37,8 +37,7 @@ def test_several_cache_groups_load_completely_or_not_at_all(start: Start, tiny_w
     assert failed == 2
     for group, lost in ((0, 21), (1, 21)):
         tokens = prompt(900 + group, 700)
-        params = p.prefill(f"lost-{group}", tokens)
-        params["kvferry"]["offer"]["groups"][group]["blocks"][lost] = None
+        params = p.prefill(f"lost-{group}", tokens, lost=[[group, lost]])
         done = d.generate(f"lost-{group}", tokens, params=params)
         assert done["tokens"] == mono.generate(f"lost-{group}", tokens)["tokens"]
         assert done["computed"] == 700
@@ -61,7 +60,7 @@ def test_tensor_parallel_ranks_pull_their_heads(
 ) -> None:
     f = tiny_fleet
     # Many processes on few cores: this test checks no promise in seconds.
-    slow = {"deadline": LIMIT, "unclaimed_lease": LIMIT, "early_grace": 5}
+    slow = {"deadline": LIMIT, "unclaimed_lease": LIMIT, "early_grace": 5, "patience": LIMIT}
     label = f"tp{prefill}{decode}"
     p = start(f"{label}-prefill", tiny, "kv_producer", llm={"tensor_parallel_size": prefill}, **slow)
     d = start(f"{label}-decode", tiny, "kv_consumer", llm={"tensor_parallel_size": decode}, **slow)
@@ -78,8 +77,7 @@ def test_tensor_parallel_ranks_pull_their_heads(
         assert done["computed"] == 1
     tokens = f.prompt(700)
     alone = f.alone(tokens)
-    params = p.prefill("lost", tokens)
-    params["kvferry"]["offer"]["groups"][0]["blocks"][7] = None
+    params = p.prefill("lost", tokens, lost=[[0, 7]])
     done = d.generate("lost", tokens, params=params)
     assert done["tokens"][:4] == alone[:4]
     assert done["computed"] == 700 - 7 * 32
@@ -126,8 +124,7 @@ def test_under_a_multi_connector(
     assert done["tokens"] == f.alone(tokens)
     assert done["computed"] == 1
     tokens = f.prompt(300)
-    params = p.prefill("lost", tokens)
-    params["kvferry"]["offer"]["groups"][0]["blocks"][4] = None
+    params = p.prefill("lost", tokens, lost=[[0, 4]])
     done = d.generate("lost", tokens, params=params)
     assert done["tokens"] == f.alone(tokens)
     assert done["computed"] == 300 - 4 * 32

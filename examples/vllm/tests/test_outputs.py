@@ -17,9 +17,9 @@ def fleet(request: pytest.FixtureRequest, start_shared: Start) -> Fleet:
     return Fleet(start_shared, request.getfixturevalue("smollm2"), "smollm2", (100, 40_000), cache=256 << 20)
 
 
-def disaggregated(fleet: Fleet, name: str, tokens: list[int], change=None, max_tokens: int = 16):
-    """Prefills on one engine and decodes on the other; `change` edits the offer in between."""
-    params = fleet.p.prefill(name, tokens)
+def disaggregated(fleet: Fleet, name: str, tokens: list[int], change=None, max_tokens: int = 16, lost=()):
+    """Prefills on one engine and decodes on the other; `change` edits the name in between. The offer leaves out `lost`."""
+    params = fleet.p.prefill(name, tokens, lost=list(lost))
     if change:
         change(params["kvferry"]["offer"])
     return fleet.d.generate(name, tokens, params=params, max_tokens=max_tokens)
@@ -36,12 +36,9 @@ def test_after_a_complete_load_only_the_last_token_is_computed(fleet: Fleet, len
 
 @pytest.mark.parametrize(("missing", "length"), [(2, 300), (0, 300), (9, 300), (9, 319)])
 def test_a_lost_block_costs_the_tail_only(fleet: Fleet, missing: int, length: int) -> None:
-    def lose(offer) -> None:
-        offer["groups"][0]["blocks"][missing] = None
-
     tokens = fleet.prompt(length)
     before = fleet.d.metrics()
-    done = disaggregated(fleet, f"lost-{missing}-{length}", tokens, lose)
+    done = disaggregated(fleet, f"lost-{missing}-{length}", tokens, lost=[[0, missing]])
     after = fleet.d.metrics()
     assert done["tokens"] == fleet.alone(tokens)
     assert done["computed"] == length - missing * BLOCK
@@ -88,9 +85,8 @@ def test_several_requests_share_a_prefix(fleet: Fleet) -> None:
 def test_each_load_of_a_shared_prefix_loses_another_block(fleet: Fleet) -> None:
     prefix = fleet.prompt(160)
     prompts = [prefix + fleet.prompt(40) for _ in range(4)]
-    params = [fleet.p.prefill(f"sharedlost-{i}", t) for i, t in enumerate(prompts)]
+    params = [fleet.p.prefill(f"sharedlost-{i}", t, lost=[[0, i]]) for i, t in enumerate(prompts)]
     for i, (t, p) in enumerate(zip(prompts, params, strict=True)):
-        p["kvferry"]["offer"]["groups"][0]["blocks"][i] = None
         fleet.d.add(f"sharedlost-{i}", t, params=p)
     for i, t in enumerate(prompts):
         assert fleet.d.wait("done", f"sharedlost-{i}")["tokens"] == fleet.alone(t)

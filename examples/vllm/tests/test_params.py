@@ -1,8 +1,9 @@
 """The params that routers pass on: kvferry's, another connector's, another request's, or none."""
 
 import copy
+from pathlib import Path
 
-from conftest import Fleet
+from conftest import Fleet, Start
 
 
 def test_cached_blocks_are_not_pulled(tiny_fleet: Fleet) -> None:
@@ -70,12 +71,15 @@ def test_an_edited_offer_changes_no_answer(tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     for i, change in enumerate(
         [
-            lambda o: o["groups"][0]["blocks"].__setitem__(0, 1 << 31),
-            lambda o: o["groups"][0].__setitem__("first_position", 4),
-            lambda o: o["groups"][0].__setitem__("group", 3),
-            lambda o: o.__setitem__("groups", []),
+            lambda o: o.__setitem__("token", "0" * 31 + "1"),
+            lambda o: o.__setitem__("id", "0" * 31 + "1"),
+            lambda o: o.__setitem__("groups", [{"group": 0, "first_position": 0, "blocks": [1, 2, 3, 4]}]),
+            lambda o: o.__setitem__("fingerprints", {}),
+            lambda o: o.__setitem__("ranks", []),
             lambda o: o.__setitem__("engine", "somebody"),
             lambda o: o.__setitem__("tokens", 1 << 40),
+            lambda o: o.__setitem__("tokens", 99),
+            lambda o: o.__setitem__("version", 1),
             lambda o: o.__setitem__("extra", 1),
         ]
     ):
@@ -145,4 +149,47 @@ def test_a_prefill_with_a_longer_answer_offers_its_prompt(tiny_fleet: Fleet) -> 
     answer = f.d.generate("longer", tokens, params=done["params"])
     assert answer["tokens"] == f.alone(tokens)
     assert answer["computed"] == 1
+    f.settled()
+
+
+def test_a_name_with_another_prompts_fingerprint_loads_nothing_and_poisons_no_cache(tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    mine, theirs = f.prompt(100), f.prompt(100)
+    params = f.p.prefill("forger", mine)
+    other = f.p.prefill("victim", theirs)
+    params["kvferry"]["offer"]["fingerprints"] = other["kvferry"]["offer"]["fingerprints"]
+    done = f.d.generate("forged", theirs, params=params)
+    assert done["tokens"] == f.alone(theirs) and done["computed"] == 100
+    # An innocent request finds its prompt in the prefix cache.
+    assert f.d.generate("innocent", theirs)["tokens"] == f.alone(theirs)
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.settled()
+
+
+def test_engines_with_a_seal_key_use_sealed_names_only(
+    start: Start, tiny: str, tiny_fleet: Fleet, tmp_path: Path
+) -> None:
+    f = tiny_fleet
+    (tmp_path / "key").write_text("0123456789abcdef" * 4 + "\n")
+    (tmp_path / "next").write_text("fedcba9876543210" * 4 + "\n")
+    p = start("sealing", tiny, "kv_producer", seal_keys=[str(tmp_path / "key")]).ready()
+    d = start("checking", tiny, "kv_consumer", seal_keys=f"{tmp_path / 'next'},{tmp_path / 'key'}").ready()
+    tokens = f.prompt(100)
+    done = d.generate("sealed", tokens, params=p.prefill("sealed", tokens))
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 1
+    tokens = f.prompt(100)
+    unsealed = d.generate("unsealed", tokens, params=f.p.prefill("unsealed", tokens))
+    assert unsealed["tokens"] == f.alone(tokens) and unsealed["computed"] == 100
+    tokens = f.prompt(100)
+    params = p.prefill("elsewhere", tokens)
+    params["kvferry"]["offer"]["ranks"][0]["addr"] = "127.0.0.1:9"
+    elsewhere = d.generate("elsewhere", tokens, params=params)
+    assert elsewhere["tokens"] == f.alone(tokens) and elsewhere["computed"] == 100
+    log = d.log.read_text()
+    assert "is prefilled here: the kvferry offer is unusable: the offer is not sealed" in log
+    assert "the offer's seal does not fit" in log
+    for e in (p, f.p):
+        e.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    d.settled()
+    p.settled()
     f.settled()

@@ -39,7 +39,7 @@ fn peers_without_a_common_version_name_both_ranges() {
     let rig = Rig::new(&config());
     let error = say(&rig.addr.to_string(), &Hello { versions: (7, 9), ..hello() });
     let HelloError::Version { here, there } = &error else { panic!("{error}") };
-    assert_eq!((here.as_str(), there.as_str()), ("7 to 9", "1 to 1"));
+    assert_eq!((here.as_str(), there.as_str()), ("7 to 9", "2 to 2"));
 }
 
 #[test]

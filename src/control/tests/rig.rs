@@ -12,8 +12,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, ClientBody, ClientFrame, Grant, Incarnation, LaneKind, Mismatch, Model, Nonce, OfferId, PeerId,
-    PoolLayout, Rank, Reader, Release, ServerBody, ServerFrame, Shard,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, Grant, Incarnation, LaneKind, Mismatch, Model, Nonce, OfferId,
+    PeerId, PoolLayout, Rank, Reader, Release, ServerBody, ServerFrame, Shard, Token,
     hello::{self, Hello, VERSIONS, Welcome, features},
     puller::{Addr, In},
     session::Want,
@@ -156,6 +156,7 @@ impl Desk for TestDesk {
                     Some(ServerBody::Granted {
                         claim: *claim,
                         grant: Grant { slot: 7, nonce: Nonce::random() },
+                        contents: Arc::default(),
                         remaining,
                     }),
                 );
@@ -193,7 +194,7 @@ impl Desk for TestDesk {
     fn release(
         &self,
         _: Option<PeerId>,
-        _: OfferId,
+        _: (OfferId, Token),
         expect: Option<Incarnation>,
         _: &PeerKey,
     ) -> Result<bool, Refusal> {
@@ -302,14 +303,17 @@ impl Events for Recorder {
     fn welcomed(&self, peer: &Addr, welcome: Arc<Welcome>) {
         self.keep(In::Peer(peer.clone(), welcome));
     }
-    fn granted(&self, claim: ClaimId, grant: Grant) {
-        self.keep(In::Granted(claim, grant));
+    fn granted(&self, claim: ClaimId, grant: Grant, contents: Arc<Contents>) {
+        self.keep(In::Granted(claim, grant, contents));
     }
     fn lost(&self, claim: ClaimId, cause: Cause) {
         self.keep(In::Lost(claim, cause));
     }
     fn connected(&self, peer: &Addr, Connected { incarnation, need, lane }: Connected) {
         self.keep(In::Lane { peer: peer.clone(), incarnation, need, lane });
+    }
+    fn silent(&self, peer: &Addr, silent: bool) {
+        self.keep(In::Silent(peer.clone(), silent));
     }
     fn dropped(&self, peer: &Addr) {
         self.keep(In::Dropped(peer.clone()));
@@ -377,7 +381,7 @@ impl Consumer {
     /// The next answer to a claim: granted, or lost with its cause.
     pub(super) fn answer(&self) -> (ClaimId, Option<Cause>) {
         self.event(|e| match e {
-            In::Granted(claim, grant) => {
+            In::Granted(claim, grant, _) => {
                 assert_eq!(grant.slot, 7);
                 Some((claim, None))
             }
@@ -401,6 +405,7 @@ pub(super) fn want(claim: u64, of: &PeerId) -> Want {
     Want {
         claim: ClaimId(claim),
         offer: OfferId::random(),
+        token: Token::random(),
         engine: of.engine.clone(),
         expect: of.incarnation,
         reader: Reader::ONLY,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry_proto::{Incarnation, OfferId};
+use kvferry_proto::{Incarnation, OfferId, Token};
 use tonic::transport::{Channel, Endpoint};
 use tonic_reflection::pb::{
     v1::{
@@ -53,8 +53,13 @@ fn an_offer_is_released_without_a_session() {
     let rig = Rig::new(&config());
     let addr = rig.addr.to_string();
     let me = rig.desk.me.incarnation;
-    assert_eq!(run(release(&addr, None, OfferId::random(), Some(me), LIMIT)), Ok(true));
-    let other = run(Caller::new(config()).release(&addr, None, OfferId::random(), Some(Incarnation::random())));
+    assert_eq!(run(release(&addr, None, (OfferId::random(), Token::random()), Some(me), LIMIT)), Ok(true));
+    let other = run(Caller::new(config()).release(
+        &addr,
+        None,
+        (OfferId::random(), Token::random()),
+        Some(Incarnation::random()),
+    ));
     let Err(CallError::Refused { why, .. }) = other else { panic!("{other:?}") };
     assert!(why.contains("restarted"), "{why}");
 }
@@ -71,9 +76,9 @@ fn a_call_to_a_silent_or_closed_port_fails_in_time() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let short = Duration::from_millis(200);
-    let silent = run(release(&addr, None, OfferId::random(), None, short)).unwrap_err();
+    let silent = run(release(&addr, None, (OfferId::random(), Token::random()), None, short)).unwrap_err();
     assert!(matches!(silent, CallError::Silent { .. } | CallError::Dial(_)), "{silent}");
     drop(listener);
-    let gone = run(release(&addr, None, OfferId::random(), None, LIMIT)).unwrap_err();
+    let gone = run(release(&addr, None, (OfferId::random(), Token::random()), None, LIMIT)).unwrap_err();
     assert!(gone.to_string().contains("check that the producer runs there"), "{gone}");
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, Gone, Incarnation, LaneKind, OfferId, Reader, Release, ServerBody, ServerFrame,
+    Cause, ClaimId, Gone, Incarnation, LaneKind, OfferId, Reader, Release, ServerBody, ServerFrame, Token,
     hello::Welcome,
     puller::{In, LaneWish, Need},
 };
@@ -22,7 +22,7 @@ use crate::{
 };
 
 fn release(claim: Option<ClaimId>) -> Release {
-    Release { claim, offer: OfferId::random(), reader: Reader::ONLY, all: false }
+    Release { claim, offer: OfferId::random(), token: Token::random(), reader: Reader::ONLY, all: false }
 }
 
 #[test]

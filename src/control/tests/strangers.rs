@@ -159,9 +159,22 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
     assert_eq!(other.answer(), (claim, None));
     let id = Some(proto::OfferId { high: 1, low: 1 });
     let bad = [
-        ("claim.reader", Some(Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2 }))),
+        (
+            "claim.reader",
+            Some(Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2, token: vec![1; 16].into() })),
+        ),
         ("renew.claims", Some(Frame::Renew(proto::Renew { claims: vec![1; 5000] }))),
-        ("seq", Some(Frame::Release(proto::Unclaim { claim: 1, offer: id, reader: 0, readers: 1, all: false }))),
+        (
+            "seq",
+            Some(Frame::Release(proto::Unclaim {
+                claim: 1,
+                offer: id,
+                reader: 0,
+                readers: 1,
+                all: false,
+                token: vec![1; 16].into(),
+            })),
+        ),
         ("Open comes once", None),
     ];
     for (name, frame) in bad {

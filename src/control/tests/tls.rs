@@ -170,7 +170,7 @@ fn a_consumer_that_claims_another_engine_is_refused_by_name() {
         let lane = proto::LaneRequest { from: from(), expect_incarnation, kind, verbs: Vec::new() };
         denied(ferry.connect_lane(lane).await.map(|_| ()));
         let offer = Some(OfferId::random().into());
-        let release = proto::ReleaseRequest { from: from(), offer, expect_incarnation };
+        let release = proto::ReleaseRequest { from: from(), offer, token: vec![1; 16].into(), expect_incarnation };
         denied(ferry.release(release.clone()).await.map(|_| ()));
         // On behalf of itself it may.
         ferry.release(proto::ReleaseRequest { from: None, ..release }).await.unwrap();
@@ -186,7 +186,7 @@ fn a_certificate_without_an_engine_may_not_call() {
         let mut ferry = raw(rig.addr, &nameless.ca, Some(&nameless)).await.unwrap();
         let hello = ferry.hello(proto::HelloRequest::from(&hello())).await.expect_err("a Hello");
         let offer = Some(OfferId::random().into());
-        let release = proto::ReleaseRequest { from: None, offer, expect_incarnation: 0 };
+        let release = proto::ReleaseRequest { from: None, offer, token: vec![1; 16].into(), expect_incarnation: 0 };
         let release = ferry.release(release).await.expect_err("a release");
         for status in [hello, release] {
             assert_eq!(status.code(), Code::PermissionDenied);

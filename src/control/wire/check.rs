@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvferry_proto::{ClaimId, Incarnation, OfferId, PeerId, Reader};
+use kvferry_proto::{ClaimId, Incarnation, OfferId, PeerId, Reader, Token};
 
 use crate::control::proto;
 
@@ -68,6 +68,10 @@ pub(super) fn claim_id(field: &str, raw: u64) -> Checked<ClaimId> {
 pub(super) fn offer_id(field: &str, raw: Option<proto::OfferId>) -> Checked<OfferId> {
     let proto::OfferId { high, low } = present(field, raw)?;
     if low == 0 { bad(field, "its lower half is zero") } else { Ok(OfferId { high, low }) }
+}
+
+pub(super) fn token(field: &str, raw: &[u8]) -> Checked<Token> {
+    raw.try_into().map(Token::from_bytes).or_else(|_| bad(field, format!("{} bytes, not 16", raw.len())))
 }
 
 pub(super) fn narrow<T: TryFrom<u32>>(field: &str, raw: u32) -> Checked<T> {

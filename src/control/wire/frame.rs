@@ -1,9 +1,15 @@
 //! The session's frames.
 
-use kvferry_proto::{ClaimId, ClientBody, ClientFrame, Gone, Grant, Nonce, Release, ServerBody, ServerFrame};
+use std::sync::Arc;
+
+use kvferry_proto::{
+    BlockId, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, GroupId, Nonce, Offer, OfferGroup, Release,
+    ServerBody, ServerFrame,
+};
 
 use super::check::{
-    BadMessage, Checked, bad, claim_id, incarnation, millis, offer_id, peer, present, reader, time, within,
+    BadMessage, Checked, bad, claim_id, incarnation, millis, narrow, offer_id, peer, present, reader, time, token,
+    within,
 };
 use crate::control::proto::{self, client_frame::Frame as C, server_frame::Frame as S};
 
@@ -14,11 +20,12 @@ impl From<ClientFrame> for proto::ClientFrame {
                 C::Open(proto::Open { from: Some((&from).into()), expect_incarnation: expect.get() })
             }
             ClientBody::Ping(number) => C::Ping(proto::Ping { number }),
-            ClientBody::Claim { claim, offer, reader } => C::Claim(proto::Claim {
+            ClientBody::Claim { claim, offer, token, reader } => C::Claim(proto::Claim {
                 claim: claim.0,
                 offer: Some(offer.into()),
                 reader: reader.index,
                 readers: reader.of,
+                token: token.to_bytes().to_vec().into(),
             }),
             ClientBody::Renew(claims) => C::Renew(proto::Renew { claims: claims.into_iter().map(|c| c.0).collect() }),
             ClientBody::Release(r) => C::Release(proto::Unclaim {
@@ -27,6 +34,7 @@ impl From<ClientFrame> for proto::ClientFrame {
                 reader: r.reader.index,
                 readers: r.reader.of,
                 all: r.all,
+                token: r.token.to_bytes().to_vec().into(),
             }),
         };
         Self { seq: f.seq, frame: Some(frame) }
@@ -66,6 +74,7 @@ fn claim(c: proto::Claim) -> Checked<ClientBody> {
     Ok(ClientBody::Claim {
         claim: claim_id("claim", c.claim)?,
         offer: offer_id("offer", c.offer)?,
+        token: token("token", &c.token)?,
         reader: reader(c.reader, c.readers)?,
     })
 }
@@ -82,6 +91,7 @@ fn unclaim(u: proto::Unclaim) -> Checked<Release> {
     Ok(Release {
         claim: (u.claim != 0).then_some(ClaimId(u.claim)),
         offer: offer_id("offer", u.offer)?,
+        token: token("token", &u.token)?,
         reader: reader(u.reader, u.readers)?,
         all: u.all,
     })
@@ -96,6 +106,7 @@ impl From<Gone> for proto::GoneReason {
             Gone::Revoked => Self::Revoked,
             Gone::HardCap => Self::HardCap,
             Gone::Limit => Self::Limit,
+            Gone::Token => Self::Token,
         }
     }
 }
@@ -107,6 +118,7 @@ fn gone(raw: i32) -> Gone {
         Ok(proto::GoneReason::Revoked) => Gone::Revoked,
         Ok(proto::GoneReason::HardCap) => Gone::HardCap,
         Ok(proto::GoneReason::Limit) => Gone::Limit,
+        Ok(proto::GoneReason::Token) => Gone::Token,
         // A reason that this build does not know.
         Ok(proto::GoneReason::Unspecified | proto::GoneReason::Unknown) | Err(_) => Gone::Unknown,
     }
@@ -117,11 +129,12 @@ impl From<ServerFrame> for proto::ServerFrame {
         let frame = f.body.map(|body| match body {
             ServerBody::Opened(i) => S::Opened(proto::Opened { incarnation: i.get() }),
             ServerBody::Pong(number) => S::Pong(proto::Pong { number }),
-            ServerBody::Granted { claim, grant, remaining } => S::Granted(proto::Granted {
+            ServerBody::Granted { claim, grant, contents, remaining } => S::Granted(proto::Granted {
                 claim: claim.0,
                 slot: grant.slot,
                 nonce: grant.nonce.get(),
                 remaining_ms: millis(remaining),
+                contents: Some((&*contents).into()),
             }),
             ServerBody::NotYet { claim, retry } => S::NotYet(proto::NotYet {
                 claim: claim.0,
@@ -139,30 +152,107 @@ impl From<ServerFrame> for proto::ServerFrame {
     }
 }
 
-impl TryFrom<proto::ServerFrame> for ServerFrame {
-    type Error = BadMessage;
-    fn try_from(f: proto::ServerFrame) -> Checked<Self> {
-        let body = match f.frame {
-            None => None,
-            Some(S::Opened(o)) => Some(ServerBody::Opened(incarnation("opened.incarnation", o.incarnation)?)),
-            Some(S::Pong(p)) => Some(ServerBody::Pong(p.number)),
-            Some(S::Granted(g)) => Some(ServerBody::Granted {
-                claim: claim_id("granted.claim", g.claim)?,
-                grant: Grant {
-                    slot: g.slot,
-                    nonce: Nonce::from_wire(g.nonce).map_or_else(|| bad("granted.nonce", "is zero"), Ok)?,
-                },
-                remaining: time(g.remaining_ms),
-            }),
-            Some(S::NotYet(n)) => {
-                Some(ServerBody::NotYet { claim: claim_id("not_yet.claim", n.claim)?, retry: time(n.retry_ms.into()) })
-            }
-            Some(S::Gone(g)) => Some(ServerBody::Gone { claim: claim_id("gone.claim", g.claim)?, why: gone(g.why) }),
-            Some(S::Revoked(r)) => {
-                Some(ServerBody::Revoked { offer: offer_id("revoked.offer", r.offer)?, why: gone(r.why) })
-            }
-            Some(S::Draining(_)) => Some(ServerBody::Draining),
-        };
-        Ok(Self { ack: f.ack, body })
+impl From<&Contents> for proto::Contents {
+    fn from(c: &Contents) -> Self {
+        Self {
+            tokens: c.tokens,
+            r#final: c.complete,
+            fingerprints: c.fingerprints.clone().into_iter().collect(),
+            groups: c.groups.iter().map(Into::into).collect(),
+        }
     }
+}
+
+impl From<&OfferGroup> for proto::GroupBlocks {
+    fn from(g: &OfferGroup) -> Self {
+        let mut runs = Self { group: g.group.0.into(), first_position: g.first_position, ..Self::default() };
+        let mut next = None;
+        for block in &g.blocks {
+            let id = block.map_or(BlockId::NULL, |b| b.0);
+            match runs.counts.last_mut() {
+                Some(count) if next == Some(id) => *count += 1,
+                _ => {
+                    runs.firsts.push(id);
+                    runs.counts.push(1);
+                }
+            }
+            next =
+                Some(if id == BlockId::NULL { id } else { id + 1 }).filter(|n| block.is_none() || *n != BlockId::NULL);
+        }
+        runs
+    }
+}
+
+/// The contents in a grant. `limit` bounds the blocks, and so the memory that a few bytes of runs can occupy.
+fn contents(c: proto::Contents, limit: usize) -> Checked<Contents> {
+    if c.groups.len() > kvferry_proto::PoolLayout::MAX_GROUPS {
+        return bad(
+            "groups",
+            format!("{}, over the limit of {}", c.groups.len(), kvferry_proto::PoolLayout::MAX_GROUPS),
+        );
+    }
+    let mut left = limit as u64;
+    let mut groups = Vec::with_capacity(c.groups.len());
+    for g in c.groups {
+        if g.firsts.len() != g.counts.len() {
+            return bad("groups", format!("{} runs have {} counts", g.firsts.len(), g.counts.len()));
+        }
+        let blocks: u64 = g.counts.iter().map(|&n| u64::from(n)).sum();
+        left = match left.checked_sub(blocks) {
+            Some(left) => left,
+            None => return bad("groups", format!("over {limit} blocks (limits.blocks_per_offer)")),
+        };
+        let mut list = Vec::with_capacity(blocks as usize);
+        for (&first, &count) in g.firsts.iter().zip(&g.counts) {
+            match first {
+                _ if count == 0 => return bad("groups.counts", "a run is empty"),
+                BlockId::NULL => list.extend(std::iter::repeat_n(None, count as usize)),
+                first => {
+                    let Some(end) = first.checked_add(count) else {
+                        return bad("groups.firsts", "a run has blocks past 2^32");
+                    };
+                    list.extend((first..end).map(|b| Some(BlockId(b))));
+                }
+            }
+        }
+        groups.push(OfferGroup {
+            group: GroupId(narrow("groups.group", g.group)?),
+            first_position: g.first_position,
+            blocks: list,
+        });
+    }
+    if c.fingerprints.len() > Offer::MAX_FINGERPRINTS {
+        return bad("fingerprints", format!("{}, over the limit of {}", c.fingerprints.len(), Offer::MAX_FINGERPRINTS));
+    }
+    let fingerprints = c.fingerprints.into_iter().collect();
+    let contents = Contents { tokens: c.tokens, complete: c.r#final, fingerprints, groups };
+    contents.check(limit).or_else(|e| bad("groups", e.to_string()))?;
+    Ok(contents)
+}
+
+/// A frame from a producer. `limit` bounds the blocks of a grant.
+pub(crate) fn server_frame(f: proto::ServerFrame, limit: usize) -> Checked<ServerFrame> {
+    let body = match f.frame {
+        None => None,
+        Some(S::Opened(o)) => Some(ServerBody::Opened(incarnation("opened.incarnation", o.incarnation)?)),
+        Some(S::Pong(p)) => Some(ServerBody::Pong(p.number)),
+        Some(S::Granted(g)) => Some(ServerBody::Granted {
+            claim: claim_id("granted.claim", g.claim)?,
+            grant: Grant {
+                slot: g.slot,
+                nonce: Nonce::from_wire(g.nonce).map_or_else(|| bad("granted.nonce", "is zero"), Ok)?,
+            },
+            contents: Arc::new(within("granted.contents", contents(present("granted.contents", g.contents)?, limit))?),
+            remaining: time(g.remaining_ms),
+        }),
+        Some(S::NotYet(n)) => {
+            Some(ServerBody::NotYet { claim: claim_id("not_yet.claim", n.claim)?, retry: time(n.retry_ms.into()) })
+        }
+        Some(S::Gone(g)) => Some(ServerBody::Gone { claim: claim_id("gone.claim", g.claim)?, why: gone(g.why) }),
+        Some(S::Revoked(r)) => {
+            Some(ServerBody::Revoked { offer: offer_id("revoked.offer", r.offer)?, why: gone(r.why) })
+        }
+        Some(S::Draining(_)) => Some(ServerBody::Draining),
+    };
+    Ok(ServerFrame { ack: f.ack, body })
 }

@@ -1,6 +1,9 @@
 use std::{fmt::Debug, time::Duration};
 
-use kvferry_proto::{ClaimId, ClientBody, ClientFrame, Gone, Grant, Nonce, Reader, Release, ServerBody, ServerFrame};
+use kvferry_proto::{
+    BlockId, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Nonce, OfferGroup, Reader, Release, ServerBody,
+    ServerFrame,
+};
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
 
@@ -161,15 +164,38 @@ fn readers() -> impl Strategy<Value = Reader> {
     (1..=MAX_READERS).prop_flat_map(|of| (0..of, Just(of))).prop_map(|(index, of)| Reader { index, of })
 }
 
+fn tokens() -> impl Strategy<Value = Token> {
+    any::<[u8; 16]>().prop_map(Token::from_bytes)
+}
+
+/// Blocks in runs and single ones, up to the highest id, with null blocks between them.
+fn group_blocks() -> impl Strategy<Value = Vec<Option<BlockId>>> {
+    let run = (prop_oneof![0..100u32, BlockId::NULL - 100..BlockId::NULL], 1..5u32)
+        .prop_map(|(first, n)| (first..first.saturating_add(n)).map(|b| Some(BlockId(b))).collect::<Vec<_>>());
+    let none = (1..4usize).prop_map(|n| vec![None; n]);
+    vec(prop_oneof![run, none], 0..12).prop_map(|runs| runs.concat())
+}
+
+fn contents() -> impl Strategy<Value = Contents> {
+    let prints = proptest::collection::btree_map("[a-z]{1,9}", "[0-9a-f]{0,32}", 0..4);
+    (any::<u64>(), any::<bool>(), prints, vec((0..1000u32, group_blocks()), 0..4)).prop_map(
+        |(tokens, complete, fingerprints, groups)| {
+            let group = |(i, (first_position, blocks))| OfferGroup { group: GroupId(i as u16), first_position, blocks };
+            Contents { tokens, complete, fingerprints, groups: groups.into_iter().enumerate().map(group).collect() }
+        },
+    )
+}
+
 fn client_frames() -> impl Strategy<Value = ClientFrame> {
-    let release = (option::of(claims()), offer_ids(), readers(), any::<bool>())
-        .prop_map(|(claim, offer, reader, all)| Release { claim, offer, reader, all });
+    let release = (option::of(claims()), offer_ids(), tokens(), readers(), any::<bool>())
+        .prop_map(|(claim, offer, token, reader, all)| Release { claim, offer, token, reader, all });
     let body = prop_oneof![
         (peers(), incarnations()).prop_map(|(from, expect)| ClientBody::Open { from, expect }),
         any::<u64>().prop_map(ClientBody::Ping),
-        (claims(), offer_ids(), readers()).prop_map(|(claim, offer, reader)| ClientBody::Claim {
+        (claims(), offer_ids(), tokens(), readers()).prop_map(|(claim, offer, token, reader)| ClientBody::Claim {
             claim,
             offer,
+            token,
             reader
         }),
         vec(claims(), 0..10).prop_map(ClientBody::Renew),
@@ -179,15 +205,24 @@ fn client_frames() -> impl Strategy<Value = ClientFrame> {
 }
 
 fn server_frames() -> impl Strategy<Value = ServerFrame> {
-    let why = || select(vec![Gone::Unknown, Gone::Expired, Gone::Released, Gone::Revoked, Gone::HardCap, Gone::Limit]);
+    let why = || {
+        select(vec![
+            Gone::Unknown,
+            Gone::Expired,
+            Gone::Released,
+            Gone::Revoked,
+            Gone::HardCap,
+            Gone::Limit,
+            Gone::Token,
+        ])
+    };
     let ms = || (0u64..86_400_000).prop_map(Duration::from_millis);
     let body = prop_oneof![
         incarnations().prop_map(ServerBody::Opened),
         any::<u64>().prop_map(ServerBody::Pong),
-        (claims(), any::<u32>(), 1u64.., ms()).prop_map(|(claim, slot, nonce, remaining)| ServerBody::Granted {
-            claim,
-            grant: Grant { slot, nonce: Nonce::from_wire(nonce).unwrap() },
-            remaining
+        (claims(), any::<u32>(), 1u64.., contents(), ms()).prop_map(|(claim, slot, nonce, contents, remaining)| {
+            let (grant, contents) = (Grant { slot, nonce: Nonce::from_wire(nonce).unwrap() }, Arc::new(contents));
+            ServerBody::Granted { claim, grant, contents, remaining }
         }),
         (claims(), ms()).prop_map(|(claim, retry)| ServerBody::NotYet { claim, retry }),
         (claims(), why()).prop_map(|(claim, why)| ServerBody::Gone { claim, why }),
@@ -210,15 +245,15 @@ proptest! {
     #[test]
     fn every_message_arrives_as_it_was_sent(
         hello in hellos(), welcome in welcomes(), ticket in tickets(), c in client_frames(), s in server_frames(),
-        release in (option::of(peers()), offer_ids(), option::of(incarnations())),
+        release in (option::of(peers()), offer_ids(), tokens(), option::of(incarnations())),
     ) {
         arrives(&hello, again(proto::HelloRequest::from(&hello)).try_into());
         arrives(&welcome, again(proto::Welcome::from(&welcome)).try_into());
         arrives(&ticket, again(proto::LaneReply::from(ticket.clone())).try_into());
         arrives(&c, again(proto::ClientFrame::from(c.clone())).try_into());
-        arrives(&s, again(proto::ServerFrame::from(s.clone())).try_into());
-        let (from, id, expect) = release;
-        let release = ReleaseWanted { from, offer: id, expect };
+        arrives(&s, server_frame(again(proto::ServerFrame::from(s.clone())), 1 << 20));
+        let (from, offer, token, expect) = release;
+        let release = ReleaseWanted { from, offer, token, expect };
         arrives(&release, again(proto::ReleaseRequest::from(&release)).try_into());
     }
 
@@ -252,7 +287,11 @@ proptest! {
             let _ = proto::LaneRequest::decode(bytes).map(LaneWanted::try_from);
             let _ = proto::LaneReply::decode(bytes).map(LaneTicket::try_from);
             let _ = proto::ClientFrame::decode(bytes).map(ClientFrame::try_from);
-            let _ = proto::ServerFrame::decode(bytes).map(ServerFrame::try_from);
+            if let Ok(Ok(ServerFrame { body: Some(ServerBody::Granted { contents, .. }), .. })) =
+                proto::ServerFrame::decode(bytes).map(|f| server_frame(f, 1 << 20))
+            {
+                prop_assert_eq!(contents.check(1 << 20), Ok(()));
+            }
             let _ = proto::ReleaseRequest::decode(bytes).map(ReleaseWanted::try_from);
             let _ = proto::Mismatch::decode(bytes).map(Mismatch::from);
         }
@@ -271,17 +310,20 @@ fn sample<S: Strategy>(s: S) -> S::Value {
 fn a_bad_frame_is_refused_by_the_name_of_its_field() {
     let frame = |seq, frame| ClientFrame::try_from(proto::ClientFrame { seq, frame: Some(frame) });
     let id = Some(proto::OfferId { high: 1, low: 2 });
-    let claim = proto::Claim { claim: 1, offer: id, reader: 0, readers: 1 };
-    assert!(frame(0, C::Claim(claim)).is_ok());
-    refused(frame(0, C::Claim(proto::Claim { claim: 0, ..claim })), "claim.claim");
-    refused(frame(0, C::Claim(proto::Claim { offer: None, ..claim })), "claim.offer");
-    refused(frame(0, C::Claim(proto::Claim { reader: 1, ..claim })), "claim.reader");
-    refused(frame(0, C::Claim(proto::Claim { readers: 0, ..claim })), "claim.readers");
-    refused(frame(0, C::Claim(proto::Claim { readers: MAX_READERS + 1, ..claim })), "claim.readers");
+    let token = vec![1; 16];
+    let claim = proto::Claim { claim: 1, offer: id, reader: 0, readers: 1, token: token.clone().into() };
+    assert!(frame(0, C::Claim(claim.clone())).is_ok());
+    refused(frame(0, C::Claim(proto::Claim { token: vec![1; 15].into(), ..claim.clone() })), "claim.token");
+    refused(frame(0, C::Claim(proto::Claim { claim: 0, ..claim.clone() })), "claim.claim");
+    refused(frame(0, C::Claim(proto::Claim { offer: None, ..claim.clone() })), "claim.offer");
+    refused(frame(0, C::Claim(proto::Claim { reader: 1, ..claim.clone() })), "claim.reader");
+    refused(frame(0, C::Claim(proto::Claim { readers: 0, ..claim.clone() })), "claim.readers");
+    refused(frame(0, C::Claim(proto::Claim { readers: MAX_READERS + 1, ..claim.clone() })), "claim.readers");
     refused(frame(0, C::Renew(proto::Renew { claims: vec![1; MAX_RENEW + 1] })), "renew.claims");
     refused(frame(0, C::Renew(proto::Renew { claims: vec![0] })), "renew.claims");
-    let release = proto::Unclaim { claim: 0, offer: id, reader: 0, readers: 1, all: true };
-    assert!(frame(1, C::Release(release)).is_ok());
+    let release = proto::Unclaim { claim: 0, offer: id, reader: 0, readers: 1, all: true, token: token.into() };
+    assert!(frame(1, C::Release(release.clone())).is_ok());
+    refused(frame(1, C::Release(proto::Unclaim { token: vec![].into(), ..release.clone() })), "release.token");
     refused(frame(0, C::Release(release)), "seq");
     refused(ClientFrame::try_from(proto::ClientFrame { seq: 0, frame: None }), "frame");
     let from = |engine: &str, incarnation| Some(proto::Peer { engine: engine.into(), rank: 0, incarnation });
@@ -292,6 +334,60 @@ fn a_bad_frame_is_refused_by_the_name_of_its_field() {
     refused(open(from("e", 0), 1), "open.from.incarnation");
     refused(open(from("e", 1), 0), "open.expect_incarnation");
     refused(open(None, 1), "open.from");
+}
+
+#[test]
+fn a_grant_of_a_million_blocks_is_small_if_they_are_consecutive_and_fits_a_frame_if_they_are_not() {
+    const BLOCKS: u32 = 1 << 20;
+    let bytes = |id: &dyn Fn(u32) -> u32| {
+        let blocks = (0..BLOCKS).map(|i| Some(BlockId(id(i)))).collect();
+        let contents = Contents {
+            groups: vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }],
+            ..Contents::default()
+        };
+        let grant = Grant { slot: 1, nonce: Nonce::random() };
+        let body = ServerBody::Granted {
+            claim: ClaimId(1),
+            grant,
+            contents: Arc::new(contents.clone()),
+            remaining: Duration::ZERO,
+        };
+        let sent = proto::ServerFrame::from(ServerFrame { ack: 0, body: Some(body) }).encode_to_vec();
+        let got = server_frame(proto::ServerFrame::decode(&*sent).unwrap(), BLOCKS as usize).unwrap().body;
+        let Some(ServerBody::Granted { contents: got, .. }) = got else { panic!("another frame arrived") };
+        assert!(*got == contents);
+        sent.len()
+    };
+    assert!(bytes(&|i| i) < 100);
+    let scattered = bytes(&|i| BlockId::NULL - 1 - i.wrapping_mul(7919) % BLOCKS);
+    assert!(scattered <= crate::config::Config::default().limits.frame_bytes, "{scattered} bytes");
+}
+
+#[test]
+fn a_bad_grant_is_refused_by_the_name_of_its_field() {
+    let run =
+        |first, count| proto::GroupBlocks { group: 0, first_position: 0, firsts: vec![first], counts: vec![count] };
+    let with = |contents: Option<proto::Contents>| {
+        let granted = proto::Granted { claim: 1, slot: 0, nonce: 1, remaining_ms: 1, contents };
+        server_frame(proto::ServerFrame { ack: 0, frame: Some(proto::server_frame::Frame::Granted(granted)) }, 100)
+    };
+    let of = |groups| with(Some(proto::Contents { groups, ..proto::Contents::default() }));
+    assert!(of(vec![run(5, 100)]).is_ok());
+    assert!(of(vec![run(BlockId::NULL - 1, 1)]).is_ok());
+    refused(with(None), "granted.contents");
+    for (groups, field) in [
+        (vec![run(5, 101)], "groups"),
+        (vec![run(5, 60), proto::GroupBlocks { group: 1, ..run(5, 60) }], "groups"),
+        (vec![run(BlockId::NULL, u32::MAX)], "groups"),
+        (vec![run(5, 0)], "groups.counts"),
+        (vec![run(BlockId::NULL - 1, 2)], "groups.firsts"),
+        (vec![run(5, 1), run(9, 1)], "groups"),
+        (vec![proto::GroupBlocks { group: 1 << 16, ..run(5, 1) }], "groups.group"),
+        (vec![proto::GroupBlocks { counts: vec![], ..run(5, 1) }], "groups"),
+        (vec![proto::GroupBlocks { first_position: u32::MAX, ..run(5, 9) }], "groups"),
+    ] {
+        refused(of(groups), &format!("granted.contents.{field}"));
+    }
 }
 
 #[test]

@@ -65,7 +65,7 @@ fn export(ours: bool) -> (Arc<Export>, Nonce) {
     let memory = pool(&layout, ours);
     let export = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(8).unwrap())));
     let nonce = Nonce::random();
-    export.publish(SLOT, nonce, [].into());
+    export.publish(SLOT, nonce, Arc::default());
     (export, nonce)
 }
 

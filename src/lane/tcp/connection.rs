@@ -248,7 +248,7 @@ impl Connection {
         let result = match export.resolve(slot, nonce) {
             None => Err(Status::Stale),
             Some(offered) => {
-                gather(&export.layout, &offered, entries, &mut self.spans).map_err(|_| Status::OutOfBounds)
+                gather(&export.layout, &offered.groups, entries, &mut self.spans).map_err(|_| Status::OutOfBounds)
             }
         };
         self.decoded += end;

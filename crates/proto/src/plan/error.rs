@@ -25,9 +25,15 @@ pub enum PlanError {
         /// The block.
         block: u32,
     },
-    /// A block id in the offer past the source's pool.
+    /// The name says something else than the producer's table.
+    #[error("the name does not fit the offer: {0}; pass on the producer's offer unchanged")]
+    Name(String),
+    /// The source ranks have entered different blocks for one offer.
+    #[error("the peer's ranks offer different blocks under one name: enter the same lists on each rank of an engine")]
+    Ranks,
+    /// A granted block id past the source's pool.
     #[error(
-        "the offer names block {block} of group {group}, past the {blocks} blocks of the peer's pool: another peer made the offer"
+        "the peer granted block {block} of group {group}, past the {blocks} blocks of its own pool: upgrade or restart it"
     )]
     SourceBlock {
         /// The group.

@@ -9,7 +9,9 @@ use crate::{Attempt, Cause, Grant, LaneCaps, LaneEvent, LaneKind, Outcome, Plan}
 pub enum In {
     /// Earlier work on the destination blocks is done.
     LocalReady,
-    /// All peers have answered Hello, and the reads are planned.
+    /// All peers have answered Hello.
+    Met,
+    /// All peers have granted their claims, and the reads are planned.
     Planned(Box<Plan>),
     /// A source rank granted its claim.
     Granted {
@@ -31,6 +33,13 @@ pub enum In {
         attempt: Attempt,
         /// The lane's properties.
         caps: LaneCaps,
+    },
+    /// A source's peer owes an answer and gives none (`true`), or answers again.
+    Silent {
+        /// Index of the source.
+        source: usize,
+        /// Whether it is silent.
+        silent: bool,
     },
     /// The other answer to [`Out::NeedLane`]: no lane is available.
     NoLane {
@@ -75,4 +84,6 @@ pub struct Retry {
     /// Wait before the third attempt; doubles with each further one. The second comes at once: a broken lane says nothing
     /// about the next one.
     pub wait: Duration,
+    /// How long a source may move nothing while its peer is silent, before the pull gives up.
+    pub patience: Duration,
 }

@@ -9,8 +9,8 @@ use std::{
 };
 
 use crate::{
-    BlockReport, Cause, ChunkSize, ClaimId, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome, Reader, Release,
-    hello::Welcome, pull::Retry, session::Want,
+    BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome,
+    Reader, Release, hello::Welcome, pull::Retry, session::Want,
 };
 
 /// A pull's id, unique in this process; never 0.
@@ -78,8 +78,8 @@ pub enum In<L> {
     Cancel(PullId, Cause),
     /// A peer answered Hello; state of another incarnation of it is void.
     Peer(Addr, Arc<Welcome>),
-    /// A claim was granted.
-    Granted(ClaimId, Grant),
+    /// A claim was granted: its fence word, and what it may read.
+    Granted(ClaimId, Grant, Arc<Contents>),
     /// A claim is gone.
     Lost(ClaimId, Cause),
     /// The answer to [`Out::Connect`].
@@ -93,6 +93,8 @@ pub enum In<L> {
         /// The lane, or the cause of the failure.
         lane: Result<L, Cause>,
     },
+    /// A peer owes an answer and gives none (`true`), or answers again.
+    Silent(Addr, bool),
     /// The peer's session was dropped: its lanes are dropped too, once no pull uses them.
     Dropped(Addr),
     /// The consumer shuts down: cancel all pulls.
@@ -141,8 +143,10 @@ pub enum Out {
 pub struct Ended {
     /// The pull.
     pub pull: PullId,
-    /// The offer.
+    /// The offer's name.
     pub offer: Arc<Offer>,
+    /// What the producer granted; `None` if the pull ended before all its sources had.
+    pub contents: Option<Arc<Contents>>,
     /// The result, by position.
     pub outcome: Outcome,
     /// The result, by local block.

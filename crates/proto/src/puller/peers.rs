@@ -17,6 +17,8 @@ struct Peer {
     /// A background search for a better lane is running; no pull waits for it.
     searching: bool,
     better: Search,
+    /// It owes an answer and gives none.
+    silent: bool,
 }
 
 /// The peers of a consumer rank, by address.
@@ -49,6 +51,14 @@ impl Peers {
     pub(super) fn is_current(&self, addr: &Addr, incarnation: Incarnation) -> bool {
         let welcome = self.by_addr.get(addr).and_then(|p| p.welcome.as_ref());
         welcome.is_some_and(|w| w.peer.incarnation == incarnation)
+    }
+
+    pub(super) fn set_silent(&mut self, addr: &Addr, silent: bool) {
+        self.by_addr.entry(addr.clone()).or_default().silent = silent;
+    }
+
+    pub(super) fn is_silent(&self, addr: &str) -> bool {
+        self.by_addr.get(addr).is_some_and(|p| p.silent)
     }
 
     pub(super) fn remove(&mut self, addr: &Addr) {

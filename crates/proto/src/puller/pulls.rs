@@ -5,12 +5,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
     time::Instant,
 };
 
 use super::{Out, PullId, PullSource, Start};
 use crate::{
-    ClaimId, Machine, OfferRank, Release,
+    ClaimId, Contents, Machine, OfferRank, Release,
     pull::{self, PullTracker},
     session::Want,
 };
@@ -21,6 +22,8 @@ pub(super) struct Pull {
     pub(super) start: Box<Start>,
     /// One for each source; empty once they are released.
     claims: Vec<ClaimId>,
+    /// What each source granted.
+    granted: Vec<Option<Arc<Contents>>>,
     timer: Option<Instant>,
 }
 
@@ -28,6 +31,11 @@ impl Pull {
     /// The ranks to read from.
     pub(super) fn ranks(&self) -> impl Iterator<Item = &OfferRank> {
         self.start.sources.iter().map(|&at| &self.start.offer.ranks[at])
+    }
+
+    /// What the sources granted, once all of them have.
+    pub(super) fn contents(&self) -> Option<Vec<&Arc<Contents>>> {
+        self.granted.iter().map(Option::as_ref).collect()
     }
 
     pub(super) fn rank(&self, source: usize) -> &OfferRank {
@@ -68,13 +76,23 @@ impl Pulls {
         unplanned.filter(|(_, p)| p.ranks().any(|r| r.addr == addr)).map(|(id, _)| *id).collect()
     }
 
+    /// The sources of all pulls that a peer serves.
+    pub(super) fn sources_at(&self, addr: &str) -> Vec<PullSource> {
+        let sources = self.by_id.iter().flat_map(|(&pull, p)| {
+            let at = p.ranks().enumerate().filter(|(_, r)| r.addr == addr);
+            at.map(move |(source, _)| PullSource { pull, source })
+        });
+        sources.collect()
+    }
+
     /// Adds a pull and claims its offer at each source.
     pub(super) fn start(&mut self, mut start: Box<Start>, out: &mut VecDeque<Out>) -> PullId {
         let id = start.id;
         let sources = start.sources.len();
         let wanted = std::mem::take(&mut start.wanted);
         let tracker = PullTracker::new(start.started, wanted, sources, start.deadline, start.retry, start.local_ready);
-        let mut pull = Pull { tracker, start, claims: Vec::with_capacity(sources), timer: None };
+        let mut pull =
+            Pull { tracker, start, claims: Vec::with_capacity(sources), granted: vec![None; sources], timer: None };
         for source in 0..sources {
             self.last_claim += 1;
             let claim = ClaimId(self.last_claim);
@@ -84,6 +102,7 @@ impl Pulls {
             let want = Want {
                 claim,
                 offer: offer.id,
+                token: offer.token,
                 engine: offer.engine.clone(),
                 expect: rank.incarnation,
                 reader: pull.start.reader,
@@ -93,6 +112,13 @@ impl Pulls {
         self.by_id.insert(id, pull);
         self.touched.insert(id);
         id
+    }
+
+    /// Notes what a source granted. The first grant counts: while an offer lives, its contents stay as they are.
+    pub(super) fn granted(&mut self, of: PullSource, contents: Arc<Contents>) {
+        if let Some(p) = self.by_id.get_mut(&of.pull) {
+            p.granted[of.source].get_or_insert(contents);
+        }
     }
 
     pub(super) fn tell(&mut self, now: Instant, id: PullId, event: pull::In) {
@@ -151,7 +177,8 @@ impl Pulls {
         for (source, claim) in std::mem::take(&mut p.claims).into_iter().enumerate() {
             self.by_claim.remove(&claim);
             let rank = p.rank(source);
-            let release = Release { claim: Some(claim), offer: p.start.offer.id, reader: p.start.reader, all: false };
+            let (offer, token) = (p.start.offer.id, p.start.offer.token);
+            let release = Release { claim: Some(claim), offer, token, reader: p.start.reader, all: false };
             out.push_back(Out::Release(rank.addr.as_str().into(), rank.incarnation, release));
         }
     }

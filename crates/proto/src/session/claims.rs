@@ -4,12 +4,13 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{Out, Want};
 use crate::{
-    Cause, ClaimId, ClientBody, Grant, Incarnation, PeerId, Release,
+    Cause, ClaimId, ClientBody, Contents, Grant, Incarnation, PeerId, Release,
     sabotage::{Bug, planted},
 };
 
@@ -110,8 +111,8 @@ impl Claims {
                 return Some(None);
             }
             c.state = ClaimState::Sent(resend);
-            let Want { claim, offer, reader, .. } = c.want;
-            Some(Some((0, ClientBody::Claim { claim, offer, reader })))
+            let Want { claim, offer, token, reader, .. } = c.want;
+            Some(Some((0, ClientBody::Claim { claim, offer, token, reader })))
         })
     }
 
@@ -136,12 +137,12 @@ impl Claims {
     }
 
     /// A claim was granted. Ignores a repeated grant, and one that comes after the claim's release.
-    pub(super) fn granted(&mut self, claim: ClaimId, grant: Grant, out: &mut VecDeque<Out>) {
+    pub(super) fn granted(&mut self, claim: ClaimId, grant: Grant, contents: Arc<Contents>, out: &mut VecDeque<Out>) {
         if let Some(c) = self.claims.get_mut(&claim)
             && c.state != ClaimState::Held
         {
             c.state = ClaimState::Held;
-            out.push_back(Out::Granted { claim, grant });
+            out.push_back(Out::Granted { claim, grant, contents });
         }
     }
 

@@ -44,6 +44,8 @@ pub(super) struct Link {
     unproven: Option<Instant>,
     /// The stream before broke unproven.
     brief: bool,
+    /// Streams opened since one was answered.
+    unanswered: u32,
 }
 
 impl Link {
@@ -60,6 +62,7 @@ impl Link {
             entropy,
             unproven: None,
             brief: false,
+            unanswered: 0,
         }
     }
 
@@ -78,6 +81,12 @@ impl Link {
     /// Whether this is the number of the open stream.
     pub(super) fn is_stream(&self, n: u64) -> bool {
         matches!(self.stream, Stream::Opening(s) | Stream::Up(s) if s == n)
+    }
+
+    /// How long the stream may be silent before a second connection is dialled, where `first` is that time for a stream that
+    /// was answered. It doubles with each stream in a row that was not: a busy peer must get to answer one of them.
+    pub(super) fn may_be_silent(&self, first: Duration) -> Duration {
+        first.saturating_mul(1 << self.unanswered.saturating_sub(1).min(16))
     }
 
     pub(super) fn is_dialing(&self) -> bool {
@@ -150,6 +159,7 @@ impl Link {
     /// Opens a stream in place of an older one.
     pub(super) fn open(&mut self, out: &mut VecDeque<Out>) {
         self.streams += 1;
+        self.unanswered = self.unanswered.saturating_add(1);
         self.stream = Stream::Opening(self.streams);
         self.unproven = None;
         out.push_back(Out::Open(self.streams));
@@ -163,6 +173,7 @@ impl Link {
             return Some(false);
         }
         self.stream = Stream::Up(n);
+        self.unanswered = 0;
         self.unproven = Some(now);
         Some(true)
     }

@@ -2,10 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use crate::{ClaimId, EngineId, Incarnation, LeaseConfig, Nonce, PeerId, Release};
+use crate::{ClaimId, Contents, EngineId, Incarnation, LeaseConfig, Nonce, PeerId, Release, Token};
 
 /// A claim's key: the consumer's incarnation, and the claim in it.
 pub(super) type ClaimKey = (Incarnation, ClaimId);
@@ -15,6 +16,8 @@ pub(super) type ClaimKey = (Incarnation, ClaimId);
 pub(super) struct Entry {
     pub(super) slot: u32,
     pub(super) nonce: Nonce,
+    pub(super) token: Token,
+    pub(super) contents: Arc<Contents>,
     pub(super) ready: bool,
     /// The time under which the table's timers list it; its true end may be later.
     pub(super) timer: Instant,
@@ -31,10 +34,19 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    pub(super) fn new(now: Instant, slot: u32, nonce: Nonce, ready: bool, lease: &LeaseConfig) -> Self {
+    pub(super) fn new(
+        now: Instant,
+        (slot, nonce): (u32, Nonce),
+        token: Token,
+        contents: Arc<Contents>,
+        ready: bool,
+        lease: &LeaseConfig,
+    ) -> Self {
         let mut entry = Self {
             slot,
             nonce,
+            token,
+            contents,
             ready,
             timer: now,
             cap: now + lease.hard_cap,

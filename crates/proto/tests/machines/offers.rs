@@ -1,10 +1,13 @@
 //! The producer's offer table.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvferry_proto::{
-    ClaimId, ClientBody, ClientFrame, Gone, Incarnation, LeaseConfig, Limits, Machine, OfferError, OfferId, PeerId,
-    Rank, Reader, Release, ServerBody, ServerFrame,
+    ClaimId, ClientBody, ClientFrame, Contents, Gone, Incarnation, LeaseConfig, Limits, Machine, OfferError, OfferId,
+    PeerId, Rank, Reader, Release, ServerBody, ServerFrame, Token,
     table::{Freed, In, OfferTable, Out},
 };
 use proptest::prelude::*;
@@ -59,7 +62,7 @@ impl Table {
     }
 
     fn offer(&mut self, n: u64) {
-        self.table.offer(self.now, id(n), true).unwrap();
+        self.table.offer(self.now, secret(n), contents(n), true).unwrap();
     }
 
     fn tell(&mut self, event: In) {
@@ -76,7 +79,7 @@ impl Table {
     }
 
     fn claim_as(&mut self, from: &PeerId, claim: u64, offer: u64, reader: Reader) -> ServerBody {
-        self.frame(from, ClientBody::Claim { claim: ClaimId(claim), offer: id(offer), reader });
+        self.frame(from, ClientBody::Claim { claim: ClaimId(claim), offer: id(offer), token: token(offer), reader });
         let mut answers = self.outs().into_iter().filter_map(|o| match o {
             Out::Send(to, ServerFrame { body: Some(body), .. }) if to == from.incarnation => Some(body),
             _ => None,
@@ -94,7 +97,7 @@ impl Table {
     }
 
     fn release(&mut self, from: &PeerId, claim: Option<u64>, offer: u64, reader: Reader) {
-        let release = Release { claim: claim.map(ClaimId), offer: id(offer), reader, all: false };
+        let release = Release { claim: claim.map(ClaimId), offer: id(offer), token: token(offer), reader, all: false };
         self.frame(from, ClientBody::Release(release));
     }
 
@@ -110,6 +113,19 @@ impl Table {
 
 fn id(n: u64) -> OfferId {
     OfferId { high: 7, low: n }
+}
+
+fn token(n: u64) -> Token {
+    Token::from_bytes((u128::from(n) << 64 | 5).to_le_bytes())
+}
+
+fn secret(n: u64) -> (OfferId, Token) {
+    (id(n), token(n))
+}
+
+/// Contents that differ from offer to offer.
+fn contents(n: u64) -> Arc<Contents> {
+    Arc::new(Contents { tokens: n, complete: true, ..Contents::default() })
 }
 
 /// A rank of an engine: two of the same letter are of one engine.
@@ -140,7 +156,7 @@ fn a_name_that_is_taken_back_before_it_is_entered_is_revoked_at_once() {
     assert!(matches!(b.claim(&a, 1, 1), ServerBody::NotYet { .. }));
     b.tell(In::Revoke(id(1)));
     assert_eq!(b.claim(&a, 1, 1), gone(1, Gone::Revoked));
-    assert_eq!(b.table.offer(b.now, id(1), true), Err(OfferError::Duplicate(id(1))));
+    assert_eq!(b.table.offer(b.now, secret(1), contents(1), true), Err(OfferError::Duplicate(id(1))));
     assert_eq!(b.freed(), []);
 }
 
@@ -160,7 +176,7 @@ fn a_release_before_the_offer_is_entered_frees_it_at_once_and_never_publishes_it
     let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
     b.release(&a, Some(1), 1, Reader::ONLY);
-    b.tell(In::Release(None, id(2)));
+    b.tell(In::Release(None, id(2), token(2)));
     b.outs();
     b.at(SECOND);
     b.offer(1);
@@ -286,7 +302,7 @@ fn a_release_does_not_free_what_another_consumer_still_reads() {
     b.granted(&a, 1, 1);
     b.granted(&c, 1, 1);
     b.release(&a, Some(1), 1, Reader::ONLY);
-    b.tell(In::Release(None, id(1)));
+    b.tell(In::Release(None, id(1), token(1)));
     assert_eq!(b.freed(), [], "the other one reads");
     b.release(&c, Some(1), 1, Reader::ONLY);
     assert_eq!(b.freed(), [(1, Gone::Released)]);
@@ -309,7 +325,7 @@ fn a_released_claim_is_not_brought_back_by_a_late_frame() {
 fn every_release_is_acknowledged_even_of_an_unknown_offer() {
     let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
-    let release = Release { claim: None, offer: id(9), reader: Reader::ONLY, all: false };
+    let release = Release { claim: None, offer: id(9), token: token(9), reader: Reader::ONLY, all: false };
     b.tell(In::Frame(a.clone(), ClientFrame { seq: 5, body: ClientBody::Release(release) }));
     assert_eq!(b.outs(), [Out::Send(a.incarnation, ServerFrame { ack: 5, body: None })]);
 }
@@ -357,7 +373,7 @@ fn a_tombstone_says_why_an_offer_is_gone_until_it_is_forgotten() {
     b.at(149 * SECOND);
     for (n, why) in whys {
         assert_eq!(b.claim(&a, 10 + n, n), gone(10 + n, why));
-        assert_eq!(b.table.offer(b.now, id(n), true), Err(OfferError::Duplicate(id(n))));
+        assert_eq!(b.table.offer(b.now, secret(n), contents(n), true), Err(OfferError::Duplicate(id(n))));
     }
     b.at(200 * SECOND);
     for (n, _) in whys {
@@ -392,7 +408,7 @@ fn an_offer_is_freed_once() {
     let a = peer("a", 1);
     for n in 1..=3 {
         b.tell(In::Revoke(id(n)));
-        b.tell(In::Release(None, id(n)));
+        b.tell(In::Release(None, id(n), token(n)));
         b.release(&a, Some(n), n, Reader::ONLY);
     }
     b.at(100 * SECOND);
@@ -439,7 +455,7 @@ fn offers_are_limited_by_the_words_and_a_freed_one_gives_its_word_back() {
     let mut b = Table::new(limits(|l| l.offers = 2));
     b.offer(1);
     b.offer(2);
-    assert_eq!(b.table.offer(b.now, id(3), true), Err(OfferError::TooManyOffers { limit: 2 }));
+    assert_eq!(b.table.offer(b.now, secret(3), contents(3), true), Err(OfferError::TooManyOffers { limit: 2 }));
     b.tell(In::Revoke(id(1)));
     b.offer(3);
     let published: Vec<_> = b
@@ -456,7 +472,7 @@ fn a_live_id_is_refused_and_the_first_offer_stays() {
     let mut b = Table::new(Limits::default());
     b.offer(1);
     assert_eq!((b.table.live(), b.table.claims()), (1, 0));
-    assert_eq!(b.table.offer(b.now, id(1), true), Err(OfferError::Duplicate(id(1))));
+    assert_eq!(b.table.offer(b.now, secret(1), contents(1), true), Err(OfferError::Duplicate(id(1))));
     b.granted(&peer("a", 1), 1, 1);
 }
 
@@ -464,7 +480,7 @@ fn a_live_id_is_refused_and_the_first_offer_stays() {
 fn an_unready_offer_is_not_granted_and_its_unclaimed_lease_runs_from_ready_on() {
     let mut b = Table::new(Limits::default());
     let a = peer("a", 1);
-    b.table.offer(b.now, id(1), false).unwrap();
+    b.table.offer(b.now, secret(1), contents(1), false).unwrap();
     b.at(10 * UNCLAIMED * SECOND);
     assert_eq!(b.outs(), [], "neither published nor freed");
     assert!(matches!(b.claim(&a, 1, 1), ServerBody::NotYet { .. }));
@@ -479,7 +495,7 @@ fn an_unready_offer_is_not_granted_and_its_unclaimed_lease_runs_from_ready_on() 
 #[test]
 fn an_offer_that_never_becomes_ready_is_freed_at_the_hard_cap() {
     let mut b = Table::new(Limits::default());
-    b.table.offer(b.now, id(1), false).unwrap();
+    b.table.offer(b.now, secret(1), contents(1), false).unwrap();
     b.at(600 * SECOND);
     assert_eq!(b.outs(), [Out::Freed(Freed { offer: id(1), why: Gone::HardCap })], "there is no word to withdraw");
 }
@@ -492,6 +508,6 @@ fn a_draining_producer_takes_no_offers_and_grants_what_it_has() {
     b.tell(In::Drain);
     b.tell(In::Drain);
     assert_eq!(b.outs(), [Out::Broadcast(ServerFrame { ack: 0, body: Some(ServerBody::Draining) })], "said once");
-    assert_eq!(b.table.offer(b.now, id(2), true), Err(OfferError::Draining));
+    assert_eq!(b.table.offer(b.now, secret(2), contents(2), true), Err(OfferError::Draining));
     b.granted(&peer("a", 1), 1, 1);
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use kvferry_proto::{
-    BlockId, ChunkSize, Group, GroupId, GroupKind, Incarnation, LocalBlocks, Offer, OfferGroup, OfferId, Plan,
-    PlanError, PoolLayout, Read, Region, Shard, Source,
+    BlockId, ChunkSize, Group, GroupId, GroupKind, LocalBlocks, OfferGroup, Plan, PlanError, PoolLayout, Read, Region,
+    Shard, Source,
 };
 use proptest::prelude::*;
 
@@ -15,17 +15,6 @@ type Byte = (u16, u64);
 type Blocks = (u32, Vec<Option<BlockId>>);
 
 const POOL: u32 = 24;
-
-fn offer(groups: Vec<OfferGroup>) -> Offer {
-    Offer::new(
-        OfferId { high: 1, low: 1 },
-        "them".parse().unwrap(),
-        Incarnation::from_wire(1).unwrap(),
-        vec![],
-        0,
-        groups,
-    )
-}
 
 fn offered(group: u16, (first_position, blocks): &Blocks) -> OfferGroup {
     OfferGroup { group: GroupId(group), first_position: *first_position, blocks: blocks.clone() }
@@ -140,7 +129,7 @@ proptest! {
     ) {
         let (there, here) = (pool(&bytes, their_slack, true), pool(&bytes, our_slack, false));
         let whole = Shard::whole(1, 1);
-        let o = offer((0..).zip(&theirs).take(bytes.len()).map(|(g, b)| offered(g, b)).collect());
+        let o: Vec<_> = (0..).zip(&theirs).take(bytes.len()).map(|(g, b)| offered(g, b)).collect();
         let local: Vec<_> = (0..).zip(&ours).take(bytes.len()).map(|(g, b)| wanted(g, b)).collect();
         let source = Source { layout: &there, shard: &whole };
         let plan = Plan::new(&o, &[source], Source { layout: &here, shard: &whole }, &local, size, 1000).unwrap();
@@ -173,7 +162,7 @@ proptest! {
     fn chunks_of_a_group_go_in_prefix_order_and_hold_every_want_once(theirs in blocks(), ours in blocks(), size in chunk_size()) {
         let (layout, whole) = (pool(&[vec![8, 8]], 0, false), Shard::whole(1, 1));
         let side = Source { layout: &layout, shard: &whole };
-        let plan = Plan::new(&offer(vec![offered(0, &theirs)]), &[side], side, &[wanted(0, &ours)], size, 1000).unwrap();
+        let plan = Plan::new(&[offered(0, &theirs)], &[side], side, &[wanted(0, &ours)], size, 1000).unwrap();
         let by_chunk: Vec<_> = (0..plan.chunks().len() as u32).flat_map(|c| plan.wants(c).to_vec()).collect();
         prop_assert_eq!(&by_chunk, &plan.groups()[0].wants);
         prop_assert!(by_chunk.windows(2).all(|w| w[0].position < w[1].position));
@@ -204,7 +193,7 @@ proptest! {
             let from: Vec<_> = sharing.iter().map(|(layout, shard)| Source { layout, shard }).collect();
             let to = Source { layout: &here, shard: &shard };
             let size = ChunkSize::default();
-            let plan = Plan::new(&offer(vec![offered(0, &theirs)]), &from, to, &[wanted(0, &ours)], size, 1000).unwrap();
+            let plan = Plan::new(&[offered(0, &theirs)], &from, to, &[wanted(0, &ours)], size, 1000).unwrap();
 
             let mut expected = BTreeMap::new();
             for (position, dst) in wanted(0, &ours).wants() {
@@ -232,7 +221,7 @@ fn reads(theirs: &Blocks, ours: &Blocks) -> Vec<(u32, u32)> {
     let (layout, whole) = (pool(&[vec![8]], 0, false), Shard::whole(1, 1));
     let side = Source { layout: &layout, shard: &whole };
     let size = ChunkSize { per_pull: 1, min_bytes: 1 << 20, max_bytes: 1 << 20 };
-    let plan = Plan::new(&offer(vec![offered(0, theirs)]), &[side], side, &[wanted(0, ours)], size, 1000).unwrap();
+    let plan = Plan::new(&[offered(0, theirs)], &[side], side, &[wanted(0, ours)], size, 1000).unwrap();
     let mut out = Vec::new();
     plan.reads(0, 0, u64::MAX, &mut out);
     out.iter().map(|r| (r.position, r.blocks)).collect()
@@ -266,7 +255,7 @@ fn refusal(differ: impl Fn(&mut PoolLayout, &mut Shard)) -> (String, String) {
     let source = Source { layout: &there, shard: &theirs };
     let to = Source { layout: &here, shard: &ours };
     let all = straight(4);
-    let made = Plan::new(&offer(vec![offered(0, &all)]), &[source], to, &[wanted(0, &all)], ChunkSize::default(), 1000);
+    let made = Plan::new(&[offered(0, &all)], &[source], to, &[wanted(0, &all)], ChunkSize::default(), 1000);
     let error = made.expect_err("it does not fit");
     let text = error.to_string();
     let PlanError::Region { region, why, .. } = error else { panic!("{error:?}") };
@@ -305,8 +294,7 @@ fn heads_that_two_sources_hold_are_refused_rather_than_written_twice() {
     let (layout, whole) = (pool(&[vec![24]], 0, false), Shard::whole(4, 1));
     let side = Source { layout: &layout, shard: &whole };
     let all = straight(4);
-    let made =
-        Plan::new(&offer(vec![offered(0, &all)]), &[side, side], side, &[wanted(0, &all)], ChunkSize::default(), 1000);
+    let made = Plan::new(&[offered(0, &all)], &[side, side], side, &[wanted(0, &all)], ChunkSize::default(), 1000);
     assert!(matches!(made, Err(PlanError::Region { .. })), "{made:?}");
 }
 
@@ -316,7 +304,7 @@ fn blocks_past_either_pool_or_wanted_twice_are_refused() {
     let side = Source { layout: &layout, shard: &whole };
     let plan = |theirs: &[u32], ours: &[u32], limit| {
         let blocks = |ids: &[u32]| (0, ids.iter().map(|b| Some(BlockId(*b))).collect());
-        let o = offer(vec![offered(0, &blocks(theirs))]);
+        let o = [offered(0, &blocks(theirs))];
         Plan::new(&o, &[side], side, &[wanted(0, &blocks(ours))], ChunkSize::default(), limit).map(|_| ())
     };
     assert_eq!(plan(&[POOL - 1], &[POOL - 1], 9), Ok(()));

@@ -9,8 +9,9 @@ use std::{
 };
 
 use kvferry_proto::{
-    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps, LaneEvent, LaneKind,
-    LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank, Read, Reader, Shard,
+    Attempt, BlockId, Cause, ChunkSize, Contents, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps, LaneEvent,
+    LaneKind, LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank, Read, Reader,
+    Shard,
     hello::Welcome,
     pull::Retry,
     puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
@@ -125,8 +126,9 @@ impl Rig {
             self.incarnation,
             vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: ADDR.into() }],
             64,
-            vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
         );
+        let offered = OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() };
+        let contents = Arc::new(Contents::of(&offer, vec![offered]));
         let start = Start {
             id: PullId(self.pulls),
             offer: Arc::new(offer),
@@ -135,7 +137,7 @@ impl Rig {
             reader: Reader::ONLY,
             started: self.now,
             deadline: self.now + 30 * SECOND,
-            retry: Retry { attempts: 3, wait: Duration::from_millis(10) },
+            retry: Retry { attempts: 3, wait: Duration::from_millis(10), patience: 2 * SECOND },
             chunk: ChunkSize::default(),
             lanes: vec![LaneKind::Verbs, LaneKind::Tcp],
             local_ready: true,
@@ -144,7 +146,7 @@ impl Rig {
         self.puller.handle(self.now, In::Start(Box::new(start)));
         let Some(Out::Claim(_, want)) = self.puller.poll() else { panic!("it claims first") };
         let grant = Grant { slot: 0, nonce: Nonce::from_wire(7).unwrap() };
-        self.puller.handle(self.now, In::Granted(want.claim, grant));
+        self.puller.handle(self.now, In::Granted(want.claim, grant, contents));
         self.wish()
     }
 
@@ -285,4 +287,33 @@ fn a_lane_is_idle_once_its_attempts_are_quiet_and_a_turn_says_when_there_was_wor
     assert!(!rig.puller.turn(rig.now));
     assert_eq!((rig.puller.busy_lanes().count(), rig.puller.idle_lanes().collect::<Vec<_>>()), (0, vec![lane]));
     assert_eq!(rig.puller.pulls(), 0);
+}
+
+#[test]
+fn silence_of_a_peer_reaches_its_running_pulls_and_those_that_start_meanwhile() {
+    let mut rig = Rig::new();
+    rig.pull();
+    rig.connected(Prompt::of(LaneKind::Verbs));
+    rig.now += 2 * SECOND;
+    rig.puller.handle(rig.now, In::Silent("10.0.0.2:7400".into(), true));
+    rig.now += SECOND;
+    rig.puller.turn(rig.now);
+    assert_eq!(rig.puller.pulls(), 1, "another peer's silence");
+    rig.puller.handle(rig.now, In::Silent(ADDR.into(), true));
+    rig.pull();
+    for (after, left) in [(SECOND / 4, 1), (SECOND * 2, 0)] {
+        rig.puller.turn(rig.now + after);
+        rig.puller.turn(rig.now + after);
+        assert_eq!(rig.puller.pulls(), left, "{after:?} later");
+    }
+    let ended = std::iter::from_fn(|| rig.puller.poll()).filter_map(|o| match o {
+        Out::Ended(e) => e.outcome.cause(),
+        _ => None,
+    });
+    assert_eq!(ended.collect::<Vec<_>>(), [Cause::PeerDown, Cause::PeerDown]);
+    // Once the peer answers again, new pulls start with all their patience.
+    rig.puller.handle(rig.now, In::Silent(ADDR.into(), false));
+    rig.pull();
+    rig.puller.turn(rig.now + 20 * SECOND);
+    assert_eq!(rig.puller.pulls(), 1);
 }

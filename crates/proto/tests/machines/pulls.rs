@@ -2,12 +2,14 @@
 
 mod rig;
 
+use std::time::{Duration, Instant};
+
 use kvferry_proto::{
     BlockId, Cause, FenceKind, Grant, GroupId, LaneEvent, LaneKind, LocalBlocks, Machine, Nonce,
     pull::{In, Out, PullTracker, Retry},
 };
 
-use self::rig::{BLOCK, BLOCKS, DEADLINE, NANO, Pull, QUIET, SECOND, nonce, sets, wanted};
+use self::rig::{BLOCK, BLOCKS, DEADLINE, NANO, PATIENCE, Pull, QUIET, SECOND, nonce, sets, wanted};
 
 const ONLY: usize = 0;
 
@@ -60,7 +62,7 @@ fn a_pull_reads_in_prefix_order_and_ends_complete() {
 
 #[test]
 fn nothing_is_read_before_the_plan_the_grant_and_the_local_blocks_are_there() {
-    let retry = Retry { attempts: 3, wait: SECOND };
+    let retry = Retry { attempts: 3, wait: SECOND, patience: PATIENCE };
     let mut p = Pull::new(1, wanted(BLOCKS));
     p.tracker = PullTracker::new(p.start, vec![wanted(BLOCKS)], 1, p.start + DEADLINE, retry, false);
     p.plan(BLOCKS);
@@ -262,7 +264,7 @@ fn a_wedged_attempt_decides_and_never_ends_the_pull() {
     p.at(QUIET / 2);
     p.outs();
     p.tell(In::Event(a[0], LaneEvent::Wedged));
-    assert_eq!(p.outs(), [Out::Wedged, Out::Decided]);
+    assert_eq!(p.outs(), [Out::Decided, Out::Wedged]);
     for t in [DEADLINE, 1000 * DEADLINE] {
         p.at(t);
         assert_eq!(p.outs(), []);
@@ -366,4 +368,87 @@ fn only_the_first_plan_for_the_right_sources_counts() {
     late.tell(In::Cancel(Cause::Cancelled));
     late.plan(BLOCKS);
     assert!(late.tracker.plan().is_none(), "the pull has decided");
+}
+
+fn silent(p: &mut Pull, source: usize, silent: bool) {
+    p.tell(In::Silent { source, silent });
+}
+
+#[test]
+fn a_pull_that_moves_nothing_from_a_silent_peer_gives_up_before_its_deadline() {
+    let mut p = Pull::new(1, wanted(BLOCKS));
+    p.plan(BLOCKS);
+    p.at(PATIENCE);
+    silent(&mut p, ONLY, true);
+    // Not at once: this process may have been stopped itself, and the answer may be there.
+    p.at(PATIENCE + PATIENCE / 8 - NANO);
+    assert_eq!(p.outs(), []);
+    assert_eq!(p.tracker.next_timeout(), Some(p.now + NANO));
+    p.at(PATIENCE + PATIENCE / 8);
+    let o = p.decided_and_ended();
+    assert_eq!(sets(&o), (vec![], vec![(Cause::PeerDown, vec![[0, BLOCKS - 1]])]));
+}
+
+#[test]
+fn a_silent_peer_that_answers_in_time_costs_nothing() {
+    let mut p = Pull::new(1, wanted(BLOCKS));
+    p.plan(BLOCKS);
+    p.at(PATIENCE);
+    silent(&mut p, ONLY, true);
+    silent(&mut p, ONLY, false);
+    p.at(DEADLINE - NANO);
+    assert_eq!(p.outs(), []);
+}
+
+#[test]
+fn a_pull_whose_data_moves_goes_on_although_its_peer_is_silent() {
+    let (mut p, a) = Pull::reading(1, FenceKind::Trailer);
+    p.post_all(ONLY);
+    silent(&mut p, ONLY, true);
+    // One read or fence within each patience.
+    for c in 0..2 {
+        p.at(p.now - p.start + PATIENCE - NANO);
+        p.done(a[0], c, 1);
+        p.at(p.now - p.start + PATIENCE / 2);
+        p.fence(a[0], c, nonce().get());
+    }
+    assert_eq!(p.outs(), []);
+    p.at(p.now - p.start + PATIENCE);
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a[0])]);
+    p.quiet(a[0]);
+    assert_eq!(sets(&p.ended()), (vec![[0, 1]], vec![(Cause::PeerDown, vec![[2, BLOCKS - 1]])]));
+}
+
+#[test]
+fn one_silent_peer_of_two_ends_the_pull_unless_its_part_is_complete() {
+    let (mut p, a) = Pull::reading(2, FenceKind::Trailer);
+    (0..2).for_each(|s| drop(p.post_all(s)));
+    (0..BLOCKS).for_each(|c| p.good(a[0], c));
+    silent(&mut p, 0, true);
+    p.at(PATIENCE * 2);
+    assert_eq!(p.outs(), [], "nothing more is needed from it");
+    silent(&mut p, 1, true);
+    p.at(PATIENCE * 2 + PATIENCE / 8);
+    assert!(p.outs().contains(&Out::Decided), "the other part never comes");
+}
+
+#[test]
+fn a_peer_that_never_answered_hello_is_unreachable() {
+    let mut p = Pull::new(1, wanted(BLOCKS));
+    p.at(PATIENCE);
+    silent(&mut p, ONLY, true);
+    p.at(PATIENCE * 2);
+    assert_eq!(sets(&p.decided_and_ended()).1, [(Cause::Unreachable, vec![[0, BLOCKS - 1]])]);
+}
+
+#[test]
+fn endless_patience_waits_for_the_deadline() {
+    let retry = Retry { attempts: 3, wait: SECOND, patience: Duration::MAX };
+    let now = Instant::now();
+    let mut tracker = PullTracker::new(now, vec![wanted(BLOCKS)], 1, now + DEADLINE, retry, true);
+    tracker.handle(now, In::Silent { source: ONLY, silent: true });
+    tracker.tick(now + DEADLINE - NANO);
+    assert!(!tracker.decided());
+    tracker.tick(now + DEADLINE);
+    assert!(tracker.decided());
 }

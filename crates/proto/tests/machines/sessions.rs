@@ -1,10 +1,13 @@
 //! A consumer's session with one producer address.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvferry_proto::{
     Cause, ClaimId, ClientBody, ClientFrame, Gone, Grant, HelloError, Incarnation, Machine, Nonce, OfferId, PeerId,
-    Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig,
+    Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     session::{Health, In, Out, PeerSession, Want},
 };
 
@@ -73,6 +76,7 @@ impl Session {
         self.tell(In::Claim(Want {
             claim: ClaimId(claim),
             offer: id(claim),
+            token: token(),
             engine: "them".parse().unwrap(),
             expect: incarnation(of),
             reader: Reader::ONLY,
@@ -91,12 +95,14 @@ impl Session {
         self.answer(ServerBody::Granted {
             claim: ClaimId(claim),
             grant: Grant { slot: 3, nonce },
+            contents: Arc::default(),
             remaining: Duration::from_secs(10),
         });
     }
 
     fn release(&mut self, claim: u64, of: u64) {
-        let release = Release { claim: Some(ClaimId(claim)), offer: id(claim), reader: Reader::ONLY, all: false };
+        let release =
+            Release { claim: Some(ClaimId(claim)), offer: id(claim), token: token(), reader: Reader::ONLY, all: false };
         self.tell(In::Release { expect: incarnation(of), release });
     }
 
@@ -150,6 +156,10 @@ fn peer(engine: &str, n: u64) -> PeerId {
     PeerId { engine: engine.parse().unwrap(), rank: Rank(0), incarnation: incarnation(n) }
 }
 
+fn token() -> Token {
+    Token::from_bytes([5; 16])
+}
+
 fn id(n: u64) -> OfferId {
     OfferId { high: 7, low: n }
 }
@@ -195,7 +205,8 @@ fn a_claim_dials_says_hello_opens_and_is_granted_in_this_order() {
     assert_eq!(claims(&outs), [1]);
     s.grant(1);
     s.grant(1);
-    let granted = Out::Granted { claim: ClaimId(1), grant: Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() } };
+    let grant = Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() };
+    let granted = Out::Granted { claim: ClaimId(1), grant, contents: Arc::default() };
     assert_eq!(s.outs(), [granted], "a repeated grant is told once");
 }
 
@@ -409,9 +420,15 @@ fn silence_past_the_limit_goes_down_and_dials_at_once() {
     s.hold(1, 2);
     s.wait(500 * MILLI);
     s.outs(); // the ping that stays unanswered
-    s.wait(Duration::from_secs(10) - NANO);
+    s.wait(Duration::from_secs(1));
+    assert!(s.outs().contains(&Out::Dial), "the second dial");
+    s.unreachable(false);
+    s.wait(20 * MILLI);
+    assert!(s.outs().contains(&Out::Dial), "and again, while the stream stays");
+    s.wait(Duration::from_secs(9) - 20 * MILLI - NANO);
+    s.unreachable(false);
     let outs = s.outs();
-    assert!(!outs.contains(&Out::Dial), "{outs:?}");
+    assert!(!outs.contains(&Out::HangUp), "{outs:?}");
     s.wait(NANO);
     let outs = s.outs();
     assert_eq!(outs, [Out::HangUp, Out::Health(Health::Down), Out::Dial]);
@@ -548,4 +565,190 @@ fn a_claim_cuts_a_long_wait_for_the_next_dial_to_the_shortest() {
     assert_eq!(s.outs(), []);
     s.wait(NANO);
     assert_eq!(s.outs(), [Out::Dial]);
+}
+
+/// A session that is up, with a claim on its way that has been unanswered for `silent`.
+fn silent_for(silent: Duration) -> Session {
+    let mut s = Session::up(2);
+    s.claim(1, 2);
+    assert_eq!(claims(&s.outs()), [1]);
+    s.wait(silent);
+    s
+}
+
+fn granted(claim: u64) -> Out {
+    let grant = Grant { slot: 3, nonce: Nonce::from_wire(claim).unwrap() };
+    Out::Granted { claim: ClaimId(claim), grant, contents: Arc::default() }
+}
+
+#[test]
+fn a_silent_stream_gets_a_second_dial_and_the_session_moves_if_only_that_is_answered() {
+    let mut s = silent_for(Duration::from_secs(1) - NANO);
+    assert!(!s.outs().contains(&Out::Dial));
+    s.wait(NANO);
+    let outs = s.outs();
+    assert!(outs.contains(&Out::Dial) && !outs.contains(&Out::HangUp), "the first stream stays open: {outs:?}");
+    s.wait(500 * MILLI);
+    assert!(!s.outs().contains(&Out::Dial), "one is enough");
+    let old = s.stream;
+    s.welcome(2);
+    let outs = s.outs();
+    assert!(
+        matches!(&outs[..], [Out::Peer(_), Out::Open(_), Out::Send(f)] if matches!(f.body, ClientBody::Open { .. }))
+    );
+    assert_ne!(s.stream, old);
+    // The first connection answers after all: its grant does not count any more.
+    let (first, second) = (Nonce::from_wire(9).unwrap(), Nonce::from_wire(1).unwrap());
+    let grant = |nonce| {
+        let grant = Grant { slot: 3, nonce };
+        let (claim, contents, remaining) = (ClaimId(1), Arc::default(), Duration::ZERO);
+        ServerFrame { ack: 0, body: Some(ServerBody::Granted { claim, grant, contents, remaining }) }
+    };
+    s.tell(In::Frame(old, grant(first)));
+    assert_eq!(s.outs(), []);
+    s.opened(2);
+    assert_eq!(claims(&s.outs()), [1], "the same claim, on the new stream");
+    s.tell(In::Frame(s.stream, grant(second)));
+    s.tell(In::Frame(old, grant(first)));
+    assert_eq!(s.outs(), [granted(1)]);
+}
+
+#[test]
+fn a_stream_that_answers_before_the_second_dial_does_keeps_the_session() {
+    let mut s = silent_for(Duration::from_secs(1));
+    assert!(s.outs().contains(&Out::Dial));
+    s.grant(1);
+    assert_eq!(s.outs(), [granted(1)]);
+    let stream = s.stream;
+    s.welcome(2);
+    assert_eq!((s.outs(), s.stream), (vec![], stream));
+    assert!(s.machine.is_up());
+}
+
+#[test]
+fn a_claim_that_is_held_is_made_again_on_the_second_connection() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.wait(Duration::from_millis(1500));
+    assert!(s.outs().contains(&Out::Dial), "two pings are unanswered");
+    s.welcome(2);
+    s.opened(2);
+    assert_eq!(claims(&s.outs()), [1], "the producer may have ended it with the first session");
+}
+
+#[test]
+fn a_silent_stream_to_an_address_where_nothing_listens_is_down() {
+    let mut s = silent_for(Duration::from_secs(1));
+    s.outs();
+    s.refused();
+    let outs = s.outs();
+    assert!(outs.contains(&Out::HangUp) && outs.contains(&lost(1, Cause::PeerDown)), "{outs:?}");
+}
+
+#[test]
+fn another_process_that_answers_the_second_dial_loses_the_claims_of_the_first() {
+    let mut s = silent_for(Duration::from_secs(1));
+    s.outs();
+    s.welcome(3);
+    assert!(s.outs().contains(&lost(1, Cause::PeerRestarted)));
+}
+
+#[test]
+fn a_session_without_work_dials_no_second_time() {
+    let mut s = Session::up(2);
+    s.wait(Duration::from_secs(10));
+    let outs = s.outs();
+    let pinged = outs.iter().any(|o| matches!(o, Out::Send(ClientFrame { body: ClientBody::Ping(_), .. })));
+    assert!(pinged && !outs.contains(&Out::Dial), "{outs:?}");
+}
+
+/// What is said of the peer's silence.
+fn silence(outs: Vec<Out>) -> Vec<bool> {
+    outs.into_iter().filter_map(|o| if let Out::Silent(silent) = o { Some(silent) } else { None }).collect()
+}
+
+#[test]
+fn silence_is_told_once_and_so_is_its_end() {
+    let mut s = silent_for(Duration::from_secs(2) - NANO);
+    assert!(silence(s.outs()).is_empty());
+    s.wait(NANO);
+    assert_eq!(silence(s.outs()), [true]);
+    s.wait(Duration::from_secs(1));
+    assert!(silence(s.outs()).is_empty());
+    s.grant(1);
+    assert_eq!(silence(s.outs()), [false]);
+}
+
+#[test]
+fn a_dial_without_an_answer_is_silence_however_often_it_is_tried() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    for _ in 0..3 {
+        s.wait(500 * MILLI);
+        s.unreachable(false);
+        assert!(silence(s.outs()).is_empty());
+    }
+    s.wait(500 * MILLI);
+    assert_eq!(silence(s.outs()), [true]);
+    s.welcome(2);
+    assert_eq!(silence(s.outs()), [false]);
+}
+
+#[test]
+fn silence_outlasts_the_end_of_its_stream_and_an_answered_break_is_none() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.breaks();
+    s.wait(Duration::from_secs(2) - NANO);
+    assert!(silence(s.outs()).is_empty());
+    s.wait(NANO);
+    assert_eq!(silence(s.outs()), [true], "the dial is not answered");
+    s.welcome(2);
+    assert_eq!(silence(s.outs()), [false]);
+    s.opened(2);
+    s.grant(1);
+    s.wait(Duration::from_secs(2));
+    assert!(silence(s.outs()).is_empty());
+    s.breaks();
+    s.wait(500 * MILLI);
+    assert_eq!(silence(s.outs()), [true], "it began before the break");
+}
+
+#[test]
+fn a_session_that_is_down_and_has_no_work_is_not_silent() {
+    let mut s = Session::up(2);
+    s.hold(1, 2);
+    s.wait(Duration::from_secs(3));
+    assert_eq!(silence(s.outs()), [true]);
+    s.release(1, 2);
+    let (seq, _) = releases(&s.outs())[0];
+    s.breaks();
+    s.outs();
+    s.welcome(2);
+    s.opened(2);
+    s.ack(seq);
+    s.outs();
+    s.breaks();
+    s.wait(Duration::from_secs(3));
+    assert!(silence(s.outs()).is_empty());
+}
+
+#[test]
+fn a_stream_that_is_not_answered_is_opened_again_more_and_more_slowly() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    s.welcome(2);
+    let mut waits = Vec::new();
+    for _ in 0..4 {
+        s.outs();
+        let from = s.now;
+        while !s.outs().contains(&Out::Dial) {
+            s.now = s.machine.next_timeout().expect("a second dial");
+            s.machine.tick(s.now);
+        }
+        waits.push((s.now - from).as_secs());
+        s.welcome(2);
+        assert!(s.outs().iter().any(|o| matches!(o, Out::Open(_))));
+    }
+    assert_eq!(waits, [1, 2, 4, 8], "a busy peer gets to answer one of them");
 }

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvferry_proto::{
-    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody,
-    puller::Ended,
+    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, OfferId, PeerId, Release, ServerBody, Token,
+    puller::{Ended, PullId},
     table::{self, Freed},
 };
 
@@ -51,14 +51,18 @@ impl World {
             claims: BTreeMap::new(),
             released: BTreeMap::new(),
             ended_claims: BTreeSet::new(),
-            // A table with tight limits forgets some early releases.
-            done: (early && !self.weather.tight).then_some(self.now),
+            done: (early && !self.forgets_early(q)).then_some(self.now),
             unclaimed_until: self.now + unclaimed,
             claimed_ever: false,
             revoked: false,
             freed: None,
         };
         self.procs[q].leases.insert(id, lease);
+    }
+
+    /// A table with tight limits forgets some early releases, and so does a process that was stopped until they were too old.
+    fn forgets_early(&self, q: usize) -> bool {
+        self.weather.tight || self.procs[q].resumed > 0
     }
 
     pub(crate) fn lease_ready(&mut self, q: usize, id: OfferId) {
@@ -82,15 +86,28 @@ impl World {
         }
     }
 
+    /// Whether this is the token of the offer with this id.
+    fn shows(&self, id: OfferId, token: Token) -> bool {
+        self.requests.iter().any(|r| r.offer.id == id && r.offer.token == token)
+    }
+
     /// A frame is about to reach the offer table.
     pub(crate) fn lease_frame(&mut self, q: usize, from: &PeerId, frame: &ClientFrame) {
         let now = self.now;
         let claimed = self.weather.lease.claimed.as_micros() as Micros;
         let unclaimed = self.weather.lease.unclaimed.as_micros() as Micros;
+        let shown = match &frame.body {
+            ClientBody::Claim { offer, token, .. } => self.shows(*offer, *token),
+            ClientBody::Release(r) => self.shows(r.offer, r.token),
+            _ => true,
+        };
         let proc = &mut self.procs[q];
         match &frame.body {
             ClientBody::Claim { claim, offer, .. } => {
                 proc.claimed.insert((from.incarnation, *claim), *offer);
+                if !shown {
+                    proc.stolen.insert((from.incarnation, *claim));
+                }
             }
             ClientBody::Renew(claims) => {
                 for c in claims {
@@ -106,6 +123,9 @@ impl World {
             ClientBody::Release(r) => {
                 let key = (from.incarnation, r.offer, r.claim, proc.id.incarnation);
                 self.pending.remove(&key);
+                if !shown {
+                    return;
+                }
                 let Some(l) = proc.leases.get_mut(&r.offer) else {
                     if r.all || r.reader.of == 1 {
                         proc.early_released.insert(r.offer);
@@ -136,6 +156,12 @@ impl World {
             table::Out::Send(to, frame) => {
                 if let Some(ServerBody::Granted { claim, .. }) = &frame.body {
                     let key = (*to, *claim);
+                    if self.procs[q].stolen.contains(&key) {
+                        self.broken(
+                            Promise::Exact,
+                            format!("process {q} grants {claim:?}, which showed a wrong token"),
+                        );
+                    }
                     let lease = self.procs[q].claimed.get(&key).copied();
                     if let Some(l) = lease.and_then(|o| self.procs[q].leases.get_mut(&o)) {
                         l.claimed_ever = true;
@@ -158,7 +184,7 @@ impl World {
         };
         let lease = l.clone();
         l.freed = Some(why);
-        let early = self.weather.tight && self.procs[q].early_released.contains(&id);
+        let early = self.forgets_early(q) && self.procs[q].early_released.contains(&id);
         let held = lease.claims.values().copied().max().filter(|t| *t > now && lease.entered + cap > now);
         let wrong = if lease.freed.is_some() {
             Some("a second time")
@@ -173,7 +199,7 @@ impl World {
                 Gone::Released if held.is_some() => Some("while another claim holds"),
                 Gone::Revoked if !lease.revoked => Some("as revoked, though the engine did not revoke it"),
                 Gone::HardCap if now < lease.entered + cap => Some("before the hard cap"),
-                Gone::Unknown | Gone::Limit => Some("for no reason that frees blocks"),
+                Gone::Unknown | Gone::Limit | Gone::Token => Some("for no reason that frees blocks"),
                 _ => None,
             }
         };
@@ -326,7 +352,7 @@ impl World {
         let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
         let open =
             p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
-        let told = self.knows_of_a_death(p);
+        let told = self.knows_of_a_death(p).or_else(|| self.waits_for_a_stopped_process(p));
         if let (Some(what), None) = (told, self.unsure) {
             self.broken(Promise::Timely, what);
         }
@@ -353,13 +379,37 @@ impl World {
         )
     }
 
+    /// A pull that still waits for a stopped process, although nothing moves and its patience must have ended.
+    fn waits_for_a_stopped_process(&self, p: &Process) -> Option<String> {
+        let (s, patience) = (&self.weather.session, self.weather.retry.patience);
+        // The next ping, or the next dial; the silence; the patience with its second look.
+        let bound = s.heartbeat + s.redial_max + s.suspect + patience * 9 / 8;
+        let bound = bound.as_micros() as Micros + 10_000;
+        let fabric = self.fabric.get();
+        p.pulls.iter().filter(|(_, pull)| pull.decided.is_none()).find_map(|(id, pull)| {
+            let [only] = pull.producers[..] else { return None };
+            let q = self.requests[pull.r].ranks.iter().map(|k| &self.procs[k.proc]).find(|q| q.producer == only)?;
+            let moved = fabric.moved.get(&(p.local, *id)).copied().unwrap_or(0);
+            let since = pull.started.max(q.stopped_at).max(moved);
+            (q.alive && q.stopped && self.now > since + bound).then(|| {
+                format!(
+                    "pull {id} of {} waits for a stopped process, and nothing moved since {since} us",
+                    p.me.incarnation
+                )
+            })
+        })
+    }
+
     pub(crate) fn check_decided(&mut self, c: usize, id: u64) {
         say!(self, "consumer {c}: pull {id} has decided");
         let now = self.now;
+        let process = self.consumers[c].process.as_ref();
+        let frozen = process.and_then(|p| p.puller.outcome(PullId(id))).map(|o| o.groups.clone());
         let Some(p) = self.consumers[c].process.as_mut().and_then(|p| p.pulls.get_mut(&id)) else {
             return self.broken(Promise::Exact, format!("consumer {c} decides pull {id}, which it never started"));
         };
         let deadline = p.deadline;
+        p.frozen = frozen;
         let again = p.decided.replace(now).is_some();
         if again {
             self.broken(Promise::Exact, format!("pull {id} of consumer {c} decided twice"));
@@ -385,6 +435,10 @@ impl World {
         let Some(decided) = pull.decided else {
             return self.broken(Promise::Timely, format!("pull {id} of consumer {c} ended before it decided"));
         };
+        if pull.frozen.as_ref().is_some_and(|f| *f != ended.outcome.groups) {
+            let what = format!("pull {id} of consumer {c} decided {:?}, and ends otherwise", pull.frozen);
+            return self.broken(Promise::Exact, what);
+        }
         if ended.outcome.groups.len() != pull.wanted.len() {
             return self
                 .broken(Promise::Exact, format!("pull {id} of consumer {c} reports other groups than were wanted"));
@@ -412,7 +466,7 @@ impl World {
                 bad =
                     Some((Promise::Exact, format!("gives causes for {causes:?} where {:?} are invalid", got.invalid)));
             }
-            let offered = request.offer.groups.iter().find(|g| g.group == wanted.group);
+            let offered = request.contents.groups.iter().find(|g| g.group == wanted.group);
             for (position, block) in wanted.wants() {
                 let there = offered.is_some_and(|o| {
                     position
@@ -459,6 +513,9 @@ impl World {
         let mut report = (Vec::new(), Vec::new());
         report.0.extend(ended.blocks.loaded.iter().map(|b| (b.group, b.id)));
         report.1.extend(ended.blocks.invalid.iter().map(|b| (b.group, b.id)));
+        if let Some(what) = pull.mangled.filter(|_| loaded > 0 && bad.is_none()) {
+            bad = Some((Promise::Exact, format!("loads {loaded} blocks by a name whose {what} was changed")));
+        }
         if bad.is_none() && report != (said_loaded, said_invalid) {
             bad = Some((Promise::Exact, "reports other blocks than positions".into()));
         }

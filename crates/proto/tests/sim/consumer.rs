@@ -8,7 +8,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, LaneKind, LocalBlocks, PeerId, Rank, Reader, Release, Shard,
+    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader,
+    Release, Shard, Token,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,
@@ -57,6 +58,8 @@ pub(crate) struct Process {
 pub(crate) struct Session {
     machine: PeerSession,
     pub conn: Option<usize>,
+    /// When the dial that runs began.
+    pub dialing: Option<Micros>,
     /// The answer to the last dial.
     pub welcome: Option<(usize, Arc<Welcome>)>,
 }
@@ -70,9 +73,13 @@ pub(crate) struct Pull {
     pub deadline: Micros,
     pub attempts: u32,
     pub decided: Option<Micros>,
+    /// What it decided, unless it ended at once.
+    pub frozen: Option<Vec<GroupOutcome>>,
     pub ended: bool,
     pub wedged: bool,
     pub healing: bool,
+    /// The field of its name that was changed: it must load nothing.
+    pub mangled: Option<&'static str>,
     /// Why it may lose blocks.
     pub excused: Option<&'static str>,
 }
@@ -220,21 +227,35 @@ impl World {
         let offer = self.requests[r].offer.clone();
         let (reader, shard, life) = (self.consumers[c].reader, self.consumers[c].shard, self.consumers[c].life);
         let games = self.weather.games.clone();
+        let mangled = (!heal && self.rng.chance(games.mangle)).then(|| self.mangle(r));
+        let offer = mangled.as_ref().map_or(offer, |(changed, _)| changed.clone());
+        let mangled = mangled.map(|(_, what)| what);
         let Some(process) = &mut self.consumers[c].process else { return };
         if process.closing {
             return;
         }
+        if mangled.is_some_and(|what| what != "token") {
+            self.requests[r].excused.get_or_insert("a changed name of it was used");
+        }
         if !pull {
-            self.requests[r].excused.get_or_insert("it was released without a pull");
+            if mangled.is_none() {
+                self.requests[r].excused.get_or_insert("it was released without a pull");
+            }
             for rank in &offer.ranks {
-                let release = Release { claim: None, offer: offer.id, reader: Reader::ONLY, all: self.rng.chance(500) };
+                let release = Release {
+                    claim: None,
+                    offer: offer.id,
+                    token: offer.token,
+                    reader: Reader::ONLY,
+                    all: self.rng.chance(500),
+                };
                 let out = puller::Out::Release(rank.addr.as_str().into(), rank.incarnation, release);
                 process.drive_sessions.push_back(out);
             }
             return self.schedule_sessions(c);
         }
         let mut wanted = Vec::new();
-        for (g, o) in offer.groups.iter().enumerate() {
+        for (g, o) in self.requests[r].contents.groups.iter().enumerate() {
             let end = o.first_position + o.blocks.len() as u32;
             // Some more positions than were offered, at either end; some are local hits already.
             let first = o.first_position.saturating_sub(self.rng.below(2) as u32 * u32::from(!heal));
@@ -273,6 +294,14 @@ impl World {
                 local.holders[at] = id;
             }
         }
+        let producers: Vec<usize> =
+            sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect();
+        // A dial or a new stream that the storm swallowed may hang for longer than a pull's patience.
+        let hangs = producers.iter().any(|p| {
+            let Some(s) = process.sessions.get(p) else { return false };
+            let opening = s.conn.and_then(|c| self.conns[c].opening);
+            s.dialing.max(opening).is_some_and(|t| self.calm.is_none_or(|calm| t <= calm))
+        });
         let short = self.rng.chance(games.short_deadline) && !heal;
         let late_local = self.rng.chance(games.late_local) && !heal;
         let deadline = self.now
@@ -287,18 +316,21 @@ impl World {
         let info = Pull {
             r,
             wanted: wanted.clone(),
-            producers: sources.iter().map(|&k| self.procs[self.requests[r].ranks[k].proc].producer).collect(),
+            producers,
             started: self.now,
             deadline,
             attempts: self.weather.retry.attempts,
             decided: None,
+            frozen: None,
             ended: false,
             wedged: false,
             healing: heal,
+            mangled,
             excused: match (short, self.weather.sure_network()) {
+                _ if mangled.is_some() => Some("its name was changed"),
                 (true, _) => Some("a short deadline"),
                 (_, false) => Some("the network"),
-                _ => None,
+                _ => (hangs && self.unsure.is_some()).then_some("its session hangs"),
             },
         };
         process.pulls.insert(id, info);
@@ -338,6 +370,18 @@ impl World {
             let t = self.now + self.rng.tail(0, 10_000, 100_000);
             self.at(t, Event::Cancel { c, e: life, pull: id });
         }
+    }
+
+    /// A request's name, with one field changed.
+    fn mangle(&mut self, r: usize) -> (Arc<Offer>, &'static str) {
+        let mut name = Offer::clone(&self.requests[r].offer);
+        let what = *self.rng.pick(&["token", "tokens", "fingerprint"]);
+        match what {
+            "token" => name.token = Token::from_bytes([7; 16]),
+            "tokens" => name.tokens += 1,
+            _ => drop(name.fingerprints.insert("prompt".into(), "another".into())),
+        }
+        (Arc::new(name), what)
     }
 
     /// The engine writes local blocks for its own purposes.

@@ -57,6 +57,8 @@ pub(crate) struct Fabric {
     /// Faults of a pull that a retry repairs.
     pub faults: BTreeMap<(usize, u64), u32>,
     pub wedged: Vec<(usize, u64)>,
+    /// When a read or a fence of a pull completed last.
+    pub moved: BTreeMap<(usize, u64), Micros>,
     pub violation: Option<Violation>,
     pub trace: Trace,
     /// The world is being taken down.
@@ -91,6 +93,7 @@ impl Fabric {
             excused: BTreeMap::new(),
             faults: BTreeMap::new(),
             wedged: Vec::new(),
+            moved: BTreeMap::new(),
             violation: None,
             trace: Trace::default(),
             closing: false,

@@ -22,8 +22,18 @@ pub(crate) struct Conn {
     pub broken: bool,
     /// Carries nothing, without an error.
     pub dead: bool,
+    /// When it was opened, until it is answered.
+    pub opening: Option<Micros>,
+    /// From then on it carries nothing, without an error.
+    forgotten: Option<Micros>,
     last_up: Micros,
     last_down: Micros,
+}
+
+impl Conn {
+    fn carries_nothing(&self, now: Micros) -> bool {
+        self.dead || self.forgotten.is_some_and(|t| t <= now)
+    }
 }
 
 /// How a dial ended.
@@ -38,11 +48,15 @@ impl World {
     pub(crate) fn dial(&mut self, c: usize, p: usize) {
         let t = self.now + self.delay();
         let e = self.consumers[c].life;
-        self.at(t, Event::Hello { c, e, p });
+        let since = self.now;
+        if let Some(s) = self.consumers[c].session(p) {
+            s.dialing = Some(since);
+        }
+        self.at(t, Event::Hello { c, e, p, since });
     }
 
     /// A Hello arrives at an address.
-    pub(crate) fn hello(&mut self, c: usize, e: u64, p: usize) {
+    pub(crate) fn hello(&mut self, c: usize, e: u64, p: usize, since: Micros) {
         let net = self.weather.net.clone();
         let addr = self.producers[p].addr.to_string();
         let timeout = self.weather.session.hello_timeout.as_micros() as Micros;
@@ -50,12 +64,18 @@ impl World {
             let why = if refused { "connection refused" } else { "timed out" };
             Answer::Failed(HelloError::Unreachable { addr: addr.clone(), why: why.into(), refused })
         };
-        let (wait, answer) = match self.producers[p].proc {
+        // A stopped process answers once it continues. The network sends a lost packet again until its host is back.
+        let proc = self.producers[p].proc;
+        let nobody = proc.map_or(self.producers[p].dead_silent, |q| self.procs[q].stopped);
+        if nobody && self.now < since + timeout {
+            let t = self.now + 500;
+            return self.at(t, Event::Hello { c, e, p, since });
+        }
+        let (wait, answer) = match proc {
             _ if self.rng.chance(net.dial_timeout) => (timeout, unreachable(false)),
             _ if self.rng.chance(net.dial_refused) => (0, unreachable(true)),
-            None if self.producers[p].dead_silent => (timeout, unreachable(false)),
+            _ if nobody => (0, unreachable(false)),
             None => (0, unreachable(true)),
-            Some(q) if self.procs[q].stopped => (timeout, unreachable(false)),
             Some(_) if self.producers[p].wrong_model => {
                 let other = Model { dtype: "u32".into(), ..self.model.clone() };
                 let error = Model::matches(&self.model, &other).err().unwrap_or_else(|| Mismatch {
@@ -75,6 +95,9 @@ impl World {
     pub(crate) fn dialed(&mut self, c: usize, e: u64, p: usize, answer: Answer) {
         if self.consumers[c].life != e {
             return;
+        }
+        if let Some(s) = self.consumers[c].session(p) {
+            s.dialing = None;
         }
         match answer {
             Answer::Welcome(q, welcome) => {
@@ -99,6 +122,8 @@ impl World {
         let life = self.consumers[c].life;
         let blackhole = self.weather.net.blackhole;
         let dead = self.rng.chance(blackhole);
+        let forgets = self.weather.net.forgets;
+        let forgotten = (forgets > 0).then(|| self.now + forgets / 2 + self.rng.below(forgets));
         let conn = self.conns.len();
         let Some(s) = self.consumers[c].session(p) else { return };
         let Some((proc, _)) = s.welcome else { return };
@@ -115,6 +140,8 @@ impl World {
             from: None,
             broken: false,
             dead,
+            opening: Some(self.now),
+            forgotten,
             last_up: 0,
             last_down: 0,
         });
@@ -175,7 +202,7 @@ impl World {
 
     pub(crate) fn reach_server(&mut self, conn: usize, frame: ClientFrame) {
         let q = self.conns[conn].proc;
-        if self.conns[conn].dead || !self.procs[q].alive {
+        if self.conns[conn].carries_nothing(self.now) || !self.procs[q].alive {
             return;
         }
         // A frame that was sent before a hang-up may still arrive, or not.
@@ -195,9 +222,10 @@ impl World {
     pub(crate) fn reach_client(&mut self, conn: usize, frame: ServerFrame) {
         let k = &self.conns[conn];
         let (c, p, stream) = (k.consumer, k.producer, k.stream);
-        if k.broken || k.dead || self.consumers[c].life != k.life {
+        if k.broken || k.carries_nothing(self.now) || self.consumers[c].life != k.life {
             return;
         }
+        self.conns[conn].opening = None;
         if !matches!(frame.body, Some(ServerBody::Pong(_))) {
             say!(self, "consumer {c} hears on {conn}: {frame:?}");
         }

@@ -9,8 +9,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    ClaimId, ClientBody, ClientFrame, EngineId, Gone, Incarnation, LaneKind, Machine, Offer, OfferId, PeerId, Rank,
-    ServerBody, ServerFrame, Shard,
+    ClaimId, ClientBody, ClientFrame, Contents, EngineId, Gone, Incarnation, LaneKind, Machine, Offer, OfferId, PeerId,
+    Rank, ServerBody, ServerFrame, Shard,
     hello::Welcome,
     table::{self, Freed, OfferTable},
 };
@@ -60,6 +60,7 @@ pub(crate) struct Proc {
     /// When it died, and its host told so.
     pub died: Option<Micros>,
     pub stopped: bool,
+    pub stopped_at: Micros,
     pub resumed: Micros,
     draining: bool,
     outs: VecDeque<table::Out>,
@@ -71,6 +72,8 @@ pub(crate) struct Proc {
     pub inbox: VecDeque<(usize, ClientFrame)>,
     pub leases: BTreeMap<OfferId, Lease>,
     pub claimed: BTreeMap<(Incarnation, ClaimId), OfferId>,
+    /// Claims that showed a wrong token.
+    pub stolen: BTreeSet<(Incarnation, ClaimId)>,
     /// Offers that were released before they were entered.
     pub early_released: BTreeSet<OfferId>,
     requests: BTreeMap<OfferId, (usize, usize)>,
@@ -81,6 +84,7 @@ pub(crate) struct Request {
     pub version: Version,
     pub engine: usize,
     pub offer: Arc<Offer>,
+    pub contents: Arc<Contents>,
     /// By rank of the engine: the process, and whether its blocks are back.
     pub ranks: Vec<RankPart>,
     given_back: bool,
@@ -193,6 +197,7 @@ impl World {
             alive: true,
             died: None,
             stopped: false,
+            stopped_at: 0,
             resumed: 0,
             draining: false,
             outs: VecDeque::new(),
@@ -202,6 +207,7 @@ impl World {
             inbox: VecDeque::new(),
             leases: BTreeMap::new(),
             claimed: BTreeMap::new(),
+            stolen: BTreeSet::new(),
             early_released: BTreeSet::new(),
             requests: BTreeMap::new(),
         });
@@ -287,7 +293,7 @@ impl World {
 
     fn do_out(&mut self, q: usize, out: table::Out) {
         match out {
-            table::Out::Publish { offer, slot, nonce } => {
+            table::Out::Publish { offer, slot, nonce, .. } => {
                 say!(self, "process {q}: {offer} is live in slot {slot}");
                 self.fabric.get().procs[q].set_word(slot, nonce.get());
             }
@@ -373,6 +379,7 @@ impl World {
         if let Some(q) = self.producers[p].proc {
             say!(self, "process {q} is stopped");
             self.procs[q].stopped = true;
+            self.procs[q].stopped_at = self.now;
             self.fabric.get().proc_stopped(q, true);
             for r in &mut self.requests {
                 if r.ranks.iter().any(|k| k.proc == q) {

@@ -19,6 +19,8 @@ pub(crate) enum Day {
     Games,
     /// The control network loses, delays, reorders, breaks.
     Network,
+    /// The network forgets connections: they carry nothing from then on, without an error. New ones work.
+    Holes,
     /// Any of it, together.
     Storm,
 }
@@ -36,6 +38,8 @@ pub(crate) struct Net {
     pub blackhole: u64,
     pub dial_timeout: u64,
     pub dial_refused: u64,
+    /// A stream carries nothing any more after about this long, without an error; 0: never.
+    pub forgets: Micros,
 }
 
 /// Faults of lanes. Chances are per mille.
@@ -68,6 +72,8 @@ pub(crate) struct Games {
     pub late_ready: u64,
     pub late_handover: u64,
     pub twice: u64,
+    /// A name is changed on its way: its token, its token count or a fingerprint.
+    pub mangle: u64,
     pub unpulled: u64,
     pub short_deadline: u64,
     pub late_local: u64,
@@ -92,6 +98,8 @@ pub(crate) struct Weather {
     /// Waits before a search for a better lane.
     pub looks: Waits,
     pub requests: u64,
+    /// The network's only fault is that it forgets connections, which costs no pull a block.
+    pub only_holes: bool,
     /// How long the storm lasts.
     pub length: Micros,
     /// Most of a lane's quiet bound.
@@ -113,6 +121,7 @@ impl Weather {
             Day::Games,
             Day::Games,
             Day::Network,
+            Day::Holes,
             Day::Storm,
             Day::Storm,
             Day::Storm,
@@ -121,6 +130,7 @@ impl Weather {
         let storm = day == Day::Storm;
         let mut on = |d: Day| day == d || (storm && rng.chance(700));
         let (lanes, deaths, games, network) = (on(Day::Lanes), on(Day::Deaths), on(Day::Games), on(Day::Network));
+        let holes = day == Day::Holes || (network && rng.chance(300));
         let tight = storm && rng.chance(120);
         let claimed = rng.between(60, 300) * MS;
         let length = rng.between(60, 300) * MS;
@@ -146,6 +156,7 @@ impl Weather {
                 session.idle_heartbeat = micros(rng.between(30, 100) * MS);
                 session.silence = micros(400 * MS);
                 session.suspect = micros(heartbeat * rng.between(2, 3));
+                session.second_dial = micros(heartbeat);
                 session.down = micros(heartbeat * rng.between(4, 6));
                 session.hello_timeout = micros(50 * MS);
                 session.redial_min = micros(MS);
@@ -159,10 +170,15 @@ impl Weather {
                 limits
             },
             tight,
-            retry: Retry { attempts: rng.between(3, 10) as u32, wait: micros(rng.between(100, 4000)) },
+            retry: Retry {
+                attempts: rng.between(3, 10) as u32,
+                wait: micros(rng.between(100, 4000)),
+                patience: micros(heartbeat * rng.between(2, 3)),
+            },
             looks: Waits { first: micros(rng.between(0, 20) * MS), longest: micros(100 * MS) },
             requests: rng.between(4, 14),
             length,
+            only_holes: day == Day::Holes,
             quiet_bound: (2 * MS, rng.between(4, 30) * MS),
             reuse: rng.between(300, 1000),
         };
@@ -203,6 +219,7 @@ impl Weather {
             w.games.late_ready = some!(500);
             w.games.late_handover = some!(200);
             w.games.twice = some!(500);
+            w.games.mangle = some!(150);
             w.games.unpulled = some!(400);
             w.games.short_deadline = some!(500);
             w.games.late_local = some!(300);
@@ -210,6 +227,9 @@ impl Weather {
         }
         if games && rng.chance(150) {
             w.lease.hard_cap = micros(rng.between(10, 100) * MS);
+        }
+        if holes {
+            w.net.forgets = rng.between(5, 100) * MS;
         }
         if network {
             w.net.loss = some!(80);
@@ -236,6 +256,7 @@ impl Weather {
     pub(crate) fn sure_network(&self) -> bool {
         self.net.loss + self.net.dup + self.net.reorder + self.net.blackhole + self.net.dial_timeout == 0
             && self.net.dial_refused == 0
+            && (self.net.forgets == 0 || self.only_holes)
             && self.net.delay.2 <= 400
     }
 }

@@ -49,7 +49,7 @@ pub(crate) enum Event {
     ToServer { conn: usize, frame: ClientFrame },
     ToClient { conn: usize, frame: ServerFrame },
     Break { conn: usize },
-    Hello { c: usize, e: u64, p: usize },
+    Hello { c: usize, e: u64, p: usize, since: Micros },
     Dialed { c: usize, e: u64, p: usize, answer: Answer },
     LaneUp { c: usize, e: u64, p: usize, wish: LaneWish },
     Audit,
@@ -228,7 +228,15 @@ impl World {
             let back = t + self.rng.tail(200, 20_000, length);
             if self.rng.chance(300) {
                 self.at(t, Event::Stop { p });
-                self.at(back, Event::Continue { p });
+                // Some pulls are on their way then.
+                for _ in 0..3 {
+                    let before = t.saturating_sub(self.rng.below(1500));
+                    self.at(before, Event::Request);
+                }
+                // Some stay stopped until the faults are over: no pull waits that long.
+                if self.rng.chance(500) {
+                    self.at(back, Event::Continue { p });
+                }
             } else {
                 if self.rng.chance(200) {
                     self.at(t.saturating_sub(5000), Event::Drain { p });
@@ -309,7 +317,7 @@ impl World {
             Event::ToServer { conn, frame } => self.reach_server(conn, frame),
             Event::ToClient { conn, frame } => self.reach_client(conn, frame),
             Event::Break { conn } => self.break_conn(conn),
-            Event::Hello { c, e, p } => self.hello(c, e, p),
+            Event::Hello { c, e, p, since } => self.hello(c, e, p, since),
             Event::Dialed { c, e, p, answer } => self.dialed(c, e, p, answer),
             Event::LaneUp { c, e, p, wish } => self.lane_up(c, e, p, &wish),
             Event::Audit => self.audit(),

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use kvferry::{BlockId, Config, Consumer, Ended, GroupId, LaneKind, LocalBlocks, Offer, Pull, PullId};
 
-use super::spec::{READER_RAILS, SOON, Spec, rails};
+use super::{
+    producer::offered_blocks,
+    spec::{READER_RAILS, SOON, Spec, rails, tls},
+};
 use crate::pattern::Check;
 
 /// Settings of a consumer whose lanes have these faults.
@@ -26,6 +29,7 @@ pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
         config.verbs.rails = rails(READER_RAILS);
     }
     config.tcp.checksum |= spec.checksum;
+    config.tls = config.tls.or_else(tls);
     Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), spec.layout())
         .config(config)
         .build()
@@ -40,7 +44,7 @@ pub fn local(blocks: impl IntoIterator<Item = u32>) -> Vec<LocalBlocks> {
 
 /// Local blocks for all positions of an offer; each block has the number of its position.
 pub fn all_of(offer: &Offer) -> Vec<LocalBlocks> {
-    local(0..offer.groups[0].blocks.len() as u32)
+    local(0..offer.tokens.div_ceil(16) as u32)
 }
 
 /// The lane that a test really uses when it names this one: verbs replace tcp if there are rails.
@@ -87,15 +91,16 @@ pub fn assert_loaded_is_exact(ended: &Ended, consumer: &Consumer, spec: &Spec, s
     let mut check = Check::new();
     let mut local = ended.blocks.loaded.iter();
     let mut compared = 0;
-    for (g, offered) in ended.outcome.groups.iter().zip(&ended.offer.groups) {
+    let offered = offered_blocks(ended.offer.id);
+    for g in &ended.outcome.groups {
         assert!(g.loaded.iter().all(|p| !g.invalid.contains(p)), "never: loaded and invalid share a position");
         for position in g.loaded.iter() {
-            let src = offered.blocks[(position - offered.first_position) as usize].expect("it was offered");
+            let src = *offered.get(position as usize).expect("never: a position is loaded that was not offered");
             let dst = local.next().expect("each loaded position has a block").id;
             let (_, bad) = check
-                .block(seed, (&theirs, src.0), (consumer.memory(), ours, dst.0), g.group)
+                .block(seed, (&theirs, src), (consumer.memory(), ours, dst.0), g.group)
                 .expect("the blocks are in the pool");
-            assert_eq!(bad, 0, "never: position {position} does not hold block {}", src.0);
+            assert_eq!(bad, 0, "never: position {position} does not hold block {src}");
             compared += 1;
         }
     }

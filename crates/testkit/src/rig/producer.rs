@@ -4,9 +4,13 @@
 //! a test can choose any settings.
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead as _, BufReader, Write as _},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        Mutex,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,8 +25,10 @@ pub(super) const ROLE: &str = "KVFERRY_TEST_PRODUCER";
 /// A command to a producer process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Say {
-    /// Offer these blocks, under this id if there is one. The answer is `Offered`.
-    Offer { blocks: Vec<u32>, ready: bool, id: Option<OfferId> },
+    /// Offer these blocks. The answer is `Offered`.
+    Offer { blocks: Vec<u32>, ready: bool },
+    /// Enter an offer of these blocks under a name that was made before. The answer is `Offered`.
+    Enter { name: Offer, blocks: Vec<u32>, ready: bool },
     /// The offer's blocks are filled.
     Ready(OfferId),
     /// Revoke the offer, and overwrite its blocks as soon as they are freed.
@@ -58,7 +64,7 @@ pub enum Heard {
         seed: u64,
     },
     /// The new offer, or the reason for refusing it.
-    Offered(Result<Offer, String>),
+    Offered(Result<(Offer, Vec<u32>), String>),
     /// An offer was freed, this long after the process started.
     Freed {
         offer: OfferId,
@@ -72,6 +78,14 @@ pub enum Heard {
     },
     /// Resources that were taken.
     Taken(usize),
+}
+
+/// The blocks of the offers that this process's producers made: names do not list them.
+static OFFERED: Mutex<BTreeMap<OfferId, Vec<u32>>> = Mutex::new(BTreeMap::new());
+
+/// The blocks of an offer, by position, as its producer was told to offer them.
+pub fn offered_blocks(offer: OfferId) -> Vec<u32> {
+    OFFERED.lock().expect("no test panics with it").get(&offer).cloned().unwrap_or_default()
 }
 
 /// A producer in a process of its own. Killed when dropped.
@@ -165,7 +179,7 @@ impl Producer {
     }
 
     pub fn offer(&mut self, blocks: &[u32]) -> Offer {
-        self.say(&Say::Offer { blocks: blocks.to_vec(), ready: true, id: None });
+        self.say(&Say::Offer { blocks: blocks.to_vec(), ready: true });
         self.offered().expect("the offer is made")
     }
 
@@ -173,6 +187,10 @@ impl Producer {
         self.wait_for("whether it made the offer", |h| match h {
             Heard::Offered(o) => Some(o.clone()),
             _ => None,
+        })
+        .map(|(offer, blocks)| {
+            OFFERED.lock().expect("no test panics with it").insert(offer.id, blocks);
+            offer
         })
     }
 

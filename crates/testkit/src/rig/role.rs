@@ -6,14 +6,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, Producer, Ready};
+use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, Producer, Ready, SealKey};
 
 use super::{
     producer::{Heard, ROLE, Say},
-    spec::Spec,
+    spec::{Spec, tls},
     taken,
 };
 use crate::pattern;
+
+/// The one group of an offer of these blocks.
+fn groups(blocks: &[u32]) -> Vec<OfferGroup> {
+    let blocks = blocks.iter().map(|b| Some(BlockId(*b))).collect();
+    vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }]
+}
+
+fn when(ready: bool) -> Ready {
+    if ready { Ready::Now } else { Ready::Later }
+}
 
 /// Does the work of a producer if this process was started as one, and then does not return. Tests call it in a test
 /// named `role`, benchmarks at the start of `main`.
@@ -29,7 +39,12 @@ pub fn play() {
     config.lease.hard_cap = Duration::from_millis(spec.hard_cap_ms);
     config.lease.early_grace = Duration::from_millis(spec.early_grace_ms);
     config.verbs.rails = spec.rails.clone();
+    if let Some(n) = spec.sessions_per_peer {
+        (config.limits.sessions_per_peer, config.limits.connections_per_peer) = (n, 2 * n);
+    }
+    config.names.seal_keys = spec.seal.iter().map(|k| SealKey::new(k.as_bytes()).expect("a key")).collect();
     config.tcp.checksum = spec.checksum;
+    config.tls = tls();
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
         .memory(memory.expect("memory"))
@@ -60,21 +75,20 @@ pub fn play() {
     // An engine's loop, with one step per millisecond.
     loop {
         match said.recv_timeout(Duration::from_millis(1)) {
-            Ok(Say::Offer { blocks, ready, id }) => {
-                let group = OfferGroup {
-                    group: GroupId(0),
-                    first_position: 0,
-                    blocks: blocks.iter().map(|b| Some(BlockId(*b))).collect(),
-                };
+            Ok(Say::Offer { blocks, ready }) => {
                 let tokens = blocks.len() as u64 * 16;
-                let made = producer.offer(
-                    OfferSpec::new(tokens, vec![group]).request("test").id(id),
-                    if ready { Ready::Now } else { Ready::Later },
-                );
+                let prompt = [("prompt".to_owned(), format!("{:?}", blocks.first()))].into();
+                let spec = OfferSpec::new(tokens, groups(&blocks)).request("test").fingerprints(prompt);
+                let made = producer.offer(spec, when(ready)).map_err(|e| e.to_string());
                 if let Ok(o) = &made {
-                    offered.insert(o.id, blocks);
+                    offered.insert(o.id, blocks.clone());
                 }
-                tell(&Heard::Offered(made.map_err(|e| e.to_string())));
+                tell(&Heard::Offered(made.map(|o| (o, blocks))));
+            }
+            Ok(Say::Enter { name, blocks, ready }) => {
+                let made = producer.enter(&name, groups(&blocks), when(ready)).map_err(|e| e.to_string());
+                offered.insert(name.id, blocks.clone());
+                tell(&Heard::Offered(made.map(|()| (name, blocks))));
             }
             Ok(Say::Ready(id)) => producer.ready(id),
             Ok(Say::Revoke(id)) => {

@@ -1,8 +1,8 @@
 //! Settings that both sides of a test share.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
-use kvferry::{Model, PoolLayout};
+use kvferry::{Model, PoolLayout, TlsConfig};
 use serde::{Deserialize, Serialize};
 
 /// Longest time that a test waits for an event. A loaded machine is slow, but not broken.
@@ -17,6 +17,22 @@ pub fn model(name: &str, dtype: &str) -> Model {
 /// producers. tests/vm/run sets them in the virtual machine.
 pub(super) const READER_RAILS: &str = "KVFERRY_TEST_READER_RAILS";
 const SERVED_RAILS: &str = "KVFERRY_TEST_SERVED_RAILS";
+
+/// Environment variable that gives tests certificates: a folder with `certificate`, `key` and `ca`.
+pub const TLS: &str = "KVFERRY_TEST_TLS";
+/// The server name in these certificates.
+pub const TLS_NAME: &str = "test.kvferry";
+
+/// The certificates of both sides, if there are any.
+pub(super) fn tls() -> Option<TlsConfig> {
+    let folder = PathBuf::from(std::env::var_os(TLS)?);
+    let mut tls = TlsConfig::default();
+    tls.certificate_file = Some(folder.join("certificate"));
+    tls.key_file = Some(folder.join("key"));
+    tls.ca_file = Some(folder.join("ca"));
+    tls.server_name = TLS_NAME.into();
+    Some(tls)
+}
 
 pub(super) fn rails(of: &str) -> Vec<String> {
     std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
@@ -43,6 +59,10 @@ pub struct Spec {
     pub claimed_ms: u64,
     pub hard_cap_ms: u64,
     pub early_grace_ms: u64,
+    /// A key to seal names with.
+    pub seal: Option<String>,
+    /// Most sessions of one peer; `None`: the default.
+    pub sessions_per_peer: Option<usize>,
 }
 
 impl Default for Spec {
@@ -64,6 +84,8 @@ impl Default for Spec {
             claimed_ms: 10_000,
             hard_cap_ms: 600_000,
             early_grace_ms: 2_000,
+            seal: None,
+            sessions_per_peer: None,
         }
     }
 }

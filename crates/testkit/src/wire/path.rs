@@ -324,6 +324,30 @@ mod tests {
     }
 
     #[test]
+    fn a_swap_changes_places_of_two_words_of_a_full_tcp_packet_only() {
+        // IPv4 and TCP headers of 20 bytes each, without options.
+        let mut full: Vec<u8> = (0..1240).map(|i| (i / 7) as u8).collect();
+        (full[0], full[9], full[32]) = (0x45, 6, 0x50);
+        let sum = |b: &[u8]| b.as_chunks::<2>().0.iter().map(|w| u64::from(u16::from_be_bytes(*w))).sum::<u64>();
+        let swap = |packet: &[u8]| {
+            let mut changed = packet.to_vec();
+            (swap_words(&mut changed), changed)
+        };
+        let (done, changed) = swap(&full);
+        let differ: Vec<_> = (0..full.len()).filter(|i| full[*i] != changed[*i]).collect();
+        assert!(done && (2..=4).contains(&differ.len()) && differ[0] > 40, "{differ:?}");
+        assert_eq!(sum(&full), sum(&changed), "so TCP's checksum stays right");
+        let udp = {
+            let mut p = full.clone();
+            p[9] = 17;
+            p
+        };
+        for other in [&udp[..], &full[..900], &full[..30], &[]] {
+            assert_eq!(swap(other), (false, other.to_vec()));
+        }
+    }
+
+    #[test]
     fn a_cut_drops_all_packets_and_those_in_transit_too() {
         let mut path = path(9, Conditions { delay: Duration::from_secs(1), ..Conditions::default() });
         let now = Instant::now();

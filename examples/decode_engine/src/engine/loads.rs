@@ -3,7 +3,7 @@
 use std::{collections::HashSet, sync::mpsc::RecvTimeoutError, time::Duration};
 
 use kvferry::{
-    Block, BlockId, Cause, Ended, GroupId, LocalBlocks, Pull,
+    Block, BlockId, Cause, Consumer, Ended, GroupId, LocalBlocks, Offer, Pull,
     scheduler::{
         invalid::{Outcome, Report, resolve},
         ledger::EndReason,
@@ -13,11 +13,19 @@ use kvferry::{
 
 use super::Engine;
 use crate::{
+    api::fingerprints,
     kv::BLOCK,
     request::{Id, Load, Refusal, Req},
 };
 
 const TOKENS: u64 = BLOCK as u64;
+
+/// Releases an offer that is not pulled. A malformed one cannot be released: it ends with its lease.
+pub(super) fn give_back(consumer: &Consumer, offer: &Offer) {
+    if let Err(e) = consumer.release(offer) {
+        tracing::warn!(offer = %offer.id, "an offer is not released: {e}");
+    }
+}
 
 impl Engine {
     /// Starts a pull of the request's offer from the held tokens up to `end`. `true` if the request needs nothing else in
@@ -29,7 +37,7 @@ impl Engine {
         let Some(offer) = r.job.offer.take() else { return false };
         // Less than a block is not worth a pull, and a block that was begun here is continued here.
         if to < from + TOKENS || r.held.computed > 0 || !from.is_multiple_of(TOKENS) {
-            consumer.release(&offer);
+            give_back(consumer, &offer);
             return false;
         }
         let first = (from / TOKENS) as usize;
@@ -39,7 +47,9 @@ impl Engine {
         self.counts.asked.inc_by(to - from);
         let wanted = LocalBlocks { group: GroupId(0), first_position: first as u32, blocks };
         let from_engine = offer.engine.clone();
-        let pull = match consumer.pull(Pull::new(offer.clone(), vec![wanted]).deadline(self.settings.deadline)) {
+        let pull =
+            Pull::new(offer.clone(), vec![wanted]).deadline(self.settings.deadline).expect(fingerprints(&r.job.prompt));
+        let pull = match consumer.pull(pull) {
             Ok(pull) => {
                 self.pulls.insert(pull, (r.id, from_engine));
                 Some(pull)
@@ -47,7 +57,7 @@ impl Engine {
             Err(e) => {
                 tracing::warn!(request = %r.job.name, "a pull could not be started: {e}");
                 // Otherwise its peer would wait for the end of the lease.
-                consumer.release(&offer);
+                give_back(consumer, &offer);
                 self.refused.push((r.id, e.cause()));
                 None
             }

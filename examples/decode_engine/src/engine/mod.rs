@@ -25,7 +25,7 @@ use std::{
 };
 
 use kvferry::{
-    BlockId, Cause, Consumer, Ended, EngineId, Freed, GroupId, OfferId, Producer, PullId,
+    BlockId, Cause, Consumer, Ended, EngineId, Freed, GroupId, OfferId, Producer, PullId, WaitError,
     scheduler::{
         invalid::Policy,
         ledger::{EndReason, Ledger},
@@ -76,7 +76,7 @@ impl Default for Settings {
 
 /// A message to the engine's thread.
 enum Msg {
-    Job(Job),
+    Job(Box<Job>),
     Ended(Box<Ended>),
     Freed(Freed),
     Status(oneshot::Sender<Status>),
@@ -121,7 +121,7 @@ pub struct Handle(Sender<Msg>);
 impl Handle {
     /// Submits a request, whose events come through the job's channel. `false` if the engine has ended.
     pub fn submit(&self, job: Job) -> bool {
-        self.0.send(Msg::Job(job)).is_ok()
+        self.0.send(Msg::Job(Box::new(job))).is_ok()
     }
 
     /// The status of the engine; `None` if it has ended.
@@ -191,7 +191,10 @@ impl Engine {
             let (consumer, tx) = (Arc::downgrade(c), tx.clone());
             watch("pull-ends", move || {
                 let Some(c) = consumer.upgrade() else { return false };
-                c.wait(Duration::from_secs(1)).is_none_or(|e| tx.send(Msg::Ended(Box::new(e))).is_ok())
+                match c.wait(Duration::from_secs(1)) {
+                    Ok(e) => tx.send(Msg::Ended(Box::new(e))).is_ok(),
+                    Err(e) => !matches!(e, WaitError::Died | WaitError::Shutdown),
+                }
             })?;
         }
         if let Some(p) = &link.producer {
@@ -268,7 +271,7 @@ impl Engine {
 
     fn handle(&mut self, msg: Msg) {
         match msg {
-            Msg::Job(job) => self.arrive(job),
+            Msg::Job(job) => self.arrive(*job),
             Msg::Ended(e) => self.ends.push(*e),
             Msg::Freed(f) => self.freed(f),
             Msg::Status(tx) => {
@@ -387,7 +390,7 @@ impl Engine {
 
     fn release_offer(&mut self, r: &mut Req) {
         if let (Some(offer), Some(c)) = (r.job.offer.take(), &self.link.consumer) {
-            c.release(&offer);
+            loads::give_back(c, &offer);
         }
     }
 }

@@ -4,19 +4,19 @@
 use kvferry::{Freed, GroupId, Offer, OfferGroup, OfferSpec, Ready};
 
 use super::Engine;
-use crate::{kv::BLOCK, request::Req};
+use crate::{api::fingerprints, kv::BLOCK, request::Req};
 
 impl Engine {
     /// Offers the prompt of a finished request. `None` if it cannot be offered.
     pub(super) fn offer(&mut self, r: &mut Req) -> Option<Box<Offer>> {
         let producer = self.link.producer.as_ref().filter(|_| r.job.produce)?;
         let blocks = r.tables[0].get(..r.job.prompt.len().div_ceil(BLOCK))?.to_vec();
+        let kept: Vec<_> = blocks.iter().flatten().copied().collect();
         let groups = vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }];
         let request: String = r.job.name.chars().take(Offer::MAX_REQUEST / 4).collect();
-        let spec = OfferSpec::new(r.prompt(), groups).request(request);
+        let spec = OfferSpec::new(r.prompt(), groups).request(request).fingerprints(fingerprints(&r.job.prompt));
         match producer.offer(spec, Ready::Now) {
             Ok(offer) => {
-                let kept: Vec<_> = offer.groups[0].blocks.iter().flatten().copied().collect();
                 kept.iter().for_each(|b| self.blocks.retain(*b));
                 self.offers.insert(offer.id, kept);
                 Some(Box::new(offer))

@@ -11,8 +11,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Attempt, BlockId, ChunkSize, EngineId, Grant, GroupId, Incarnation, Lane, LaneEvent, Limits, LocalBlocks, Nonce,
-    Offer, OfferGroup, OfferId, OfferRank, Plan, PoolLayout, Rank, Read, Shard, Source,
+    Attempt, BlockId, ChunkSize, Contents, Grant, GroupId, Incarnation, Lane, LaneEvent, Limits, LocalBlocks, Nonce,
+    OfferGroup, Plan, PoolLayout, Read, Shard, Source,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -87,23 +87,16 @@ impl Rig {
     }
 
     /// Publishes blocks of group 0, from position 0 on.
-    pub(super) fn offer(&self, slot: u32, blocks: &[Option<u32>]) -> (Grant, Offer) {
+    pub(super) fn offer(&self, slot: u32, blocks: &[Option<u32>]) -> (Grant, Vec<OfferGroup>) {
         let nonce = Nonce::random();
         let groups = vec![OfferGroup {
             group: GroupId(0),
             first_position: 0,
             blocks: blocks.iter().map(|b| b.map(BlockId)).collect(),
         }];
-        self.export.publish(slot, nonce, groups.clone().into());
-        let offer = Offer::new(
-            OfferId::random(),
-            EngineId::try_from("prefill".to_owned()).unwrap(),
-            self.incarnation,
-            vec![OfferRank { rank: Rank(0), incarnation: self.incarnation, addr: "-".into() }],
-            1,
-            groups,
-        );
-        (Grant { slot, nonce }, offer)
+        let contents = Contents { groups: groups.clone(), ..Contents::default() };
+        self.export.publish(slot, nonce, Arc::new(contents));
+        (Grant { slot, nonce }, groups)
     }
 
     /// A lane into fresh memory of the same layout.
@@ -113,7 +106,7 @@ impl Rig {
     }
 
     /// Plans a pull of the offer's positions into these local blocks.
-    pub(super) fn plan(&self, offer: &Offer, local: &[Option<u32>], chunk: u64) -> Plan {
+    pub(super) fn plan(&self, offer: &[OfferGroup], local: &[Option<u32>], chunk: u64) -> Plan {
         let shard = Shard::whole(1, 1);
         let here = Source { layout: &self.export.layout, shard: &shard };
         let blocks = local.iter().map(|b| b.map(BlockId)).collect();

@@ -253,6 +253,7 @@ fn tls_speed() {
             let (limits, config) = (Limits::default(), TcpConfig::default());
             Server::start(ANY, export, incarnation, &limits, &config, Some(tls.clone())).unwrap()
         });
+        rig.export.memory.touch().unwrap();
         let blocks: Vec<_> = (0..n).map(|b| Some(b.wrapping_mul(7919) % n)).collect();
         let (grant, offer) = rig.offer(1, &blocks);
         let local: Vec<_> = (0..n).map(Some).collect();

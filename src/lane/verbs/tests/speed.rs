@@ -6,8 +6,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    BlockId, ChunkSize, Grant, GroupId, Incarnation, LaneKind, LocalBlocks, Model, Offer, OfferGroup, OfferId,
-    OfferRank, PeerId, PoolLayout, Rank, Reader, Shard,
+    BlockId, ChunkSize, Contents, Grant, GroupId, Incarnation, LaneKind, LocalBlocks, Model, Offer, OfferGroup,
+    OfferId, OfferRank, PeerId, PoolLayout, Rank, Reader, Shard,
     hello::Welcome,
     pull::Retry,
     puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
@@ -64,8 +64,9 @@ fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
         incarnation,
         vec![OfferRank { rank: Rank(0), incarnation, addr: ADDR.into() }],
         BLOCKS * 16,
-        vec![OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() }],
     );
+    let offered = OfferGroup { group: GroupId(0), first_position: 0, blocks: blocks.clone() };
+    let contents = Arc::new(Contents::of(&offer, vec![offered]));
     let now = Instant::now();
     let pull = Start {
         id: PullId(n),
@@ -75,7 +76,7 @@ fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
         reader: Reader::ONLY,
         started: now,
         deadline: now + 30 * SECOND,
-        retry: Retry { attempts: 3, wait: SECOND },
+        retry: Retry { attempts: 3, wait: SECOND, patience: SECOND },
         chunk: ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK },
         lanes: vec![LaneKind::Verbs],
         local_ready: true,
@@ -83,7 +84,7 @@ fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
     };
     it.handle(now, In::Start(Box::new(pull)));
     let Some(Out::Claim(_, want)) = it.poll() else { panic!("it claims first") };
-    it.handle(now, In::Granted(want.claim, grant));
+    it.handle(now, In::Granted(want.claim, grant, contents));
 }
 
 /// The time from a completion to the next post, including the fake device's time for both; and the time of a turn without

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kvferry_proto::{
-    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, Incarnation, LaneCaps, LaneEvent, LaneKind,
-    LocalBlocks, Machine, Nonce, Offer, OfferGroup, OfferId, Outcome, Plan, PoolLayout, Shard, Source,
+    Attempt, BlockId, Cause, ChunkSize, FenceKind, Grant, GroupId, LaneCaps, LaneEvent, LaneKind, LocalBlocks, Machine,
+    Nonce, OfferGroup, Outcome, Plan, PoolLayout, Shard, Source,
     pull::{In, Out, PullTracker, Retry},
 };
 
@@ -15,6 +15,8 @@ pub(super) const BLOCK: u64 = 64;
 /// Blocks of the pull, at positions 0 to 7.
 pub(super) const BLOCKS: u32 = 8;
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a pull waits for a silent peer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// The bound of every lane here: a pull stops that long before its deadline.
 pub(super) const QUIET: Duration = Duration::from_secs(2);
 
@@ -31,7 +33,7 @@ impl Pull {
     /// A pull without plan, grants and lanes.
     pub(super) fn new(sources: usize, wanted: LocalBlocks) -> Self {
         let start = Instant::now();
-        let retry = Retry { attempts: 3, wait: Duration::from_millis(10) };
+        let retry = Retry { attempts: 3, wait: Duration::from_millis(10), patience: PATIENCE };
         let tracker = PullTracker::new(start, vec![wanted], sources, start + DEADLINE, retry, true);
         Self { tracker, start, now: start, attempts: 0, sources }
     }
@@ -67,14 +69,7 @@ impl Pull {
         let from: Vec<_> = parts.iter().map(|(layout, shard)| Source { layout, shard }).collect();
         let (layout, shard) = (PoolLayout::uniform(BLOCKS, 1, BLOCK, 16), Shard::whole(2, 1));
         let blocks = (0..offered).map(|b| Some(BlockId(b))).collect();
-        let offer = Offer::new(
-            OfferId { high: 1, low: 1 },
-            "them".parse().unwrap(),
-            Incarnation::from_wire(1).unwrap(),
-            vec![],
-            128,
-            vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }],
-        );
+        let offer = [OfferGroup { group: GroupId(0), first_position: 0, blocks }];
         let size = ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK };
         let here = Source { layout: &layout, shard: &shard };
         let plan = Plan::new(&offer, &from, here, self.tracker.wanted(), size, 100).unwrap();

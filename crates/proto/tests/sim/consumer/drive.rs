@@ -122,6 +122,7 @@ impl World {
             process.sessions.entry(p).or_insert_with(|| Session {
                 machine: PeerSession::new(now, process.me.clone(), config, entropy),
                 conn: None,
+                dialing: None,
                 welcome: None,
             });
         }
@@ -157,8 +158,8 @@ impl World {
                     let addr = self.addr(p);
                     self.queue_for_puller(c, puller::In::Peer(addr, welcome));
                 }
-                session::Out::Granted { claim, grant } => {
-                    self.queue_for_puller(c, puller::In::Granted(claim, grant));
+                session::Out::Granted { claim, grant, contents } => {
+                    self.queue_for_puller(c, puller::In::Granted(claim, grant, contents));
                 }
                 session::Out::Lost { claim, cause } => {
                     say!(self, "consumer {c}: {claim:?} is lost: {cause}");
@@ -166,6 +167,10 @@ impl World {
                 }
                 session::Out::Health(health) => {
                     say!(self, "consumer {c}: {} is {health:?}", self.producers[p].addr);
+                }
+                session::Out::Silent(silent) => {
+                    let addr = self.addr(p);
+                    self.queue_for_puller(c, puller::In::Silent(addr, silent));
                 }
                 session::Out::Expired => {
                     say!(self, "consumer {c}: drops its session with {}", self.producers[p].addr);

@@ -97,7 +97,9 @@ impl Fabric {
         let now = self.now;
         let lane = &mut self.lanes[l];
         let local_no = lane.local;
-        let wedged = lane.state == LaneState::Wedged;
+        // A wedged lane may store indefinitely, but not for an attempt that was quiet before it wedged.
+        let quiet = lane.attempts.get(&lane.ops[o].attempt).is_some_and(|s| s.quiet);
+        let wedged = lane.state == LaneState::Wedged && !quiet;
         let stream = lane.is_stream();
         let op = &mut lane.ops[o];
         if !(op.in_flight || wedged) || !self.locals[local_no].alive {
@@ -189,6 +191,8 @@ impl Fabric {
             self.lanes[l].unverified.remove(&(attempt, chunk));
         }
         if told {
+            let of = (self.lanes[l].local, self.lanes[l].ops[o].pull);
+            self.moved.insert(of, self.now);
             self.emit(l, event);
         }
         self.lanes[l].finish(o);

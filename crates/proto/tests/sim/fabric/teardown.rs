@@ -71,11 +71,11 @@ impl Fabric {
 
     /// The lane breaks, in one of several ways.
     pub(super) fn go_down(&mut self, l: usize, cause: Cause) {
+        // Work a broken stream has not carried, it never will, even if the lane is being killed already.
+        self.lanes[l].hung |= self.lanes[l].is_stream();
         if self.lanes[l].state != LaneState::Up {
             return;
         }
-        // Work a broken stream has not carried, it never will.
-        self.lanes[l].hung = self.lanes[l].is_stream();
         let mut hit: Vec<u64> = self.lanes[l].ops.iter().filter(|o| o.in_flight).map(|o| o.pull).collect();
         hit.dedup();
         for pull in hit {

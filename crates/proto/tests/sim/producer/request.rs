@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvferry_proto::{BlockId, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferRank, table};
+use kvferry_proto::{BlockId, Contents, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferRank, table};
 
 use super::{RankPart, Request};
 use crate::{
@@ -38,20 +38,22 @@ impl World {
                 })
                 .collect(),
             1,
-            groups,
         )
-        .request(format!("v{version}"));
-        if let Err(error) = offer.check(1 << 20) {
+        .request(format!("v{version}"))
+        .fingerprints([("prompt".to_owned(), format!("v{version}"))].into());
+        let contents = Contents::of(&offer, groups);
+        if let Err(error) = offer.check().and_then(|()| contents.check(1 << 20)) {
             self.broken(Promise::Sound, format!("the simulation's own offer: {error}"));
         }
         let r = self.requests.len();
         self.stats.offers += 1;
-        say!(self, "engine {e} offers v{version} as {} {:?}", offer.id, offer.groups);
+        say!(self, "engine {e} offers v{version} as {} {:?}", offer.id, contents.groups);
         let late = self.rng.chance(games.late_ready);
         self.requests.push(Request {
             version,
             engine: e,
             offer: Arc::new(offer),
+            contents: Arc::new(contents),
             ranks: procs.iter().map(|&proc| RankPart { proc, ready: !late, back: false }).collect(),
             given_back: false,
             excused: None,
@@ -150,7 +152,7 @@ impl World {
         let request = &self.requests[r];
         let q = request.ranks[k].proc;
         let mut fabric = self.fabric.get();
-        for g in &request.offer.groups {
+        for g in &request.contents.groups {
             for (i, b) in g.blocks.iter().enumerate() {
                 if let Some(b) = b {
                     let position = g.first_position + i as u32;
@@ -178,7 +180,8 @@ impl World {
         let (id, ready, now) = (self.requests[r].offer.id, self.requests[r].ranks[k].ready, self.clock());
         self.procs[q].requests.insert(id, (r, k));
         self.lease_begins(q, id, ready);
-        match self.procs[q].table.offer(now, id, ready) {
+        let (secret, contents) = ((id, self.requests[r].offer.token), self.requests[r].contents.clone());
+        match self.procs[q].table.offer(now, secret, contents, ready) {
             Ok(()) => {}
             Err(error) => {
                 say!(self, "process {q}: cannot offer v{}: {error}", self.requests[r].version);
@@ -223,7 +226,8 @@ impl World {
             let id = self.requests[r].offer.id;
             self.requests[r].excused.get_or_insert("a scheduler released it");
             self.lease_released_by_anyone(q, id);
-            self.table(q, table::In::Release(None, id));
+            let token = self.requests[r].offer.token;
+            self.table(q, table::In::Release(None, id, token));
         }
     }
 
@@ -233,7 +237,7 @@ impl World {
         let request = &self.requests[r];
         let q = request.ranks[k].proc;
         let mut fabric = self.fabric.get();
-        for g in &request.offer.groups {
+        for g in &request.contents.groups {
             for b in g.blocks.iter().flatten() {
                 let memory = &mut fabric.procs[q].memory;
                 memory.write(&self.shape, &self.procs[q].layout, (g.group, *b), 0, version, Part::All);
@@ -247,7 +251,7 @@ impl World {
         request.ranks[k].back = true;
         if request.ranks.iter().all(|k| k.back) && !std::mem::replace(&mut request.given_back, true) {
             let e = request.engine;
-            for (g, s) in request.offer.groups.iter().zip(&mut self.engines[e].free) {
+            for (g, s) in request.contents.groups.iter().zip(&mut self.engines[e].free) {
                 s.extend(g.blocks.iter().flatten().map(|b| b.0));
             }
         }

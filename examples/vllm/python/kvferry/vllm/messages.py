@@ -6,18 +6,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 
 @dataclass(frozen=True)
-class Offering:
-    """Blocks of a finished prefill, to be offered."""
-
-    request: str
-    offer_id: str
-    # The offer (JSON).
-    offer: str
-
-
-@dataclass(frozen=True)
 class GroupBlocks:
-    """A group's blocks for consecutive positions. A position with `None` is not loaded."""
+    """A group's blocks for consecutive positions. A position with `None` is not loaded, or not offered."""
 
     group: int
     first_position: int
@@ -25,12 +15,23 @@ class GroupBlocks:
 
 
 @dataclass(frozen=True)
+class Offering:
+    """Blocks of a finished prefill, to be offered."""
+
+    request: str
+    offer_id: str
+    # The name of the offer (JSON). It contains a secret: never log it.
+    offer: str = field(repr=False)
+    groups: list[GroupBlocks]
+
+
+@dataclass(frozen=True)
 class Load:
     """The load of a request that waits for remote KV. Each rank reports it exactly once."""
 
     request: str
-    # The offer (JSON). `None`: there is no offer to pull, so the workers report the load as failed.
-    offer: str | None
+    # The name of the offer (JSON). `None`: there is no offer to pull, so the workers report the load as failed.
+    offer: str | None = field(repr=False)
     groups: list[GroupBlocks] = field(default_factory=list)
 
 
@@ -40,8 +41,8 @@ class Meta(KVConnectorMetadata):
 
     offerings: list[Offering] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    # Offers (JSON) to release without a pull.
-    releases: list[str] = field(default_factory=list)
+    # Names of offers (JSON) to release without a pull.
+    releases: list[str] = field(default_factory=list, repr=False)
 
 
 @dataclass

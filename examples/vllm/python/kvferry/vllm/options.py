@@ -47,6 +47,11 @@ class Options:
     tls_key: str | None = None
     tls_ca: str | None = None
     tls_server_name: str = "kvferry"
+    # Files with seal keys, equal on all engines: the first one seals the names of offers, and all are accepted. Without keys
+    # any name is accepted.
+    seal_keys: tuple[str, ...] = ()
+    # How long a load may move nothing from a silent peer before it gives up.
+    patience: float | None = None
     # Checksum the data of TCP lanes, if the other side does too.
     tcp_checksum: bool = False
 
@@ -71,13 +76,20 @@ class Options:
         if "lanes" in values and values["lanes"] is not None:
             lanes = values["lanes"]
             values["lanes"] = tuple(lanes.split(",") if isinstance(lanes, str) else lanes)
+        if values.get("seal_keys"):
+            files = values["seal_keys"]
+            values["seal_keys"] = tuple(files.split(",") if isinstance(files, str) else files)
         for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
-        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace"):
+        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience"):
             if values.get(name) is not None:
                 values[name] = float(values[name])
         return cls(**values)
+
+    def keys(self) -> list[bytes]:
+        """The contents of the seal key files."""
+        return [Path(p).read_bytes() for p in self.seal_keys]
 
     def native(self) -> _native.Settings:
         """The settings for the native part, which checks them."""
@@ -101,6 +113,8 @@ class Options:
             on_wedge=self.on_wedge,
             fault=self.fault,
             tls=tls,  # type: ignore[arg-type]
+            seal_keys=self.keys(),
+            patience=self.patience,
             tcp_checksum=bool(self.tcp_checksum),
         )
 

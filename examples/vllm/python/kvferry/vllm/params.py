@@ -1,7 +1,8 @@
-"""A request's `kv_transfer_params`: the keys that existing routers use, and kvferry's offer.
+"""A request's `kv_transfer_params`: the keys that existing routers use, and the name of kvferry's offer.
 
 Existing routers work unchanged: the prefill request carries `do_remote_decode`; its response carries
-`do_remote_prefill` and the offer; the router copies these into the decode request.
+`do_remote_prefill` and the name; the router copies these into the decode request. A name has a secret token and no block
+ids: only the prefill engine's own table says which blocks are read.
 """
 
 import hashlib
@@ -9,13 +10,16 @@ import json
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvferry import _native
 
 # The key of kvferry's part. Routers pass on unknown keys.
 KEY = "kvferry"
+# The fingerprint of the prompt's tokens in a name. The consumer compares it with the producer's own, so a client that changes
+# it gets nothing loaded.
+PROMPT = "prompt"
 
 
 class BadParams(ValueError):
@@ -39,8 +43,8 @@ class Remote:
     """The offer in a decode request."""
 
     offer_id: str
-    # The offer (JSON).
-    offer: str
+    # The name of the offer (JSON). It contains a secret: never log it.
+    offer: str = field(repr=False)
     # Number of prompt tokens in its blocks.
     tokens: int
     # Fingerprint of those tokens. `None`: the producer has no token ids (a prompt of embeddings).
@@ -62,24 +66,23 @@ def response(
     engine: str,
     request: str,
     addr: str,
-    ranks: list[dict[str, Any]],
+    ranks: list[tuple[int, str, str]],
     incarnation: str,
-    groups: list[dict[str, Any]],
     tokens: int,
     prompt: str | None,
     tp_size: int,
+    seal_keys: list[bytes],
 ) -> tuple[str, str, dict[str, Any]]:
-    """Builds `(offer id, offer, params)` for a finished prefill."""
-    offer_id = _native.new_offer_id()
-    offer = {
-        "id": offer_id,
-        "engine": engine,
-        "incarnation": incarnation,
-        "ranks": ranks,
-        "groups": groups,
-        "tokens": tokens,
-        "request": request[:256],
-    }
+    """Builds `(offer id, name, params)` for a finished prefill."""
+    offer_id, name = _native.name_offer(
+        engine=engine,
+        incarnation=incarnation,
+        ranks=ranks,
+        tokens=tokens,
+        request=request[:256],
+        fingerprints={PROMPT: prompt} if prompt is not None else {},
+        seal_keys=seal_keys,
+    )
     host, port = addr.rsplit(":", 1)
     params = {
         "do_remote_prefill": True,
@@ -89,25 +92,24 @@ def response(
         "remote_request_id": request,
         "remote_host": host.strip("[]"),
         "remote_port": int(port),
-        "remote_block_ids": [[0 if b is None else b for b in g["blocks"]] for g in groups],
+        "remote_block_ids": [],
         "remote_num_tokens": tokens,
         "tp_size": tp_size,
-        KEY: {"offer": offer, "prompt": prompt},
+        KEY: {"offer": json.loads(name)},
     }
-    return offer_id, json.dumps(offer, separators=(",", ":")), params
+    return offer_id, name, params
 
 
-def remote(params: dict[str, Any]) -> Remote:
+def remote(params: dict[str, Any], seal_keys: list[bytes]) -> Remote:
     """Reads the params of a prefill response. They are untrusted input."""
     ours = params.get(KEY)
     if not isinstance(ours, dict) or not isinstance(ours.get("offer"), dict):
         raise BadParams("no kvferry offer in kv_transfer_params: the prefill engine uses another connector or none")
-    offer, prompt = ours["offer"], ours.get("prompt")
+    offer = ours["offer"]
     try:
         text = json.dumps(offer, separators=(",", ":"))
-        _native.check_offer(text)
+        _native.check_offer(text, seal_keys)
     except (TypeError, ValueError, RecursionError) as e:
         raise BadParams(f"the kvferry offer is unusable: {e}") from e
-    if prompt is not None and not isinstance(prompt, str):
-        raise BadParams("the kvferry prompt fingerprint is not a string")
+    prompt = offer.get("fingerprints", {}).get(PROMPT)
     return Remote(offer_id=offer["id"], offer=text, tokens=offer["tokens"], prompt=prompt)

@@ -15,6 +15,7 @@ from kvferry.vllm import params as kv_params
 from kvferry.vllm import pool
 from kvferry.vllm.guard import logger
 from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, Offering
+from kvferry.vllm.options import Options
 from kvferry.vllm.stats import KvFerryStats
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class SchedulerSide:
         parallel = config.parallel_config
         self._world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         self._windows = any(pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec) for g in self._group_ids)
-        self._ranks: list[dict[str, Any]] = []
+        self._ranks: list[tuple[int, str, str]] = []
+        self._seal_keys = Options.of(config).keys()
         self._incarnation: str | None = None
         self._todo = Todo()
         # For requests that were looked up and not yet admitted: the offer, and the tokens that the last look-up found here.
@@ -113,7 +115,7 @@ class SchedulerSide:
         if not ours or not all(h.addr and h.incarnation for h in ours):
             logger.error("kvferry: some ranks cannot offer, so nothing is offered; see the errors above")
             return
-        self._ranks = [{"rank": h.rank, "incarnation": h.incarnation, "addr": h.addr} for h in ours]
+        self._ranks = [(h.rank, str(h.incarnation), str(h.addr)) for h in ours]
         self._incarnation = _native.engine_incarnation([str(h.incarnation) for h in ours])
         logger.info("kvferry: engine %s offers, incarnation %s, %d ranks", self._engine, self._incarnation, len(ours))
 
@@ -147,7 +149,7 @@ class SchedulerSide:
         params = request.kv_transfer_params
         assert params is not None
         try:
-            remote = kv_params.remote(params)
+            remote = kv_params.remote(params, self._seal_keys)
             tokens = request.prompt_token_ids
             if not self._pulls_here:
                 raise kv_params.BadParams("this engine does not pull (kv_role, or see the errors above)")
@@ -270,7 +272,7 @@ class SchedulerSide:
         """The request ended before its admission: releases its offer, so that its blocks are free before the lease ends."""
         if remote is None and self._pulls_here:
             try:
-                remote = kv_params.remote(params)
+                remote = kv_params.remote(params, self._seal_keys)
             except kv_params.BadParams:
                 return
         if remote is not None and self._pulls_here and remote.offer_id not in self._used:
@@ -292,20 +294,19 @@ class SchedulerSide:
             ids = blocks[gid][:count]
             if len(ids) != count:
                 raise RuntimeError(f"group {gid} has {len(ids)} blocks for {count} positions")
-            named = [None if b == NULL_BLOCK else b for b in ids]
-            groups.append({"group": gid, "first_position": 0, "blocks": named})
+            groups.append(GroupBlocks(gid, 0, [None if b == NULL_BLOCK else b for b in ids]))
         offer_id, offer, response = kv_params.response(
             engine=self._engine,
             request=request.request_id,
-            addr=self._ranks[0]["addr"],
+            addr=self._ranks[0][2],
             ranks=self._ranks,
             incarnation=self._incarnation,
-            groups=groups,
             tokens=tokens,
             prompt=_fingerprint(request, tokens),
             tp_size=self._tp_size,
+            seal_keys=self._seal_keys,
         )
-        self._todo.offerings.append(Offering(request.request_id, offer_id, offer))
+        self._todo.offerings.append(Offering(request.request_id, offer_id, offer, groups))
         return True, response
 
     # ---- the step -----------------------------------------------------------------------------------------------------

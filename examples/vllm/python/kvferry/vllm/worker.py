@@ -135,7 +135,8 @@ class WorkerSide:
             if self._producer is None or self._asleep:
                 raise RuntimeError("this rank has no producer")
             self._offered[offering.offer_id] = offering.request
-            self._producer.enter(offering.offer)
+            groups = [(g.group, g.first_position, g.blocks) for g in offering.groups]
+            self._producer.enter(offering.offer, groups)
         except ENDING:
             raise
         except BaseException as e:

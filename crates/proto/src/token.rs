@@ -1,0 +1,191 @@
+//! Secrets in a name: the token, and the seal over the name.
+
+use std::fmt;
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+use subtle::ConstantTimeEq as _;
+
+use crate::{BadHex, BadOffer, Offer};
+
+/// The secret of one offer, 128 random bits: a claim and a release show it, so knowing an offer's id opens nothing. Compared
+/// in constant time; never printed.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Token([u8; 16]);
+
+impl Token {
+    /// A new token, from the system's random source.
+    pub fn random() -> Self {
+        let mut bytes = [0; 16];
+        // Without a random source no token is safe, and no caller can continue.
+        getrandom::fill(&mut bytes).expect("the system's random source failed");
+        Self(bytes)
+    }
+
+    /// The token of these bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes, for the wire.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0
+    }
+}
+
+impl PartialEq for Token {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl Eq for Token {}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+impl TryFrom<String> for Token {
+    type Error = BadHex;
+    fn try_from(s: String) -> Result<Self, BadHex> {
+        from_hex(&s).map(Self).ok_or(BadHex::new("a token", 32))
+    }
+}
+
+impl From<Token> for String {
+    fn from(t: Token) -> String {
+        to_hex(&t.0)
+    }
+}
+
+/// An HMAC-SHA256 over a name, see [`Offer::sealed`]. Compared in constant time.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Seal([u8; 32]);
+
+impl PartialEq for Seal {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl Eq for Seal {}
+
+impl fmt::Debug for Seal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seal(..)")
+    }
+}
+
+impl TryFrom<String> for Seal {
+    type Error = BadHex;
+    fn try_from(s: String) -> Result<Self, BadHex> {
+        from_hex(&s).map(Self).ok_or(BadHex::new("a seal", 64))
+    }
+}
+
+impl From<Seal> for String {
+    fn from(s: Seal) -> String {
+        to_hex(&s.0)
+    }
+}
+
+/// The key that a deployment's engines share to seal names. Never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SealKey(Vec<u8>);
+
+impl SealKey {
+    /// Shortest key, in bytes: as long as the hash, as RFC 2104 asks.
+    pub const MIN: usize = 32;
+
+    /// The key of a file's content; white space at its end does not count.
+    ///
+    /// # Errors
+    /// It is shorter than [`SealKey::MIN`].
+    pub fn new(content: &[u8]) -> Result<Self, String> {
+        let key = content.trim_ascii_end();
+        if key.len() < Self::MIN {
+            return Err(format!(
+                "a seal key needs at least {} bytes, and this one has {}: make one with `openssl rand -hex 32`",
+                Self::MIN,
+                key.len()
+            ));
+        }
+        Ok(Self(key.to_vec()))
+    }
+
+    fn mac(&self, offer: &Offer) -> Hmac<Sha256> {
+        // HMAC takes keys of any length.
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("a key of any length");
+        mac.update(b"kvferry name\0");
+        // Each part has its length before it, so that no two names have the same bytes.
+        let mut part = |bytes: &[u8]| {
+            mac.update(&(bytes.len() as u64).to_le_bytes());
+            mac.update(bytes);
+        };
+        part(&offer.version.to_le_bytes());
+        part(&offer.id.high.to_le_bytes());
+        part(&offer.id.low.to_le_bytes());
+        part(&offer.token.to_bytes());
+        part(offer.engine.as_str().as_bytes());
+        part(&offer.incarnation.get().to_le_bytes());
+        part(&offer.tokens.to_le_bytes());
+        part(offer.request.as_bytes());
+        part(&(offer.ranks.len() as u64).to_le_bytes());
+        for r in &offer.ranks {
+            part(&r.rank.0.to_le_bytes());
+            part(&r.incarnation.get().to_le_bytes());
+            part(r.addr.as_bytes());
+        }
+        part(&(offer.fingerprints.len() as u64).to_le_bytes());
+        for (name, value) in &offer.fingerprints {
+            part(name.as_bytes());
+            part(value.as_bytes());
+        }
+        mac
+    }
+}
+
+impl fmt::Debug for SealKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SealKey(..)")
+    }
+}
+
+impl Offer {
+    /// The name with a seal over all its fields. An engine that has the key accepts only names with a fitting seal, so that
+    /// nobody without the key can make a name, or change one.
+    pub fn sealed(mut self, key: &SealKey) -> Self {
+        self.seal = Some(Seal(key.mac(&self).finalize().into_bytes().into()));
+        self
+    }
+
+    /// Checks the seal against each of these keys; without keys any name will do.
+    ///
+    /// # Errors
+    /// There is no seal, or it fits none of the keys.
+    pub fn check_seal(&self, keys: &[SealKey]) -> Result<(), BadOffer> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let seal = self.seal.ok_or(BadOffer::NotSealed)?;
+        let fits = |k: &SealKey| k.mac(self).verify_slice(&seal.0).is_ok();
+        if keys.iter().any(fits) { Ok(()) } else { Err(BadOffer::BadSeal) }
+    }
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    let digit = |n: u8| char::from_digit(n.into(), 16).unwrap_or('0');
+    bytes.iter().flat_map(|b| [digit(b >> 4), digit(b & 15)]).collect()
+}
+
+/// Exactly `N` bytes in lower or upper case.
+fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits: Option<Vec<u8>> = text.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect();
+    let digits = digits.filter(|d| d.len() == 2 * N)?;
+    Some(std::array::from_fn(|i| digits[2 * i] << 4 | digits[2 * i + 1]))
+}

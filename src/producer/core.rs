@@ -169,6 +169,7 @@ impl Core {
         let id = spec.id.unwrap_or_else(OfferId::random);
         let name = Offer::new(id, self.me.engine.clone(), self.me.incarnation, vec![rank], spec.tokens)
             .request(spec.request)
+            .number(spec.number)
             .fingerprints(spec.fingerprints);
         let name = match self.config.names.seal_keys.first() {
             Some(key) => name.sealed(key),
@@ -195,6 +196,7 @@ impl Core {
         let secret = (name.id, name.token);
         let entered = state.table.offer(Instant::now(), secret, Arc::new(contents), ready == Ready::Now);
         if entered.is_ok() {
+            state.table.numbered(Instant::now(), name.number);
             self.metrics.offers.inc();
         }
         self.carry_out(&mut state);

@@ -414,6 +414,7 @@ pub(super) fn want(claim: u64, of: &PeerId) -> Want {
         claim: ClaimId(claim),
         offer: OfferId::random(),
         token: Token::random(),
+        number: 0,
         engine: of.engine.clone(),
         expect: of.incarnation,
         reader: Reader::ONLY,

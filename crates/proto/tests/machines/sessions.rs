@@ -77,6 +77,7 @@ impl Session {
             claim: ClaimId(claim),
             offer: id(claim),
             token: token(),
+            number: 0,
             engine: "them".parse().unwrap(),
             expect: incarnation(of),
             reader: Reader::ONLY,

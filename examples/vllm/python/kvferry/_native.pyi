@@ -10,6 +10,7 @@ def name_offer(
     request: str,
     fingerprints: dict[str, str],
     seal_keys: list[bytes],
+    number: int = 0,
 ) -> tuple[str, str]: ...
 def check_offer(offer: str, seal_keys: list[bytes]) -> None: ...
 

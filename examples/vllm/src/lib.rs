@@ -30,6 +30,7 @@ fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
 /// token.
 #[pyfunction]
 #[pyo3(signature = (*, engine, incarnation, ranks, tokens, request, fingerprints, seal_keys, number = 0))]
+#[allow(clippy::too_many_arguments)]
 fn name_offer(
     engine: &str,
     incarnation: String,

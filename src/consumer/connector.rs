@@ -20,6 +20,7 @@ use crate::{
     faults::Faults,
     lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
     memory::Memory,
+    tls::TlsIdentity,
 };
 
 /// The memory that lanes write, and the lanes' settings.
@@ -28,6 +29,7 @@ pub(super) struct Connector {
     local: LocalConfig,
     tcp: TcpConfig,
     dial: DialList,
+    tls: Option<Arc<TlsIdentity>>,
     faults: Option<Faults>,
     /// Lanes connected so far.
     lanes: AtomicU32,
@@ -37,7 +39,7 @@ pub(super) struct Connector {
 
 impl Connector {
     /// A connector of lanes into `memory`. Verbs rails are opened in the background: registering a large pool takes a while.
-    pub(super) fn new(memory: Memory, config: &Config) -> Self {
+    pub(super) fn new(memory: Memory, config: &Config, tls: Option<Arc<TlsIdentity>>) -> Self {
         Self {
             #[cfg(feature = "verbs")]
             verbs: (config.pull.lanes.contains(&LaneKind::Verbs))
@@ -47,6 +49,7 @@ impl Connector {
             tcp: config.tcp.clone(),
             // `Config::check` has refused a malformed list.
             dial: DialList::new(&config.dial).unwrap_or_default(),
+            tls,
             faults: config.pull.faults.clone(),
             lanes: AtomicU32::new(0),
         }
@@ -95,7 +98,8 @@ impl LaneConnector for Connector {
                         Some(host) => resolve(&host, port).await?,
                         None => SocketAddr::new(peer.ip(), port),
                     };
-                    Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp).await?)
+                    let tls = self.tls.as_deref();
+                    Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp, tls).await?)
                         as Box<dyn WakingLane>
                 }
                 LaneTicket::Local { uds, lane, key } => {
@@ -196,4 +200,37 @@ async fn resolve(host: &str, port: u16) -> Result<SocketAddr, LaneError> {
     let connect = |source| LaneError::Connect { to: format!("{host}:{port}"), source };
     let mut found = tokio::net::lookup_host((host, port)).await.map_err(connect)?;
     found.next().ok_or_else(|| connect(std::io::ErrorKind::AddrNotAvailable.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{PoolLayout, Producer};
+
+    #[tokio::test]
+    async fn a_ticket_leads_to_no_host_that_is_not_listed() {
+        let layout = PoolLayout::uniform(1, 1, 4096, 16);
+        let model = crate::Model {
+            name: "m".into(),
+            dtype: "uint8".into(),
+            scales: String::new(),
+            attention: "HND".into(),
+            block_tokens: 16,
+        };
+        let producer = Producer::builder("p".parse().unwrap(), model.clone(), layout.clone()).build().unwrap();
+        let welcome = crate::probe(producer.addr(), &"d".parse().unwrap(), &model, std::time::Duration::from_secs(5))
+            .await
+            .unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let config = Config { dial: vec!["10.0.0.0/8".into()], ..Config::default() };
+        let connector = Connector::new(Memory::for_layout(None, &layout).unwrap(), &config, None);
+        let port = listener.local_addr().unwrap().port();
+        let ticket = LaneTicket::Tcp { host: Some("127.0.0.1".into()), port, lane: 1, key: [1; 32] };
+        let peer = "10.0.0.1:1".parse().unwrap();
+        let error =
+            connector.connect(ticket, Prepared::default(), Arc::new(welcome), peer).await.err().expect("an error");
+        assert!(error.to_string().contains("`dial` does not list it"), "{error}");
+        assert!(listener.accept().is_err(), "nobody connected");
+    }
 }

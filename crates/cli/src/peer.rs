@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use kvferry::{
-    BlockId, Cause, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, PullId,
-    Welcome,
+    BlockId, Caller, Cause, Config, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer,
+    PoolLayout, Pull, PullId, Welcome,
 };
 use kvferry_testkit::pattern::Check;
 use tokio::runtime::Runtime;
@@ -24,8 +24,23 @@ pub(crate) struct Peer {
 impl Peer {
     /// Greets the producer at `addr`, which must answer within `limit`.
     pub(crate) fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Self, Failure> {
+        Self::probe_listed(addr, engine, model, limit, &[])
+    }
+
+    /// The same if `addr` is among the hosts in `dial`; an empty list has all.
+    pub(crate) fn probe_listed(
+        addr: &str,
+        engine: &EngineId,
+        model: &Model,
+        limit: Duration,
+        dial: &[String],
+    ) -> Result<Self, Failure> {
+        let mut config = Config::default();
+        config.session.hello_timeout = limit;
+        config.dial = dial.to_vec();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit)).map_err(|e| Failure::dial(&e))?;
+        let welcome =
+            runtime.block_on(Caller::new(config).probe(addr, engine, model)).map_err(|e| Failure::dial(&e))?;
         Ok(Self { addr: addr.into(), runtime, welcome })
     }
 

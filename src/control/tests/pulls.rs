@@ -47,6 +47,15 @@ fn cause(consumer: &Consumer) -> Option<Cause> {
     consumer.wait(LIMIT * 2).expect("a pull ends soon after its deadline").outcome.cause()
 }
 
+/// Sets its flag when it is dropped, by a failed assertion too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
     let (old, new) = (Authority::new(), Authority::new());
@@ -72,6 +81,7 @@ fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
                 let _ = done.send(());
             }
         });
+        let _stop = Stop(stop);
         // Waits until a client with this certificate is accepted or refused.
         let until = |tls: &TlsConfig, accepted: bool| {
             run(async {
@@ -99,7 +109,6 @@ fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
         for _ in 0..2 {
             complete.recv_timeout(LIMIT).expect("pulls go on");
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 

@@ -321,6 +321,22 @@ fn a_handshake_that_is_refused_ends_the_claims_with_its_cause() {
 }
 
 #[test]
+fn a_session_that_is_refused_ends_its_claims_with_the_cause_and_later_ones_dial_again() {
+    let mut s = Session::new();
+    s.claim(1, 7);
+    s.welcome(7);
+    s.outs();
+    s.tell(In::Refused(s.stream - 1, Cause::Limit));
+    assert_eq!(s.outs(), [], "an older stream");
+    s.tell(In::Refused(s.stream, Cause::Limit));
+    let outs = s.outs();
+    assert_eq!(outs.first(), Some(&lost(1, Cause::Limit)));
+    assert!(outs.contains(&Out::HangUp) && !outs.contains(&Out::Dial), "{outs:?}");
+    s.claim(2, 7);
+    assert!(s.outs().contains(&Out::Dial));
+}
+
+#[test]
 fn another_engine_at_the_address_does_not_get_the_claims() {
     let mut s = Session::new();
     s.claim(1, 2);

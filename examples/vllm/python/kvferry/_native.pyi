@@ -54,9 +54,12 @@ class Settings:
         tcp_connections: int | None = None,
         on_wedge: str | None = None,
         fault: str | None = None,
-        tls: tuple[bytes, bytes, bytes, str] | None = None,
+        tls: tuple[str, str, str, str] | None = None,
         seal_keys: list[bytes] = [],
         patience: float | None = None,
+        dial: list[str] = [],
+        engines: list[str] = [],
+        tcp_checksum: bool = False,
     ) -> None: ...
 
 class Producer:

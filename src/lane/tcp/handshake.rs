@@ -1,7 +1,7 @@
 //! The identity of the two ends of a data connection. Each side proves that it has the lane's key, which the control plane
 //! gave to both, without sending the key. Both proofs include the producer's incarnation, so an earlier or later process at
-//! the same address fails them (promise 2, Fresh). The proofs do not encrypt: the bytes of the cache travel in the clear,
-//! inside one trust domain.
+//! the same address fails them (promise 2, Fresh). The proofs do not encrypt; without TLS, the bytes of the cache travel in
+//! the clear.
 
 use hmac::{Hmac, KeyInit, Mac};
 use kvferry_proto::Incarnation;

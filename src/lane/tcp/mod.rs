@@ -1,13 +1,14 @@
-//! The TCP lane: bytes from the producer's pool into the consumer's blocks over plain sockets.
+//! The TCP lane: bytes from the producer's pool into the consumer's blocks over sockets, and over TLS 1.3 where there are
+//! certificates.
 //!
-//! Owns the data connections of both sides: [`TcpLane`] is the consumer's, [`Server`] the producer's. The kernel gathers
-//! from the pool and scatters into the blocks: no byte is copied in user space. Requests name blocks by offer, group and
+//! Owns the data connections of both sides: [`TcpLane`] is the consumer's, [`Server`] the producer's. Without TLS the kernel
+//! gathers from the pool and scatters into the blocks: no byte is copied in user space. Requests name blocks by offer, group and
 //! position, never by address, so a peer can read only blocks that were offered to it (promise 7, Isolated). Each reply
 //! ends with the fence word as it was after the last byte had been copied out of the pool (promise 2, Fresh), and a stopped
 //! attempt writes nothing from that moment on (promise 4, Quiet).
 //!
 //! # Frames
-//! All numbers are little endian. A connection begins with a handshake, bounded in time by both sides:
+//! All numbers are little endian. With TLS, these frames are what it carries. A connection begins with a handshake, bounded in time by both sides:
 //!
 //! | from | frame | bytes |
 //! | --- | --- | --- |

@@ -298,3 +298,87 @@ pub(super) fn is_change(error: &rustls::Error) -> bool {
 pub(super) fn blocks(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::WouldBlock || e.raw_os_error() == Some(Errno::AGAIN.raw_os_error())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::{fd::AsFd as _, unix::net::UnixStream};
+
+    use rcgen::{CertifiedKey, KeyPair, generate_simple_self_signed};
+    use rustls::{
+        CipherSuiteCommon, RootCertStore, SupportedCipherSuite, Tls13CipherSuite,
+        crypto::{CryptoProvider, ring},
+        pki_types::{PrivateKeyDer, pem::PemObject as _},
+        version::TLS13,
+    };
+
+    use super::*;
+
+    /// Both ends, with keys that are good for `records`.
+    fn ends(records: u64) -> (Sealer, Opener) {
+        let suite = ring::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().unwrap();
+        let CipherSuiteCommon { suite: name, hash_provider, .. } = suite.common;
+        let common = CipherSuiteCommon { suite: name, hash_provider, confidentiality_limit: records };
+        let Tls13CipherSuite { hkdf_provider, aead_alg, .. } = *suite;
+        let suite = Box::leak(Box::new(Tls13CipherSuite { common, hkdf_provider, aead_alg, quic: None }));
+        let cipher_suites = vec![SupportedCipherSuite::Tls13(suite)];
+        let provider = Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() });
+        let CertifiedKey::<KeyPair> { cert, signing_key } = generate_simple_self_signed(vec!["a.b".into()]).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(signing_key.serialize_pem().as_bytes()).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(cert.der().clone()).unwrap();
+        let server = ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .unwrap();
+        let client = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("a.b").unwrap();
+        (Sealer::new(server.into()).unwrap(), Opener::new(client.into(), name).unwrap())
+    }
+
+    #[test]
+    fn bytes_arrive_in_order_also_across_changes_of_the_keys() {
+        let (mut sealer, mut opener) = ends(64);
+        let (producer, consumer) = UnixStream::pair().unwrap();
+        producer.set_nonblocking(true).unwrap();
+        consumer.set_nonblocking(true).unwrap();
+        // 8 MiB of small spans: 512 records, so the keys change several times.
+        let memory = Memory::alloc(&[8 << 20]).unwrap();
+        let bytes: Vec<u8> = (0..8u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        memory.write_from(0, 0, &bytes).unwrap();
+        let spans: Vec<_> = (0..8 << 10).map(|i| Span { segment: 0, offset: i * 1024, len: 1024 }).collect();
+        let (mut asked, mut sent, mut input, mut got) = (false, 0, Vec::new(), Vec::new());
+        let mut scratch = vec![0; 1 << 16];
+        while got.len() < bytes.len() + 4 {
+            // The producer's turn.
+            if let Ok(n @ 1..) = (&producer).read(&mut scratch) {
+                assert!(sealer.open(&scratch[..n], &mut input).unwrap());
+            }
+            if input == b"ask" && sent < bytes.len() + 4 {
+                let head = b"head".get(sent..).unwrap_or_default();
+                let (at, skip) = (sent.saturating_sub(4) / 1024, sent.saturating_sub(4) % 1024);
+                let left = bytes.len() - sent.saturating_sub(4);
+                sent += sealer.seal_spans(head, &memory, &spans[at..], skip as u64, left as u64).unwrap();
+            }
+            match sealer.flush(producer.as_fd()) {
+                Ok(()) => {}
+                Err(e) => assert!(blocks(&e), "{e}"),
+            }
+            // The consumer's turn.
+            let (_, received) = opener.receive(consumer.as_fd());
+            assert!(received.map_or_else(|e| blocks(&e), |n| n > 0));
+            assert_eq!(opener.open(|payload, _| got.extend_from_slice(payload)).unwrap(), Pause::Empty);
+            if !asked && !opener.is_handshaking() {
+                opener.seal(b"ask").unwrap();
+                asked = true;
+            }
+            (&consumer).write_all(&std::mem::take(&mut opener.sealed)).unwrap();
+        }
+        assert!(got[..4] == *b"head" && got[4..] == bytes[..]);
+    }
+}

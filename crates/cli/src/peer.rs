@@ -85,15 +85,18 @@ impl Peer {
     }
 }
 
-/// Starts a pull of an offer's first `blocks` positions into blocks of the same numbers, of the consumer's only group.
+/// Starts a pull of an offer's first `blocks` positions into blocks of the same numbers, of a group whose blocks have
+/// `block_bytes` bytes (0: the first group).
 pub(crate) fn pull(
     consumer: &Consumer,
-    offer: Offer,
+    (offer, block_bytes): (Offer, u64),
     blocks: u32,
     lanes: Vec<LaneKind>,
     deadline: Duration,
 ) -> Result<PullId, Failure> {
-    let group = consumer.layout().groups.first().ok_or_else(|| Failure::failed("this side's pool has no groups"))?.id;
+    let mut groups = consumer.layout().groups.iter();
+    let group = groups.find(|g| block_bytes == 0 || g.block_bytes() == block_bytes).map(|g| g.id);
+    let group = group.ok_or_else(|| Failure::failed("this side's pool has no group with blocks of this size"))?;
     let blocks = (0..blocks).map(|b| Some(BlockId(b))).collect();
     let wanted = LocalBlocks { group, first_position: 0, blocks };
     consumer.pull(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes)).map_err(|e| {

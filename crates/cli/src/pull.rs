@@ -112,7 +112,7 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine.clone(), args.model.model(), layout).config(config).build()?;
     record.setup_us = Some(us(started.elapsed()));
-    let pull = peer::pull(&consumer, offer, blocks, args.lane.lanes(), left())?;
+    let pull = peer::pull(&consumer, (offer, 0), blocks, args.lane.lanes(), left())?;
     // A pull ends soon after its deadline, or it never does.
     match consumer.wait(left() + Duration::from_secs(30)) {
         Ok(ended) => {

@@ -20,6 +20,7 @@ use crate::{
     faults::Faults,
     lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
     memory::Memory,
+    tls::TlsIdentity,
 };
 
 /// The memory that lanes write, and the lanes' settings.
@@ -28,6 +29,7 @@ pub(super) struct Connector {
     local: LocalConfig,
     tcp: TcpConfig,
     dial: DialList,
+    tls: Option<Arc<TlsIdentity>>,
     faults: Option<Faults>,
     /// Lanes connected so far.
     lanes: AtomicU32,
@@ -37,7 +39,7 @@ pub(super) struct Connector {
 
 impl Connector {
     /// A connector of lanes into `memory`. Verbs rails are opened in the background: registering a large pool takes a while.
-    pub(super) fn new(memory: Memory, config: &Config) -> Self {
+    pub(super) fn new(memory: Memory, config: &Config, tls: Option<Arc<TlsIdentity>>) -> Self {
         Self {
             #[cfg(feature = "verbs")]
             verbs: (config.pull.lanes.contains(&LaneKind::Verbs))
@@ -47,6 +49,7 @@ impl Connector {
             tcp: config.tcp.clone(),
             // `Config::check` has refused a malformed list.
             dial: DialList::new(&config.dial).unwrap_or_default(),
+            tls,
             faults: config.pull.faults.clone(),
             lanes: AtomicU32::new(0),
         }
@@ -95,7 +98,8 @@ impl LaneConnector for Connector {
                         Some(host) => resolve(&host, port).await?,
                         None => SocketAddr::new(peer.ip(), port),
                     };
-                    Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp).await?)
+                    let tls = self.tls.as_deref();
+                    Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp, tls).await?)
                         as Box<dyn WakingLane>
                 }
                 LaneTicket::Local { uds, lane, key } => {

@@ -23,6 +23,14 @@ pub(crate) enum LaneError {
         /// The peer's reason.
         why: String,
     },
+    /// The peer and this side do not agree on TLS.
+    #[error("TLS with {to} failed: {why}; do both ends have certificates of one authority?")]
+    Tls {
+        /// The address.
+        to: String,
+        /// The TLS library's error.
+        why: String,
+    },
     /// Another incarnation of the peer answers.
     #[error("the peer has restarted since its Hello; its earlier offers are gone")]
     Restarted,
@@ -84,7 +92,7 @@ impl LaneError {
             | Self::NoPath { .. }
             | Self::Silent { .. }
             | Self::NotYet { .. } => Cause::Unreachable,
-            Self::Refused { .. } => Cause::Refused,
+            Self::Refused { .. } | Self::Tls { .. } => Cause::Refused,
             Self::Restarted => Cause::PeerRestarted,
             Self::Died => Cause::PeerDown,
             Self::Forbidden { .. } | Self::Protocol { .. } | Self::Io { .. } => Cause::LaneFailed,

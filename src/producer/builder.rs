@@ -121,7 +121,10 @@ impl Builder {
         let serves = |kind| self.lanes.contains(&kind);
         let limits = &self.config.limits;
         let tcp = serves(LaneKind::Tcp)
-            .then(|| tcp::Server::start(SocketAddr::new(bound.ip(), 0), export.clone(), me.incarnation, limits))
+            .then(|| {
+                let (bind, config) = (SocketAddr::new(bound.ip(), 0), &self.config.tcp);
+                tcp::Server::start(bind, export.clone(), me.incarnation, limits, config, tls.clone())
+            })
             .transpose()
             .map_err(StartError::os("cannot start the tcp lane"))?;
         let local = serves(LaneKind::Local)

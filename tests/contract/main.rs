@@ -12,6 +12,7 @@ mod proxy;
 mod quiet;
 mod sockets;
 mod timely;
+mod tls;
 
 /// Not a test: the work of a producer or consumer process, which other tests start.
 #[test]

@@ -76,12 +76,46 @@ fn a_link_that_reorders_and_duplicates_is_byte_exact() {
     assert!(data.reordered > 0 && data.duplicated > 0, "{data:?}");
 }
 
+#[test]
+#[ignore = "needs root and /dev/net/tun"]
+fn words_that_change_places_on_a_link_are_read_again_where_data_is_checksummed() {
+    let spec = Spec { checksum: true, ..Spec::default() };
+    // 4 MiB are about 3,000 packets in 16 chunks.
+    let data = exact_with(&spec, Conditions { swap: 0.001, ..Conditions::default() });
+    assert!(data.swapped > 0, "{data:?}");
+}
+
+#[test]
+#[ignore = "needs root and /dev/net/tun"]
+fn a_link_that_changes_every_packet_ends_the_pull_as_corrupt_and_loads_nothing_wrong() {
+    let wire = wire();
+    let spec = Spec { blocks: 64, checksum: true, ..Spec::default() };
+    let mut producer = producer(&wire, &spec);
+    let consumer = consumer(&spec, Config::default());
+    let offer = producer.offer_all();
+    wire.set_one(Direction::ToNear, Conditions { swap: 1.0, ..Conditions::default() });
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+    let end = ended(&consumer);
+    assert_eq!(end.outcome.cause(), Some(Cause::Corrupt), "{:?}", end.outcome);
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+    wire.set(Conditions::default());
+    let offer = producer.offer_all();
+    consumer.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+    let end = ended(&consumer);
+    assert!(end.outcome.complete(), "{:?}", end.outcome);
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+}
+
 /// Checks three pulls of all blocks over a wire with these conditions. Returns the counts of the data's direction.
 fn exact_under(conditions: Conditions) -> Counts {
+    exact_with(&Spec::default(), conditions)
+}
+
+fn exact_with(spec: &Spec, conditions: Conditions) -> Counts {
     let wire = wire();
     wire.set(conditions);
     // 4 MiB: with cubic congestion control, the lossy wire carries 2.6 MB/s.
-    let spec = Spec { blocks: 64, ..Spec::default() };
+    let spec = Spec { blocks: 64, ..spec.clone() };
     let mut producer = producer(&wire, &spec);
     let consumer = consumer(&spec, Config::default());
     for _ in 0..3 {

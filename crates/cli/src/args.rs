@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use kvferry::{LaneKind, Model, VerbsConfig};
+use kvferry::{LaneKind, Model, TcpConfig, VerbsConfig};
 
 use crate::report::Failure;
 
@@ -117,6 +117,28 @@ impl VerbsArgs {
             flags.extend(["--gid-index".to_owned(), index.to_string()]);
         }
         flags
+    }
+}
+
+/// The settings of the TCP lane.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct TcpArgs {
+    /// Checksum the data of the tcp lane, if the other side does too. A chunk that was changed on its way is read again.
+    #[arg(long)]
+    pub checksum: bool,
+}
+
+impl TcpArgs {
+    /// The configuration that these flags describe.
+    pub(crate) fn config(&self) -> TcpConfig {
+        let mut c = TcpConfig::default();
+        c.checksum = self.checksum;
+        c
+    }
+
+    /// The flags of `serve`.
+    pub(crate) fn serve_flags(&self) -> Vec<String> {
+        self.checksum.then(|| "--checksum".to_owned()).into_iter().collect()
     }
 }
 

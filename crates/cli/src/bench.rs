@@ -10,7 +10,7 @@ use kvferry::{ChunkSize, Config, Consumer, LaneKind, Memory, Offer, PoolLayout, 
 use kvferry_testkit::serve::Serve;
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
     peer::{self, Peer},
     perftest::Perftest,
     plot,
@@ -31,6 +31,8 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
+    #[command(flatten)]
+    tcp: TcpArgs,
     /// RDMA ports of the producer that bench starts. The default is the consumer's ports.
     #[arg(long, value_name = "RAIL,…", value_delimiter = ',', conflicts_with = "connect")]
     serve_rails: Vec<String>,
@@ -112,6 +114,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         // Each lane has its own consumer, so that no lane profits from another one's warm-up.
         let mut config = Config::default();
         config.verbs = args.verbs.config();
+        config.tcp = args.tcp.config();
         config.pull.lanes = vec![lane];
         let consumer = Consumer::builder("bench".parse()?, args.model.model(), layout.clone())
             .memory(memory.clone())
@@ -173,6 +176,7 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
         flags.push("--engine-memory".into());
     }
     flags.extend(args.verbs.serve_flags(&args.serve_rails));
+    flags.extend(args.tcp.serve_flags());
     flags
 }
 

@@ -9,7 +9,7 @@ use std::{
 use kvferry::{BadOffer, Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
     peer::{self, Peer},
     report::{Ending, Failure, PullRecord, ranges, size, us},
 };
@@ -31,6 +31,8 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
+    #[command(flatten)]
+    tcp: TcpArgs,
     /// Pull the offer in this file (JSON) instead of a new one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
@@ -108,6 +110,7 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     let layout = peer.local_layout(group.id, blocks)?;
     args::check_memory(layout.segments[0])?;
     config.verbs = args.verbs.config();
+    config.tcp = args.tcp.config();
     config.pull.faults = args.fault.clone();
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine.clone(), args.model.model(), layout).config(config).build()?;

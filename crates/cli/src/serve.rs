@@ -9,7 +9,7 @@ use kvferry_testkit::pattern;
 use serde::Serialize;
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
     offers::Bench,
     report::{Failure, size},
 };
@@ -40,6 +40,8 @@ pub(crate) struct Args {
     lane: LaneChoice,
     #[command(flatten)]
     verbs: VerbsArgs,
+    #[command(flatten)]
+    tcp: TcpArgs,
     /// Use anonymous memory, like an engine's own, instead of a pool that consumers on this host can map.
     #[arg(long)]
     engine_memory: bool,
@@ -131,6 +133,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     memory.touch()?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
+    config.tcp = args.tcp.config();
     config.lease.unclaimed = args.unclaimed_lease;
     config.lease.claimed = args.claim_lease;
     config.lease.hard_cap = args.hard_cap;

@@ -35,6 +35,8 @@ pub enum Cause {
     Stale,
     /// The lane broke, and no other lane was left.
     LaneFailed,
+    /// Bytes were changed on their way, again and again.
+    Corrupt,
     /// Wanted here, but not in the offer.
     NotOffered,
     /// The offer does not fit the peer's memory or this rank's.
@@ -61,6 +63,7 @@ impl Cause {
             Self::Revoked => "revoked",
             Self::Stale => "stale",
             Self::LaneFailed => "lane_failed",
+            Self::Corrupt => "corrupt",
             Self::NotOffered => "not_offered",
             Self::BadOffer => "bad_offer",
             Self::Limit => "limit",

@@ -111,8 +111,8 @@ pub enum LaneEvent {
         /// The word.
         word: u64,
     },
-    /// The data of this chunk is unverified, and no fence of it follows: read it again, on this attempt. None of its reads is
-    /// in flight. Comes instead of `Fence`; never from lanes with [`FenceKind::Trailer`].
+    /// The data of this chunk is unverified, or known to be wrong, and no fence of it follows: read it again, on this attempt.
+    /// None of its reads is in flight. Comes instead of `Fence`. The lane bounds how often: it fails the attempt instead.
     Again {
         /// The attempt.
         attempt: Attempt,

@@ -204,7 +204,7 @@ impl PullTracker {
         }
         match cause {
             // Another lane may succeed, if time and attempts are left.
-            Cause::LaneFailed | Cause::Unreachable => {}
+            Cause::LaneFailed | Cause::Unreachable | Cause::Corrupt => {}
             // The offer or its owner is gone: no lane can help.
             cause => self.conclude(now, cause),
         }
@@ -410,7 +410,7 @@ impl Machine for PullTracker {
                 }
                 if self.phase == Phase::Running {
                     match cause {
-                        Cause::LaneFailed | Cause::Unreachable => self.try_again(now, source, cause),
+                        Cause::LaneFailed | Cause::Unreachable | Cause::Corrupt => self.try_again(now, source, cause),
                         cause => self.conclude(now, cause),
                     }
                 }

@@ -2,7 +2,7 @@
 //!
 //! Two TUN devices are its ends: the near one in the network namespace of the thread that makes the wire, the far one
 //! in a new namespace. A thread of this process, the forwarder, reads packets from each and writes them to the other.
-//! On the way it loses, delays, duplicates and reorders packets, as a seeded generator decides. This needs no kernel
+//! On the way it loses, delays, duplicates, reorders and changes packets, as a seeded generator decides. This needs no kernel
 //! module but `tun` (`netem` is missing from many kernels), and [`Wire::counts`] tells a test how many packets were
 //! affected.
 //!

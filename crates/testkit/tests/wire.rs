@@ -226,6 +226,7 @@ fn tcp_is_exact_under_all_conditions_at_once() {
         jitter: Duration::from_micros(500),
         reorder: 0.02,
         duplicate: 0.01,
+        swap: 0.0,
     });
     let listener = wire.at_far(|| TcpListener::bind((wire.far(), 0)).unwrap());
     let mut out = TcpStream::connect_timeout(&listener.local_addr().unwrap(), SOON).unwrap();

@@ -25,7 +25,7 @@ impl Settings {
     #[new]
     #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
         early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
-        tls = None, seal_keys = Vec::new(), patience = None, dial = Vec::new(), engines = Vec::new()))]
+        tls = None, seal_keys = Vec::new(), patience = None, dial = Vec::new(), engines = Vec::new(), tcp_checksum = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         lanes: Option<Vec<String>>,
@@ -44,6 +44,7 @@ impl Settings {
         patience: Option<f64>,
         dial: Vec<String>,
         engines: Vec<String>,
+        tcp_checksum: bool,
     ) -> PyResult<Self> {
         let mut config = Config::default();
         let times = [
@@ -70,6 +71,7 @@ impl Settings {
         if let Some(n) = tcp_connections {
             config.tcp.connections = n;
         }
+        config.tcp.checksum = tcp_checksum;
         config.pull.on_wedge = match on_wedge {
             None | Some("withhold") => OnWedge::Withhold,
             Some("exit") => OnWedge::Exit,

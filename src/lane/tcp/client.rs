@@ -17,18 +17,23 @@ use rustix::event::epoll;
 
 use super::{
     dial,
-    frames::{MAX_BLOCKS, Status},
+    frames::{BadFrame, MAX_BLOCKS, Options, Status},
     handshake::Key,
     link::{ENTRIES, Link, Lost, Stop},
+    tls::is_change,
 };
 use crate::{
     config::TcpConfig,
     lane::{LaneError, WakingLane},
     memory::Memory,
+    tls::TlsIdentity,
 };
 
 /// Longest read. A read is one destination of a `readv` and one event, so longer reads gain nothing.
 const MAX_READ: u64 = 8 << 20;
+/// Chunks of one attempt that may arrive corrupt. Each is read again on this attempt, which costs little after a rare fault;
+/// a network that changes more than these needs another connection, which may take another path.
+const MOST_CORRUPT: u32 = 3;
 /// About how many bytes one `poll` moves at most: enough to be efficient, and little enough (about 1 ms) for other lanes.
 const POLL_BYTES: u64 = 4 << 20;
 
@@ -55,13 +60,16 @@ struct AttemptState {
     grant: Grant,
     /// A read of it failed: it posts no more.
     failed: bool,
+    /// Chunks of it that arrived corrupt.
+    corrupt: u32,
     /// A chunk whose reads are not all posted, and its connection.
     open: Option<(u32, usize)>,
 }
 
 impl TcpLane {
     /// Connects to a producer rank's data port; both sides prove to have the lane's key. `lane` and `key` come from
-    /// `ConnectLane`; `incarnation` comes from the rank's Hello. Takes 5 s at most for each connection.
+    /// `ConnectLane`; `incarnation` comes from the rank's Hello. With `tls`, only over TLS. Takes 5 s at most for each
+    /// connection.
     pub(crate) async fn connect(
         addr: SocketAddr,
         lane: u64,
@@ -69,15 +77,18 @@ impl TcpLane {
         incarnation: Incarnation,
         memory: Memory,
         config: &TcpConfig,
+        tls: Option<&TlsIdentity>,
     ) -> Result<Self, LaneError> {
         let failed = |e: rustix::io::Errno| LaneError::io("epoll")(e.into());
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
         let mut links = Vec::with_capacity(config.connections.max(1));
+        // TLS itself sees every change.
+        let options = Options::new(config.checksum && tls.is_none());
         for _ in 0..config.connections.max(1) {
-            let fd = dial::dial(addr, lane, key, incarnation).await?;
-            epoll::add(&epoll, &fd, epoll::EventData::new_u64(links.len() as u64), epoll::EventFlags::IN)
+            let dialed = dial::dial(addr, lane, key, incarnation, options, tls).await?;
+            epoll::add(&epoll, &dialed.fd, epoll::EventData::new_u64(links.len() as u64), epoll::EventFlags::IN)
                 .map_err(failed)?;
-            links.push(Link::new(fd));
+            links.push(Link::new(dialed));
         }
         Ok(Self {
             peer: addr,
@@ -113,12 +124,30 @@ impl TcpLane {
         }
     }
 
-    /// Closes everything. A closed connection writes nothing, so all attempts are quiet.
-    fn go_down(&mut self, cause: Cause, failed: bool, out: &mut Vec<LaneEvent>) {
+    /// A chunk arrived corrupt: has it read again, or fails the attempt.
+    fn corrupt(&mut self, attempt: Attempt, chunk: u32, out: &mut Vec<LaneEvent>) {
+        let Some(t) = self.attempts.get_mut(&attempt).filter(|t| !t.failed) else { return };
+        t.corrupt += 1;
+        if t.corrupt == 1 {
+            tracing::warn!(
+                peer = %self.peer, chunk,
+                "bytes were changed on their way, and are read again; look for the NIC, cable or proxy that does it"
+            );
+        }
+        if t.corrupt > MOST_CORRUPT {
+            self.fail(attempt, Cause::Corrupt, out);
+        } else {
+            out.push(LaneEvent::Again { attempt, chunk });
+        }
+    }
+
+    /// Closes everything. A closed connection writes nothing, so all attempts are quiet. Attempts that miss replies fail
+    /// with `failed`.
+    fn go_down(&mut self, cause: Cause, failed: Option<Cause>, out: &mut Vec<LaneEvent>) {
         for (attempt, t) in std::mem::take(&mut self.attempts) {
             let owed = t.open.is_some() || self.links.iter().any(|l| l.owes(attempt));
-            if failed && owed && !t.failed {
-                out.push(LaneEvent::Failed { attempt, cause: Cause::LaneFailed });
+            if let Some(cause) = failed.filter(|_| owed && !t.failed) {
+                out.push(LaneEvent::Failed { attempt, cause });
             }
             out.push(LaneEvent::Quiet { attempt });
         }
@@ -145,7 +174,7 @@ impl Lane for TcpLane {
             self.pending.push(LaneEvent::Failed { attempt: a, cause: Cause::LaneFailed });
             self.pending.push(LaneEvent::Quiet { attempt: a });
         } else {
-            self.attempts.insert(a, AttemptState { grant, failed: false, open: None });
+            self.attempts.insert(a, AttemptState { grant, failed: false, corrupt: 0, open: None });
         }
     }
 
@@ -202,7 +231,7 @@ impl Lane for TcpLane {
     fn kill(&mut self) {
         if !self.is_down() {
             let mut pending = std::mem::take(&mut self.pending);
-            self.go_down(Cause::LaneFailed, false, &mut pending);
+            self.go_down(Cause::LaneFailed, None, &mut pending);
             self.pending = pending;
         }
     }
@@ -227,6 +256,7 @@ impl Lane for TcpLane {
                         let cause = if status == Status::Stale { Cause::Stale } else { Cause::BadOffer };
                         self.fail(attempt, cause, out);
                     }
+                    Stop::Corrupt(attempt, chunk) => self.corrupt(attempt, chunk, out),
                     Stop::Lost(why) => {
                         lost = Some(why);
                         break;
@@ -240,12 +270,14 @@ impl Lane for TcpLane {
         }
         // The other connections are drained first: they are polled again, and the lost one reports the same error again.
         if let Some(why) = lost.filter(|_| !self.more) {
-            let cause = match why {
-                Lost::Closed | Lost::Broken(_) => Cause::PeerDown,
-                Lost::Malformed(_) | Lost::NotDue => Cause::LaneFailed,
+            let (cause, failed) = match why {
+                Lost::Closed | Lost::Broken(_) => (Cause::PeerDown, Cause::LaneFailed),
+                Lost::Malformed(BadFrame::Sum) => (Cause::Corrupt, Cause::Corrupt),
+                Lost::Tls(ref e) if is_change(e) => (Cause::Corrupt, Cause::Corrupt),
+                Lost::Malformed(_) | Lost::NotDue | Lost::Tls(_) => (Cause::LaneFailed, Cause::LaneFailed),
             };
             tracing::warn!(peer = %self.peer, "tcp lane lost: {why}");
-            self.go_down(cause, true, out);
+            self.go_down(cause, Some(failed), out);
         }
     }
 }

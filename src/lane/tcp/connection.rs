@@ -4,7 +4,10 @@
 //! consumer that requests more than it receives is slowed down by its own socket. Loads the fence word of a reply only after
 //! its last byte has been copied out of the pool, and before the trailer leaves (promise 2, Fresh). Never waits.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 use kvferry_proto::Incarnation;
 use rustix::{
@@ -14,9 +17,11 @@ use rustix::{
 };
 
 use super::{
-    frames::{Answer, Challenge, Entry, Proof, Reply, Request, Status, Trailer, Verdict},
+    frames::{Answer, Challenge, Entry, Proof, Reply, Request, SUM, Status, Trailer, Verdict, check_request},
     gather::gather,
     handshake::{Key, Keyed},
+    sum::DataSum,
+    tls::{Sealer, blocks},
 };
 use crate::memory::{Export, Span};
 
@@ -34,12 +39,12 @@ pub(super) struct Shared<'a> {
 }
 
 /// A connection's next step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Next {
     /// Go on when the socket is ready for this.
     Wait(EventFlags),
-    /// Close it.
-    Close,
+    /// Close it. The reason, if the peer broke a protocol.
+    Close(Option<String>),
 }
 
 enum Phase {
@@ -54,6 +59,8 @@ enum Phase {
 /// The reply in progress.
 struct Serving {
     tag: u64,
+    /// The request's checksum.
+    request: u64,
     slot: u32,
     nonce: u64,
     /// Bytes of data not sent yet.
@@ -63,6 +70,7 @@ struct Serving {
 /// One connection.
 pub(super) struct Connection {
     fd: OwnedFd,
+    tls: Option<Box<Sealer>>,
     phase: Phase,
     /// Received requests; decoded up to `decoded`.
     input: Vec<u8>,
@@ -71,6 +79,8 @@ pub(super) struct Connection {
     head: Vec<u8>,
     sent: usize,
     serving: Option<Serving>,
+    /// The checksum of the data that was sent of the reply in progress; `None` if the two sides have not agreed on it.
+    sum: Option<DataSum>,
     /// Data to send: from `spans[at]` on, without its first `skip` bytes.
     spans: Vec<Span>,
     at: usize,
@@ -89,21 +99,25 @@ enum Halt {
     Empty,
     /// Its turn is over.
     Turn,
-    /// The peer is gone or breaks the protocol.
+    /// The peer is gone.
     Over,
+    /// The peer breaks a protocol.
+    Broken(String),
 }
 
 impl Connection {
     /// An accepted connection; its socket does not block.
-    pub(super) fn new(fd: OwnedFd, challenge: Challenge) -> Self {
+    pub(super) fn new(fd: OwnedFd, tls: Option<Box<Sealer>>, challenge: Challenge) -> Self {
         Self {
             fd,
+            tls,
             head: challenge.encode().to_vec(),
             phase: Phase::Proving(challenge),
             input: Vec::new(),
             decoded: 0,
             sent: 0,
             serving: None,
+            sum: None,
             spans: Vec::new(),
             at: 0,
             skip: 0,
@@ -114,6 +128,16 @@ impl Connection {
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// The peer's address.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        rustix::net::getpeername(&self.fd).ok()??.try_into().ok()
+    }
+
+    /// Whether a TLS handshake is going on.
+    pub(super) fn is_handshaking(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
     /// Whether the proof is outstanding.
@@ -142,7 +166,8 @@ impl Connection {
                 Ok(()) => {}
                 Err(Halt::Full | Halt::Turn) => return Next::Wait(EventFlags::OUT),
                 Err(Halt::Empty) => return Next::Wait(EventFlags::IN),
-                Err(Halt::Over) => return Next::Close,
+                Err(Halt::Over) => return Next::Close(None),
+                Err(Halt::Broken(why)) => return Next::Close(Some(why)),
             }
         }
     }
@@ -150,6 +175,9 @@ impl Connection {
     fn step(&mut self, shared: &mut Shared<'_>, bytes: &mut u64) -> Result<(), Halt> {
         if *bytes == 0 {
             return Err(Halt::Turn);
+        }
+        if let Some(tls) = &mut self.tls {
+            tls.flush(self.fd.as_fd()).map_err(halt)?;
         }
         if self.serving.is_some() {
             self.cork(true);
@@ -194,12 +222,13 @@ impl Connection {
     }
 
     fn judge(&mut self, challenge: &Challenge, proof: &Proof, shared: &Shared<'_>) {
-        let (lane, random) = (proof.lane, &proof.random);
-        let key = (shared.key)(lane);
-        let keyed = key.as_ref().map(|key| Keyed { key, challenge, random, lane, incarnation: shared.incarnation });
+        let &Proof { lane, options, ref random, .. } = proof;
+        let (key, incarnation) = ((shared.key)(lane), shared.incarnation);
+        let keyed = key.as_ref().map(|key| Keyed { key, challenge, options, random, lane, incarnation });
         match keyed.filter(|k| k.is_consumer(&proof.mac)) {
             Some(k) => {
                 self.head.extend_from_slice(&Answer { verdict: Verdict::Welcome, mac: k.producer() }.encode());
+                self.sum = options.both(challenge.options).sums().then(DataSum::default);
                 self.phase = Phase::Serving { lane };
             }
             None => self.refuse(Verdict::Refused),
@@ -210,9 +239,11 @@ impl Connection {
     fn next_request(&mut self, export: &Export) -> Result<bool, Halt> {
         let input = &self.input[self.decoded..];
         let Some(header) = input.first_chunk() else { return Ok(false) };
-        let request = Request::decode(header).map_err(|_| Halt::Over)?;
-        let end = Request::LEN + request.count as usize * Entry::LEN;
-        let Some(entries) = input.get(Request::LEN..end) else { return Ok(false) };
+        let request = Request::decode(header).map_err(|e| Halt::Broken(e.to_string()))?;
+        let end = Request::LEN + request.count as usize * Entry::LEN + SUM;
+        let Some(whole) = input.get(..end) else { return Ok(false) };
+        let sum = check_request(whole).map_err(|e| Halt::Broken(e.to_string()))?;
+        let entries = &whole[Request::LEN..end - SUM];
         let Request { tag, slot, nonce, .. } = request;
         let result = match export.resolve(slot, nonce) {
             None => Err(Status::Stale),
@@ -223,11 +254,11 @@ impl Connection {
         self.decoded += end;
         match result {
             Ok(left) => {
-                self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode());
-                self.serving = Some(Serving { tag, slot, nonce, left });
+                self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode(sum));
+                self.serving = Some(Serving { tag, request: sum, slot, nonce, left });
                 (self.at, self.skip) = (0, 0);
             }
-            Err(status) => self.head.extend_from_slice(&Reply { status, tag, total: 0 }.encode()),
+            Err(status) => self.head.extend_from_slice(&Reply { status, tag, total: 0 }.encode(sum)),
         }
         Ok(true)
     }
@@ -246,17 +277,20 @@ impl Connection {
         let cut = sum.saturating_sub(*bytes + self.skip);
         let Some(last) = n.checked_sub(1) else { return Err(Halt::Over) };
         rest[last].len -= cut;
-        let sent = export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip);
-        rest[last].len += cut;
-        let sent = match sent {
-            Ok(sent) => sent,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Err(Halt::Full),
-            Err(_) => return Err(Halt::Over),
+        let sent = match &mut self.tls {
+            None => export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip),
+            Some(tls) => tls.seal_spans(head, &export.memory, &rest[..n], self.skip, sum - cut - self.skip),
         };
+        rest[last].len += cut;
+        let sent = sent.map_err(halt)?;
         let wanted = head.len() as u64 + sum - cut - self.skip;
         let of_head = sent.min(head.len());
         self.sent += of_head;
         let data = (sent - of_head) as u64;
+        if let Some(sum) = &mut self.sum {
+            // The bytes are still in the cache.
+            sum.add(&export.memory, &self.spans[self.at..], self.skip, data);
+        }
         *bytes = bytes.saturating_sub(data);
         serving.left = serving.left.saturating_sub(data);
         self.skip += data;
@@ -267,15 +301,17 @@ impl Connection {
             self.at += 1;
         }
         if serving.left == 0 {
-            // Every byte has been copied into the socket, so the word loaded now covers all of them.
+            // Every byte has been copied into the socket, and added to the checksum, so the word loaded now covers all of
+            // them: bytes that changed in between are stale.
             let word = export.still(serving.slot, serving.nonce);
-            let trailer = Trailer { tag: serving.tag, word }.encode();
+            let data = self.sum.as_mut().map_or(0, DataSum::finish);
+            let trailer = Trailer { tag: serving.tag, word, data }.encode(serving.request);
             self.head.clear();
             self.sent = 0;
             self.head.extend_from_slice(&trailer);
             self.serving = None;
             Ok(())
-        } else if (sent as u64) < wanted {
+        } else if (sent as u64) < wanted && self.tls.is_none() {
             // A partial send: the next call would only return that there is no room.
             Err(Halt::Full)
         } else {
@@ -284,18 +320,26 @@ impl Connection {
     }
 
     fn send_head(&mut self) -> Result<(), Halt> {
+        if let Some(tls) = &mut self.tls {
+            self.sent += tls.seal(&self.head[self.sent..]).map_err(halt)?;
+            return Ok(self.head_sent());
+        }
         match rustix::net::send(&self.fd, &self.head[self.sent..], SendFlags::NOSIGNAL) {
             Ok(n) => self.sent += n,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Err(Halt::Full),
             Err(_) => return Err(Halt::Over),
         }
+        self.head_sent();
+        Ok(())
+    }
+
+    fn head_sent(&mut self) {
         if self.sent == self.head.len() {
             self.head.clear();
             self.head.shrink_to(KEEP);
             self.sent = 0;
         }
-        Ok(())
     }
 
     /// Receives requests. Called only when every complete request has been answered.
@@ -310,15 +354,31 @@ impl Connection {
         match rustix::net::recv(&self.fd, &mut *scratch, RecvFlags::empty()) {
             Ok((0, _)) => Err(Halt::Over),
             Ok((n, _)) => {
-                self.input.extend_from_slice(&scratch[..n]);
                 *bytes = bytes.saturating_sub(n as u64);
-                Ok(())
+                let Some(tls) = &mut self.tls else {
+                    self.input.extend_from_slice(&scratch[..n]);
+                    return Ok(());
+                };
+                let opened = tls.open(&scratch[..n], &mut self.input);
+                match opened {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(Halt::Over),
+                    Err(e) => {
+                        // The alert tells the peer why.
+                        let _ = tls.flush(self.fd.as_fd());
+                        Err(Halt::Broken(format!("TLS: {e}")))
+                    }
+                }
             }
             Err(Errno::INTR) => Ok(()),
             Err(Errno::AGAIN) => Err(Halt::Empty),
             Err(_) => Err(Halt::Over),
         }
     }
+}
+
+fn halt(e: std::io::Error) -> Halt {
+    if blocks(&e) { Halt::Full } else { Halt::Over }
 }
 
 /// Most spans of one call: 1024 pieces, one of them the head.

@@ -1,6 +1,8 @@
 //! The frames of a data connection: fixed sizes, little endian, no I/O, no allocation. Any bytes decode to a frame or to
 //! [`BadFrame`], without a panic. See [the module](super) for the order of frames.
 
+use super::sum::sum;
+
 /// The magic of a challenge and of an answer.
 const HELLO: u32 = u32::from_le_bytes(*b"KVFd");
 /// The magic of a request.
@@ -8,7 +10,9 @@ const REQUEST: u32 = u32::from_le_bytes(*b"KVFq");
 /// The magic of a reply.
 const REPLY: u32 = u32::from_le_bytes(*b"KVFr");
 /// Version of these frames.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Length of the checksum that ends a request, a reply's head and its trailer, in bytes.
+pub(super) const SUM: usize = 8;
 
 /// Most entries of a request: 2 MiB, the most that a producer buffers for one connection.
 pub(super) const MAX_ENTRIES: u32 = 1 << 16;
@@ -29,11 +33,42 @@ pub(super) enum BadFrame {
     /// A field is out of range.
     #[error("{0} is out of range")]
     Field(&'static str),
+    /// The frame was changed on its way.
+    #[error("the frame's checksum does not match: the network changes bytes")]
+    Sum,
+}
+
+/// What a side wants of a connection. An option is in force if both sides want it. Both proofs cover both sides' options, so
+/// a change on the way turns none off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Options(u32);
+
+impl Options {
+    /// `sums`: checksum the data of every reply.
+    pub(super) fn new(sums: bool) -> Self {
+        Self(u32::from(sums))
+    }
+
+    /// The options that both sides want.
+    pub(super) fn both(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether the data of every reply is checksummed.
+    pub(super) fn sums(self) -> bool {
+        self.0 & 1 != 0
+    }
+
+    pub(super) fn to_le_bytes(self) -> [u8; 4] {
+        self.0.to_le_bytes()
+    }
 }
 
 /// First frame, from the producer: an input of the proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Challenge {
+    /// What the producer wants.
+    pub options: Options,
     /// Random, new for every connection.
     pub random: [u8; 32],
 }
@@ -43,6 +78,8 @@ pub(super) struct Challenge {
 pub(super) struct Proof {
     /// The lane, as `ConnectLane` named it.
     pub lane: u64,
+    /// What the consumer wants.
+    pub options: Options,
     /// Random, new for every connection: an input of the producer's proof.
     pub random: [u8; 32],
     /// See [`super::handshake::Keyed::consumer`].
@@ -71,7 +108,7 @@ pub(super) enum Verdict {
     TooLate,
 }
 
-/// A request for pieces of blocks: `count` entries follow.
+/// A request for pieces of blocks: `count` entries follow, then a checksum of all bytes before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Request {
     /// Entries that follow; 1 to [`MAX_ENTRIES`].
@@ -130,18 +167,21 @@ pub(super) struct Trailer {
     pub tag: u64,
     /// The fence word, as it was after the last byte had been copied.
     pub word: u64,
+    /// Checksum of the data, as it was copied; 0 unless both sides want it.
+    pub data: u64,
 }
 
 impl Challenge {
     /// Length of the frame, in bytes.
-    pub(super) const LEN: usize = 40;
+    pub(super) const LEN: usize = 44;
 
     /// The frame's bytes.
     pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, HELLO.to_le_bytes());
         put(&mut b, 4, VERSION.to_le_bytes());
-        put(&mut b, 8, self.random);
+        put(&mut b, 8, self.options.to_le_bytes());
+        put(&mut b, 12, self.random);
         b
     }
 
@@ -151,7 +191,7 @@ impl Challenge {
             return Err(BadFrame::Magic);
         }
         match u32_at(b, 4) {
-            VERSION => Ok(Self { random: get(b, 8) }),
+            VERSION => Ok(Self { options: Options(u32_at(b, 8)), random: get(b, 12) }),
             other => Err(BadFrame::Version(other)),
         }
     }
@@ -159,20 +199,21 @@ impl Challenge {
 
 impl Proof {
     /// Length of the frame, in bytes.
-    pub(super) const LEN: usize = 72;
+    pub(super) const LEN: usize = 76;
 
     /// The frame's bytes.
     pub(super) fn encode(&self) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, self.lane.to_le_bytes());
-        put(&mut b, 8, self.random);
-        put(&mut b, 40, self.mac);
+        put(&mut b, 8, self.options.to_le_bytes());
+        put(&mut b, 12, self.random);
+        put(&mut b, 44, self.mac);
         b
     }
 
     /// Decodes the frame. Any bytes are a frame; the proof itself is checked separately.
     pub(super) fn decode(b: &[u8; Self::LEN]) -> Self {
-        Self { lane: u64_at(b, 0), random: get(b, 8), mac: get(b, 40) }
+        Self { lane: u64_at(b, 0), options: Options(u32_at(b, 8)), random: get(b, 12), mac: get(b, 44) }
     }
 }
 
@@ -274,12 +315,26 @@ impl Entry {
     }
 }
 
+/// Ends a request's bytes, which begin at `from`, with their checksum. Returns the checksum.
+pub(super) fn seal_request(out: &mut Vec<u8>, from: usize) -> u64 {
+    let sum = sum(&out[from..], 0);
+    out.extend_from_slice(&sum.to_le_bytes());
+    sum
+}
+
+/// The checksum of a whole request, if it matches.
+pub(super) fn check_request(b: &[u8]) -> Result<u64, BadFrame> {
+    let Some((bytes, &end)) = b.split_last_chunk::<SUM>() else { return Err(BadFrame::Sum) };
+    let sum = sum(bytes, 0);
+    if sum == u64::from_le_bytes(end) { Ok(sum) } else { Err(BadFrame::Sum) }
+}
+
 impl Reply {
     /// Length of the header, in bytes.
-    pub(super) const LEN: usize = 24;
+    pub(super) const LEN: usize = 24 + SUM;
 
-    /// The header's bytes.
-    pub(super) fn encode(&self) -> [u8; Self::LEN] {
+    /// The header's bytes, in reply to the request with this checksum.
+    pub(super) fn encode(&self, request: u64) -> [u8; Self::LEN] {
         let status: u32 = match self.status {
             Status::Ok => 0,
             Status::Stale => 1,
@@ -290,13 +345,18 @@ impl Reply {
         put(&mut b, 4, status.to_le_bytes());
         put(&mut b, 8, self.tag.to_le_bytes());
         put(&mut b, 16, self.total.to_le_bytes());
+        let sum = sum(&b[..24], request);
+        put(&mut b, 24, sum.to_le_bytes());
         b
     }
 
-    /// Decodes the header.
-    pub(super) fn decode(b: &[u8; Self::LEN]) -> Result<Self, BadFrame> {
+    /// Decodes the header of the reply to the request with this checksum.
+    pub(super) fn decode(b: &[u8; Self::LEN], request: u64) -> Result<Self, BadFrame> {
         if u32_at(b, 0) != REPLY {
             return Err(BadFrame::Magic);
+        }
+        if u64_at(b, 24) != sum(&b[..24], request) {
+            return Err(BadFrame::Sum);
         }
         let status = match u32_at(b, 4) {
             0 => Status::Ok,
@@ -310,19 +370,25 @@ impl Reply {
 
 impl Trailer {
     /// Length of the trailer, in bytes.
-    pub(super) const LEN: usize = 16;
+    pub(super) const LEN: usize = 24 + SUM;
 
-    /// The trailer's bytes.
-    pub(super) fn encode(&self) -> [u8; Self::LEN] {
+    /// The trailer's bytes, in reply to the request with this checksum.
+    pub(super) fn encode(&self, request: u64) -> [u8; Self::LEN] {
         let mut b = [0; Self::LEN];
         put(&mut b, 0, self.tag.to_le_bytes());
         put(&mut b, 8, self.word.to_le_bytes());
+        put(&mut b, 16, self.data.to_le_bytes());
+        let sum = sum(&b[..24], request);
+        put(&mut b, 24, sum.to_le_bytes());
         b
     }
 
-    /// Decodes the trailer. Any bytes are a trailer.
-    pub(super) fn decode(b: &[u8; Self::LEN]) -> Self {
-        Self { tag: u64_at(b, 0), word: u64_at(b, 8) }
+    /// Decodes the trailer of the reply to the request with this checksum.
+    pub(super) fn decode(b: &[u8; Self::LEN], request: u64) -> Result<Self, BadFrame> {
+        if u64_at(b, 24) != sum(&b[..24], request) {
+            return Err(BadFrame::Sum);
+        }
+        Ok(Self { tag: u64_at(b, 0), word: u64_at(b, 8), data: u64_at(b, 16) })
     }
 }
 
@@ -367,18 +433,18 @@ mod tests {
             challenge in bytes(HELLO), proof in bytes(HELLO), answer in bytes(HELLO), request in bytes(REQUEST),
             entry in bytes(0), reply in bytes(REPLY), trailer in bytes(0),
         ) {
-            let _ = (Challenge::decode(&challenge), Answer::decode(&answer), Entry::decode(&entry), Reply::decode(&reply));
+            let _ = (Challenge::decode(&challenge), Answer::decode(&answer), Entry::decode(&entry));
+            let _ = (Reply::decode(&reply, 0), Trailer::decode(&trailer, 0));
             if let Ok(r) = Request::decode(&request) {
                 prop_assert!(r.count >= 1 && r.count <= MAX_ENTRIES);
             }
             prop_assert_eq!(Proof::decode(&proof).encode(), proof);
-            prop_assert_eq!(Trailer::decode(&trailer).encode(), trailer);
         }
 
         #[test]
         fn every_frame_decodes_as_it_was_encoded(
             count in 1..=MAX_ENTRIES, tag: u64, nonce: u64, slot: u32, group: u16, region: u16, position: u32,
-            blocks: u32, within: u64, piece: u64, total: u64, random: [u8; 32],
+            blocks: u32, within: u64, piece: u64, total: u64, random: [u8; 32], sums: bool, sum: u64,
         ) {
             let request = Request { count, tag, nonce, slot };
             prop_assert_eq!(Request::decode(&request.encode()), Ok(request));
@@ -386,9 +452,14 @@ mod tests {
             prop_assert_eq!(Entry::decode(&entry.encode()), Ok(entry));
             for status in [Status::Ok, Status::Stale, Status::OutOfBounds] {
                 let reply = Reply { status, tag, total };
-                prop_assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
+                prop_assert_eq!(Reply::decode(&reply.encode(sum), sum), Ok(reply));
+                prop_assert_eq!(Reply::decode(&reply.encode(sum), !sum), Err(BadFrame::Sum));
             }
-            prop_assert_eq!(Challenge::decode(&Challenge { random }.encode()), Ok(Challenge { random }));
+            let trailer = Trailer { tag, word: nonce, data: total };
+            prop_assert_eq!(Trailer::decode(&trailer.encode(sum), sum), Ok(trailer));
+            prop_assert_eq!(Trailer::decode(&trailer.encode(sum), !sum), Err(BadFrame::Sum));
+            let challenge = Challenge { options: Options::new(sums), random };
+            prop_assert_eq!(Challenge::decode(&challenge.encode()), Ok(challenge));
             for verdict in [Verdict::Welcome, Verdict::Refused, Verdict::Full, Verdict::TooLate] {
                 let answer = Answer { verdict, mac: random };
                 prop_assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
@@ -397,8 +468,31 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_with_any_bit_flipped_is_refused() {
+        let mut request = Request { count: 1, tag: 7, nonce: 8, slot: 9 }.encode().to_vec();
+        let entry = Entry { group: 1, region: 2, position: 3, blocks: 4, within: 5, piece: 6 };
+        request.extend_from_slice(&entry.encode());
+        let sum = seal_request(&mut request, 0);
+        assert_eq!(check_request(&request), Ok(sum));
+        let reply = Reply { status: Status::Ok, tag: 7, total: 24 }.encode(sum);
+        let trailer = Trailer { tag: 7, word: 8, data: 0 }.encode(sum);
+        for bit in 0..request.len() * 8 {
+            request[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(check_request(&request), Err(BadFrame::Sum), "bit {bit}");
+            request[bit / 8] ^= 1 << (bit % 8);
+        }
+        for bit in 0..Reply::LEN * 8 {
+            let (mut r, mut t) = (reply, trailer);
+            r[bit / 8] ^= 1 << (bit % 8);
+            t[bit / 8] ^= 1 << (bit % 8);
+            assert!(Reply::decode(&r, sum).is_err(), "bit {bit}");
+            assert_eq!(Trailer::decode(&t, sum), Err(BadFrame::Sum), "bit {bit}");
+        }
+    }
+
+    #[test]
     fn another_version_is_named() {
-        let mut b = Challenge { random: [7; 32] }.encode();
+        let mut b = Challenge { options: Options::default(), random: [7; 32] }.encode();
         b[4] = 9;
         assert_eq!(Challenge::decode(&b), Err(BadFrame::Version(9)));
         b[0] ^= 1;

@@ -7,7 +7,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use kvferry_proto::Incarnation;
 use sha2::Sha256;
 
-use super::frames::Challenge;
+use super::frames::{Challenge, Options};
 
 /// Key of one lane.
 pub(super) type Key = [u8; 32];
@@ -18,6 +18,8 @@ pub(super) struct Keyed<'a> {
     pub key: &'a Key,
     /// The producer's challenge.
     pub challenge: &'a Challenge,
+    /// What the consumer wants.
+    pub options: Options,
     /// The consumer's random bytes.
     pub random: &'a [u8; 32],
     /// The lane.
@@ -27,7 +29,8 @@ pub(super) struct Keyed<'a> {
 }
 
 impl Keyed<'_> {
-    /// The consumer's proof: HMAC-SHA256 under the key, over a label, both sides' random bytes, lane and incarnation.
+    /// The consumer's proof: HMAC-SHA256 under the key, over a label, both sides' options and random bytes, lane
+    /// and incarnation.
     pub(super) fn consumer(&self) -> [u8; 32] {
         self.mac(CONSUMER).finalize().into_bytes().into()
     }
@@ -54,7 +57,9 @@ impl Keyed<'_> {
         block[..32].copy_from_slice(self.key);
         let mut mac = Hmac::<Sha256>::new(&block.into());
         mac.update(label);
+        mac.update(&self.challenge.options.to_le_bytes());
         mac.update(&self.challenge.random);
+        mac.update(&self.options.to_le_bytes());
         mac.update(self.random);
         mac.update(&self.lane.to_le_bytes());
         mac.update(&self.incarnation.get().to_le_bytes());
@@ -63,8 +68,8 @@ impl Keyed<'_> {
 }
 
 // Of equal length, so that no following byte can pass for a part of a label.
-const CONSUMER: &[u8] = b"kvferry data 1 consumer\0";
-const PRODUCER: &[u8] = b"kvferry data 1 producer\0";
+const CONSUMER: &[u8] = b"kvferry data 2 consumer\0";
+const PRODUCER: &[u8] = b"kvferry data 2 producer\0";
 
 #[cfg(test)]
 mod tests {
@@ -73,14 +78,17 @@ mod tests {
     #[test]
     fn a_proof_holds_for_its_own_connection_only() {
         let (key, other) = ([1; 32], [2; 32]);
-        let (c1, c2) = (Challenge { random: [3; 32] }, Challenge { random: [4; 32] });
+        let (want, none) = (Options::new(true), Options::new(false));
+        let c1 = Challenge { options: want, random: [3; 32] };
         let (here, reborn) = (Incarnation::random(), Incarnation::random());
-        let good = Keyed { key: &key, challenge: &c1, random: &[5; 32], lane: 7, incarnation: here };
+        let good = Keyed { key: &key, challenge: &c1, options: want, random: &[5; 32], lane: 7, incarnation: here };
         assert!(good.is_consumer(&good.consumer()) && good.is_producer(&good.producer()));
         assert!(!good.is_producer(&good.consumer()), "the consumer's proof sent back proves nothing");
         for bad in [
             Keyed { key: &other, ..good },
-            Keyed { challenge: &c2, ..good },
+            Keyed { challenge: &Challenge { random: [4; 32], ..c1 }, ..good },
+            Keyed { challenge: &Challenge { options: none, ..c1 }, ..good },
+            Keyed { options: none, ..good },
             Keyed { random: &[6; 32], ..good },
             Keyed { lane: 8, ..good },
             Keyed { incarnation: reborn, ..good },
@@ -94,12 +102,16 @@ mod tests {
     fn the_proof_is_plain_hmac_sha256() {
         // The crate tests RFC 4231 itself; this test catches a change of the proof's input.
         let key = [0x0b; 32];
-        let challenge = Challenge { random: [1; 32] };
+        let challenge = Challenge { options: Options::new(true), random: [1; 32] };
         let Some(incarnation) = Incarnation::from_wire(9) else { unreachable!() };
-        let keyed = Keyed { key: &key, challenge: &challenge, random: &[2; 32], lane: 3, incarnation };
+        let options = Options::default();
+        let keyed = Keyed { key: &key, challenge: &challenge, options, random: &[2; 32], lane: 3, incarnation };
         let mut plain = Hmac::<Sha256>::new_from_slice(&key).unwrap();
-        plain.update(b"kvferry data 1 consumer\0");
-        plain.update(&[[1; 32], [2; 32]].concat());
+        plain.update(b"kvferry data 2 consumer\0");
+        plain.update(&[1, 0, 0, 0]);
+        plain.update(&[1; 32]);
+        plain.update(&[0; 4]);
+        plain.update(&[2; 32]);
         plain.update(&[3, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
         assert!(plain.verify_slice(&keyed.consumer()).is_ok());
     }

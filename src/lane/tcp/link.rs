@@ -1,8 +1,9 @@
 //! One connection of a lane, on the consumer's side: requests out, replies in.
 //!
 //! Owns the socket and the order of its requests. Data goes from the socket straight into the requested blocks; an
-//! unexpected reply ends the connection before any of its bytes is written. Never waits, and never writes for a request
-//! whose attempt was stopped (promise 4, Quiet).
+//! unexpected reply ends the connection before any of its bytes is written. A chunk whose bytes were changed on their way is
+//! reported as corrupt instead of fenced (promise 1, Exact). Never waits, and never writes for a request whose attempt was
+//! stopped (promise 4, Quiet).
 
 use std::{
     collections::VecDeque,
@@ -16,7 +17,12 @@ use rustix::{
     net::{RecvFlags, SendFlags},
 };
 
-use super::frames::{BadFrame, Entry, Reply, Request, Status, Trailer};
+use super::{
+    dial::Dialed,
+    frames::{BadFrame, Entry, Reply, Request, Status, Trailer, seal_request},
+    sum::DataSum,
+    tls::{Opener, Pause},
+};
 use crate::memory::{Memory, Span, set_low_water};
 
 /// Most entries of a request: its frame, 64 KiB, fits into a socket buffer, and its reply is long enough.
@@ -29,6 +35,8 @@ const BETWEEN: usize = Trailer::LEN + Reply::LEN;
 /// A request whose reply is incomplete.
 struct Pending {
     tag: u64,
+    /// The request's checksum: its reply's frames are bound to it.
+    sum: u64,
     attempt: Attempt,
     chunk: u32,
     /// Its trailer's word is the chunk's fence.
@@ -58,6 +66,8 @@ pub(super) enum Stop {
     Bound,
     /// A request was refused. The connection goes on.
     Refused(Attempt, Status),
+    /// All of a chunk has come, and bytes of it were changed on their way. The connection goes on.
+    Corrupt(Attempt, u32),
     /// The connection is unusable.
     Lost(Lost),
 }
@@ -73,6 +83,8 @@ pub(super) enum Lost {
     Malformed(BadFrame),
     #[error("the producer's reply breaks the protocol: it does not answer the oldest request")]
     NotDue,
+    #[error("TLS: {0}")]
+    Tls(rustls::Error),
 }
 
 /// During a long reply, the owner sleeps until this many bytes have come. A wake-up for every packet costs both sides a
@@ -83,6 +95,7 @@ const LOW_WATER: u64 = 1 << 20;
 /// One connection.
 pub(super) struct Link {
     fd: OwnedFd,
+    tls: Option<Box<Opener>>,
     /// Encoded requests, sent up to `sent`.
     out: Vec<u8>,
     sent: usize,
@@ -97,6 +110,10 @@ pub(super) struct Link {
     frame: [u8; BETWEEN],
     have: usize,
     next_tag: u64,
+    /// The checksum of the received data of the first pending request; `None` if the two sides have not agreed on it.
+    data: Option<DataSum>,
+    /// Chunks of which a reply was changed on its way, until their last reply.
+    corrupt: Vec<(Attempt, u32)>,
     /// Bytes requested and not received.
     pub(super) outstanding: u64,
     /// Whether the owner's epoll waits for room to send.
@@ -106,10 +123,11 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// A connection whose handshake is done. The socket does not block.
-    pub(super) fn new(fd: OwnedFd) -> Self {
+    /// A connection whose handshake is done.
+    pub(super) fn new(Dialed { fd, options, tls }: Dialed) -> Self {
         Self {
             fd,
+            tls,
             out: Vec::new(),
             sent: 0,
             send_error: None,
@@ -120,6 +138,8 @@ impl Link {
             frame: [0; BETWEEN],
             have: 0,
             next_tag: 0,
+            data: options.sums().then(DataSum::default),
+            corrupt: Vec::new(),
             outstanding: 0,
             wants_room: false,
             low_water: 1,
@@ -136,6 +156,7 @@ impl Link {
         let tag = self.next_tag;
         self.next_tag += 1;
         let (count, nonce) = (reads.len() as u32, grant.nonce.get());
+        let begin = self.out.len();
         self.out.extend_from_slice(&Request { count, tag, nonce, slot: grant.slot }.encode());
         let mut total = 0;
         for r in reads {
@@ -151,14 +172,16 @@ impl Link {
             self.spans.push_back(Span { segment: r.dst_segment, offset: r.dst_offset, len: r.len });
             total += r.len;
         }
+        let sum = seal_request(&mut self.out, begin);
         self.outstanding += total;
         let spans = reads.len();
-        self.pending.push_back(Pending { tag, attempt, chunk: first.chunk, fence, dead: false, spans, total });
+        self.pending.push_back(Pending { tag, sum, attempt, chunk: first.chunk, fence, dead: false, spans, total });
     }
 
     /// Stops an attempt: from now on its replies are neither written to its blocks nor reported.
     pub(super) fn stop(&mut self, attempt: Attempt) {
         self.pending.iter_mut().filter(|a| a.attempt == attempt).for_each(|a| a.dead = true);
+        self.corrupt.retain(|(a, _)| *a != attempt);
     }
 
     /// Whether a reply to this attempt, not stopped, is outstanding.
@@ -168,20 +191,31 @@ impl Link {
 
     /// Sends queued requests. True if the socket has no room for the rest.
     pub(super) fn flush(&mut self) -> bool {
-        while self.sent < self.out.len() && self.send_error.is_none() {
-            match rustix::net::send(&self.fd, &self.out[self.sent..], SendFlags::NOSIGNAL) {
-                Ok(n) => self.sent += n,
+        let (out, sent) = match &mut self.tls {
+            None => (&mut self.out, &mut self.sent),
+            Some(tls) => {
+                if !self.out.is_empty() && tls.seal(&self.out).is_err() {
+                    self.send_error = Some(Errno::PIPE);
+                }
+                self.out.clear();
+                let Opener { sealed, sent, .. } = &mut **tls;
+                (sealed, sent)
+            }
+        };
+        while *sent < out.len() && self.send_error.is_none() {
+            match rustix::net::send(&self.fd, &out[*sent..], SendFlags::NOSIGNAL) {
+                Ok(n) => *sent += n,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    self.out.drain(..self.sent);
-                    self.sent = 0;
+                    out.drain(..*sent);
+                    *sent = 0;
                     return true;
                 }
                 Err(e) => self.send_error = Some(e),
             }
         }
-        self.out.clear();
-        self.sent = 0;
+        out.clear();
+        *sent = 0;
         false
     }
 
@@ -192,8 +226,10 @@ impl Link {
 
     /// Called before the owner sleeps: sets the number of bytes that wake it. Never more than are certain to come.
     pub(super) fn set_low_water(&mut self) {
+        // Sealed bytes are more than the bytes in them, and a part of a record has come already.
+        let held = self.tls.as_ref().map_or(0, |tls| tls.held());
         let sure = match self.due {
-            Due::Data(left) => left + Trailer::LEN as u64,
+            Due::Data(left) => (left + Trailer::LEN as u64).saturating_sub(held).max(1),
             // Any byte completes a step.
             Due::Head | Due::Trailer => 1,
         };
@@ -212,13 +248,16 @@ impl Link {
         bound: &mut u64,
         out: &mut Vec<LaneEvent>,
     ) -> Stop {
+        if let Some(mut tls) = self.tls.take() {
+            let stop = self.receive_sealed(&mut tls, memory, bound, out);
+            self.tls = Some(tls);
+            return stop;
+        }
         let mut drained = false;
         loop {
             // First decode what `frame` holds already.
-            match self.decode(out) {
-                Ok(None) => {}
-                Ok(Some((attempt, status))) => return Stop::Refused(attempt, status),
-                Err(lost) => return Stop::Lost(lost),
+            if let Err(stop) = self.decode(out) {
+                return stop;
             }
             if drained {
                 return self.empty();
@@ -242,6 +281,123 @@ impl Link {
                 Err(e) => return Stop::Lost(Lost::Broken(e)),
             }
         }
+    }
+
+    /// The same over TLS.
+    fn receive_sealed(&mut self, tls: &mut Opener, memory: &Memory, bound: &mut u64, out: &mut Vec<LaneEvent>) -> Stop {
+        let mut drained = false;
+        loop {
+            // Opened bytes that follow an earlier stop.
+            let rest = std::mem::take(&mut tls.rest);
+            let (taken, stop) = self.take_in(&rest, memory, out);
+            tls.rest.extend_from_slice(&rest[taken..]);
+            if let Some(stop) = stop {
+                return stop;
+            }
+            let mut stop = None;
+            let opened = tls.open(|bytes, rest| {
+                let taken = match stop {
+                    Some(_) => 0,
+                    None => {
+                        let (taken, why) = self.take_in(bytes, memory, out);
+                        stop = why;
+                        taken
+                    }
+                };
+                rest.extend_from_slice(&bytes[taken..]);
+            });
+            match (stop, opened) {
+                (Some(stop), Ok(_)) => return stop,
+                (_, Err(e)) => return Stop::Lost(Lost::Tls(e)),
+                (None, Ok(Pause::Closed)) => return Stop::Lost(Lost::Closed),
+                (None, Ok(Pause::Empty)) => {}
+            }
+            if drained {
+                return self.empty();
+            }
+            if *bound == 0 {
+                return Stop::Bound;
+            }
+            let (wanted, got) = tls.receive(self.fd.as_fd());
+            match got {
+                Ok(0) => return Stop::Lost(Lost::Closed),
+                Ok(n) => {
+                    *bound = bound.saturating_sub(n as u64);
+                    drained = (n as u64) < wanted;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.empty(),
+                Err(e) => return Stop::Lost(Lost::Broken(e)),
+            }
+        }
+    }
+
+    /// Takes bytes of replies in, up to one that the owner must handle first. Returns the number that it took.
+    fn take_in(&mut self, bytes: &[u8], memory: &Memory, out: &mut Vec<LaneEvent>) -> (usize, Option<Stop>) {
+        let mut at = 0;
+        loop {
+            if let Err(stop) = self.decode(out) {
+                return (at, Some(stop));
+            }
+            let rest = &bytes[at..];
+            if rest.is_empty() {
+                return (at, None);
+            }
+            at += match self.due {
+                Due::Data(left) => {
+                    let n = left.min(rest.len() as u64) as usize;
+                    if let Err(e) = self.write_data(&rest[..n], memory, out) {
+                        return (at, Some(Stop::Lost(Lost::Broken(e))));
+                    }
+                    n
+                }
+                Due::Head | Due::Trailer => {
+                    let whole = if self.due == Due::Head { Reply::LEN } else { Trailer::LEN };
+                    let n = whole.saturating_sub(self.have).min(rest.len());
+                    self.frame[self.have..self.have + n].copy_from_slice(&rest[..n]);
+                    self.have += n;
+                    n
+                }
+            };
+        }
+    }
+
+    /// Writes data of the first request into its blocks, unless its attempt was stopped.
+    fn write_data(&mut self, bytes: &[u8], memory: &Memory, out: &mut Vec<LaneEvent>) -> io::Result<()> {
+        if self.pending.front().is_some_and(|front| !front.dead) {
+            let (mut at, mut skip) = (0, self.filled);
+            for s in &self.spans {
+                let n = (s.len - skip).min((bytes.len() - at) as u64) as usize;
+                memory.write_from(s.segment, s.offset + skip, &bytes[at..at + n])?;
+                (at, skip) = (at + n, 0);
+                if at == bytes.len() {
+                    break;
+                }
+            }
+        }
+        self.advance(bytes.len() as u64, out);
+        Ok(())
+    }
+
+    /// Data of the first request has come.
+    fn advance(&mut self, data: u64, out: &mut Vec<LaneEvent>) {
+        self.outstanding = self.outstanding.saturating_sub(data);
+        if let Due::Data(left) = self.due {
+            self.due = due_after(left.saturating_sub(data));
+        }
+        let Some(front) = self.pending.front_mut().filter(|front| !front.dead) else { return };
+        let mut full = 0;
+        self.filled += data;
+        while let Some(s) = self.spans.get(full)
+            && full < front.spans
+            && self.filled >= s.len
+        {
+            self.filled -= s.len;
+            full += 1;
+        }
+        self.spans.drain(..full);
+        front.spans -= full;
+        report_done(front.attempt, front.chunk, full as u32, out);
     }
 
     /// The socket is empty. If sending has failed too, no more replies will come.
@@ -283,67 +439,59 @@ impl Link {
         out: &mut Vec<LaneEvent>,
     ) -> (u64, io::Result<usize>) {
         let room = self.frame_room();
-        let Some(front) = self.pending.front_mut() else { return (0, Err(io::ErrorKind::InvalidData.into())) };
+        let Some(front) = self.pending.front() else { return (0, Err(io::ErrorKind::InvalidData.into())) };
         if front.dead {
             scratch.resize(SCRATCH, 0);
             let most = (SCRATCH as u64).min(left) as usize;
             let got = rustix::net::recv(&self.fd, &mut scratch[..most], RecvFlags::empty());
             let got = got.map(|(n, _)| n).map_err(io::Error::from);
             if let Ok(n) = got {
-                self.outstanding = self.outstanding.saturating_sub(n as u64);
-                self.due = due_after(left - n as u64);
+                self.advance(n as u64, out);
             }
             return (most as u64, got);
         }
         // The ring's first slice may end before the request does: then this call receives less, and no frame.
         let ring = self.spans.as_slices().0;
-        let (mut n, mut bytes) = (0, 0);
-        while n < ring.len().min(front.spans) && n < MOST_SPANS && bytes < bound {
-            bytes += ring[n].len;
-            n += 1;
+        let (mut count, mut bytes) = (0, 0);
+        while count < ring.len().min(front.spans) && count < MOST_SPANS && bytes < bound {
+            bytes += ring[count].len;
+            count += 1;
         }
         let bytes = bytes - self.filled;
         let tail = if bytes == left { &mut self.frame[..room] } else { &mut [] };
         let wanted = bytes + tail.len() as u64;
-        let got = memory.readv_with(self.fd.as_fd(), &ring[..n], self.filled, tail);
+        let got = memory.readv_with(self.fd.as_fd(), &ring[..count], self.filled, tail);
         if let Ok(n) = got {
             let data = (n as u64).min(bytes);
-            self.have = n - data as usize;
-            self.outstanding = self.outstanding.saturating_sub(data);
-            self.due = due_after(left - data);
-            let mut full = 0;
-            self.filled += data;
-            while let Some(s) = self.spans.get(full)
-                && full < front.spans
-                && self.filled >= s.len
-            {
-                self.filled -= s.len;
-                full += 1;
+            if let Some(sum) = &mut self.data {
+                // The bytes are still in the cache.
+                sum.add(memory, &ring[..count], self.filled, data);
             }
-            self.spans.drain(..full);
-            front.spans -= full;
-            report_done(front.attempt, front.chunk, full as u32, out);
+            self.have = n - data as usize;
+            self.advance(data, out);
         }
         (wanted, got)
     }
 
-    /// Decodes complete heads and trailers in `frame`. Returns a refused request's attempt.
-    fn decode(&mut self, out: &mut Vec<LaneEvent>) -> Result<Option<(Attempt, Status)>, Lost> {
+    /// Decodes complete heads and trailers in `frame`. An error is the owner's to handle before it goes on.
+    fn decode(&mut self, out: &mut Vec<LaneEvent>) -> Result<(), Stop> {
+        let malformed = |e| Stop::Lost(Lost::Malformed(e));
         loop {
             let Some(front) = self.pending.front() else {
                 // Bytes without a request.
-                return if self.have > 0 { Err(Lost::NotDue) } else { Ok(None) };
+                return if self.have > 0 { Err(Stop::Lost(Lost::NotDue)) } else { Ok(()) };
             };
+            let (attempt, chunk, dead) = (front.attempt, front.chunk, front.dead);
             match self.due {
-                Due::Data(_) => return Ok(None),
+                Due::Data(_) => return Ok(()),
                 Due::Head => {
-                    let Some(head) = self.frame[..self.have].first_chunk() else { return Ok(None) };
-                    let head = Reply::decode(head).map_err(Lost::Malformed)?;
+                    let Some(head) = self.frame[..self.have].first_chunk() else { return Ok(()) };
+                    let head = Reply::decode(head, front.sum).map_err(malformed)?;
                     let total = if head.status == Status::Ok { front.total } else { 0 };
                     if head.tag != front.tag || head.total != total {
-                        return Err(Lost::NotDue);
+                        return Err(Stop::Lost(Lost::NotDue));
                     }
-                    let (attempt, dead, asked) = (front.attempt, front.dead, front.total);
+                    let asked = front.total;
                     self.consume(Reply::LEN);
                     if head.status != Status::Ok {
                         self.outstanding = self.outstanding.saturating_sub(asked);
@@ -351,22 +499,40 @@ impl Link {
                         if dead {
                             continue;
                         }
-                        return Ok(Some((attempt, head.status)));
+                        return Err(Stop::Refused(attempt, head.status));
                     }
                     self.due = due_after(total);
                 }
                 Due::Trailer => {
-                    let Some(trailer) = self.frame[..self.have].first_chunk() else { return Ok(None) };
-                    let trailer = Trailer::decode(trailer);
-                    if trailer.tag != front.tag {
-                        return Err(Lost::NotDue);
+                    let Some(trailer) = self.frame[..self.have].first_chunk() else { return Ok(()) };
+                    // A trailer that was changed leaves the stream in step.
+                    let trailer = Trailer::decode(trailer, front.sum).ok();
+                    if trailer.is_some_and(|t| t.tag != front.tag) {
+                        return Err(Stop::Lost(Lost::NotDue));
                     }
-                    if front.fence && !front.dead {
-                        let (attempt, chunk) = (front.attempt, front.chunk);
-                        out.push(LaneEvent::Fence { attempt, chunk, word: trailer.word });
-                    }
+                    let fence = front.fence;
                     self.consume(Trailer::LEN);
                     self.finish();
+                    let data = self.data.as_mut().map(DataSum::finish);
+                    if dead {
+                        continue;
+                    }
+                    let exact = trailer.is_some_and(|t| data.is_none_or(|d| d == t.data));
+                    let before = self.corrupt.iter().position(|c| *c == (attempt, chunk));
+                    if !fence {
+                        if !exact && before.is_none() {
+                            self.corrupt.push((attempt, chunk));
+                        }
+                        continue;
+                    }
+                    before.map(|i| self.corrupt.swap_remove(i));
+                    match trailer {
+                        // The data of a revoked offer may have changed while it was sent: it is stale then, not corrupt.
+                        Some(t) if t.word == 0 || (exact && before.is_none()) => {
+                            out.push(LaneEvent::Fence { attempt, chunk, word: t.word });
+                        }
+                        _ => return Err(Stop::Corrupt(attempt, chunk)),
+                    }
                 }
             }
         }

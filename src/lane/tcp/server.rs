@@ -20,18 +20,23 @@ use std::{
 use kvferry_proto::{Incarnation, Limits};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::{
-    event::{EventfdFlags, Timespec, epoll, eventfd},
+    event::{EventfdFlags, Timespec, epoll, epoll::EventFlags, eventfd},
     io::Errno,
     net::SocketFlags,
 };
 
 use super::{
     connection::{Connection, Next, Shared},
-    frames::{Challenge, Verdict},
+    frames::{Challenge, Options, Verdict},
     handshake::Key,
     options::tune,
+    tls::Sealer,
 };
-use crate::memory::Export;
+use crate::{
+    config::TcpConfig,
+    memory::Export,
+    tls::{Protocol, TlsIdentity},
+};
 
 /// Bytes that a connection may move before the next one's turn.
 const TURN: u64 = 2 << 20;
@@ -39,6 +44,11 @@ const TURN: u64 = 2 << 20;
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most connections without a proof. One more closes the oldest: silent connections must not keep others out.
 const MOST_PROVING: usize = 256;
+/// TLS handshakes that advance between two waits. Each costs public-key operations, about as long as a connection's turn: a
+/// flood of handshakes must not keep the data of others waiting. The epoll reports the rest again.
+const MOST_HANDSHAKES: usize = 4;
+/// Shortest time between two log lines about connections that break a protocol: strangers must not fill the log.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(1);
 /// Wait after the process ran out of descriptors: an immediate retry would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Receives a request of 64 KiB in one piece.
@@ -86,8 +96,10 @@ impl Server {
         export: Arc<Export>,
         incarnation: Incarnation,
         limits: &Limits,
+        config: &TcpConfig,
+        tls: Option<Arc<TlsIdentity>>,
     ) -> io::Result<Self> {
-        Self::start_with(bind, export, incarnation, limits, PROOF_TIMEOUT, MOST_PROVING)
+        Self::start_with(bind, export, incarnation, limits, config, tls, (PROOF_TIMEOUT, MOST_PROVING))
     }
 
     pub(super) fn start_with(
@@ -95,8 +107,9 @@ impl Server {
         export: Arc<Export>,
         incarnation: Incarnation,
         limits: &Limits,
-        proof_timeout: Duration,
-        most_proving: usize,
+        config: &TcpConfig,
+        tls: Option<Arc<TlsIdentity>>,
+        (proof_timeout, most_proving): (Duration, usize),
     ) -> io::Result<Self> {
         let listener = TcpListener::bind(bind)?;
         listener.set_nonblocking(true)?;
@@ -107,12 +120,17 @@ impl Server {
             lanes: Mutex::default(),
         });
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
-        epoll::add(&epoll, &common.wake, epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), EventFlags::IN)?;
+        epoll::add(&epoll, &common.wake, epoll::EventData::new_u64(WAKE), EventFlags::IN)?;
         let mut round = Round {
             common: common.clone(),
             export,
             incarnation,
+            // TLS itself sees every change.
+            options: Options::new(config.checksum && tls.is_none()),
+            tls,
+            handshakes: 0,
+            complained: None,
             limit: limits.lanes,
             epoll,
             listener,
@@ -166,6 +184,13 @@ struct Round {
     common: Arc<Common>,
     export: Arc<Export>,
     incarnation: Incarnation,
+    options: Options,
+    /// Certificates; with them, every connection is TLS.
+    tls: Option<Arc<TlsIdentity>>,
+    /// Turns of connections in a TLS handshake since the last wait.
+    handshakes: usize,
+    /// When a connection that broke a protocol was logged last.
+    complained: Option<Instant>,
     limit: usize,
     epoll: OwnedFd,
     listener: TcpListener,
@@ -201,6 +226,7 @@ impl Round {
                     return;
                 }
             }
+            self.handshakes = 0;
             for event in events.drain(..) {
                 match event.data.u64() {
                     LISTENER => self.accept(),
@@ -236,8 +262,7 @@ impl Round {
         }
         if self.accept_again.is_some_and(|at| at <= now) {
             self.accept_again = None;
-            let _ =
-                epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN);
+            let _ = epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), EventFlags::IN);
             self.accept();
         }
     }
@@ -261,7 +286,7 @@ impl Round {
                 Err(e) => {
                     tracing::warn!("the tcp server cannot accept: {e}; raise the limit of open files if it is reached");
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
-                    let none = epoll::EventFlags::empty();
+                    let none = EventFlags::empty();
                     let _ = epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), none);
                     return;
                 }
@@ -274,7 +299,14 @@ impl Round {
         if tune(&fd).is_err() || getrandom::fill(&mut random).is_err() {
             return;
         }
-        let mut connection = Box::new(Connection::new(fd, Challenge { random }));
+        let tls = match &self.tls {
+            None => None,
+            Some(identity) => match Sealer::new(identity.server(Protocol::Lane)) {
+                Ok(sealer) => Some(Box::new(sealer)),
+                Err(error) => return tracing::warn!(%error, "the tcp server cannot begin TLS"),
+            },
+        };
+        let mut connection = Box::new(Connection::new(fd, tls, Challenge { options: self.options, random }));
         if self.count >= self.limit {
             connection.refuse(Verdict::Full);
         } else if self.proving.len() >= self.most_proving {
@@ -294,9 +326,14 @@ impl Round {
         let slot = &mut self.slots[index];
         slot.generation = slot.generation.wrapping_add(1);
         let token = token(index, slot.generation);
-        let registered =
-            epoll::add(&self.epoll, connection.fd(), epoll::EventData::new_u64(token), epoll::EventFlags::empty());
         let proving = connection.is_proving();
+        if proving && connection.is_handshaking() {
+            // The client speaks first, and its turn comes with those of the others.
+            connection.interest = EventFlags::IN;
+        }
+        let registered =
+            epoll::add(&self.epoll, connection.fd(), epoll::EventData::new_u64(token), connection.interest);
+        let waits = connection.interest == EventFlags::IN;
         slot.connection = Some(connection);
         self.count += 1;
         if registered.is_err() {
@@ -306,7 +343,9 @@ impl Round {
         if proving {
             self.proving.push_back((Instant::now() + self.proof_timeout, token));
         }
-        self.turn(token);
+        if !waits {
+            self.turn(token);
+        }
         if !proving {
             // The refusal was sent, as far as the socket had room.
             self.close(token);
@@ -330,6 +369,12 @@ impl Round {
 
     fn turn(&mut self, token: u64) {
         let Some(connection) = find(&mut self.slots, token) else { return };
+        if connection.is_handshaking() {
+            self.handshakes += 1;
+            if self.handshakes > MOST_HANDSHAKES {
+                return;
+            }
+        }
         let common = &self.common;
         let mut shared = Shared {
             export: &self.export,
@@ -338,7 +383,17 @@ impl Round {
             scratch: &mut self.scratch,
         };
         let keep = match connection.turn(&mut shared, TURN) {
-            Next::Close => false,
+            Next::Close(why) => {
+                let now = Instant::now();
+                if let Some(why) = why
+                    && self.complained.is_none_or(|last| now - last >= COMPLAIN_EVERY)
+                {
+                    self.complained = Some(now);
+                    let peer = connection.peer().map_or_else(|| "unknown".into(), |a| a.to_string());
+                    tracing::warn!(peer, why, "tcp connection closed: it breaks the protocol");
+                }
+                false
+            }
             Next::Wait(interest) if interest == connection.interest => true,
             Next::Wait(interest) => {
                 connection.interest = interest;

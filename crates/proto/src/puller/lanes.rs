@@ -162,7 +162,9 @@ impl<L: Lane> Lanes<L> {
                     l.attempts.retain(|a| *a != attempt);
                 }
                 // The retry connects a new lane; if this one stayed, lanes would accumulate.
-                LaneEvent::Failed { cause: Cause::LaneFailed | Cause::Unreachable, .. } => l.dead = true,
+                LaneEvent::Failed { cause: Cause::LaneFailed | Cause::Unreachable | Cause::Corrupt, .. } => {
+                    l.dead = true;
+                }
                 _ => {}
             }
         }

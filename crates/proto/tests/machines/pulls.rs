@@ -15,7 +15,7 @@ const ONLY: usize = 0;
 
 #[test]
 fn a_chunk_that_its_lane_takes_back_is_read_and_fenced_again_on_the_same_attempt() {
-    for kind in [FenceKind::Posted, FenceKind::Own] {
+    for kind in [FenceKind::Posted, FenceKind::Own, FenceKind::Trailer] {
         let mut p = Pull::granted(1);
         let a = p.lane(ONLY, kind);
         p.outs();
@@ -161,7 +161,7 @@ fn a_failed_attempt_is_tried_again_only_after_quiet_and_keeps_what_is_good() {
 
 #[test]
 fn the_first_failure_of_the_last_lane_is_the_pulls_cause() {
-    for cause in [Cause::Unreachable, Cause::LaneFailed] {
+    for cause in [Cause::Unreachable, Cause::LaneFailed, Cause::Corrupt] {
         let mut p = Pull::granted(1);
         for _ in 0..3 {
             p.at(p.now - p.start + SECOND / 10);

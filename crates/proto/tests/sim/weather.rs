@@ -50,7 +50,7 @@ pub(crate) struct LaneLuck {
     pub lost: u64,
     pub late: u64,
     pub torn: u64,
-    /// A read that is reported as done although nothing was read. The lane takes the chunk back.
+    /// A read that is reported as done although nothing was read, or other words were. The lane takes the chunk back.
     pub unread: u64,
     /// An attempt that does not drain, once stopped.
     pub stuck: u64,

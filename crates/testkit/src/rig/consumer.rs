@@ -6,7 +6,7 @@ use kvferry::{BlockId, Config, Consumer, Ended, GroupId, LaneKind, LocalBlocks, 
 
 use super::{
     producer::offered_blocks,
-    spec::{READER_RAILS, SOON, Spec, rails},
+    spec::{READER_RAILS, SOON, Spec, rails, tls},
 };
 use crate::pattern::Check;
 
@@ -28,6 +28,8 @@ pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
     if config.verbs.rails.is_empty() {
         config.verbs.rails = rails(READER_RAILS);
     }
+    config.tcp.checksum |= spec.checksum;
+    config.tls = config.tls.or_else(tls);
     Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), spec.layout())
         .config(config)
         .build()

@@ -10,7 +10,7 @@ use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, O
 
 use super::{
     producer::{Heard, ROLE, Say},
-    spec::Spec,
+    spec::{Spec, tls},
     taken,
 };
 use crate::pattern;
@@ -43,6 +43,8 @@ pub fn play() {
         (config.limits.sessions_per_peer, config.limits.connections_per_peer) = (n, 2 * n);
     }
     config.names.seal_keys = spec.seal.iter().map(|k| SealKey::new(k.as_bytes()).expect("a key")).collect();
+    config.tcp.checksum = spec.checksum;
+    config.tls = tls();
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
     let producer = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
         .memory(memory.expect("memory"))

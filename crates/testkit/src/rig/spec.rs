@@ -1,8 +1,8 @@
 //! Settings that both sides of a test share.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
-use kvferry::{Model, PoolLayout};
+use kvferry::{Model, PoolLayout, TlsConfig};
 use serde::{Deserialize, Serialize};
 
 /// Longest time that a test waits for an event. A loaded machine is slow, but not broken.
@@ -17,6 +17,22 @@ pub fn model(name: &str, dtype: &str) -> Model {
 /// producers. tests/vm/run sets them in the virtual machine.
 pub(super) const READER_RAILS: &str = "KVFERRY_TEST_READER_RAILS";
 const SERVED_RAILS: &str = "KVFERRY_TEST_SERVED_RAILS";
+
+/// Environment variable that gives tests certificates: a folder with `certificate`, `key` and `ca`.
+pub const TLS: &str = "KVFERRY_TEST_TLS";
+/// The server name in these certificates.
+pub const TLS_NAME: &str = "test.kvferry";
+
+/// The certificates of both sides, if there are any.
+pub(super) fn tls() -> Option<TlsConfig> {
+    let folder = PathBuf::from(std::env::var_os(TLS)?);
+    let mut tls = TlsConfig::default();
+    tls.certificate_file = Some(folder.join("certificate"));
+    tls.key_file = Some(folder.join("key"));
+    tls.ca_file = Some(folder.join("ca"));
+    tls.server_name = TLS_NAME.into();
+    Some(tls)
+}
 
 pub(super) fn rails(of: &str) -> Vec<String> {
     std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
@@ -35,6 +51,8 @@ pub struct Spec {
     pub engine_memory: bool,
     pub local: bool,
     pub tcp: bool,
+    /// Checksum the data of tcp lanes.
+    pub checksum: bool,
     /// Rails for verbs. Without any, it does not serve verbs.
     pub rails: Vec<String>,
     pub unclaimed_ms: u64,
@@ -60,6 +78,7 @@ impl Default for Spec {
             engine_memory: false,
             local: true,
             tcp: true,
+            checksum: false,
             rails: rails(SERVED_RAILS),
             unclaimed_ms: 30_000,
             claimed_ms: 10_000,

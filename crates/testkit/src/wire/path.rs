@@ -29,11 +29,35 @@ pub struct Conditions {
     pub reorder: f64,
     /// Probability that a packet arrives twice.
     pub duplicate: f64,
+    /// Probability that two neighbouring 16-bit words in the payload of a full TCP packet change places. The checksum of TCP
+    /// stays right.
+    pub swap: f64,
+}
+
+/// Payload bytes of a packet that [`Conditions::swap`] may affect: packets of a stream that is busy, not single messages.
+const FULL: usize = 1000;
+
+/// Swaps the first two neighbouring 16-bit words that differ in the payload of a full TCP packet.
+fn swap_words(packet: &mut [u8]) -> bool {
+    let header = |at: usize| packet.get(at).copied().unwrap_or(0);
+    if packet.first().is_none_or(|b| b >> 4 != 4) || header(9) != 6 {
+        return false;
+    }
+    let ip = usize::from(packet[0] & 15) * 4;
+    let payload = ip + usize::from(header(ip + 12) >> 4) * 4;
+    let Some(bytes) = packet.get_mut(payload..).filter(|b| b.len() >= FULL) else { return false };
+    let (words, _) = bytes.as_chunks_mut::<2>();
+    // Not the first words: the frames of a protocol are likely there.
+    let Some(i) = (FULL / 4..words.len() - 1).find(|i| words[*i] != words[i + 1]) else { return false };
+    words.swap(i, i + 1);
+    true
 }
 
 impl Conditions {
     pub(super) fn check(&self) {
-        for (name, p) in [("loss", self.loss), ("reorder", self.reorder), ("duplicate", self.duplicate)] {
+        for (name, p) in
+            [("loss", self.loss), ("reorder", self.reorder), ("duplicate", self.duplicate), ("swap", self.swap)]
+        {
             assert!((0.0..=1.0).contains(&p), "{name} {p} is not a probability");
         }
     }
@@ -50,6 +74,8 @@ pub struct Counts {
     pub cut: u64,
     /// Sent on twice.
     pub duplicated: u64,
+    /// Changed by [`Conditions::swap`].
+    pub swapped: u64,
     /// Overtaken by at least one other.
     pub reordered: u64,
     /// Handed over at the other end, duplicates included.
@@ -130,6 +156,14 @@ impl Path {
             self.counts.lost += 1;
             return;
         }
+        let mut changed = Vec::new();
+        let packet = if self.conditions.swap > 0.0 && self.rng.f64() < self.conditions.swap {
+            changed.extend_from_slice(packet);
+            self.counts.swapped += u64::from(swap_words(&mut changed));
+            &changed
+        } else {
+            packet
+        };
         let twice = self.rng.f64() < self.conditions.duplicate;
         self.counts.duplicated += u64::from(twice);
         for _ in 0..1 + u32::from(twice) {
@@ -287,6 +321,30 @@ mod tests {
             path.counts(),
             Counts { seen: 1000, duplicated: twice as u64, passed: 1000 + twice as u64, ..Counts::default() }
         );
+    }
+
+    #[test]
+    fn a_swap_changes_places_of_two_words_of_a_full_tcp_packet_only() {
+        // IPv4 and TCP headers of 20 bytes each, without options.
+        let mut full: Vec<u8> = (0..1240).map(|i| (i / 7) as u8).collect();
+        (full[0], full[9], full[32]) = (0x45, 6, 0x50);
+        let sum = |b: &[u8]| b.as_chunks::<2>().0.iter().map(|w| u64::from(u16::from_be_bytes(*w))).sum::<u64>();
+        let swap = |packet: &[u8]| {
+            let mut changed = packet.to_vec();
+            (swap_words(&mut changed), changed)
+        };
+        let (done, changed) = swap(&full);
+        let differ: Vec<_> = (0..full.len()).filter(|i| full[*i] != changed[*i]).collect();
+        assert!(done && (2..=4).contains(&differ.len()) && differ[0] > 40, "{differ:?}");
+        assert_eq!(sum(&full), sum(&changed), "so TCP's checksum stays right");
+        let udp = {
+            let mut p = full.clone();
+            p[9] = 17;
+            p
+        };
+        for other in [&udp[..], &full[..900], &full[..30], &[]] {
+            assert_eq!(swap(other), (false, other.to_vec()));
+        }
     }
 
     #[test]

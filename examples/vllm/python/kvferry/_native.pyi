@@ -58,6 +58,7 @@ class Settings:
         patience: float | None = None,
         dial: list[str] = [],
         engines: list[str] = [],
+        tcp_checksum: bool = False,
     ) -> None: ...
 
 class Producer:

@@ -10,7 +10,7 @@ use std::{
 use kvferry_proto::{Cause, Grant, Incarnation, Lane, LaneEvent, Limits, Nonce, PoolLayout, Read};
 
 use super::{
-    super::{frames::*, handshake::Keyed},
+    super::{frames::*, handshake::Keyed, sum::sum},
     rig::*,
 };
 use crate::{config::TcpConfig, lane::tcp::Server, memory::Memory};
@@ -39,9 +39,9 @@ fn proven(rig: &Rig) -> TcpStream {
     let mut b = [0; Challenge::LEN];
     s.read_exact(&mut b).unwrap();
     let challenge = Challenge::decode(&b).unwrap();
-    let random = [1; 32];
-    let keyed = Keyed { key: &KEY, challenge: &challenge, random: &random, lane: LANE, incarnation: rig.incarnation };
-    s.write_all(&Proof { lane: LANE, random, mac: keyed.consumer() }.encode()).unwrap();
+    let (random, options, incarnation) = ([1; 32], Options::default(), rig.incarnation);
+    let keyed = Keyed { key: &KEY, challenge: &challenge, options, random: &random, lane: LANE, incarnation };
+    s.write_all(&Proof { lane: LANE, options, random, mac: keyed.consumer() }.encode()).unwrap();
     let mut b = [0; Answer::LEN];
     s.read_exact(&mut b).unwrap();
     assert_eq!(Answer::decode(&b).unwrap().verdict, Verdict::Welcome);
@@ -51,7 +51,16 @@ fn proven(rig: &Rig) -> TcpStream {
 #[test]
 fn noise_and_half_open_connections_do_no_harm() {
     let rig = Rig::with(PoolLayout::uniform(16, 2, BLOCK as u64, 16), |export, incarnation| {
-        Server::start_with(ANY, export, incarnation, &Limits::default(), Duration::from_secs(3600), 8).unwrap()
+        Server::start_with(
+            ANY,
+            export,
+            incarnation,
+            &Limits::default(),
+            &TcpConfig::default(),
+            None,
+            (Duration::from_secs(3600), 8),
+        )
+        .unwrap()
     });
     let blocks: Vec<_> = (0..16).map(Some).collect();
     let (grant, offer) = rig.offer(0, &blocks);
@@ -86,7 +95,16 @@ fn noise_and_half_open_connections_do_no_harm() {
 #[test]
 fn a_peer_without_a_proof_in_time_is_told_and_closed() {
     let rig = Rig::with(PoolLayout::uniform(1, 1, 64, 16), |export, incarnation| {
-        Server::start_with(ANY, export, incarnation, &Limits::default(), Duration::from_millis(20), 8).unwrap()
+        Server::start_with(
+            ANY,
+            export,
+            incarnation,
+            &Limits::default(),
+            &TcpConfig::default(),
+            None,
+            (Duration::from_millis(20), 8),
+        )
+        .unwrap()
     });
     let said = rest(&connect_raw(&rig));
     let answer: [u8; Answer::LEN] = said[Challenge::LEN..].try_into().unwrap();
@@ -107,12 +125,15 @@ fn a_wrong_proof_is_refused_with_a_verdict() {
 fn ask(rig: &Rig, grant: Grant, entry: Entry) -> Reply {
     let mut s = proven(rig);
     let request = Request { count: 1, tag: 9, nonce: grant.nonce.get(), slot: grant.slot };
+    let mut bytes = [&request.encode()[..], &entry.encode()].concat();
+    let sum = seal_request(&mut bytes, 0);
     // In two parts, to see that the producer waits for the second.
-    s.write_all(&request.encode()).unwrap();
-    s.write_all(&entry.encode()).unwrap();
+    let (head, rest) = bytes.split_at(Request::LEN);
+    s.write_all(head).unwrap();
+    s.write_all(rest).unwrap();
     let mut b = [0; Reply::LEN];
     s.read_exact(&mut b).unwrap();
-    Reply::decode(&b).unwrap()
+    Reply::decode(&b, sum).unwrap()
 }
 
 #[test]
@@ -134,28 +155,31 @@ fn a_request_gets_bytes_of_a_live_offer_and_nothing_else() {
 fn impostor(
     key: [u8; 32],
     incarnation: Incarnation,
-    then: impl FnOnce(&mut TcpStream, Option<Request>) + Send + 'static,
+    then: impl FnOnce(&mut TcpStream, Asked) + Send + 'static,
     listen_first: bool,
 ) -> (std::net::SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind(ANY).unwrap();
     let addr = listener.local_addr().unwrap();
     let thread = std::thread::spawn(move || {
         let mut s = listener.accept().unwrap().0;
-        let challenge = Challenge { random: [9; 32] };
+        let challenge = Challenge { options: Options::default(), random: [9; 32] };
         s.write_all(&challenge.encode()).unwrap();
         let mut b = [0; Proof::LEN];
         s.read_exact(&mut b).unwrap();
         let proof = Proof::decode(&b);
-        let keyed = Keyed { key: &key, challenge: &challenge, random: &proof.random, lane: LANE, incarnation };
+        let (options, random) = (proof.options, &proof.random);
+        let keyed = Keyed { key: &key, challenge: &challenge, options, random, lane: LANE, incarnation };
         let answer = Answer { verdict: Verdict::Welcome, mac: keyed.producer() };
         if s.write_all(&answer.encode()).is_err() {
             return;
         }
-        let mut b = [0; Request::LEN + Entry::LEN];
+        let mut b = [0; Request::LEN + Entry::LEN + SUM];
         if listen_first && s.read_exact(&mut b).is_err() {
             return;
         }
-        then(&mut s, b.first_chunk().and_then(|h| Request::decode(h).ok()));
+        let request = b.first_chunk().and_then(|h| Request::decode(h).ok());
+        let (tag, nonce) = request.map_or((0, 0), |r| (r.tag, r.nonce));
+        then(&mut s, Asked { tag, nonce, sum: check_request(&b).unwrap_or(0) });
         // The consumer closes first: its verdict must not depend on our close.
         let _ = s.read_to_end(&mut Vec::new());
     });
@@ -175,10 +199,18 @@ fn a_stranger_at_the_port_does_not_pass_for_the_producer() {
     }
 }
 
-type Say = fn(&mut TcpStream, Option<Request>);
+/// The request that an impostor received; zeros if it did not wait for one.
+#[derive(Clone, Copy)]
+struct Asked {
+    tag: u64,
+    nonce: u64,
+    sum: u64,
+}
 
-fn reply(r: Option<Request>, total: usize) -> Vec<u8> {
-    Reply { status: Status::Ok, tag: r.map_or(0, |r| r.tag), total: total as u64 }.encode().to_vec()
+type Say = fn(&mut TcpStream, Asked);
+
+fn reply(r: Asked, total: usize) -> Vec<u8> {
+    Reply { status: Status::Ok, tag: r.tag, total: total as u64 }.encode(r.sum).to_vec()
 }
 
 /// Sends the parts. Fails if the other side has closed already.
@@ -190,24 +222,26 @@ fn say(s: &mut TcpStream, parts: &[&[u8]]) {
 fn a_producer_that_breaks_the_protocol_writes_only_requested_bytes() {
     let sayings: [(&str, bool, Say); 10] = [
         ("another tag", true, |s, r| {
-            let tag = r.map_or(1, |r| r.tag + 1);
-            say(s, &[&Reply { status: Status::Ok, tag, total: BLOCK as u64 }.encode(), &[0xab; BLOCK]]);
+            say(s, &[&reply(Asked { tag: r.tag + 1, ..r }, BLOCK), &[0xab; BLOCK]]);
         }),
         ("more than was requested", true, |s, r| say(s, &[&reply(r, 2 * BLOCK), &[0xab; 2 * BLOCK]])),
-        ("less than was requested", true, |s, r| say(s, &[&reply(r, BLOCK - 1), &[0xab; BLOCK - 1], &[0; 16]])),
+        ("less than was requested", true, |s, r| {
+            say(s, &[&reply(r, BLOCK - 1), &[0xab; BLOCK - 1], &[0; Trailer::LEN]])
+        }),
         ("a status out of range", true, |s, r| {
             let mut b = reply(r, 0);
             b[4] = 200;
-            say(s, &[&b]);
+            let sum = sum(&b[..24], r.sum).to_le_bytes();
+            say(s, &[&b[..24], &sum]);
         }),
         ("a refusal with data", true, |s, r| {
-            let tag = r.map_or(0, |r| r.tag);
-            say(s, &[&Reply { status: Status::Stale, tag, total: 5 }.encode(), &[0xab; 5]]);
+            say(s, &[&Reply { status: Status::Stale, tag: r.tag, total: 5 }.encode(r.sum), &[0xab; 5]]);
         }),
-        ("another protocol", true, |s, _| say(s, &[b"HTTP/1.1 400 Bad Request\r\n\r\n"])),
-        ("data before any request", false, |s, _| say(s, &[&[0xab; 30]])),
+        ("another protocol", true, |s, _| say(s, &[b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"])),
+        ("data before any request", false, |s, _| say(s, &[&[0xab; 40]])),
         ("another tag in the trailer", true, |s, r| {
-            say(s, &[&reply(r, BLOCK), &[0xab; BLOCK], &Trailer { tag: 99, word: r.map_or(0, |r| r.nonce) }.encode()]);
+            let trailer = Trailer { tag: 99, word: r.nonce, data: 0 }.encode(r.sum);
+            say(s, &[&reply(r, BLOCK), &[0xab; BLOCK], &trailer]);
         }),
         ("more data than it said", true, |s, r| say(s, &[&reply(r, BLOCK), &[0xab; 3 * BLOCK]])),
         ("the end in the middle", true, |s, r| {
@@ -226,7 +260,10 @@ fn a_producer_that_breaks_the_protocol_writes_only_requested_bytes() {
         assert_eq!(lane.post(a, &[read]), 1);
         let events = drive(&mut lane, |_, events| events.iter().any(|e| matches!(e, LaneEvent::Down { .. })));
         let end = &events[events.len() - 3..];
-        assert_eq!(end[0], LaneEvent::Failed { attempt: a, cause: Cause::LaneFailed }, "{what}");
+        let failed = LaneEvent::Failed { attempt: a, cause: Cause::LaneFailed };
+        // More data looks like a trailer that was changed on its way.
+        let again = LaneEvent::Again { attempt: a, chunk: 0 };
+        assert_eq!(end[0], if what == "more data than it said" { again } else { failed }, "{what}");
         assert_eq!(end[1], LaneEvent::Quiet { attempt: a }, "{what}");
         assert!(fences(&events, a).is_empty(), "{what}");
         let mut got = vec![0; 3 * BLOCK];

@@ -1,5 +1,7 @@
 //! Both ends in one process, over loopback; and hand-written peers that break the protocol.
 
 mod bad_peers;
+mod changed;
 mod pulls;
 mod rig;
+mod tls;

@@ -1,6 +1,7 @@
 //! A producer with a pool full of known bytes, and a way to drive a lane like its owner does.
 
 use std::{
+    cell::RefCell,
     net::SocketAddr,
     sync::{
         Arc,
@@ -22,7 +23,23 @@ use crate::{
         tcp::{Server, TcpLane},
     },
     memory::{Export, FenceWords, Memory},
+    tls::{TlsIdentity, tests::Authority},
 };
+
+thread_local!(static IDENTITY: RefCell<Option<Arc<TlsIdentity>>> = const { RefCell::new(None) });
+
+/// Runs `work` with certificates for both ends.
+pub(super) fn over_tls(work: impl FnOnce()) {
+    let tls = TlsIdentity::new(&Authority::new().issue("any"), None).unwrap();
+    IDENTITY.replace(Some(tls));
+    work();
+    IDENTITY.replace(None);
+}
+
+/// The certificates of both ends, if there are any.
+pub(super) fn identity() -> Option<Arc<TlsIdentity>> {
+    IDENTITY.with_borrow(Clone::clone)
+}
 
 /// No test waits longer than this for anything.
 pub(super) const LIMIT: Duration = Duration::from_secs(20);
@@ -54,7 +71,9 @@ pub(super) fn filled(layout: &PoolLayout) -> Memory {
 
 impl Rig {
     pub(super) fn new(layout: PoolLayout) -> Self {
-        Self::with(layout, |export, incarnation| Server::start(ANY, export, incarnation, &Limits::default()).unwrap())
+        Self::with(layout, |export, incarnation| {
+            Server::start(ANY, export, incarnation, &Limits::default(), &TcpConfig::default(), identity()).unwrap()
+        })
     }
 
     pub(super) fn with(layout: PoolLayout, start: impl FnOnce(Arc<Export>, Incarnation) -> Server) -> Self {
@@ -105,7 +124,7 @@ pub(super) fn connect(
     config: &TcpConfig,
 ) -> Result<TcpLane, LaneError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(TcpLane::connect(addr, LANE, key, incarnation, memory, config))
+    runtime.block_on(TcpLane::connect(addr, LANE, key, incarnation, memory, config, identity().as_deref()))
 }
 
 pub(super) fn attempt() -> Attempt {

@@ -105,7 +105,7 @@ impl Fabric {
         let fails = self.rng.chance(luck.fail);
         let hangs = self.rng.chance(luck.hang);
         let lost = self.rng.chance(luck.lost);
-        let unread = self.rng.chance(luck.unread) && !stream && matches!(work, Work::Read(_));
+        let unread = self.rng.chance(luck.unread) && matches!(work, Work::Read(_));
         let late = self.rng.chance(luck.late);
         let torn = self.rng.chance(luck.torn);
         let (low, usual, high) = luck.latency;
@@ -114,7 +114,7 @@ impl Fabric {
             t += self.rng.between(1000, 20_000);
         }
         let tear = if torn { self.rng.tail(1, 50, 3000) } else { 0 };
-        if fails {
+        if fails || (stream && unread) {
             self.fault(l, pull);
         }
         if hangs || lost {

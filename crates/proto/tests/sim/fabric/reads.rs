@@ -8,6 +8,9 @@ use super::{
 };
 use crate::trace::Promise;
 
+/// Changed chunks that a stream takes back of one attempt, before it fails the attempt.
+const MOST_CORRUPT: u32 = 3;
+
 impl Fabric {
     pub(super) fn load(&mut self, l: usize, o: usize) {
         let lane = &self.lanes[l];
@@ -49,7 +52,9 @@ impl Fabric {
         {
             let chunk = (op.attempt, r.chunk);
             self.lanes[l].unverified.insert(chunk);
-            return self.at(self.now + 1, Task::Done(l, o));
+            if !stream {
+                return self.at(self.now + 1, Task::Done(l, o));
+            }
         }
         let lane = &mut self.lanes[l];
         let op = &mut lane.ops[o];
@@ -73,7 +78,7 @@ impl Fabric {
                 };
                 let to = if op.torn && op.loaded.is_empty() { n.div_ceil(2) } else { n };
                 let have = op.loaded.len();
-                op.loaded.extend_from_slice(&all[have..to]);
+                op.loaded.extend(all[have..to].iter().map(|w| if op.unread { !w } else { *w }));
                 if to < n {
                     let t = op.second;
                     return self.at(t, Task::Load(l, o));
@@ -160,6 +165,18 @@ impl Fabric {
         if op.fails {
             return self.op_failed(l, o, Cause::LaneFailed);
         }
+        if let Work::Fence(f) = work
+            && lane.is_stream()
+            && lane.unverified.contains(&(attempt, f.chunk))
+            && let Some(s) = self.lanes[l].attempts.get_mut(&attempt)
+        {
+            s.corrupt += 1;
+            if s.corrupt > MOST_CORRUPT {
+                return self.op_failed(l, o, Cause::Corrupt);
+            }
+        }
+        let lane = &self.lanes[l];
+        let op = &lane.ops[o];
         let event = match work {
             Work::Read(r) => LaneEvent::Done { attempt, chunk: r.chunk, reads: 1 },
             Work::Fence(f) if lane.unverified.contains(&(attempt, f.chunk)) => {

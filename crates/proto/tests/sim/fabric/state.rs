@@ -36,7 +36,7 @@ pub(super) struct Op {
     pub(super) fails: bool,
     /// It lands, and no event reports it.
     pub(super) lost: bool,
-    /// It is reported as done although nothing was read.
+    /// It is reported as done although nothing was read; from a stream, words come that were changed on their way.
     pub(super) unread: bool,
     /// It does not complete by itself.
     pub(super) hung: bool,
@@ -50,13 +50,15 @@ pub(super) struct AttemptState {
     pub(super) in_flight: usize,
     pub(super) stopped: bool,
     pub(super) failed: bool,
+    /// Chunks of a stream that came changed.
+    pub(super) corrupt: u32,
     pub(super) stuck: bool,
     pub(super) quiet: bool,
 }
 
 impl AttemptState {
     pub(super) fn new(grant: Grant) -> Self {
-        Self { grant, in_flight: 0, stopped: false, failed: false, stuck: false, quiet: false }
+        Self { grant, in_flight: 0, stopped: false, failed: false, corrupt: 0, stuck: false, quiet: false }
     }
 }
 
@@ -87,7 +89,7 @@ pub(super) struct LaneCore {
     pub(super) last_done: Micros,
     /// Chunks whose fences the lane posts: the number of reads that are not done, and whether all were accepted.
     pub(super) unfenced: BTreeMap<(Attempt, u32), (usize, bool)>,
-    /// Chunks with a read that was reported as done and was not.
+    /// Chunks with a read that was reported as done and was not, or came changed.
     pub(super) unverified: BTreeSet<(Attempt, u32)>,
     /// A stream that makes no progress.
     pub(super) hung: bool,

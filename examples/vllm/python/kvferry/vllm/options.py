@@ -56,6 +56,8 @@ class Options:
     dial: tuple[str, ...] = ()
     # Engine ids that this engine exchanges KV with. Empty: every engine.
     engines: tuple[str, ...] = ()
+    # Checksum the data of TCP lanes, if the other side does too.
+    tcp_checksum: bool = False
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
@@ -118,6 +120,7 @@ class Options:
             patience=self.patience,
             dial=list(self.dial),
             engines=list(self.engines),
+            tcp_checksum=bool(self.tcp_checksum),
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

@@ -224,7 +224,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let config = Config { dial: vec!["10.0.0.0/8".into()], ..Config::default() };
-        let connector = Connector::new(Memory::for_layout(None, &layout).unwrap(), &config);
+        let connector = Connector::new(Memory::for_layout(None, &layout).unwrap(), &config, None);
         let port = listener.local_addr().unwrap().port();
         let ticket = LaneTicket::Tcp { host: Some("127.0.0.1".into()), port, lane: 1, key: [1; 32] };
         let peer = "10.0.0.1:1".parse().unwrap();

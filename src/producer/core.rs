@@ -203,14 +203,16 @@ impl Core {
         entered
     }
 
-    pub(super) fn tell(&self, event: table::In) {
+    /// Tells the table of an event. `false`: it shows a wrong token.
+    pub(super) fn tell(&self, event: table::In) -> bool {
         let mut state = self.lock();
-        let before = state.table.next_timeout();
+        let (before, wrong) = (state.table.next_timeout(), state.table.wrong_tokens());
         state.table.handle(Instant::now(), event);
         self.carry_out(&mut state);
         if state.table.next_timeout() != before {
             self.rearm.notify_one();
         }
+        state.table.wrong_tokens() == wrong
     }
 
     /// Ends the leases that have run out by `now`; returns the table's next timeout.
@@ -372,8 +374,8 @@ impl Desk for Core {
             }
             return Err(refusal);
         }
-        self.tell(table::In::Frame(from.clone(), frame));
-        Ok(())
+        // The table has answered a wrong token.
+        if self.tell(table::In::Frame(from.clone(), frame)) { Ok(()) } else { Err(Refusal::Token) }
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {

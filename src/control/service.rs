@@ -31,6 +31,10 @@ use super::{
 };
 use crate::{config::Config, tls::NAMELESS};
 
+/// How long a release with a wrong token waits for its answer. With the limits of a peer's connections and streams it bounds
+/// guesses. A claim with a wrong token is answered at once: a decode engine claims for many clients, and one that passes on
+/// changed names must not slow the others. 128 random bits are not found either way.
+const GUESS_PAUSE: Duration = Duration::from_millis(250);
 /// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
 
@@ -254,6 +258,9 @@ impl Ferry for FerryService {
         let allowed = self.0.check_engine(&conn, r.from.as_ref().map(|p| &p.engine));
         let offer = (r.offer, r.token);
         let freed = allowed.and_then(|()| self.0.desk.release(r.from, offer, r.expect, &conn.peer()));
+        if matches!(freed, Err(Refusal::Token)) {
+            tokio::time::sleep(GUESS_PAUSE).await;
+        }
         let freed = freed.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(proto::ReleaseReply { freed }))
     }

@@ -212,7 +212,9 @@ impl Core {
         if state.table.next_timeout() != before {
             self.rearm.notify_one();
         }
-        state.table.wrong_tokens() == wrong
+        let wrong = state.table.wrong_tokens() - wrong;
+        self.metrics.wrong_tokens.inc_by(wrong);
+        wrong == 0
     }
 
     /// Ends the leases that have run out by `now`; returns the table's next timeout.

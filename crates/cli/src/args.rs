@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use kvferry::{LaneKind, Model, TcpConfig, VerbsConfig};
+use kvferry::{LaneKind, Model, SealKey, TcpConfig, VerbsConfig};
 
 use crate::report::Failure;
 
@@ -139,6 +139,26 @@ impl TcpArgs {
     /// The flags of `serve`.
     pub(crate) fn serve_flags(&self) -> Vec<String> {
         self.checksum.then(|| "--checksum".to_owned()).into_iter().collect()
+    }
+}
+
+/// Keys that both sides share to seal offers.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct SealArgs {
+    /// File with a seal key, 32 bytes or more, the same on both sides. Offers are sealed with the first key, and only offers
+    /// that one of the keys has sealed are pulled.
+    #[arg(long, value_name = "FILE,…", value_delimiter = ',')]
+    seal_key: Vec<PathBuf>,
+}
+
+impl SealArgs {
+    /// The keys in the files.
+    pub(crate) fn keys(&self) -> Result<Vec<SealKey>, Failure> {
+        let key = |path: &PathBuf| {
+            let bad = |why: String| Failure::usage(format!("--seal-key {}: {why}", path.display()));
+            SealKey::new(&std::fs::read(path).map_err(|e| bad(e.to_string()))?).map_err(bad)
+        };
+        self.seal_key.iter().map(key).collect()
     }
 }
 

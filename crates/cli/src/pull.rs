@@ -9,7 +9,7 @@ use std::{
 use kvferry::{BadOffer, Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, SealArgs, TcpArgs, VerbsArgs},
     peer::{self, Peer},
     report::{Ending, Failure, PullRecord, ranges, size, us},
 };
@@ -39,6 +39,8 @@ pub(crate) struct Args {
     /// Hosts to connect to: networks, addresses, host names, or .SUFFIX of host names. The default is every host.
     #[arg(long, value_name = "HOST,…", value_delimiter = ',')]
     dial: Vec<String>,
+    #[command(flatten)]
+    seal: SealArgs,
     /// Break the lane on purpose. A list of: throttle=BYTES (per second), down@BYTES, silent@BYTES, stale@BYTES,
     /// panic@BYTES, noquiet, wedge, lanes=N (break only the first N connections).
     #[arg(long, value_name = "FAULT,…")]
@@ -86,15 +88,17 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     args.verbs.check(args.lane, false)?;
     let bad = |e: BadOffer| Failure::of(Ending::BadOffer, e);
     let file = args.offer.as_ref().map(read_offer).transpose()?;
+    let mut config = Config::default();
+    config.names.seal_keys = args.seal.keys()?;
     if let Some(offer) = &file {
-        offer.check().map_err(bad)?;
+        // Before anything is dialled: the address comes from the offer.
+        offer.check().and_then(|()| offer.check_seal(&config.names.seal_keys)).map_err(bad)?;
     }
     let from = match (&args.from, &file) {
         (Some(addr), _) => addr.clone(),
         (None, Some(offer)) => offer.ranks[0].addr.clone(),
         (None, None) => return Err(Failure::usage("--from or --offer is missing")),
     };
-    let mut config = Config::default();
     config.dial = args.dial.clone();
     config.check().map_err(|e| Failure::usage(e.to_string()))?;
     let peer = Peer::probe_listed(&from, &args.engine, &args.model.model(), left(), &args.dial)?;

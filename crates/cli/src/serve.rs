@@ -9,7 +9,7 @@ use kvferry_testkit::pattern;
 use serde::Serialize;
 
 use crate::{
-    args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
+    args::{self, JsonArg, LaneChoice, ModelArgs, SealArgs, TcpArgs, VerbsArgs},
     offers::Bench,
     report::{Failure, size},
 };
@@ -42,6 +42,8 @@ pub(crate) struct Args {
     verbs: VerbsArgs,
     #[command(flatten)]
     tcp: TcpArgs,
+    #[command(flatten)]
+    seal: SealArgs,
     /// Use anonymous memory, like an engine's own, instead of a pool that consumers on this host can map.
     #[arg(long)]
     engine_memory: bool,
@@ -134,6 +136,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut config = Config::default();
     config.verbs = args.verbs.config();
     config.tcp = args.tcp.config();
+    config.names.seal_keys = args.seal.keys()?;
     config.lease.unclaimed = args.unclaimed_lease;
     config.lease.claimed = args.claim_lease;
     config.lease.hard_cap = args.hard_cap;

@@ -395,3 +395,27 @@ fn a_pull_connects_only_to_listed_hosts() {
     let out = pull("10.0.0.0/99");
     assert_eq!(out.status.code(), Some(2), "wrong usage");
 }
+
+#[test]
+fn a_pull_with_a_seal_key_takes_only_offers_that_the_key_has_sealed() {
+    let dir = std::env::temp_dir().join(format!("kvferry-seal-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let file = |name: &str, text: String| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (key, other) = (file("key", "a".repeat(32) + "\n"), file("other", "b".repeat(32)));
+    let offer = dir.join("offer.json").to_str().unwrap().to_owned();
+    let flags = ["--blocks", "8", "--regions", "1", "--block-size", "4K", "--seal-key", &key, "--offer", &offer];
+    let _producer = serve(&flags);
+    let pull = |offer: &str, keys: &str| kvferry(&["pull", "--offer", offer, "--seal-key", keys, "--json"]);
+    let elsewhere = std::fs::read_to_string(&offer).unwrap().replace("127.0.0.1:", "127.0.0.2:");
+    let elsewhere = file("elsewhere.json", elsewhere);
+    for bad in [pull(&offer, &other), pull(&elsewhere, &key)] {
+        assert_eq!(pull_record(&bad)["result"], "bad_offer");
+        assert!(pull_record(&bad)["error"].as_str().unwrap().contains("seal does not fit"));
+    }
+    assert_eq!(pull_record(&pull(&offer, &format!("{other},{key}")))["result"], "complete");
+    assert_eq!(kvferry(&["pull", "--offer", &offer, "--seal-key", "/nowhere"]).status.code(), Some(2));
+}

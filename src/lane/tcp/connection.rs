@@ -322,7 +322,8 @@ impl Connection {
     fn send_head(&mut self) -> Result<(), Halt> {
         if let Some(tls) = &mut self.tls {
             self.sent += tls.seal(&self.head[self.sent..]).map_err(halt)?;
-            return Ok(self.head_sent());
+            self.head_sent();
+            return Ok(());
         }
         match rustix::net::send(&self.fd, &self.head[self.sent..], SendFlags::NOSIGNAL) {
             Ok(n) => self.sent += n,

@@ -115,6 +115,7 @@ pub struct ProducerMetrics {
     pub(crate) live: Gauge,
     pub(crate) claims: Gauge,
     pub(crate) sessions: Gauge,
+    pub(crate) wrong_tokens: Counter,
 }
 
 impl ProducerMetrics {
@@ -126,6 +127,8 @@ impl ProducerMetrics {
         r.register("offers_live", "Offers whose blocks are held", self.live.clone());
         r.register("claims_live", "Claims on live offers", self.claims.clone());
         r.register("sessions", "Open sessions of consumers", self.sessions.clone());
+        let help = "Claims and releases whose token was not the offer's: the name was changed on its way, or guessed";
+        r.register("wrong_tokens", help, self.wrong_tokens.clone());
     }
 
     pub(crate) fn freed(&self, why: Gone) {

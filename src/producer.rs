@@ -130,6 +130,12 @@ impl Producer {
     pub fn sessions(&self) -> usize {
         self.core.lock().sessions.len()
     }
+
+    /// See [`Server::refusals`].
+    #[cfg(test)]
+    pub(crate) fn refused(&self, from: std::net::IpAddr, kind: &'static str) -> Option<u64> {
+        self.server.as_ref().and_then(|s| s.refusals(from, kind))
+    }
 }
 
 impl Drop for Producer {

@@ -42,7 +42,6 @@ pub(crate) enum Protocol {
     /// gRPC.
     Control,
     /// The tcp lane.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for the lane's own connections"))]
     Lane,
 }
 

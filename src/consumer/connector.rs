@@ -201,3 +201,36 @@ async fn resolve(host: &str, port: u16) -> Result<SocketAddr, LaneError> {
     let mut found = tokio::net::lookup_host((host, port)).await.map_err(connect)?;
     found.next().ok_or_else(|| connect(std::io::ErrorKind::AddrNotAvailable.into()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{PoolLayout, Producer};
+
+    #[tokio::test]
+    async fn a_ticket_leads_to_no_host_that_is_not_listed() {
+        let layout = PoolLayout::uniform(1, 1, 4096, 16);
+        let model = crate::Model {
+            name: "m".into(),
+            dtype: "uint8".into(),
+            scales: String::new(),
+            attention: "HND".into(),
+            block_tokens: 16,
+        };
+        let producer = Producer::builder("p".parse().unwrap(), model.clone(), layout.clone()).build().unwrap();
+        let welcome = crate::probe(producer.addr(), &"d".parse().unwrap(), &model, std::time::Duration::from_secs(5))
+            .await
+            .unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let config = Config { dial: vec!["10.0.0.0/8".into()], ..Config::default() };
+        let connector = Connector::new(Memory::for_layout(None, &layout).unwrap(), &config, None);
+        let port = listener.local_addr().unwrap().port();
+        let ticket = LaneTicket::Tcp { host: Some("127.0.0.1".into()), port, lane: 1, key: [1; 32] };
+        let peer = "10.0.0.1:1".parse().unwrap();
+        let error =
+            connector.connect(ticket, Prepared::default(), Arc::new(welcome), peer).await.err().expect("an error");
+        assert!(error.to_string().contains("`dial` does not list it"), "{error}");
+        assert!(listener.accept().is_err(), "nobody connected");
+    }
+}

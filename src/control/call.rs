@@ -66,6 +66,19 @@ impl Caller {
         Self { config }
     }
 
+    /// Says Hello as rank 0 of `engine`, to learn the identity and the memory layout of the rank at `addr`.
+    pub async fn probe(&self, addr: &str, engine: &EngineId, model: &Model) -> Result<Welcome, HelloError> {
+        let me = Hello {
+            versions: VERSIONS,
+            features: features::ALL,
+            peer: PeerId { engine: engine.clone(), rank: Rank(0), incarnation: Incarnation::random() },
+            model: model.clone(),
+            shard: Shard::whole(1, 1),
+            host: host::identity().to_owned(),
+        };
+        self.hello(addr, &me).await
+    }
+
     /// Says Hello, as `me`.
     pub async fn hello(&self, addr: &str, me: &Hello) -> Result<Welcome, HelloError> {
         Ok(self.dialer(addr)?.hello(me).await?.1)
@@ -113,17 +126,9 @@ fn within(limit: Duration) -> Caller {
     Caller::new(config)
 }
 
-/// Says Hello in plain text as rank 0 of `engine`, to learn the identity and the memory layout of the rank at `addr`.
+/// Says Hello in plain text. See [`Caller::probe`].
 pub async fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Welcome, HelloError> {
-    let me = Hello {
-        versions: VERSIONS,
-        features: features::ALL,
-        peer: PeerId { engine: engine.clone(), rank: Rank(0), incarnation: Incarnation::random() },
-        model: model.clone(),
-        shard: Shard::whole(1, 1),
-        host: host::identity().to_owned(),
-    };
-    within(limit).hello(addr, &me).await
+    within(limit).probe(addr, engine, model).await
 }
 
 /// Releases an offer without a session, in plain text: for a scheduler that refuses a request at admission, or a router.

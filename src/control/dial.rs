@@ -16,8 +16,8 @@ use tonic::{
 
 use super::{
     once::Once,
-    owners::Secret,
     proto::{self, ferry_client::FerryClient},
+    secret::Secret,
 };
 use crate::{
     config::Config,

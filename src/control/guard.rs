@@ -24,7 +24,6 @@ use tokio::{
 
 use super::{
     io::Conn,
-    owners::Secret,
     peer::{Counts, PeerKey, RefusalLog},
     refusal::Refusal,
 };
@@ -165,8 +164,8 @@ pub(crate) struct ConnState {
     dead: AtomicBool,
     /// The engines that its certificate names, once that is verified.
     engines: OnceLock<Arc<EngineNames>>,
-    /// The consumer whose Hello came on it, with that Hello's secret.
-    hello: Mutex<Option<(PeerId, Secret)>>,
+    /// The consumer whose Hello came on it: as the desk knows it, and as it calls itself.
+    hello: Mutex<Option<(PeerId, PeerId)>>,
     pub(super) reader: Mutex<Option<Waker>>,
 }
 
@@ -203,14 +202,14 @@ impl ConnState {
         self.engines.get().map(Arc::as_ref)
     }
 
-    /// A consumer said Hello on it.
-    pub(crate) fn greeted(&self, consumer: PeerId, secret: Secret) {
-        *self.hello.lock() = Some((consumer, secret));
+    /// A consumer said Hello on it. See [`super::secret`].
+    pub(crate) fn greeted(&self, known: PeerId, consumer: PeerId) {
+        *self.hello.lock() = Some((known, consumer));
     }
 
-    /// The secret of the Hello that this consumer said on it.
-    pub(crate) fn hello_of(&self, consumer: &PeerId) -> Option<Secret> {
-        self.hello.lock().as_ref().filter(|(c, _)| c == consumer).map(|(_, s)| *s)
+    /// The consumer as the desk knows it, if it said Hello on this connection.
+    pub(crate) fn known(&self, consumer: &PeerId) -> Option<PeerId> {
+        self.hello.lock().as_ref().filter(|(_, c)| c == consumer).map(|(known, _)| known.clone())
     }
 
     /// Closes the connection and every stream on it.

@@ -66,6 +66,7 @@ impl Refusal {
         match self {
             Self::Limit { what, .. } | Self::Share { what, .. } => Some(what),
             Self::Denied(_) => Some("denied"),
+            Self::Token => Some("token"),
             _ => None,
         }
     }

@@ -198,6 +198,12 @@ impl Server {
         self.hub.guard().count()
     }
 
+    /// Refusals of a peer at this address since the last line about them in the log; `None`: none was refused.
+    #[cfg(test)]
+    pub(crate) fn refusals(&self, from: std::net::IpAddr, kind: &'static str) -> Option<u64> {
+        self.hub.guard().log.told(&super::peer::PeerKey::new(from, None), kind)
+    }
+
     /// Begins to shut down, and returns at once: the port closes, sessions end with UNAVAILABLE, and after half a second the
     /// remaining connections are closed.
     pub(crate) fn shutdown(&self) {

@@ -23,14 +23,18 @@ use super::{
     desk::{Desk, SessionId},
     guard::{ConnInfo, ConnState, Guard},
     outbox::{FrameQueue, Next, Outbox},
-    owners::{Owners, Secret},
     peer::{Counts, PeerKey},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
+    secret::Secret,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
 use crate::{config::Config, tls::NAMELESS};
 
+/// How long a release with a wrong token waits for its answer. With the limits of a peer's connections and streams it bounds
+/// guesses. A claim with a wrong token is answered at once: a decode engine claims for many clients, and one that passes on
+/// changed names must not slow the others. 128 random bits are not found either way.
+const GUESS_PAUSE: Duration = Duration::from_millis(250);
 /// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
 
@@ -39,7 +43,6 @@ pub(crate) struct Hub {
     desk: Arc<dyn Desk>,
     guard: Arc<Guard>,
     sessions: Mutex<Sessions>,
-    owners: Mutex<Owners>,
     /// The engines that may speak to this rank; empty: all.
     engines: Vec<EngineId>,
     /// Most session streams, including those without an Open, and most of one peer.
@@ -66,7 +69,6 @@ impl Hub {
             desk,
             guard,
             sessions: Mutex::default(),
-            owners: Mutex::new(Owners::new(config.lease.claimed)),
             engines: config.engines.clone(),
             limit: config.limits.sessions.saturating_mul(2).max(1),
             per_peer: config.limits.sessions_per_peer,
@@ -96,7 +98,6 @@ impl Hub {
     /// Ends sessions and connections that are silent, half open or not read.
     pub(crate) fn sweep(&self, now: Instant) {
         self.guard.sweep(now, self.open_within);
-        self.owners.lock().sweep(now);
         for q in self.queues() {
             q.sweep(now, self.open_within, self.silence, self.linger);
         }
@@ -167,19 +168,17 @@ impl Hub {
         }
     }
 
-    /// Checks that a consumer may open a session or request a lane on a connection: it said Hello on it, and nobody else
-    /// owns its incarnation. Returns the secret of that Hello.
-    fn check_consumer(&self, conn: &ConnState, from: &PeerId) -> Result<Secret, Refusal> {
+    /// Checks that a consumer may open a session or request a lane on a connection: it said Hello on it. Returns the consumer
+    /// as the desk knows it.
+    fn check_consumer(&self, conn: &ConnState, from: &PeerId) -> Result<PeerId, Refusal> {
         self.check_engine(conn, Some(&from.engine))?;
-        let secret = conn.hello_of(from).ok_or_else(|| {
+        conn.known(from).ok_or_else(|| {
             Refusal::Denied(format!(
                 "incarnation {} of engine {:?} has not said Hello on this connection: a session and its lanes belong to \
                  the connection that did",
                 from.incarnation, from.engine
             ))
-        })?;
-        self.owners.lock().check(from, &secret)?;
-        Ok(secret)
+        })
     }
 }
 
@@ -209,10 +208,10 @@ impl Ferry for FerryService {
         };
         let hello = Hello::try_from(request).map_err(invalid)?;
         let allowed = self.0.check_engine(&conn, Some(&hello.peer.engine));
-        allowed.and_then(|()| self.0.owners.lock().check(&hello.peer, &secret)).map_err(|r| self.0.refuse(&conn, r))?;
+        allowed.map_err(|r| self.0.refuse(&conn, r))?;
         let result = match self.0.desk.hello(&hello, &conn.peer()) {
             Ok(welcome) => {
-                conn.greeted(hello.peer, secret);
+                conn.greeted(secret.known_as(&hello.peer), hello.peer);
                 proto::hello_reply::Result::Welcome((&welcome).into())
             }
             Err(mismatch) => {
@@ -226,7 +225,7 @@ impl Ferry for FerryService {
     async fn connect_lane(&self, request: Request<proto::LaneRequest>) -> Result<Response<proto::LaneReply>, Status> {
         let conn = conn(&request)?;
         let wanted = LaneWanted::try_from(request.into_inner()).map_err(invalid)?;
-        self.0.check_consumer(&conn, &wanted.from).map_err(|r| self.0.refuse(&conn, r))?;
+        let known = self.0.check_consumer(&conn, &wanted.from).map_err(|r| self.0.refuse(&conn, r))?;
         let by = conn.peer();
         let Some(kind) = wanted.kind else {
             return Err(Refusal::Unsupported { what: "a lane of this kind".into() }.status());
@@ -234,13 +233,13 @@ impl Ferry for FerryService {
         let ticket = match wanted.verbs {
             Some(ends) if kind == LaneKind::Verbs => {
                 let desk = self.0.desk.clone();
-                let make = move || desk.connect_verbs(&wanted.from, wanted.expect, &ends, &by);
+                let make = move || desk.connect_verbs(&known, wanted.expect, &ends, &by);
                 // The device's firmware creates queue pairs slowly: other calls go on meanwhile.
                 tokio::task::spawn_blocking(make)
                     .await
                     .map_err(|_| Status::internal("the thread that creates the lane panicked"))?
             }
-            _ => self.0.desk.connect_lane(&wanted.from, wanted.expect, kind, &by),
+            _ => self.0.desk.connect_lane(&known, wanted.expect, kind, &by),
         };
         let ticket = ticket.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(ticket.into()))
@@ -259,6 +258,9 @@ impl Ferry for FerryService {
         let allowed = self.0.check_engine(&conn, r.from.as_ref().map(|p| &p.engine));
         let offer = (r.offer, r.token);
         let freed = allowed.and_then(|()| self.0.desk.release(r.from, offer, r.expect, &conn.peer()));
+        if matches!(freed, Err(Refusal::Token)) {
+            tokio::time::sleep(GUESS_PAUSE).await;
+        }
         let freed = freed.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(proto::ReleaseReply { freed }))
     }
@@ -272,8 +274,16 @@ pub(crate) struct Session {
     conn: Arc<ConnState>,
     /// The peer that it counts for.
     peer: PeerKey,
-    opened: Option<(SessionId, PeerId)>,
+    opened: Option<OpenSession>,
     hub: Arc<Hub>,
+}
+
+/// A session after its Open.
+struct OpenSession {
+    id: SessionId,
+    from: PeerId,
+    /// The same consumer as the desk knows it, see [`Secret::known_as`].
+    known: PeerId,
 }
 
 impl Session {
@@ -281,17 +291,18 @@ impl Session {
         let frame = ClientFrame::try_from(frame).map_err(invalid)?;
         match (&self.opened, frame.body) {
             (None, ClientBody::Open { from, expect }) => {
-                let id = self.open(&from, expect).map_err(|r| self.hub.refuse(&self.conn, r))?;
+                let (id, known) = self.open(&from, expect).map_err(|r| self.hub.refuse(&self.conn, r))?;
                 self.queue.send_first(ServerFrame { ack: 0, body: Some(ServerBody::Opened(expect)) });
                 self.queue.opened();
                 tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session opened");
-                self.opened = Some((id, from));
+                self.opened = Some(OpenSession { id, from, known });
                 Ok(())
             }
             (None, _) => Err(Status::invalid_argument("frame: a session begins with Open")),
             (Some(_), ClientBody::Open { .. }) => Err(Status::invalid_argument("frame: Open comes once")),
-            (Some((id, from)), body) => {
-                if let Err(refusal) = self.hub.desk.frame(*id, from, ClientFrame { seq: frame.seq, body }, &self.peer) {
+            (Some(OpenSession { id, known, .. }), body) => {
+                if let Err(refusal) = self.hub.desk.frame(*id, known, ClientFrame { seq: frame.seq, body }, &self.peer)
+                {
                     self.hub.refuse(&self.conn, refusal);
                 }
                 Ok(())
@@ -299,14 +310,10 @@ impl Session {
         }
     }
 
-    fn open(&self, from: &PeerId, expect: Incarnation) -> Result<SessionId, Refusal> {
-        let secret = self.hub.check_consumer(&self.conn, from)?;
-        self.hub.owners.lock().open(Instant::now(), from, secret, &self.peer)?;
-        let opened = self.hub.desk.open(from, expect, Outbox::new(self.queue.clone()), &self.peer);
-        if opened.is_err() {
-            self.hub.owners.lock().close(Instant::now(), from.incarnation);
-        }
-        opened
+    fn open(&self, from: &PeerId, expect: Incarnation) -> Result<(SessionId, PeerId), Refusal> {
+        let known = self.hub.check_consumer(&self.conn, from)?;
+        let id = self.hub.desk.open(&known, expect, Outbox::new(self.queue.clone()), &self.peer)?;
+        Ok((id, known))
     }
 
     /// The status for a stream that broke or carried a malformed frame.
@@ -331,10 +338,9 @@ impl Session {
             sessions.by_peer.remove(&self.peer, 1);
         }
         drop(sessions);
-        if let Some((id, from)) = self.opened.take() {
+        if let Some(OpenSession { id, from, known }) = self.opened.take() {
             tracing::debug!(peer = %from.engine, rank = %from.rank, incarnation = %from.incarnation, "session closed");
-            self.hub.desk.closed(id, &from);
-            self.hub.owners.lock().close(Instant::now(), from.incarnation);
+            self.hub.desk.closed(id, &known);
         }
     }
 }
@@ -364,7 +370,7 @@ impl Stream for Session {
                 Poll::Ready(Some(Ok(frame))) => {
                     this.queue.heard();
                     if let Err(status) = this.frame(frame) {
-                        if let Some((_, from)) = &this.opened {
+                        if let Some(OpenSession { from, .. }) = &this.opened {
                             tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "refused a consumer's frame: closed its session");
                         }
                         this.queue.end(status);

@@ -169,6 +169,7 @@ impl Core {
         let id = spec.id.unwrap_or_else(OfferId::random);
         let name = Offer::new(id, self.me.engine.clone(), self.me.incarnation, vec![rank], spec.tokens)
             .request(spec.request)
+            .number(spec.number)
             .fingerprints(spec.fingerprints);
         let name = match self.config.names.seal_keys.first() {
             Some(key) => name.sealed(key),
@@ -195,20 +196,25 @@ impl Core {
         let secret = (name.id, name.token);
         let entered = state.table.offer(Instant::now(), secret, Arc::new(contents), ready == Ready::Now);
         if entered.is_ok() {
+            state.table.numbered(Instant::now(), name.number);
             self.metrics.offers.inc();
         }
         self.carry_out(&mut state);
         entered
     }
 
-    pub(super) fn tell(&self, event: table::In) {
+    /// Tells the table of an event. `false`: it shows a wrong token.
+    pub(super) fn tell(&self, event: table::In) -> bool {
         let mut state = self.lock();
-        let before = state.table.next_timeout();
+        let (before, wrong) = (state.table.next_timeout(), state.table.wrong_tokens());
         state.table.handle(Instant::now(), event);
         self.carry_out(&mut state);
         if state.table.next_timeout() != before {
             self.rearm.notify_one();
         }
+        let wrong = state.table.wrong_tokens() - wrong;
+        self.metrics.wrong_tokens.inc_by(wrong);
+        wrong == 0
     }
 
     /// Ends the leases that have run out by `now`; returns the table's next timeout.
@@ -370,8 +376,8 @@ impl Desk for Core {
             }
             return Err(refusal);
         }
-        self.tell(table::In::Frame(from.clone(), frame));
-        Ok(())
+        // The table has answered a wrong token.
+        if self.tell(table::In::Frame(from.clone(), frame)) { Ok(()) } else { Err(Refusal::Token) }
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {

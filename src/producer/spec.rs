@@ -16,6 +16,8 @@ pub struct OfferSpec {
     pub groups: Vec<OfferGroup>,
     /// What the KV was computed from.
     pub fingerprints: Fingerprints,
+    /// The name's number, if a scheduler numbers its names; 0: none. See [`Offer::number`](crate::Offer::number).
+    pub number: u64,
 }
 
 impl OfferSpec {
@@ -33,6 +35,12 @@ impl OfferSpec {
     /// Says what the KV was computed from; see [`Pull::expect`](crate::Pull::expect).
     pub fn fingerprints(mut self, fingerprints: Fingerprints) -> Self {
         self.fingerprints = fingerprints;
+        self
+    }
+
+    /// Sets the name's number, if a scheduler numbers its names.
+    pub fn number(mut self, number: u64) -> Self {
+        self.number = number;
         self
     }
 

@@ -159,6 +159,36 @@ fn a_bad_certificate_or_key_is_a_clear_error_at_the_start() {
 }
 
 #[test]
+fn both_ends_of_a_connection_learn_the_others_engines() {
+    let authority = Authority::new();
+    let identity = |engine| TlsIdentity::new(&authority.issue(engine), None).unwrap();
+    let (ours, theirs) = (identity("decode-0"), identity("prefill-0"));
+    let mut client = rustls::ClientConnection::new(ours.client(Protocol::Lane), ours.server_name().unwrap()).unwrap();
+    let mut server = rustls::ServerConnection::new(theirs.server(Protocol::Lane)).unwrap();
+    while client.is_handshaking() || server.is_handshaking() {
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).unwrap();
+        server.read_tls(&mut &bytes[..]).unwrap();
+        server.process_new_packets().unwrap();
+        bytes.clear();
+        server.write_tls(&mut bytes).unwrap();
+        client.read_tls(&mut &bytes[..]).unwrap();
+        client.process_new_packets().unwrap();
+    }
+    let engines = |certificates: Option<&[CertificateDer<'static>]>| peer_engines(certificates.unwrap()).to_string();
+    assert_eq!(engines(client.peer_certificates()), "\"prefill-0\"");
+    assert_eq!(engines(server.peer_certificates()), "\"decode-0\"");
+    assert_eq!(client.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+    // Its bytes are of no use at the other port.
+    let mut client = rustls::ClientConnection::new(ours.client(Protocol::Lane), ours.server_name().unwrap()).unwrap();
+    let mut server = rustls::ServerConnection::new(theirs.server(Protocol::Control)).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    server.read_tls(&mut &bytes[..]).unwrap();
+    server.process_new_packets().expect_err("another protocol");
+}
+
+#[test]
 fn changed_files_are_read_again_and_unusable_ones_leave_the_old_settings() {
     let authority = Authority::new();
     let files = Files::new("reload", &authority.issue("a"));

@@ -142,6 +142,38 @@ fn a_name_without_an_offer_is_unknown_after_the_grace_period() {
 }
 
 #[test]
+fn a_numbered_name_that_the_engine_passes_over_is_unknown_at_once_and_a_later_one_is_waited_for() {
+    let spec = Spec { early_grace_ms: SOON.as_millis() as u64, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, Config::default());
+    let numbered = |producer: &mut Producer, n| {
+        let (mut offer, _) = early_name(producer, &[0]);
+        (offer.number, offer.tokens) = (n, 32);
+        offer
+    };
+    let [passed, other, entered, later] = [1, 2, 3, 4].map(|n| numbered(&mut producer, n));
+    // The engine's scheduler gave away four names, and the rank enters the third.
+    let wanted = |offer: &Offer, first| Pull::new(offer.clone(), local(first..first + 2)).deadline(SOON);
+    let early = consumer.pull(wanted(&passed, 0)).unwrap();
+    consumer.pull(wanted(&later, 2)).unwrap();
+    producer.say(&Say::Enter { name: entered.clone(), blocks: vec![5, 6], ready: true });
+    producer.offered().unwrap();
+    let began = Instant::now();
+    let end = ended(&consumer);
+    assert_eq!((end.pull, end.outcome.cause()), (early, Some(Cause::Unknown)));
+    // The next pull of such a name does not wait at all.
+    let again = consumer.pull(wanted(&other, 4)).unwrap();
+    let end = ended(&consumer);
+    assert_eq!((end.pull, end.outcome.cause()), (again, Some(Cause::Unknown)));
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    producer.say(&Say::Enter { name: later, blocks: vec![7, 8], ready: true });
+    producer.offered().unwrap();
+    let end = ended(&consumer);
+    assert!(end.outcome.complete(), "{:?}", end.outcome);
+    assert_loaded_is_exact(&end, &consumer, &spec, producer.seed);
+}
+
+#[test]
 fn an_offer_with_several_consumers_serves_all_and_is_freed_once() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);

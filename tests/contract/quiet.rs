@@ -88,7 +88,9 @@ fn a_wedged_lane_withholds_its_blocks_and_the_producer_gets_its_own_back() {
     let pull =
         consumer.pull(pull_all(&offer, LaneKind::Tcp, deadline(LaneKind::Tcp, Duration::from_millis(500)))).unwrap();
     assert!(consumer.decided(pull).is_none());
+    let began = Instant::now();
     assert_eq!(consumer.wait(SOON), Err(WaitError::Wedged { pull }), "a wedged pull does not end");
+    assert!(began.elapsed() < SOON / 2, "the time-out was not sat out: {:?}", began.elapsed());
     assert_eq!(consumer.wedged(), 1);
     assert!(consumer.poll().is_none());
     let decided = consumer.decided(pull).expect("it has decided");
@@ -143,8 +145,10 @@ fn a_wait_ends_with_the_consumer() {
     let spec = Spec::default();
     let consumer = consumer(&spec, Config::default());
     std::thread::scope(|scope| {
+        let began = Instant::now();
         let waiter = scope.spawn(|| consumer.wait(SOON));
         consumer.shutdown();
         assert_eq!(waiter.join().unwrap(), Err(WaitError::Shutdown));
+        assert!(began.elapsed() < SOON / 2, "the time-out was not sat out: {:?}", began.elapsed());
     });
 }

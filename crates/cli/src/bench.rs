@@ -222,7 +222,7 @@ impl Bench<'_> {
             let (mut block, mut first_block) = (Vec::new(), Vec::new());
             for i in 0..=self.args.iterations.div_ceil(2) {
                 let offer = self.offer(blocks, size)?;
-                peer::pull(&consumer, offer, blocks, vec![LaneKind::Verbs], LIMIT)?;
+                peer::pull(&consumer, (offer, size), blocks, vec![LaneKind::Verbs], LIMIT)?;
                 let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
                 let Times { claim: Some(claim), first: Some(first), data: Some(data), .. } = ended.outcome.times else {
                     return Err(Failure::failed("a pull lost a block"));
@@ -260,7 +260,7 @@ impl Bench<'_> {
         let mut lat = Vec::new();
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
-            peer::pull(consumer, self.offer(blocks, size)?, blocks, vec![lane], LIMIT)?;
+            peer::pull(consumer, (self.offer(blocks, size)?, size), blocks, vec![lane], LIMIT)?;
             let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
             let o = &ended.outcome;
             if !o.complete() {

@@ -92,7 +92,7 @@ impl Demo {
     }
 
     fn start(&self, offer: Offer, lane: LaneKind) -> Result<PullId, Failure> {
-        peer::pull(&self.consumer, offer, self.blocks, vec![lane], LIMIT)
+        peer::pull(&self.consumer, (offer, 0), self.blocks, vec![lane], LIMIT)
     }
 
     fn end(&mut self, peer: &Peer) -> Result<(Ended, PullRecord), Failure> {

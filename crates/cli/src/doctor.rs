@@ -289,7 +289,7 @@ fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
     let peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;
     let layout = peer.local_layout(GroupId(0), BLOCKS)?;
     let consumer = Consumer::builder("doctor".parse()?, model, layout).build()?;
-    peer::pull(&consumer, peer.offer(BLOCKS, 0, limit)?, BLOCKS, vec![lane], limit)?;
+    peer::pull(&consumer, (peer.offer(BLOCKS, 0, limit)?, 0), BLOCKS, vec![lane], limit)?;
     let ended = consumer.wait(limit * 2).map_err(|e| Failure::waiting(&e))?;
     let (good, bad) = peer.verify(&ended, &consumer)?;
     if let Some(cause) = ended.outcome.cause() {

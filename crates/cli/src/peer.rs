@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use kvferry::{
-    BlockId, Cause, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer, PoolLayout, Pull, PullId,
-    Welcome,
+    BlockId, Caller, Cause, Config, Consumer, Ended, EngineId, GroupId, LaneKind, LocalBlocks, Model, Offer,
+    PoolLayout, Pull, PullId, Welcome,
 };
 use kvferry_testkit::pattern::Check;
 use tokio::runtime::Runtime;
@@ -24,8 +24,23 @@ pub(crate) struct Peer {
 impl Peer {
     /// Greets the producer at `addr`, which must answer within `limit`.
     pub(crate) fn probe(addr: &str, engine: &EngineId, model: &Model, limit: Duration) -> Result<Self, Failure> {
+        Self::probe_listed(addr, engine, model, limit, &[])
+    }
+
+    /// The same if `addr` is among the hosts in `dial`; an empty list has all.
+    pub(crate) fn probe_listed(
+        addr: &str,
+        engine: &EngineId,
+        model: &Model,
+        limit: Duration,
+        dial: &[String],
+    ) -> Result<Self, Failure> {
+        let mut config = Config::default();
+        config.session.hello_timeout = limit;
+        config.dial = dial.to_vec();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let welcome = runtime.block_on(kvferry::probe(addr, engine, model, limit)).map_err(|e| Failure::dial(&e))?;
+        let welcome =
+            runtime.block_on(Caller::new(config).probe(addr, engine, model)).map_err(|e| Failure::dial(&e))?;
         Ok(Self { addr: addr.into(), runtime, welcome })
     }
 
@@ -70,15 +85,18 @@ impl Peer {
     }
 }
 
-/// Starts a pull of an offer's first `blocks` positions into blocks of the same numbers, of the consumer's only group.
+/// Starts a pull of an offer's first `blocks` positions into blocks of the same numbers, of a group whose blocks have
+/// `block_bytes` bytes (0: the first group).
 pub(crate) fn pull(
     consumer: &Consumer,
-    offer: Offer,
+    (offer, block_bytes): (Offer, u64),
     blocks: u32,
     lanes: Vec<LaneKind>,
     deadline: Duration,
 ) -> Result<PullId, Failure> {
-    let group = consumer.layout().groups.first().ok_or_else(|| Failure::failed("this side's pool has no groups"))?.id;
+    let mut groups = consumer.layout().groups.iter();
+    let group = groups.find(|g| block_bytes == 0 || g.block_bytes() == block_bytes).map(|g| g.id);
+    let group = group.ok_or_else(|| Failure::failed("this side's pool has no group with blocks of this size"))?;
     let blocks = (0..blocks).map(|b| Some(BlockId(b))).collect();
     let wanted = LocalBlocks { group, first_position: 0, blocks };
     consumer.pull(Pull::new(offer, vec![wanted]).deadline(deadline).lanes(lanes)).map_err(|e| {

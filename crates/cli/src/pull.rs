@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// Pull the offer in this file (JSON) instead of a new one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
+    /// Hosts to connect to: networks, addresses, host names, or .SUFFIX of host names. The default is every host.
+    #[arg(long, value_name = "HOST,…", value_delimiter = ',')]
+    dial: Vec<String>,
     /// Break the lane on purpose. A list of: throttle=BYTES (per second), down@BYTES, silent@BYTES, stale@BYTES,
     /// panic@BYTES, noquiet, wedge, lanes=N (break only the first N connections).
     #[arg(long, value_name = "FAULT,…")]
@@ -91,7 +94,10 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
         (None, Some(offer)) => offer.ranks[0].addr.clone(),
         (None, None) => return Err(Failure::usage("--from or --offer is missing")),
     };
-    let peer = Peer::probe(&from, &args.engine, &args.model.model(), left())?;
+    let mut config = Config::default();
+    config.dial = args.dial.clone();
+    config.check().map_err(|e| Failure::usage(e.to_string()))?;
+    let peer = Peer::probe_listed(&from, &args.engine, &args.model.model(), left(), &args.dial)?;
     let offer = match file {
         Some(offer) => offer,
         None => peer.offer(args.blocks.unwrap_or(0), 0, left())?,
@@ -103,14 +109,13 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     let blocks = args.blocks.unwrap_or(offered).min(offered);
     let layout = peer.local_layout(group.id, blocks)?;
     args::check_memory(layout.segments[0])?;
-    let mut config = Config::default();
     config.verbs = args.verbs.config();
     config.tcp = args.tcp.config();
     config.pull.faults = args.fault.clone();
     config.pull.lanes = args.lane.lanes();
     let consumer = Consumer::builder(args.engine.clone(), args.model.model(), layout).config(config).build()?;
     record.setup_us = Some(us(started.elapsed()));
-    let pull = peer::pull(&consumer, offer, blocks, args.lane.lanes(), left())?;
+    let pull = peer::pull(&consumer, (offer, 0), blocks, args.lane.lanes(), left())?;
     // A pull ends soon after its deadline, or it never does.
     match consumer.wait(left() + Duration::from_secs(30)) {
         Ok(ended) => {

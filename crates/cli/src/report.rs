@@ -200,7 +200,7 @@ impl PullRecord {
             self.loaded.insert_ascending(g.loaded.iter());
             self.invalid.insert_ascending(g.invalid.iter());
             for (cause, set) in &g.causes {
-                self.causes.entry(*cause).or_insert_with(PositionSet::new).insert_ascending(set.iter());
+                self.causes.entry(*cause).or_default().insert_ascending(set.iter());
             }
         }
         self.lane = o.lanes.last().map(|l| l.as_str());

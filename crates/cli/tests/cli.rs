@@ -381,3 +381,17 @@ fn the_doctor_gives_a_remedy_for_every_problem() {
     let failed = found.iter().any(|f| f["status"] == "FAIL");
     assert_eq!(out.status.code(), Some(i32::from(failed)));
 }
+
+#[test]
+fn a_pull_connects_only_to_listed_hosts() {
+    let producer = serve(&["--blocks", "8", "--regions", "1", "--block-size", "4K"]);
+    let pull = |dial| kvferry(&["pull", "--from", &producer.ready.listen, "--dial", dial, "--json"]);
+    assert_eq!(pull_record(&pull("127.0.0.0/8,.prefill.example"))["result"], "complete");
+    let out = pull("10.0.0.0/8,.prefill.example");
+    assert_eq!(out.status.code(), Some(1));
+    let record = pull_record(&out);
+    assert_eq!(record["result"], "refused");
+    assert!(record["error"].as_str().unwrap().contains("`dial` does not list it"), "{record}");
+    let out = pull("10.0.0.0/99");
+    assert_eq!(out.status.code(), Some(2), "wrong usage");
+}

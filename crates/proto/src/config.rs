@@ -16,6 +16,10 @@ pub struct LeaseConfig {
     pub early_grace: Duration,
     /// How long a producer remembers why an offer is gone.
     pub tombstone: Duration,
+    /// How much later than its successors a numbered name may be entered. After that it is unknown at once, without
+    /// `early_grace`. An engine enters the names of one step together, and steps overlap by one or two: a step takes 10 to
+    /// 100 ms.
+    pub reorder: Duration,
 }
 
 impl Default for LeaseConfig {
@@ -26,6 +30,7 @@ impl Default for LeaseConfig {
             hard_cap: Duration::from_secs(600),
             early_grace: Duration::from_secs(2),
             tombstone: Duration::from_secs(120),
+            reorder: Duration::from_millis(250),
         }
     }
 }

@@ -63,6 +63,8 @@ pub enum ClientBody {
         offer: OfferId,
         /// The offer's secret, from its name.
         token: Token,
+        /// The number in its name; 0: none.
+        number: u64,
         /// The engine's reader that claims.
         reader: Reader,
     },

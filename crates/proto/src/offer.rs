@@ -48,6 +48,10 @@ pub struct Offer {
     /// The producer's request id, for logs.
     #[serde(default)]
     pub request: String,
+    /// Its place among the names that the engine's scheduler mints, ascending by one or more; 0: not numbered. A rank that has
+    /// entered a later name answers that it will never enter this one, instead of waiting for it.
+    #[serde(default)]
+    pub number: u64,
     /// What the KV was computed from.
     #[serde(default)]
     pub fingerprints: Fingerprints,
@@ -124,6 +128,8 @@ impl Offer {
     pub const MAX_FINGERPRINTS: usize = 16;
     /// Longest name, and longest value, of a fingerprint, in bytes.
     pub const MAX_FINGERPRINT: usize = 128;
+    /// Highest number: every JSON reader of a router keeps it exactly.
+    pub const MAX_NUMBER: u64 = (1 << 53) - 1;
 
     /// A name for an offer of `tokens` tokens, with a new random token.
     pub fn new(id: OfferId, engine: EngineId, incarnation: Incarnation, ranks: Vec<OfferRank>, tokens: u64) -> Self {
@@ -136,6 +142,7 @@ impl Offer {
             ranks,
             tokens,
             request: String::new(),
+            number: 0,
             fingerprints: Fingerprints::new(),
             seal: None,
         }
@@ -144,6 +151,13 @@ impl Offer {
     /// Sets the producer's request id, for logs.
     pub fn request(mut self, request: impl Into<String>) -> Self {
         self.request = request.into();
+        self
+    }
+
+    /// Sets its place among the names that the engine's scheduler mints. A number that is lower than one before means that the
+    /// name is passed over, so a scheduler that may restart without its ranks starts from the clock.
+    pub fn number(mut self, number: u64) -> Self {
+        self.number = number;
         self
     }
 
@@ -213,6 +227,9 @@ impl Offer {
         }
         if self.request.len() > Self::MAX_REQUEST {
             return bad(format!("the request id is longer than {} bytes", Self::MAX_REQUEST));
+        }
+        if self.number > Self::MAX_NUMBER {
+            return bad(format!("its number {} is over {}", self.number, Self::MAX_NUMBER));
         }
         check_fingerprints(&self.fingerprints).or_else(bad)
     }

@@ -26,6 +26,8 @@ pub enum Bug {
     SilenceIgnored,
     /// A silent stream gets no second connection beside it.
     OneConnection,
+    /// A name is unknown as soon as a later one is entered, though names are entered a little out of order.
+    OrderTrusted,
     /// A claim or a release counts whatever token it shows.
     TokenIgnored,
     /// The source's blocks are taken from the consumer's side instead of from the grant.
@@ -40,7 +42,7 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 10] = [
+        pub const ALL: [Bug; 11] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
@@ -49,6 +51,7 @@ mod planting {
             Bug::UnverifiedLoaded,
             Bug::SilenceIgnored,
             Bug::OneConnection,
+            Bug::OrderTrusted,
             Bug::TokenIgnored,
             Bug::ListFromElsewhere,
         ];

@@ -66,6 +66,8 @@ pub struct Want {
     pub offer: OfferId,
     /// Its secret.
     pub token: Token,
+    /// Its number, see [`Offer::number`](crate::Offer::number); 0: none.
+    pub number: u64,
     /// The engine that made the offer.
     pub engine: EngineId,
     /// The incarnation of the producer rank that made the offer.

@@ -8,11 +8,13 @@
 //! without it an id opens and ends nothing.
 //!
 //! An offer's name may arrive before the offer itself (a router is fast), and a release before both. Unknown ids are
-//! therefore answered `NotYet` for a grace period, and a release of one is remembered.
+//! therefore answered `NotYet` for a grace period, and a release of one is remembered. Names may be numbered: one that the
+//! engine has passed over is unknown at once.
 
 mod aged;
 mod claims;
 mod entry;
+mod order;
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -24,6 +26,7 @@ use self::{
     aged::Aged,
     claims::ClaimIndex,
     entry::{ClaimKey, Entry},
+    order::Order,
 };
 use crate::{
     ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Incarnation, LeaseConfig, Limits, Machine, Nonce,
@@ -118,6 +121,7 @@ pub struct OfferTable {
     free_slots: VecDeque<u32>,
     early: Aged<Early>,
     tombs: Aged<Gone>,
+    order: Order,
     /// Entries by a time no later than their end. A renewal leaves the old, earlier time in place; the entry is looked at
     /// again at that time, so renewals in any order cannot hide an end.
     timers: BTreeSet<(Instant, OfferId)>,
@@ -136,6 +140,7 @@ impl OfferTable {
             free_slots: (0..slots).collect(),
             early: Aged::new(limits.remembered),
             tombs: Aged::new(limits.remembered),
+            order: Order::default(),
             timers: BTreeSet::new(),
             draining: false,
             wrong_tokens: 0,
@@ -184,6 +189,11 @@ impl OfferTable {
         Ok(())
     }
 
+    /// An offer whose name has this number was entered: see [`Offer::number`](crate::Offer::number).
+    pub fn numbered(&mut self, now: Instant, number: u64) {
+        self.order.entered(now, number, self.lease.reorder);
+    }
+
     /// Whether an offer is live, and if so, whether this is its token.
     pub fn shows(&self, id: OfferId, token: Token) -> Option<bool> {
         self.live.get(&id).map(|e| e.token == token)
@@ -219,8 +229,8 @@ impl OfferTable {
         match frame.body {
             ClientBody::Open { .. } => {}
             ClientBody::Ping(n) => self.reply(to, ServerBody::Pong(n)),
-            ClientBody::Claim { claim, offer, token, .. } => {
-                let body = self.claim(now, (to, claim), offer, token);
+            ClientBody::Claim { claim, offer, token, number, .. } => {
+                let body = self.claim(now, (to, claim), (offer, token), number);
                 self.reply(to, body);
             }
             ClientBody::Renew(claims) => self.renew(now, to, &claims),
@@ -235,13 +245,13 @@ impl OfferTable {
         self.out.push_back(Out::Send(to, ServerFrame { ack: 0, body: Some(body) }));
     }
 
-    fn claim(&mut self, now: Instant, key: ClaimKey, id: OfferId, token: Token) -> ServerBody {
+    fn claim(&mut self, now: Instant, key: ClaimKey, (id, token): (OfferId, Token), number: u64) -> ServerBody {
         let claim = key.1;
         let gone = |why| ServerBody::Gone { claim, why };
         if let Some(&why) = self.tombs.get(id) {
             return gone(why);
         }
-        let Some(entry) = self.live.get_mut(&id) else { return self.claim_early(now, claim, id, token) };
+        let Some(entry) = self.live.get_mut(&id) else { return self.claim_early(now, claim, (id, token), number) };
         if entry.token != token && !planted(Bug::TokenIgnored) {
             self.wrong_tokens += 1;
             return gone(Gone::Token);
@@ -277,9 +287,12 @@ impl OfferTable {
     }
 
     /// A claim of an id that was never entered: it may be early, or long gone.
-    fn claim_early(&mut self, now: Instant, claim: ClaimId, id: OfferId, token: Token) -> ServerBody {
+    fn claim_early(&mut self, now: Instant, claim: ClaimId, (id, token): (OfferId, Token), number: u64) -> ServerBody {
+        let reorder = if planted(Bug::OrderTrusted) { Duration::ZERO } else { self.lease.reorder };
+        let passed = self.order.has_passed(now, number, reorder);
         let waited = match self.early.get(id) {
             Some(e) if e.released.contains(&token) => return ServerBody::Gone { claim, why: Gone::Released },
+            _ if passed => return ServerBody::Gone { claim, why: Gone::Unknown },
             Some(e) => now.saturating_duration_since(e.since),
             None if self.draining => return ServerBody::Gone { claim, why: Gone::Unknown },
             None => {

@@ -134,6 +134,7 @@ impl SealKey {
         part(offer.engine.as_str().as_bytes());
         part(&offer.incarnation.get().to_le_bytes());
         part(&offer.tokens.to_le_bytes());
+        part(&offer.number.to_le_bytes());
         part(offer.request.as_bytes());
         part(&(offer.ranks.len() as u64).to_le_bytes());
         for r in &offer.ranks {

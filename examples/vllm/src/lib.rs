@@ -25,10 +25,12 @@ fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
     Ok(engine.to_string())
 }
 
-/// Makes the name of a new offer, sealed with the first of `seal_keys`. `ranks` are `(rank, incarnation, HOST:PORT)`. Returns
-/// the offer's id and the name (JSON), which contains its secret token.
+/// Makes the name of a new offer, sealed with the first of `seal_keys`. `ranks` are `(rank, incarnation, HOST:PORT)`. `number`
+/// ascends from one name to the next; 0: not numbered. Returns the offer's id and the name (JSON), which contains its secret
+/// token.
 #[pyfunction]
-#[pyo3(signature = (*, engine, incarnation, ranks, tokens, request, fingerprints, seal_keys))]
+#[pyo3(signature = (*, engine, incarnation, ranks, tokens, request, fingerprints, seal_keys, number = 0))]
+#[allow(clippy::too_many_arguments)]
 fn name_offer(
     engine: &str,
     incarnation: String,
@@ -37,6 +39,7 @@ fn name_offer(
     request: String,
     fingerprints: Fingerprints,
     seal_keys: Vec<Vec<u8>>,
+    number: u64,
 ) -> PyResult<(String, String)> {
     let rank = |(rank, incarnation, addr): (u32, String, String)| {
         let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
@@ -46,7 +49,7 @@ fn name_offer(
     let engine = engine.parse().map_err(value_error)?;
     let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
     let mut name = Offer::new(OfferId::random(), engine, incarnation, ranks, tokens);
-    (name.request, name.fingerprints) = (request, fingerprints);
+    (name.request, name.fingerprints, name.number) = (request, fingerprints, number);
     if let Some(key) = pool::seal_keys(seal_keys)?.first() {
         name = name.sealed(key);
     }

@@ -1,5 +1,7 @@
 //! The settings that an operator may change. All others keep the library's defaults.
 
+use std::path::PathBuf;
+
 use kvferry::{Config, LaneKind, OnWedge, TlsConfig};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
@@ -8,8 +10,8 @@ use crate::{
     pool::{self, value_error},
 };
 
-/// `(certificate, key, authority, server name)`, the first three PEM.
-type PyTls = (Vec<u8>, Vec<u8>, Vec<u8>, String);
+/// `(certificate, key, authority, server name)`, the first three paths of PEM files.
+type PyTls = (PathBuf, PathBuf, PathBuf, String);
 
 /// Settings of a producer and a consumer. Times are in seconds.
 #[pyclass(frozen, module = "kvferry._native")]
@@ -23,7 +25,7 @@ impl Settings {
     #[new]
     #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
         early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
-        tls = None, seal_keys = Vec::new(), patience = None, tcp_checksum = false))]
+        tls = None, seal_keys = Vec::new(), patience = None, dial = Vec::new(), engines = Vec::new(), tcp_checksum = false))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         lanes: Option<Vec<String>>,
@@ -40,6 +42,8 @@ impl Settings {
         tls: Option<PyTls>,
         seal_keys: Vec<Vec<u8>>,
         patience: Option<f64>,
+        dial: Vec<String>,
+        engines: Vec<String>,
         tcp_checksum: bool,
     ) -> PyResult<Self> {
         let mut config = Config::default();
@@ -80,10 +84,14 @@ impl Settings {
         }
         if let Some((certificate, key, ca, server_name)) = tls {
             let mut tls = TlsConfig::default();
-            (tls.certificate, tls.key, tls.ca, tls.server_name) = (certificate, key, ca, server_name);
+            // As files: they are read again when they change.
+            (tls.certificate_file, tls.key_file, tls.ca_file) = (Some(certificate), Some(key), Some(ca));
+            tls.server_name = server_name;
             config.tls = Some(tls);
         }
         config.names.seal_keys = pool::seal_keys(seal_keys)?;
+        config.dial = dial;
+        config.engines = engines.iter().map(|e| e.parse().map_err(value_error)).collect::<PyResult<_>>()?;
         let lanes = match lanes {
             Some(names) => names.iter().map(|n| lane(n)).collect::<PyResult<Vec<_>>>()?,
             None => config.pull.lanes.clone(),

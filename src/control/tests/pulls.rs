@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use kvferry_proto::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Model, OfferGroup, PoolLayout};
+use kvferry_proto::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Model, OfferGroup, PoolLayout, Token};
 
 use super::rig::{LIMIT, config, hello, run};
 use crate::{
@@ -47,6 +47,15 @@ fn cause(consumer: &Consumer) -> Option<Cause> {
     consumer.wait(LIMIT * 2).expect("a pull ends soon after its deadline").outcome.cause()
 }
 
+/// Sets its flag when it is dropped, by a failed assertion too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
     let (old, new) = (Authority::new(), Authority::new());
@@ -72,6 +81,7 @@ fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
                 let _ = done.send(());
             }
         });
+        let _stop = Stop(stop);
         // Waits until a client with this certificate is accepted or refused.
         let until = |tls: &TlsConfig, accepted: bool| {
             run(async {
@@ -99,7 +109,6 @@ fn no_pull_is_dropped_while_certificates_and_authorities_are_replaced() {
         for _ in 0..2 {
             complete.recv_timeout(LIMIT).expect("pulls go on");
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
@@ -135,4 +144,24 @@ fn a_lane_over_the_peers_share_ends_its_pull_with_limit() {
     assert_eq!(cause(&second), Some(Cause::Limit));
     first.pull(pull(&producer, 2)).unwrap();
     assert_eq!(cause(&first), None);
+}
+
+#[test]
+fn wrong_tokens_are_refused_and_counted_for_their_peer() {
+    let producer = producer(config());
+    let consumer = consumer(config());
+    let right = pull(&producer, 0);
+    for _ in 0..3 {
+        let mut forged = right.clone();
+        let mut name = (*forged.offer).clone();
+        name.token = Token::random();
+        forged.offer = name.into();
+        consumer.pull(forged).unwrap();
+        assert!(cause(&consumer).is_some());
+    }
+    // The first one is in the log already. The release that follows a refused claim shows the wrong token too.
+    let counted = producer.refused([127, 0, 0, 1].into(), "token");
+    assert!(counted.is_some_and(|n| n >= 2), "{counted:?}");
+    consumer.pull(right).unwrap();
+    assert_eq!(cause(&consumer), None);
 }

@@ -1,7 +1,7 @@
 //! A server with a desk that records its calls, and a consumer whose events a test can wait for.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{SocketAddr, TcpListener},
     sync::{
         Arc, Mutex,
@@ -94,6 +94,8 @@ pub(super) struct TestDesk {
     /// How many requests for a lane are still answered with `NotYet`.
     pub not_yet: AtomicU64,
     pub outboxes: Mutex<HashMap<SessionId, Outbox>>,
+    /// The incarnations under which it knows the consumers of all sessions.
+    known: Mutex<BTreeSet<Incarnation>>,
     next: AtomicU64,
     seen: Mutex<Sender<Seen>>,
 }
@@ -106,6 +108,10 @@ impl TestDesk {
     fn expects_me(&self, expected: Incarnation) -> Result<(), Refusal> {
         let here = self.me.incarnation;
         if here == expected { Ok(()) } else { Err(Refusal::OtherIncarnation { here, expected }) }
+    }
+
+    pub(super) fn consumers(&self) -> BTreeSet<Incarnation> {
+        self.known.lock().unwrap().clone()
     }
 
     pub(super) fn outbox(&self, session: SessionId) -> Outbox {
@@ -132,13 +138,14 @@ impl Desk for TestDesk {
         })
     }
 
-    fn open(&self, _: &PeerId, expect: Incarnation, outbox: Outbox, _: &PeerKey) -> Result<SessionId, Refusal> {
+    fn open(&self, from: &PeerId, expect: Incarnation, outbox: Outbox, _: &PeerKey) -> Result<SessionId, Refusal> {
         self.expects_me(expect)?;
         let id = SessionId(self.next.fetch_add(1, Ordering::SeqCst));
         if self.refuses_sessions.load(Ordering::SeqCst) {
             self.see(Seen::Opened(id));
             return Err(Refusal::Precondition("not now".into()));
         }
+        self.known.lock().unwrap().insert(from.incarnation);
         self.outboxes.lock().unwrap().insert(id, outbox);
         self.see(Seen::Opened(id));
         Ok(id)
@@ -227,6 +234,7 @@ impl Rig {
             not_yet: 0.into(),
             lanes: Mutex::new(vec![LaneKind::Local, LaneKind::Tcp]),
             outboxes: Mutex::default(),
+            known: Mutex::default(),
             next: 1.into(),
             seen: Mutex::new(tx),
         });
@@ -406,6 +414,7 @@ pub(super) fn want(claim: u64, of: &PeerId) -> Want {
         claim: ClaimId(claim),
         offer: OfferId::random(),
         token: Token::random(),
+        number: 0,
         engine: of.engine.clone(),
         expect: of.incarnation,
         reader: Reader::ONLY,

@@ -161,7 +161,14 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
     let bad = [
         (
             "claim.reader",
-            Some(Frame::Claim(proto::Claim { claim: 1, offer: id, reader: 2, readers: 2, token: vec![1; 16].into() })),
+            Some(Frame::Claim(proto::Claim {
+                claim: 1,
+                offer: id,
+                reader: 2,
+                readers: 2,
+                token: vec![1; 16].into(),
+                number: 0,
+            })),
         ),
         ("renew.claims", Some(Frame::Renew(proto::Renew { claims: vec![1; 5000] }))),
         (

@@ -20,12 +20,13 @@ impl From<ClientFrame> for proto::ClientFrame {
                 C::Open(proto::Open { from: Some((&from).into()), expect_incarnation: expect.get() })
             }
             ClientBody::Ping(number) => C::Ping(proto::Ping { number }),
-            ClientBody::Claim { claim, offer, token, reader } => C::Claim(proto::Claim {
+            ClientBody::Claim { claim, offer, token, number, reader } => C::Claim(proto::Claim {
                 claim: claim.0,
                 offer: Some(offer.into()),
                 reader: reader.index,
                 readers: reader.of,
                 token: token.to_bytes().to_vec().into(),
+                number,
             }),
             ClientBody::Renew(claims) => C::Renew(proto::Renew { claims: claims.into_iter().map(|c| c.0).collect() }),
             ClientBody::Release(r) => C::Release(proto::Unclaim {
@@ -75,6 +76,7 @@ fn claim(c: proto::Claim) -> Checked<ClientBody> {
         claim: claim_id("claim", c.claim)?,
         offer: offer_id("offer", c.offer)?,
         token: token("token", &c.token)?,
+        number: c.number,
         reader: reader(c.reader, c.readers)?,
     })
 }

@@ -192,11 +192,8 @@ fn client_frames() -> impl Strategy<Value = ClientFrame> {
     let body = prop_oneof![
         (peers(), incarnations()).prop_map(|(from, expect)| ClientBody::Open { from, expect }),
         any::<u64>().prop_map(ClientBody::Ping),
-        (claims(), offer_ids(), tokens(), readers()).prop_map(|(claim, offer, token, reader)| ClientBody::Claim {
-            claim,
-            offer,
-            token,
-            reader
+        (claims(), offer_ids(), tokens(), any::<u64>(), readers()).prop_map(|(claim, offer, token, number, reader)| {
+            ClientBody::Claim { claim, offer, token, number, reader }
         }),
         vec(claims(), 0..10).prop_map(ClientBody::Renew),
         release.prop_map(ClientBody::Release),
@@ -311,7 +308,7 @@ fn a_bad_frame_is_refused_by_the_name_of_its_field() {
     let frame = |seq, frame| ClientFrame::try_from(proto::ClientFrame { seq, frame: Some(frame) });
     let id = Some(proto::OfferId { high: 1, low: 2 });
     let token = vec![1; 16];
-    let claim = proto::Claim { claim: 1, offer: id, reader: 0, readers: 1, token: token.clone().into() };
+    let claim = proto::Claim { claim: 1, offer: id, reader: 0, readers: 1, token: token.clone().into(), number: 0 };
     assert!(frame(0, C::Claim(claim.clone())).is_ok());
     refused(frame(0, C::Claim(proto::Claim { token: vec![1; 15].into(), ..claim.clone() })), "claim.token");
     refused(frame(0, C::Claim(proto::Claim { claim: 0, ..claim.clone() })), "claim.claim");

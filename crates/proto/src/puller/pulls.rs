@@ -103,6 +103,7 @@ impl Pulls {
                 claim,
                 offer: offer.id,
                 token: offer.token,
+                number: offer.number,
                 engine: offer.engine.clone(),
                 expect: rank.incarnation,
                 reader: pull.start.reader,

@@ -111,8 +111,8 @@ impl Claims {
                 return Some(None);
             }
             c.state = ClaimState::Sent(resend);
-            let Want { claim, offer, token, reader, .. } = c.want;
-            Some(Some((0, ClientBody::Claim { claim, offer, token, reader })))
+            let Want { claim, offer, token, number, reader, .. } = c.want;
+            Some(Some((0, ClientBody::Claim { claim, offer, token, number, reader })))
         })
     }
 

@@ -79,7 +79,9 @@ impl Table {
     }
 
     fn claim_as(&mut self, from: &PeerId, claim: u64, offer: u64, reader: Reader) -> ServerBody {
-        self.frame(from, ClientBody::Claim { claim: ClaimId(claim), offer: id(offer), token: token(offer), reader });
+        // Each offer's number is the low half of its id.
+        let (claim, number) = (ClaimId(claim), offer);
+        self.frame(from, ClientBody::Claim { claim, offer: id(offer), token: token(offer), number, reader });
         let mut answers = self.outs().into_iter().filter_map(|o| match o {
             Out::Send(to, ServerFrame { body: Some(body), .. }) if to == from.incarnation => Some(body),
             _ => None,
@@ -510,4 +512,63 @@ fn a_draining_producer_takes_no_offers_and_grants_what_it_has() {
     assert_eq!(b.outs(), [Out::Broadcast(ServerFrame { ack: 0, body: Some(ServerBody::Draining) })], "said once");
     assert_eq!(b.table.offer(b.now, secret(2), contents(2), true), Err(OfferError::Draining));
     b.granted(&peer("a", 1), 1, 1);
+}
+
+fn unknown(claim: u64) -> ServerBody {
+    gone(claim, Gone::Unknown)
+}
+
+#[test]
+fn a_numbered_name_is_unknown_at_once_when_the_engine_has_passed_it_over() {
+    let reorder = LeaseConfig::default().reorder;
+    let mut b = Table::new(Limits::default());
+    let a = peer("a", 1);
+    let enter = |b: &mut Table, n| {
+        b.offer(n);
+        b.table.numbered(b.now, n);
+    };
+    assert!(matches!(b.claim(&a, 1, 5), ServerBody::NotYet { .. }), "nothing was entered yet");
+    enter(&mut b, 4);
+    b.at(reorder * 2);
+    assert!(matches!(b.claim(&a, 1, 5), ServerBody::NotYet { .. }), "4 comes before 5");
+    enter(&mut b, 6);
+    b.at(reorder * 3 - NANO);
+    assert!(matches!(b.claim(&a, 1, 5), ServerBody::NotYet { .. }), "steps of an engine overlap");
+    b.at(reorder * 3);
+    assert_eq!(b.claim(&a, 1, 5), unknown(1));
+    assert_eq!(b.claim(&a, 2, 3), unknown(2), "also without an early claim");
+    assert!(matches!(b.claim(&a, 3, 7), ServerBody::NotYet { .. }), "a later name may be early");
+    b.granted(&a, 4, 6);
+    b.granted(&a, 5, 4);
+}
+
+#[test]
+fn a_name_that_is_entered_a_little_out_of_order_is_granted() {
+    let mut b = Table::new(Limits::default());
+    let a = peer("a", 1);
+    for n in [9, 7, 8] {
+        b.offer(n);
+        b.table.numbered(b.now, n);
+        b.at(b.now - b.start + LeaseConfig::default().reorder / 2);
+    }
+    for n in [7, 8, 9] {
+        b.granted(&a, n, n);
+    }
+    assert_eq!(b.claim(&a, 1, 6), unknown(1));
+    assert!(matches!(b.claim(&a, 2, 10), ServerBody::NotYet { .. }));
+}
+
+#[test]
+fn a_name_without_a_number_waits_for_the_grace_period() {
+    let mut b = Table::new(Limits::default());
+    let a = peer("a", 1);
+    b.offer(9);
+    b.table.numbered(b.now, 9);
+    b.at(SECOND);
+    assert!(matches!(b.claim(&a, 1, 0), ServerBody::NotYet { .. }));
+    // Nor does a name without a number say anything of others.
+    b.offer(50);
+    b.table.numbered(b.now, 0);
+    b.at(SECOND * 2);
+    assert!(matches!(b.claim(&a, 2, 49), ServerBody::NotYet { .. }));
 }

@@ -77,6 +77,7 @@ impl Session {
             claim: ClaimId(claim),
             offer: id(claim),
             token: token(),
+            number: 0,
             engine: "them".parse().unwrap(),
             expect: incarnation(of),
             reader: Reader::ONLY,
@@ -317,6 +318,22 @@ fn a_handshake_that_is_refused_ends_the_claims_with_its_cause() {
     s.outs();
     s.tell(In::DialFailed(HelloError::Version { here: "1".into(), there: "9".into() }));
     assert_eq!(losses(s.outs()), [lost(1, Cause::Refused)]);
+}
+
+#[test]
+fn a_session_that_is_refused_ends_its_claims_with_the_cause_and_later_ones_dial_again() {
+    let mut s = Session::new();
+    s.claim(1, 7);
+    s.welcome(7);
+    s.outs();
+    s.tell(In::Refused(s.stream - 1, Cause::Limit));
+    assert_eq!(s.outs(), [], "an older stream");
+    s.tell(In::Refused(s.stream, Cause::Limit));
+    let outs = s.outs();
+    assert_eq!(outs.first(), Some(&lost(1, Cause::Limit)));
+    assert!(outs.contains(&Out::HangUp) && !outs.contains(&Out::Dial), "{outs:?}");
+    s.claim(2, 7);
+    assert!(s.outs().contains(&Out::Dial));
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub(crate) struct Engine {
     free: Vec<Vec<u32>>,
     blocks: u32,
     lives: u32,
+    /// Names that its scheduler minted.
+    named: u64,
 }
 
 /// An address that a rank listens at.
@@ -150,7 +152,14 @@ impl World {
                     wrong_model: false,
                 });
             }
-            self.engines.push(Engine { id, ranks: (first..first + shards.len()).collect(), free, blocks, lives: 0 });
+            self.engines.push(Engine {
+                id,
+                ranks: (first..first + shards.len()).collect(),
+                free,
+                blocks,
+                lives: 0,
+                named: 0,
+            });
             for p in first..first + shards.len() {
                 self.start_proc(p);
             }

@@ -147,6 +147,8 @@ impl Weather {
                 lease.claimed = micros(claimed);
                 lease.hard_cap = micros(length + rng.between(200, 600) * MS);
                 lease.early_grace = micros(30 * MS);
+                // Offers that are entered later than 20 ms are excused.
+                lease.reorder = micros(21 * MS);
                 lease.tombstone = micros(rng.between(50, 500) * MS);
                 lease
             },

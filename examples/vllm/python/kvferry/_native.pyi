@@ -10,6 +10,7 @@ def name_offer(
     request: str,
     fingerprints: dict[str, str],
     seal_keys: list[bytes],
+    number: int = 0,
 ) -> tuple[str, str]: ...
 def check_offer(offer: str, seal_keys: list[bytes]) -> None: ...
 
@@ -53,9 +54,11 @@ class Settings:
         tcp_connections: int | None = None,
         on_wedge: str | None = None,
         fault: str | None = None,
-        tls: tuple[bytes, bytes, bytes, str] | None = None,
+        tls: tuple[str, str, str, str] | None = None,
         seal_keys: list[bytes] = [],
         patience: float | None = None,
+        dial: list[str] = [],
+        engines: list[str] = [],
         tcp_checksum: bool = False,
     ) -> None: ...
 

@@ -23,6 +23,8 @@ impl World {
         let Some(groups) = self.allocate(e) else { return };
         let games = self.weather.games.clone();
         let version = self.version();
+        self.engines[e].named += 1;
+        let number = self.engines[e].named;
         let procs: Vec<usize> = self.engines[e].ranks.iter().filter_map(|&p| self.producers[p].proc).collect();
         let incarnations: Vec<_> = procs.iter().map(|&q| self.procs[q].id.incarnation).collect();
         let offer = Offer::new(
@@ -40,6 +42,7 @@ impl World {
             1,
         )
         .request(format!("v{version}"))
+        .number(number)
         .fingerprints([("prompt".to_owned(), format!("v{version}"))].into());
         let contents = Contents::of(&offer, groups);
         if let Err(error) = offer.check().and_then(|()| contents.check(1 << 20)) {
@@ -182,7 +185,7 @@ impl World {
         self.lease_begins(q, id, ready);
         let (secret, contents) = ((id, self.requests[r].offer.token), self.requests[r].contents.clone());
         match self.procs[q].table.offer(now, secret, contents, ready) {
-            Ok(()) => {}
+            Ok(()) => self.procs[q].table.numbered(now, self.requests[r].offer.number),
             Err(error) => {
                 say!(self, "process {q}: cannot offer v{}: {error}", self.requests[r].version);
                 self.procs[q].leases.remove(&id);

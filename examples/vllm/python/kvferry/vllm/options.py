@@ -42,7 +42,7 @@ class Options:
     fault: str | None = None
     # The model's name, equal on both sides; by default vLLM's `--model`.
     model_id: str | None = None
-    # PEM files: all three or none.
+    # PEM files: all three or none. Read again when they change.
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_ca: str | None = None
@@ -52,6 +52,10 @@ class Options:
     seal_keys: tuple[str, ...] = ()
     # How long a load may move nothing from a silent peer before it gives up.
     patience: float | None = None
+    # Hosts that this engine connects to: networks, addresses, host names, or `.suffix` of host names. Empty: every host.
+    dial: tuple[str, ...] = ()
+    # Engine ids that this engine exchanges KV with. Empty: every engine.
+    engines: tuple[str, ...] = ()
     # Checksum the data of TCP lanes, if the other side does too.
     tcp_checksum: bool = False
 
@@ -76,9 +80,10 @@ class Options:
         if "lanes" in values and values["lanes"] is not None:
             lanes = values["lanes"]
             values["lanes"] = tuple(lanes.split(",") if isinstance(lanes, str) else lanes)
-        if values.get("seal_keys"):
-            files = values["seal_keys"]
-            values["seal_keys"] = tuple(files.split(",") if isinstance(files, str) else files)
+        for name in ("seal_keys", "dial", "engines"):
+            if values.get(name):
+                listed = values[name]
+                values[name] = tuple(listed.split(",") if isinstance(listed, str) else listed)
         for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
@@ -94,12 +99,10 @@ class Options:
     def native(self) -> _native.Settings:
         """The settings for the native part, which checks them."""
         tls = None
-        files = [f for f in (self.tls_cert, self.tls_key, self.tls_ca) if f]
-        if len(files) not in (0, 3):
+        if self.tls_cert and self.tls_key and self.tls_ca:
+            tls = (self.tls_cert, self.tls_key, self.tls_ca, self.tls_server_name)
+        elif self.tls_cert or self.tls_key or self.tls_ca:
             raise ValueError("tls_cert, tls_key and tls_ca belong together: set all three or none")
-        if files:
-            pem = (Path(p).read_bytes() for p in files)
-            tls = (*pem, self.tls_server_name)
         return _native.Settings(
             lanes=list(self.lanes) if self.lanes else None,
             deadline=self.deadline,
@@ -112,9 +115,11 @@ class Options:
             tcp_connections=self.tcp_connections,
             on_wedge=self.on_wedge,
             fault=self.fault,
-            tls=tls,  # type: ignore[arg-type]
+            tls=tls,
             seal_keys=self.keys(),
             patience=self.patience,
+            dial=list(self.dial),
+            engines=list(self.engines),
             tcp_checksum=bool(self.tcp_checksum),
         )
 

@@ -72,6 +72,7 @@ def response(
     prompt: str | None,
     tp_size: int,
     seal_keys: list[bytes],
+    number: int = 0,
 ) -> tuple[str, str, dict[str, Any]]:
     """Builds `(offer id, name, params)` for a finished prefill."""
     offer_id, name = _native.name_offer(
@@ -82,6 +83,7 @@ def response(
         request=request[:256],
         fingerprints={PROMPT: prompt} if prompt is not None else {},
         seal_keys=seal_keys,
+        number=number,
     )
     host, port = addr.rsplit(":", 1)
     params = {

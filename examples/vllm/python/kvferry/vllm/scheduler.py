@@ -4,6 +4,8 @@ It owns no thread and no connection; its decisions travel to the workers with th
 A prompt that cannot be loaded is prefilled here.
 """
 
+import itertools
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,6 +86,9 @@ class SchedulerSide:
         self._seal_keys = Options.of(config).keys()
         self._incarnation: str | None = None
         self._todo = Todo()
+        # Names are numbered as they are minted, and the workers enter them in this order. From the clock in milliseconds, so
+        # that numbers ascend even if this side restarts alone.
+        self._numbers = itertools.count(time.time_ns() // 1_000_000)
         # For requests that were looked up and not yet admitted: the offer, and the tokens that the last look-up found here.
         self._remotes: dict[str, kv_params.Remote] = {}
         self._local: dict[str, int] = {}
@@ -305,6 +310,7 @@ class SchedulerSide:
             prompt=_fingerprint(request, tokens),
             tp_size=self._tp_size,
             seal_keys=self._seal_keys,
+            number=next(self._numbers),
         )
         self._todo.offerings.append(Offering(request.request_id, offer_id, offer, groups))
         return True, response

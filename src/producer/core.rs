@@ -113,6 +113,19 @@ pub(super) struct Session {
     outbox: Outbox,
     /// Oldest first.
     lanes: VecDeque<(LaneKind, u64)>,
+    /// A claim was granted on it: the consumer has shown the token of an offer.
+    granted: bool,
+}
+
+impl Session {
+    /// Checks that the consumer may have a lane of this kind. Over `local` and `verbs` it can read the whole pool, so it must
+    /// have been granted a claim before. Consumers ask for lanes only then.
+    fn may_have(&self, kind: LaneKind) -> Result<(), Refusal> {
+        if self.granted || kind == LaneKind::Tcp {
+            return Ok(());
+        }
+        Err(Refusal::Precondition(format!("a lane {kind} needs a claim first, and none was granted in this session")))
+    }
 }
 
 /// Which lane of a session must close for a new one of this kind, if any. Never one of another kind: the consumer may have
@@ -244,8 +257,9 @@ impl Core {
                     freed += 1;
                 }
                 table::Out::Send(to, frame) => {
-                    let session = state.by_consumer.get(&to).and_then(|id| state.sessions.get(id));
+                    let session = state.by_consumer.get(&to).and_then(|id| state.sessions.get_mut(id));
                     if let Some(s) = session {
+                        s.granted |= matches!(frame.body, Some(ServerBody::Granted { .. }));
                         s.outbox.send(frame);
                     }
                 }
@@ -295,6 +309,7 @@ impl Core {
         let share = self.config.limits.lanes_per_peer;
         let of_peer: usize = state.of_peer(by).map(|s| s.lanes.len()).sum();
         let session = self.session(state, from)?;
+        session.may_have(kind)?;
         let oldest = superfluous(&session.lanes, kind).and_then(|i| session.lanes.remove(i));
         if oldest.is_none() && of_peer >= share {
             let (peer, setting) = (by.clone(), "limits.lanes_per_peer");
@@ -363,7 +378,9 @@ impl Desk for Core {
         state.next_session += 1;
         state.by_consumer.insert(from.incarnation, id);
         state.by_peer.entry(by.clone()).or_default().push(id);
-        state.sessions.insert(id, Session { from: from.clone(), by: by.clone(), outbox, lanes: VecDeque::new() });
+        state
+            .sessions
+            .insert(id, Session { from: from.clone(), by: by.clone(), outbox, lanes: VecDeque::new(), granted: false });
         Ok(id)
     }
 
@@ -449,7 +466,7 @@ impl Desk for Core {
             return Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) });
         };
         // Checked before queue pairs are created, and again afterwards, since the session may have ended meanwhile.
-        self.session(&mut self.lock(), from)?;
+        self.session(&mut self.lock(), from)?.may_have(LaneKind::Verbs)?;
         let lane = Incarnation::random().get();
         let ticket = server.admit(lane, ends).map_err(|e| match e {
             VerbsError::NotYet { .. } => Refusal::NotYet(e.to_string()),

@@ -148,9 +148,9 @@ impl Offer {
         }
     }
 
-    /// Sets the producer's request id, for logs.
+    /// Sets the producer's request id, for logs. Control characters become `?`.
     pub fn request(mut self, request: impl Into<String>) -> Self {
-        self.request = request.into();
+        self.request = request.into().replace(char::is_control, "?");
         self
     }
 
@@ -191,7 +191,7 @@ impl Offer {
             }
             match serde_json::from_str::<Old>(text) {
                 Ok(old) if old.version < Self::VERSION => BadOffer::Version(old.version),
-                _ => BadOffer::Json(e.to_string()),
+                _ => BadOffer::Json(unreadable(&e)),
             }
         })
     }
@@ -219,14 +219,27 @@ impl Offer {
             a.rsplit_once(':').is_some_and(|(host, port)| {
                 let bracketed = host.starts_with('[') && host.ends_with(']');
                 let plain = !host.contains([':', '[', ']', ' ']) && !host.is_empty();
+                let plain = plain && !host.contains(char::is_control);
                 (bracketed || plain) && port.parse::<u16>().is_ok_and(|p| p > 0)
             })
         };
         if let Some(r) = self.ranks.iter().find(|r| !reachable(&r.addr)) {
             return bad(format!("the address {1:?} of rank {0} is not a HOST:PORT", r.rank, r.addr));
         }
-        if self.request.len() > Self::MAX_REQUEST {
-            return bad(format!("the request id is longer than {} bytes", Self::MAX_REQUEST));
+        let repeats = |key: &dyn Fn(&OfferRank) -> String| {
+            let mut all: Vec<_> = self.ranks.iter().map(key).collect();
+            all.sort_unstable();
+            all.windows(2).any(|w| w[0] == w[1])
+        };
+        // One process is one rank: else its part of each block would be read as another rank's.
+        if repeats(&|r| r.addr.clone()) || repeats(&|r| r.incarnation.to_string()) {
+            return bad("two ranks have the same address or incarnation".into());
+        }
+        if self.request.len() > Self::MAX_REQUEST || self.request.chars().any(char::is_control) {
+            return bad(format!(
+                "the request id is longer than {} bytes, or has control characters",
+                Self::MAX_REQUEST
+            ));
         }
         if self.number > Self::MAX_NUMBER {
             return bad(format!("its number {} is over {}", self.number, Self::MAX_NUMBER));
@@ -249,6 +262,18 @@ impl Offer {
         }
         Ok(())
     }
+}
+
+/// What is wrong with the text. The library's own message quotes values, and any of them may be the token.
+fn unreadable(e: &serde_json::Error) -> String {
+    let text = e.to_string();
+    // These name a field of this format, and no value.
+    let what = match text.split(" at line ").next() {
+        Some(missing) if missing.starts_with("missing field") => missing,
+        _ if e.is_data() => "a field has a value of the wrong kind",
+        _ => "it is not JSON",
+    };
+    format!("{what}, at line {} column {}", e.line(), e.column())
 }
 
 /// Checks the bounds of fingerprints.
@@ -313,6 +338,15 @@ mod tests {
         }
         let wrong = Offer::from_json(&json.replace(&hex, &format!("{hex}0"))).unwrap_err();
         assert!(!wrong.to_string().contains(&hex), "{wrong}");
+        // Whatever is left out, the token must not become a quoted value of another field.
+        for from in 0..json.len() {
+            for to in from + 1..json.len() {
+                let text = format!("{}{}", &json[..from], &json[to..]);
+                if let Err(e) = Offer::from_json(&text) {
+                    assert!(!e.to_string().contains(&hex), "{text}: {e}");
+                }
+            }
+        }
     }
 
     #[test]

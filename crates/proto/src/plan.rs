@@ -290,16 +290,23 @@ fn plan_group(
         plan.pieces = vec![Vec::new(); sources.len()];
         return Ok(plan);
     }
-    let mut covered = vec![0u64; g.regions.len()];
+    let mut covered = vec![Vec::with_capacity(sources.len()); g.regions.len()];
     for s in sources {
         plan.pieces.push(pieces(*s, here, g, &mut covered)?);
     }
-    for (r, covered) in g.regions.iter().zip(covered) {
-        if covered != r.block_bytes {
+    for (r, mut covered) in g.regions.iter().zip(covered) {
+        covered.sort_unstable();
+        // Each byte exactly once: two ranks that hold the same half must not pass for a whole.
+        let end = covered.iter().try_fold(0, |end, &(at, len)| if at == end { Ok(at + len) } else { Err(end) });
+        if end != Ok(r.block_bytes) {
             return Err(PlanError::Region {
                 region: r.name.to_string(),
                 group: g.id.0,
-                why: format!("the peer's ranks hold {covered} of its {} bytes a block", r.block_bytes),
+                why: format!(
+                    "the peer's ranks hold its {} bytes a block incompletely or twice, at byte {}",
+                    r.block_bytes,
+                    end.unwrap_or_else(|at| at)
+                ),
             });
         }
     }

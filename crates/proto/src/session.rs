@@ -26,7 +26,7 @@ use std::{
 use self::{claims::Claims, link::Link, liveness::Liveness};
 use crate::{
     Cause, ClaimId, ClientBody, ClientFrame, Contents, EngineId, Grant, HelloError, Incarnation, Machine, OfferId,
-    PeerId, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
+    PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     sabotage::{Bug, planted},
     table::Entropy,
 };
@@ -70,6 +70,8 @@ pub struct Want {
     pub number: u64,
     /// The engine that made the offer.
     pub engine: EngineId,
+    /// The rank of it that the claim is for.
+    pub rank: Rank,
     /// The incarnation of the producer rank that made the offer.
     pub expect: Incarnation,
     /// Which of the engine's readers makes the claim.
@@ -195,12 +197,15 @@ impl PeerSession {
 
     /// Sends due claims and releases if the session is up, and dials if it is not.
     fn flush(&mut self, now: Instant) {
-        let Some(peer) = self.link.peer().filter(|_| self.link.is_up()).map(|p| p.incarnation) else {
+        let Some(peer) = self.link.peer().filter(|_| self.link.is_up()).cloned() else {
             if self.claims.any() && self.link.is_closed() {
                 self.link.dial_unless_scheduled(&mut self.out);
             }
             return;
         };
+        // The name gives this process for another engine or rank.
+        self.claims.lose(Cause::Refused, &mut self.out, |c| c.want.expect == peer.incarnation && !c.is_for(&peer));
+        let peer = peer.incarnation;
         let resend = now + self.config.heartbeat * 2;
         let suspect = self.health() == Health::Suspect;
         let mut carry_out = |due| match due {

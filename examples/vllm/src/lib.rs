@@ -49,7 +49,8 @@ fn name_offer(
     let engine = engine.parse().map_err(value_error)?;
     let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
     let mut name = Offer::new(OfferId::random(), engine, incarnation, ranks, tokens);
-    (name.request, name.fingerprints, name.number) = (request, fingerprints, number);
+    name = name.request(request).fingerprints(fingerprints);
+    name.number = number;
     if let Some(key) = pool::seal_keys(seal_keys)?.first() {
         name = name.sealed(key);
     }

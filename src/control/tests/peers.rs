@@ -21,26 +21,30 @@ use crate::{
 type Ferry = FerryClient<Channel>;
 
 /// Another host than the consumers of these tests, which are at 127.0.0.1.
-async fn from_elsewhere(to: SocketAddr) -> TcpStream {
+pub(super) async fn from_elsewhere(to: SocketAddr) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
     socket.connect(to).await.unwrap()
 }
 
-async fn ferry(io: TcpStream) -> Ferry {
+pub(super) async fn ferry(io: TcpStream) -> Ferry {
     let endpoint = tonic::transport::Endpoint::from_static("http://raw");
     FerryClient::new(endpoint.connect_with_connector(Once::new(io)).await.unwrap())
 }
 
-async fn say_hello(ferry: &mut Ferry, me: &PeerId, secret: &[u8]) -> Result<(), Status> {
+pub(super) async fn say_hello(ferry: &mut Ferry, me: &PeerId, secret: &[u8]) -> Result<(), Status> {
     let mut request = proto::HelloRequest::from(&Hello { peer: me.clone(), ..hello() });
     request.secret = secret.to_vec().into();
     ferry.hello(request).await.map(|_| ())
 }
 
 /// Opens a session and returns its stream, which lives as long as it is held.
-async fn open(ferry: &mut Ferry, from: &PeerId, rig: &Rig) -> Result<Streaming<proto::ServerFrame>, Status> {
-    let open = proto::Open { from: Some(from.into()), expect_incarnation: rig.desk.me.incarnation.get() };
+pub(super) async fn open(
+    ferry: &mut Ferry,
+    from: &PeerId,
+    to: &PeerId,
+) -> Result<Streaming<proto::ServerFrame>, Status> {
+    let open = proto::Open { from: Some(from.into()), expect_incarnation: to.incarnation.get() };
     let first = proto::ClientFrame { seq: 0, frame: Some(Frame::Open(open)) };
     // Like a live session: the stream stays open after its first frame.
     let frames = tokio_stream::StreamExt::chain(tokio_stream::iter([first]), tokio_stream::pending());
@@ -67,9 +71,9 @@ fn a_session_with_a_stolen_incarnation_gets_nothing_of_the_victims_and_takes_not
     run(async {
         let mut ferry = ferry(from_elsewhere(rig.addr).await).await;
         // Without a Hello, and with a Hello as itself.
-        denied(&open(&mut ferry, &victim, &rig).await.err().unwrap(), "has not said Hello on this connection");
+        denied(&open(&mut ferry, &victim, &rig.desk.me).await.err().unwrap(), "has not said Hello on this connection");
         say_hello(&mut ferry, &thief, &[7; 16]).await.unwrap();
-        denied(&open(&mut ferry, &victim, &rig).await.err().unwrap(), "has not said Hello on this connection");
+        denied(&open(&mut ferry, &victim, &rig.desk.me).await.err().unwrap(), "has not said Hello on this connection");
         let lane = proto::LaneRequest {
             from: Some((&victim).into()),
             expect_incarnation: rig.desk.me.incarnation.get(),
@@ -82,7 +86,7 @@ fn a_session_with_a_stolen_incarnation_gets_nothing_of_the_victims_and_takes_not
         denied(&ferry.connect_lane(lane).await.err().unwrap(), "has not said Hello on this connection");
         // With a Hello as the victim, and without the victim's secret: another consumer's session.
         say_hello(&mut ferry, &victim, &[7; 16]).await.unwrap();
-        let mut stream = open(&mut ferry, &victim, &rig).await.unwrap();
+        let mut stream = open(&mut ferry, &victim, &rig.desk.me).await.unwrap();
         let known = rig.opened();
         let (ids, next) = (rig.desk.consumers(), stream.message());
         assert_eq!(ids.len(), 2, "{known:?}: the desk knows two consumers: {ids:?}");
@@ -100,7 +104,7 @@ fn a_thief_that_was_first_does_not_keep_the_victim_out() {
     run(async {
         let mut thief = ferry(from_elsewhere(rig.addr).await).await;
         say_hello(&mut thief, &victim, &[7; 16]).await.unwrap();
-        let _held = open(&mut thief, &victim, &rig).await.unwrap();
+        let _held = open(&mut thief, &victim, &rig.desk.me).await.unwrap();
         let consumer = Consumer::with(rig.addr, config(), me, std::sync::Arc::new(NoLanes));
         let claim = consumer.claim(1, &rig.desk.me);
         assert_eq!(consumer.answer(), (claim, None));
@@ -115,19 +119,19 @@ fn a_consumer_opens_a_second_connection_while_its_first_one_lingers() {
     let runtime = Runtime::start("test-dials").unwrap();
     runtime.handle().block_on(async {
         let (first, _) = dialer.hello(&me).await.unwrap();
-        let _first = open(&mut first.ferry(), &me.peer, &rig).await.unwrap();
+        let _first = open(&mut first.ferry(), &me.peer, &rig.desk.me).await.unwrap();
         // The first one is silent, not gone.
         let (second, _) = dialer.clone().hello(&me).await.unwrap();
-        let _second = open(&mut second.ferry(), &me.peer, &rig).await.unwrap();
+        let _second = open(&mut second.ferry(), &me.peer, &rig.desk.me).await.unwrap();
         // A third one after both are gone, before the producer has forgotten them.
         drop((_first, first, _second, second));
         let (third, _) = dialer.hello(&me).await.unwrap();
-        open(&mut third.ferry(), &me.peer, &rig).await.unwrap();
+        open(&mut third.ferry(), &me.peer, &rig.desk.me).await.unwrap();
         assert_eq!(rig.desk.consumers().len(), 1, "all three are one consumer's");
         // A dialer of the same process to another address of this producer has a session of its own.
         let other = Dialer::new(rig.addr.to_string().into(), &config, None);
         let (other, _) = other.hello(&me).await.unwrap();
-        let _other = open(&mut other.ferry(), &me.peer, &rig).await.unwrap();
+        let _other = open(&mut other.ferry(), &me.peer, &rig.desk.me).await.unwrap();
         assert_eq!(rig.desk.consumers().len(), 2);
     });
 }
@@ -146,7 +150,7 @@ fn a_peer_that_opens_sessions_without_end_hears_the_limit_and_others_are_served(
             for _ in 0..4 {
                 let me = peer_id("greedy");
                 say_hello(&mut ferry, &me, &[1; 16]).await.unwrap();
-                match open(&mut ferry, &me, &rig).await {
+                match open(&mut ferry, &me, &rig.desk.me).await {
                     Ok(stream) => held.push((stream, ferry.clone())),
                     Err(status) => {
                         assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
@@ -171,7 +175,7 @@ fn a_peer_that_opens_sessions_without_end_hears_the_limit_and_others_are_served(
         let mut ferry = ferry(from_elsewhere(rig.addr).await).await;
         let me = peer_id("greedy");
         say_hello(&mut ferry, &me, &[1; 16]).await.unwrap();
-        open(&mut ferry, &me, &rig).await.unwrap();
+        open(&mut ferry, &me, &rig.desk.me).await.unwrap();
     });
 }
 

@@ -10,11 +10,16 @@ use std::{
 
 use kvferry_proto::{BlockId, Cause, GroupId, LaneKind, LocalBlocks, Model, OfferGroup, PoolLayout, Token};
 
-use super::rig::{LIMIT, config, hello, run};
+use tonic::Code;
+
+use super::{
+    peers::{ferry, from_elsewhere, open, say_hello},
+    rig::{LIMIT, config, hello, run},
+};
 use crate::{
     Consumer, OfferSpec, Producer, Pull, Ready,
     config::{Config, TlsConfig},
-    control::call::Caller,
+    control::{call::Caller, proto},
     tls::tests::{Authority, Files},
 };
 
@@ -164,4 +169,30 @@ fn wrong_tokens_are_refused_and_counted_for_their_peer() {
     assert!(counted.is_some_and(|n| n >= 2), "{counted:?}");
     consumer.pull(right).unwrap();
     assert_eq!(cause(&consumer), None);
+}
+
+/// Over these lanes a consumer can read the whole pool, so a stranger without the name of any offer gets none.
+#[test]
+fn a_stranger_without_a_granted_claim_gets_no_local_or_verbs_lane() {
+    let producer = producer(config());
+    let me = hello().peer;
+    let lane = |kind: proto::LaneKind| proto::LaneRequest {
+        from: Some((&me).into()),
+        expect_incarnation: producer.me().incarnation.get(),
+        kind: kind.into(),
+        verbs: Vec::new(),
+    };
+    run(async {
+        let mut ferry = ferry(from_elsewhere(producer.addr().parse().unwrap()).await).await;
+        say_hello(&mut ferry, &me, &[7; 16]).await.unwrap();
+        let _session = open(&mut ferry, &me, producer.me()).await.unwrap();
+        let status = ferry.connect_lane(lane(proto::LaneKind::Local)).await.expect_err("refused");
+        assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+        assert!(status.message().contains("needs a claim first"), "{status}");
+        // A tcp lane reads granted offers only.
+        ferry.connect_lane(lane(proto::LaneKind::Tcp)).await.unwrap();
+    });
+    let consumer = consumer(config());
+    consumer.pull(pull(&producer, 0).lanes(vec![LaneKind::Local])).unwrap();
+    assert_eq!(cause(&consumer), None, "one with a claim gets it");
 }

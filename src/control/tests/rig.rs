@@ -416,6 +416,7 @@ pub(super) fn want(claim: u64, of: &PeerId) -> Want {
         token: Token::random(),
         number: 0,
         engine: of.engine.clone(),
+        rank: of.rank,
         expect: of.incarnation,
         reader: Reader::ONLY,
     }

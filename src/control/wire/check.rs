@@ -48,8 +48,9 @@ pub(super) fn text(field: &str, value: String, max: usize) -> Checked<String> {
     Ok(value)
 }
 
-/// Text for logs only: cut rather than refused.
-pub(super) fn shortened(mut value: String) -> String {
+/// Text for logs only: cut rather than refused, and without control characters.
+pub(super) fn shortened(value: String) -> String {
+    let mut value = value.replace(char::is_control, "?");
     if value.len() > MAX_SAID {
         let end = (0..=MAX_SAID).rev().find(|&i| value.is_char_boundary(i)).unwrap_or(0);
         value.truncate(end);

@@ -67,12 +67,13 @@ impl Piece {
     }
 }
 
-/// The pieces of a group that one source holds. Adds the bytes of each local region's block to `covered`.
+/// The pieces of a group that one source holds. Adds their places in each local region's block, `(offset, length)`, to
+/// `covered`.
 pub(super) fn pieces(
     src: Source<'_>,
     here: Source<'_>,
     g: &Group,
-    covered: &mut [u64],
+    covered: &mut [Vec<(u64, u64)>],
 ) -> Result<Vec<Piece>, PlanError> {
     let mut out = Vec::new();
     let Some(theirs) = src.layout.group(g.id) else { return Ok(out) };
@@ -123,7 +124,7 @@ pub(super) fn pieces(
                 ),
             });
         };
-        covered[i] += len;
+        covered[i].push((dst_within, len));
         out.push(Piece {
             region: at as u16,
             src_segment: t.segment,

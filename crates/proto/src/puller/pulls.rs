@@ -105,6 +105,7 @@ impl Pulls {
                 token: offer.token,
                 number: offer.number,
                 engine: offer.engine.clone(),
+                rank: rank.rank,
                 expect: rank.incarnation,
                 reader: pull.start.reader,
             };

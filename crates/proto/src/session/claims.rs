@@ -35,6 +35,13 @@ pub(super) struct Claim {
     pub(super) dials: u64,
 }
 
+impl Claim {
+    /// Whether it is for this engine's rank, in whichever incarnation.
+    pub(super) fn is_for(&self, peer: &PeerId) -> bool {
+        self.want.engine == peer.engine && self.want.rank == peer.rank
+    }
+}
+
 #[derive(Debug)]
 struct Unacked {
     expect: Incarnation,
@@ -167,8 +174,8 @@ impl Claims {
         }
         // Releases of a dead incarnation are void: its memory went with it.
         self.unacked.retain(|_, u| u.expect == peer.incarnation || u.dials >= dials);
-        // The name led to another engine's address.
-        self.lose(Cause::Refused, out, |c| c.want.engine != peer.engine && c.dials < dials);
+        // The name led to the address of another engine or rank.
+        self.lose(Cause::Refused, out, |c| !c.is_for(peer) && c.dials < dials);
         self.lose(Cause::PeerRestarted, out, |c| c.want.expect != peer.incarnation && c.dials < dials);
     }
 

@@ -1,7 +1,7 @@
 //! A bounded memory of offers that are not live: tombstones, and names that were used early.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     time::{Duration, Instant},
 };
 
@@ -30,8 +30,13 @@ impl<V> Aged<V> {
             let Some((_, old)) = self.ages.pop_front() else { break };
             self.by_id.remove(&old);
         }
-        self.ages.push_back((now, id));
-        self.by_id.entry(id).or_insert(new)
+        match self.by_id.entry(id) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(free) => {
+                self.ages.push_back((now, id));
+                free.insert(new)
+            }
+        }
     }
 
     pub(super) fn remove(&mut self, id: OfferId) -> Option<V> {

@@ -298,6 +298,25 @@ fn heads_that_two_sources_hold_are_refused_rather_than_written_twice() {
     assert!(matches!(made, Err(PlanError::Region { .. })), "{made:?}");
 }
 
+/// Two ranks that hold the same half add up to a block's bytes, and the other half would keep what was there before.
+#[test]
+fn two_sources_with_the_same_half_are_not_a_whole() {
+    let (theirs, ours) = (pool(&[vec![12]], 0, false), pool(&[vec![24]], 0, false));
+    for first_head in [0, 2] {
+        let half = Shard { tp_size: 2, first_head, heads: 2, ..Shard::whole(4, 1) };
+        let (side, whole) = (Source { layout: &theirs, shard: &half }, Shard::whole(4, 1));
+        let here = Source { layout: &ours, shard: &whole };
+        let all = straight(4);
+        let plan = |sources: &[Source<'_>]| {
+            Plan::new(&[offered(0, &all)], sources, here, &[wanted(0, &all)], ChunkSize::default(), 1000)
+        };
+        let twice = plan(&[side, side]);
+        assert!(matches!(twice, Err(PlanError::Region { .. })), "{twice:?}");
+        let other = Shard { first_head: 2 - first_head, ..half };
+        assert!(plan(&[side, Source { layout: &theirs, shard: &other }]).is_ok(), "both halves, in any order");
+    }
+}
+
 #[test]
 fn blocks_past_either_pool_or_wanted_twice_are_refused() {
     let (layout, whole) = (pool(&[vec![8]], 0, false), Shard::whole(1, 1));

@@ -73,15 +73,7 @@ impl Session {
 
     /// Claims an offer of the producer's process `of`.
     fn claim(&mut self, claim: u64, of: u64) {
-        self.tell(In::Claim(Want {
-            claim: ClaimId(claim),
-            offer: id(claim),
-            token: token(),
-            number: 0,
-            engine: "them".parse().unwrap(),
-            expect: incarnation(of),
-            reader: Reader::ONLY,
-        }));
+        self.tell(In::Claim(want(claim, of)));
     }
 
     /// A claim that is granted.
@@ -155,6 +147,19 @@ fn incarnation(n: u64) -> Incarnation {
 
 fn peer(engine: &str, n: u64) -> PeerId {
     PeerId { engine: engine.parse().unwrap(), rank: Rank(0), incarnation: incarnation(n) }
+}
+
+fn want(claim: u64, of: u64) -> Want {
+    Want {
+        claim: ClaimId(claim),
+        offer: id(claim),
+        token: token(),
+        number: 0,
+        engine: "them".parse().unwrap(),
+        rank: Rank(0),
+        expect: incarnation(of),
+        reader: Reader::ONLY,
+    }
 }
 
 fn token() -> Token {
@@ -343,6 +348,23 @@ fn another_engine_at_the_address_does_not_get_the_claims() {
     s.outs();
     s.tell(In::Welcomed(peer("strangers", 2)));
     assert_eq!(losses(s.outs()), [lost(1, Cause::Refused)]);
+}
+
+/// A name that gives one rank's process for another rank would load that rank's heads twice, and the others not at all.
+#[test]
+fn a_claim_for_another_rank_or_engine_of_the_process_is_refused_also_on_a_stream_that_is_up() {
+    for (engine, rank) in [("them", 1), ("others", 0)] {
+        for up in [false, true] {
+            let mut s = if up { Session::up(2) } else { Session::new() };
+            s.tell(In::Claim(Want { engine: engine.parse().unwrap(), rank: Rank(rank), ..want(1, 2) }));
+            let mut outs = s.outs();
+            if !up {
+                s.tell(In::Welcomed(peer("them", 2)));
+                outs = s.outs();
+            }
+            assert_eq!(losses(outs), [lost(1, Cause::Refused)], "{engine} {rank}");
+        }
+    }
 }
 
 #[test]

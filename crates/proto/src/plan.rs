@@ -303,9 +303,9 @@ fn plan_group(
                 region: r.name.to_string(),
                 group: g.id.0,
                 why: format!(
-                    "the peer's ranks hold its {} bytes a block incompletely or twice, at byte {}",
-                    r.block_bytes,
-                    end.unwrap_or_else(|at| at)
+                    "the peer's ranks hold {} of its {} bytes a block in order, and then none of them or one twice",
+                    end.unwrap_or_else(|at| at),
+                    r.block_bytes
                 ),
             });
         }

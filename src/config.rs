@@ -224,7 +224,7 @@ pub struct Config {
 #[non_exhaustive]
 pub struct NameConfig {
     /// Keys that this deployment's engines share. With a key, a producer seals the names that it makes with the first one, and
-    /// a consumer accepts only names that one of the keys has sealed: nobody else can then make it connect anywhere, or
+    /// a consumer accepts only names that one of the keys has sealed: without a key, a client can then neither make it connect anywhere nor
     /// change a name. Several keys make it possible to replace a key without a pause. Empty: names are not sealed, and any
     /// name is accepted.
     pub seal_keys: Vec<SealKey>,

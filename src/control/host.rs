@@ -7,7 +7,7 @@ use std::{fs, sync::OnceLock};
 /// same process only within one pid namespace; the lane's socket has an abstract name, which is visible only within one
 /// network namespace. Two hosts, and two boots of one host, differ in the boot id.
 ///
-/// If /proc is unreadable, the string is unique to this process, so that `local` is never tried in vain.
+/// If /proc is unreadable, the string is unique to this process, so that no `local` lane is tried that cannot work.
 pub(crate) fn identity() -> &'static str {
     static IDENTITY: OnceLock<String> = OnceLock::new();
     IDENTITY.get_or_init(|| read().unwrap_or_else(|| format!("unknown-{}", kvferry_proto::OfferId::random())))

@@ -173,7 +173,7 @@ impl Conn {
         match &mut self.io {
             Io::Plain(io) => Pin::new(io).poll_write_vectored(cx, bufs),
             Io::Tls(io) => Pin::new(io.as_mut()).poll_write_vectored(cx, bufs),
-            // Nobody reads it. An error would end the connection before the peer has read the reason.
+            // The bytes are discarded. An error would end the connection before the peer has read the reason.
             Io::Refused(_) => Poll::Ready(Ok(bufs.iter().map(|b| b.len()).sum())),
             Io::Handshake(_) => Poll::Pending,
         }

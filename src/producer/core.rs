@@ -286,7 +286,7 @@ impl Core {
         })
     }
 
-    /// Checks that a peer may have one more claim. A claim that is sent again is none.
+    /// Checks that a peer may have one more claim. A resent claim does not count.
     fn check_claims(&self, from: Incarnation, claim: ClaimId, by: &PeerKey) -> Result<(), Refusal> {
         let limit = self.config.limits.claims_per_peer;
         let state = self.lock();

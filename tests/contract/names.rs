@@ -128,7 +128,7 @@ fn a_name_with_any_field_changed_loads_nothing_or_exactly_what_was_offered() {
     }
 }
 
-/// Somebody who has the id from a log, and not the name.
+/// A thief that has the id from a log, and not the name.
 #[test]
 fn an_id_without_its_token_neither_reads_nor_releases() {
     let spec = Spec::default();

@@ -1,4 +1,4 @@
-//! What a producer's table says of an offer. A grant brings it to the consumer, which reads by it and by nothing else.
+//! The contents of an offer, from the producer's own table. A grant brings them to the consumer, which reads only by them.
 
 use crate::{BadOffer, BlockId, Fingerprints, GroupId, Offer, offer::check_fingerprints};
 

@@ -14,7 +14,7 @@ pub type Fingerprints = BTreeMap<String, String>;
 
 /// The name of blocks that a producer engine keeps until they are pulled, released or revoked.
 ///
-/// Whoever has a name can read the offer and release it, so treat it as a secret: never log its JSON. `Debug` leaves the
+/// A name is enough to read the offer and to release it, so treat it as a secret: never log its JSON. `Debug` leaves the
 /// token out.
 ///
 /// ```
@@ -304,9 +304,27 @@ mod tests {
         for good in ["10.0.0.1:7400", "prefill-3.rack:1", "[fe80::1]:65535"] {
             assert_eq!(offer(good).check(), Ok(()), "{good}");
         }
-        for bad in ["", "10.0.0.1", "10.0.0.1:", ":7400", "a:0", "a:65536", "not an address", "[fe80::1"] {
+        for bad in [
+            "",
+            "10.0.0.1",
+            "10.0.0.1:",
+            ":7400",
+            "a:0",
+            "a:65536",
+            "not an address",
+            "[fe80::1",
+            "a\nb:1",
+            "a\u{1b}:1",
+        ] {
             assert!(matches!(offer(bad).check(), Err(BadOffer::Malformed(_))), "{bad}");
         }
+        let mut forging = offer("a:1");
+        forging.request = "r\nERROR".into();
+        assert!(matches!(forging.check(), Err(BadOffer::Malformed(_))));
+        assert_eq!(offer("a:1").request("r\nERROR").check(), Ok(()), "a producer's own request id is cleaned");
+        let mut twice = offer("a:1");
+        twice.ranks.push(OfferRank { rank: Rank(1), ..twice.ranks[0].clone() });
+        assert!(matches!(twice.check(), Err(BadOffer::Malformed(_))), "one process for two ranks");
     }
 
     #[test]

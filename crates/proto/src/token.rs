@@ -158,8 +158,8 @@ impl fmt::Debug for SealKey {
 }
 
 impl Offer {
-    /// The name with a seal over all its fields. An engine that has the key accepts only names with a fitting seal, so that
-    /// nobody without the key can make a name, or change one.
+    /// The name with a seal over all its fields. An engine that has the key accepts only names with a fitting seal, so
+    /// names can be made and changed with the key only.
     pub fn sealed(mut self, key: &SealKey) -> Self {
         self.seal = Some(Seal(key.mac(&self).finalize().into_bytes().into()));
         self

@@ -1,7 +1,7 @@
 //! The consumer's half of the handshake: it connects, over TLS where there are certificates, proves that it has the lane's
 //! key, and checks the producer's proof.
 //!
-//! Bounded in time as a whole, whatever the other side sends.
+//! The whole handshake has one time limit.
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
 

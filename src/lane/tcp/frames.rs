@@ -38,7 +38,7 @@ pub(super) enum BadFrame {
     Sum,
 }
 
-/// What a side wants of a connection. An option is in force if both sides want it. Both proofs cover both sides' options, so
+/// The options that a side offers for a connection. An option is in force if both sides want it. Both proofs cover both sides' options, so
 /// a change on the way turns none off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Options(u32);
@@ -67,7 +67,7 @@ impl Options {
 /// First frame, from the producer: an input of the proof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Challenge {
-    /// What the producer wants.
+    /// The producer's options.
     pub options: Options,
     /// Random, new for every connection.
     pub random: [u8; 32],
@@ -78,7 +78,7 @@ pub(super) struct Challenge {
 pub(super) struct Proof {
     /// The lane, as `ConnectLane` named it.
     pub lane: u64,
-    /// What the consumer wants.
+    /// The consumer's options.
     pub options: Options,
     /// Random, new for every connection: an input of the producer's proof.
     pub random: [u8; 32],

@@ -1,7 +1,7 @@
 //! Translates a request into the spans of the pool that answer it.
 //!
-//! Every entry is checked against the layout and the offer's block list: the spans hold bytes of offered blocks only,
-//! whatever the request names (promise 7). No I/O.
+//! Every entry is checked against the layout and the offer's block list, so the spans hold bytes of offered blocks only
+//! (promise 7). No I/O.
 
 use kvferry_proto::{Group, GroupId, OfferGroup, PoolLayout};
 

@@ -8,7 +8,8 @@
 //! attempt writes nothing from that moment on (promise 4, Quiet).
 //!
 //! # Frames
-//! All numbers are little endian. With TLS, these frames are what it carries. A connection begins with a handshake, bounded in time by both sides:
+//! All numbers are little endian. With TLS, it carries these frames. A connection begins with a handshake, which both sides
+//! bound in time:
 //!
 //! | from | frame | bytes |
 //! | --- | --- | --- |

@@ -99,7 +99,7 @@ impl Sealer {
         Ok(())
     }
 
-    /// Opens received bytes, and appends what they hold to `input`. `false` if the peer has closed.
+    /// Opens received records, and appends their content to `input`. `false` if the peer has closed.
     pub(super) fn open(&mut self, mut received: &[u8], input: &mut Vec<u8>) -> Result<bool, rustls::Error> {
         while !received.is_empty() {
             // Fails only if opened bytes are not taken, and they are.

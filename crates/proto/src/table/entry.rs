@@ -126,7 +126,7 @@ impl Entry {
         self.unclaimed_until = self.unclaimed_until.max(now + unclaimed);
     }
 
-    /// Whether the offer is released and nobody reads it.
+    /// Whether the offer is released and has no readers.
     pub(super) fn is_released(&self) -> bool {
         self.done && self.claims.is_empty()
     }

@@ -27,6 +27,7 @@ use super::{
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
     secret::Secret,
+    server::MESSAGE_BYTES,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
 use crate::{config::Config, tls::NAMELESS};
@@ -48,7 +49,6 @@ pub(crate) struct Hub {
     /// Most session streams, including those without an Open, and most of one peer.
     limit: usize,
     per_peer: usize,
-    frame_bytes: usize,
     open_within: Duration,
     silence: Duration,
     linger: Duration,
@@ -72,7 +72,6 @@ impl Hub {
             engines: config.engines.clone(),
             limit: config.limits.sessions.saturating_mul(2).max(1),
             per_peer: config.limits.sessions_per_peer,
-            frame_bytes: config.limits.frame_bytes,
             open_within,
             silence: config.session.silence,
             linger: open_within.min(Duration::from_secs(1)),
@@ -319,11 +318,9 @@ impl Session {
     /// The status for a stream that broke or carried a malformed frame.
     fn unreadable(&self, status: Status) -> Status {
         match status.code() {
-            Code::OutOfRange => Status::resource_exhausted(format!(
-                "a frame of over {} bytes (limits.frame_bytes): {}",
-                self.hub.frame_bytes,
-                status.message()
-            )),
+            Code::OutOfRange => {
+                Status::resource_exhausted(format!("a frame of over {MESSAGE_BYTES} bytes: {}", status.message()))
+            }
             Code::Internal => Status::invalid_argument(format!("frame: {}", status.message())),
             _ => status,
         }

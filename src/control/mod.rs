@@ -19,7 +19,7 @@ pub(crate) mod client;
 pub(crate) mod desk;
 pub(crate) mod dial;
 pub(crate) mod events;
-mod guard;
+pub(crate) mod guard;
 pub(crate) mod health;
 pub(crate) mod host;
 mod io;

@@ -8,7 +8,7 @@
 //! - [`wire`]: protobuf to domain types and back, with every bound checked on the way in.
 //! - [`server`]: a producer's services; it asks the producer through the [`desk::Desk`] trait. Its parts: [`outbox`], the
 //!   frames to a session; [`guard`], bounds on connections, and [`io`], their bytes; [`requests`], bounds on the
-//!   requests of calls; [`peer`], who counts as one peer; [`secret`], which sessions belong to one consumer; [`service`],
+//!   requests of calls; [`pauses`], answers to wrong tokens; [`peer`], who counts as one peer; [`secret`], which sessions belong to one consumer; [`service`],
 //!   the calls.
 //! - [`client`]: one task for each peer address, which runs a [`kvferry_proto::session::PeerSession`]. [`dial`] connects and
 //!   says Hello, [`lanes`] sets up lanes; [`call`] has the calls that need no session.
@@ -26,6 +26,7 @@ mod io;
 pub(crate) mod lanes;
 mod once;
 pub(crate) mod outbox;
+mod pauses;
 pub(crate) mod peer;
 pub(crate) mod proto;
 pub(crate) mod refusal;

@@ -41,7 +41,7 @@ pub(crate) struct Extra {
 /// How long sessions have to end by themselves in a shutdown, before their connections are closed.
 const GRACE: Duration = Duration::from_millis(500);
 /// Most concurrent streams of a connection. A consumer needs a session and a few calls.
-const STREAMS: u32 = 64;
+pub(super) const STREAMS: u32 = 64;
 /// Largest message from a consumer. The largest legitimate one is a `Renew` of 4096 claims, of 40 KiB. Messages to a consumer
 /// are far larger, so `limits.frame_bytes` would let a stranger occupy 16 MiB with each of its streams.
 pub(super) const MESSAGE_BYTES: usize = 128 << 10;

@@ -23,6 +23,7 @@ use super::{
     desk::{Desk, SessionId},
     guard::{ConnInfo, ConnState, Guard},
     outbox::{FrameQueue, Next, Outbox},
+    pauses::{Pauses, WAITING},
     peer::{Counts, PeerKey},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
@@ -32,10 +33,9 @@ use super::{
 };
 use crate::{config::Config, tls::NAMELESS};
 
-/// How long a release with a wrong token waits for its answer. With the limits of a peer's connections and streams it bounds
-/// guesses. A claim with a wrong token is answered at once: a decode engine claims for many clients, and one that passes on
-/// changed names must not slow the others. 128 random bits are not found either way.
-const GUESS_PAUSE: Duration = Duration::from_millis(250);
+/// Time between two answers to a peer's releases with a wrong token. A claim with a wrong token is answered at once: it is one
+/// frame among those of many clients in a session, and a pause would delay the frames behind it. See `docs/threat-model.md`.
+pub(super) const GUESS_PAUSE: Duration = Duration::from_millis(250);
 /// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
 
@@ -44,6 +44,7 @@ pub(crate) struct Hub {
     desk: Arc<dyn Desk>,
     guard: Arc<Guard>,
     sessions: Mutex<Sessions>,
+    pauses: Pauses,
     /// The engines that may speak to this rank; empty: all.
     engines: Vec<EngineId>,
     /// Most session streams, including those without an Open, and most of one peer.
@@ -69,6 +70,7 @@ impl Hub {
             desk,
             guard,
             sessions: Mutex::default(),
+            pauses: Pauses::default(),
             engines: config.engines.clone(),
             limit: config.limits.sessions.saturating_mul(2).max(1),
             per_peer: config.limits.sessions_per_peer,
@@ -214,7 +216,8 @@ impl Ferry for FerryService {
                 proto::hello_reply::Result::Welcome((&welcome).into())
             }
             Err(mismatch) => {
-                tracing::warn!(peer = %hello.peer.engine, incarnation = %hello.peer.incarnation, %mismatch, "refused a consumer");
+                let why = format_args!("engine {:?}: {mismatch}", hello.peer.engine);
+                self.0.guard.log.refused(Instant::now(), &conn.peer(), "mismatch", &why);
                 proto::hello_reply::Result::Mismatch(mismatch.into())
             }
         };
@@ -258,7 +261,12 @@ impl Ferry for FerryService {
         let offer = (r.offer, r.token);
         let freed = allowed.and_then(|()| self.0.desk.release(r.from, offer, r.expect, &conn.peer()));
         if matches!(freed, Err(Refusal::Token)) {
-            tokio::time::sleep(GUESS_PAUSE).await;
+            let Some(queued) = self.0.pauses.queue(&conn.peer()) else {
+                return Err(self
+                    .0
+                    .refuse(&conn, Refusal::Limit { what: "releases with a wrong token", limit: WAITING }));
+            };
+            queued.wait(GUESS_PAUSE).await;
         }
         let freed = freed.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(proto::ReleaseReply { freed }))
@@ -326,6 +334,14 @@ impl Session {
         }
     }
 
+    /// Logs a frame that ends the session, once a minute for each peer.
+    fn log_frame(&self, status: &Status) {
+        if let Some(OpenSession { from, .. }) = &self.opened {
+            let why = format_args!("engine {:?}: {}: closed its session", from.engine, status.message());
+            self.hub.guard.log.refused(Instant::now(), &self.conn.peer(), "frame", &why);
+        }
+    }
+
     /// Ends the session; tells the desk once.
     fn close(&mut self) {
         self.inbound = None;
@@ -367,14 +383,15 @@ impl Stream for Session {
                 Poll::Ready(Some(Ok(frame))) => {
                     this.queue.heard();
                     if let Err(status) = this.frame(frame) {
-                        if let Some(OpenSession { from, .. }) = &this.opened {
-                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "refused a consumer's frame: closed its session");
-                        }
+                        this.log_frame(&status);
                         this.queue.end(status);
                     }
                 }
                 Poll::Ready(Some(Err(status))) => {
                     let status = this.unreadable(status);
+                    if matches!(status.code(), Code::ResourceExhausted | Code::InvalidArgument) {
+                        this.log_frame(&status);
+                    }
                     this.queue.end(status);
                 }
                 Poll::Ready(None) => {

@@ -4,7 +4,7 @@
 //! other thread (promise 2).
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -98,7 +98,8 @@ pub(super) struct State {
     lanes: usize,
     lanes_by_peer: Counts,
     /// Peers for which a verbs lane is being made.
-    connecting: HashSet<PeerKey>,
+    #[cfg(feature = "verbs")]
+    connecting: std::collections::HashSet<PeerKey>,
     next_session: u64,
 }
 
@@ -141,7 +142,8 @@ impl Core {
             shares: Shares::default(),
             lanes: 0,
             lanes_by_peer: Counts::default(),
-            connecting: HashSet::new(),
+            #[cfg(feature = "verbs")]
+            connecting: Default::default(),
             next_session: 1,
         };
         Self {

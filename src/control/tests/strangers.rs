@@ -196,6 +196,7 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
         assert!(status.message().contains(name), "{name}: {status}");
     }
+    assert_eq!(rig.server.refusals([127, 0, 0, 1].into(), "frame"), Some(3), "the first one is in the log");
     let claim = other.claim(2, &rig.desk.me);
     assert_eq!(other.answer(), (claim, None));
 }
@@ -207,12 +208,12 @@ fn a_frame_over_the_limit_ends_its_session() {
         let raw = Raw::open(&rig).await;
         // The largest legitimate frame fits.
         raw.send(0, Frame::Renew(proto::Renew { claims: vec![u64::MAX; MAX_RENEW] }));
-        rig.seen(|s| matches!(s, Seen::Frame(_, f) if matches!(f.body, ClientBody::Renew(_))).then_some(()));
         raw.send(0, Frame::Renew(proto::Renew { claims: vec![u64::MAX; 15_000] }));
         raw.end().await
     });
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert!(status.message().contains("a frame of over 131072 bytes"), "{status}");
+    rig.seen(|s| matches!(s, Seen::Frame(_, f) if matches!(f.body, ClientBody::Renew(_))).then_some(()));
     serves(&rig);
 }
 

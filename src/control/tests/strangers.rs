@@ -267,8 +267,8 @@ fn a_request_that_is_never_whole_ends_in_time() {
 fn a_connection_with_unfinished_calls_only_is_closed() {
     let mut c = config();
     c.session.hello_timeout = Duration::from_millis(300);
-    // Its pings must not be the reason.
-    c.session.idle_heartbeat = LIMIT;
+    // Unanswered pings must not be the reason.
+    c.session.idle_heartbeat = LIMIT * 2;
     let rig = Rig::new(&c);
     for path in ["Hello", "Session"] {
         let mut io = TcpStream::connect(rig.addr).unwrap();

@@ -6,6 +6,7 @@
 
 mod builder;
 mod core;
+mod shares;
 mod spec;
 
 use std::{

@@ -123,16 +123,15 @@ impl Guard {
         }
     }
 
-    /// Records a call. Refuses it on a connection over its peer's share.
-    pub(crate) fn called(&self, conn: &ConnState) -> Result<(), Refusal> {
+    /// Refuses a call on a connection over its peer's share.
+    pub(super) fn may_call(&self, conn: &ConnState) -> Result<(), Refusal> {
         if conn.over.load(Ordering::Relaxed) {
             return Err(self.share(&conn.peer()));
         }
-        conn.called.store(true, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Closes connections that have made no call within `limit` of their accept.
+    /// Closes connections on which no call's request has arrived whole within `limit` of their accept.
     pub(crate) fn sweep(&self, now: Instant, limit: Duration) {
         for c in self.all() {
             if !c.called.load(Ordering::Relaxed) && now.saturating_duration_since(c.accepted) >= limit {
@@ -157,7 +156,7 @@ impl Guard {
 pub(crate) struct ConnState {
     from: SocketAddr,
     accepted: Instant,
-    /// It made a call: its peer speaks the protocol.
+    /// The whole request of a call came: its peer speaks the protocol.
     called: AtomicBool,
     /// It is over its peer's share.
     over: AtomicBool,
@@ -200,6 +199,11 @@ impl ConnState {
     /// The engines that its certificate names; `None`: it is not encrypted.
     pub(crate) fn engines(&self) -> Option<&EngineNames> {
         self.engines.get().map(Arc::as_ref)
+    }
+
+    /// The whole request of a call came on it.
+    pub(super) fn called(&self) {
+        self.called.store(true, Ordering::Relaxed);
     }
 
     /// A consumer said Hello on it. See [`super::secret`].

@@ -58,7 +58,13 @@ impl Counts {
     }
 
     pub(crate) fn add(&mut self, peer: &PeerKey) {
-        *self.0.entry(peer.clone()).or_default() += 1;
+        self.add_many(peer, 1);
+    }
+
+    pub(crate) fn add_many(&mut self, peer: &PeerKey, n: usize) {
+        if n > 0 {
+            *self.0.entry(peer.clone()).or_default() += n;
+        }
     }
 
     pub(crate) fn remove(&mut self, peer: &PeerKey, n: usize) {

@@ -12,17 +12,15 @@ use std::{
 };
 
 use tokio::{runtime::Handle, sync::watch};
-use tonic::{
-    Request, Status,
-    service::{InterceptorLayer, Routes},
-};
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
 
 use super::{
     desk::Desk,
-    guard::{ConnInfo, Guard, Incoming},
+    guard::{Guard, Incoming},
     health,
     proto::{DESCRIPTORS, ferry_server::FerryServer},
+    requests::Requests,
     service::{FerryService, Hub},
 };
 use crate::{
@@ -43,7 +41,12 @@ pub(crate) struct Extra {
 /// How long sessions have to end by themselves in a shutdown, before their connections are closed.
 const GRACE: Duration = Duration::from_millis(500);
 /// Most concurrent streams of a connection. A consumer needs a session and a few calls.
-const STREAMS: u32 = 64;
+pub(super) const STREAMS: u32 = 64;
+/// Largest message from a consumer. The largest legitimate one is a `Renew` of 4096 claims, of 40 KiB. Messages to a consumer
+/// are far larger, so `limits.frame_bytes` would let a stranger occupy 16 MiB with each of its streams.
+pub(super) const MESSAGE_BYTES: usize = 128 << 10;
+/// Largest reflection request: the name of a symbol or a file.
+const REFLECTION_BYTES: usize = 4 << 10;
 /// HTTP/2 windows. Messages to a producer are small; small windows bound the memory that a bad peer can occupy.
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
@@ -95,10 +98,9 @@ impl Server {
             .max_concurrent_streams(STREAMS)
             .http2_max_header_list_size(16 << 10);
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let frame = config.limits.frame_bytes;
         let ferry = FerryServer::new(FerryService(hub.clone()))
-            .max_decoding_message_size(frame)
-            .max_encoding_message_size(frame);
+            .max_decoding_message_size(MESSAGE_BYTES)
+            .max_encoding_message_size(config.limits.frame_bytes);
         let Extra { routes, described } = extra.unwrap_or_default();
         let reflection = || {
             let ours = tonic_reflection::server::Builder::configure()
@@ -112,10 +114,10 @@ impl Server {
         };
         let broken =
             |e: tonic_reflection::server::Error| StartError::Config { field: "reflection", why: e.to_string() };
-        let v1 = reflection().build_v1().map_err(broken)?;
-        let v1alpha = reflection().build_v1alpha().map_err(broken)?;
+        let v1 = reflection().build_v1().map_err(broken)?.max_decoding_message_size(REFLECTION_BYTES);
+        let v1alpha = reflection().build_v1alpha().map_err(broken)?.max_decoding_message_size(REFLECTION_BYTES);
         let router = builder
-            .layer(InterceptorLayer::new(note_call as fn(Request<()>) -> Result<Request<()>, Status>))
+            .layer(Requests { time: config.session.hello_timeout })
             .add_routes(routes.add_service(ferry).add_service(health_service).add_service(v1).add_service(v1alpha));
 
         let (stop, mut stopping) = watch::channel(false);
@@ -231,12 +233,4 @@ async fn report(reporter: &tonic_health::server::HealthReporter, good: bool) {
     let status = if good { ServingStatus::Serving } else { ServingStatus::NotServing };
     reporter.set_service_status("", status).await;
     reporter.set_service_status(FERRY, status).await;
-}
-
-/// Records that the connection made a call, so that the sweep keeps it; refuses one over its peer's share.
-fn note_call(request: Request<()>) -> Result<Request<()>, Status> {
-    if let Some(ConnInfo { state, guard }) = request.extensions().get() {
-        guard.called(state).map_err(|r| r.status())?;
-    }
-    Ok(request)
 }

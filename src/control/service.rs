@@ -23,18 +23,19 @@ use super::{
     desk::{Desk, SessionId},
     guard::{ConnInfo, ConnState, Guard},
     outbox::{FrameQueue, Next, Outbox},
+    pauses::{Pauses, WAITING},
     peer::{Counts, PeerKey},
     proto::{self, ferry_server::Ferry},
     refusal::Refusal,
     secret::Secret,
+    server::MESSAGE_BYTES,
     wire::{BadMessage, LaneWanted, ReleaseWanted},
 };
 use crate::{config::Config, tls::NAMELESS};
 
-/// How long a release with a wrong token waits for its answer. With the limits of a peer's connections and streams it bounds
-/// guesses. A claim with a wrong token is answered at once: a decode engine claims for many clients, and one that passes on
-/// changed names must not slow the others. 128 random bits are not found either way.
-const GUESS_PAUSE: Duration = Duration::from_millis(250);
+/// Time between two answers to a peer's releases with a wrong token. A claim with a wrong token is answered at once: it is one
+/// frame among those of many clients in a session, and a pause would delay the frames behind it. See `docs/threat-model.md`.
+pub(super) const GUESS_PAUSE: Duration = Duration::from_millis(250);
 /// Frames of one session that are handled before other sessions have their turn.
 const BUDGET: usize = 64;
 
@@ -43,12 +44,12 @@ pub(crate) struct Hub {
     desk: Arc<dyn Desk>,
     guard: Arc<Guard>,
     sessions: Mutex<Sessions>,
+    pauses: Pauses,
     /// The engines that may speak to this rank; empty: all.
     engines: Vec<EngineId>,
     /// Most session streams, including those without an Open, and most of one peer.
     limit: usize,
     per_peer: usize,
-    frame_bytes: usize,
     open_within: Duration,
     silence: Duration,
     linger: Duration,
@@ -69,10 +70,10 @@ impl Hub {
             desk,
             guard,
             sessions: Mutex::default(),
+            pauses: Pauses::default(),
             engines: config.engines.clone(),
             limit: config.limits.sessions.saturating_mul(2).max(1),
             per_peer: config.limits.sessions_per_peer,
-            frame_bytes: config.limits.frame_bytes,
             open_within,
             silence: config.session.silence,
             linger: open_within.min(Duration::from_secs(1)),
@@ -215,7 +216,8 @@ impl Ferry for FerryService {
                 proto::hello_reply::Result::Welcome((&welcome).into())
             }
             Err(mismatch) => {
-                tracing::warn!(peer = %hello.peer.engine, incarnation = %hello.peer.incarnation, %mismatch, "refused a consumer");
+                let why = format_args!("engine {:?}: {mismatch}", hello.peer.engine);
+                self.0.guard.log.refused(Instant::now(), &conn.peer(), "mismatch", &why);
                 proto::hello_reply::Result::Mismatch(mismatch.into())
             }
         };
@@ -259,7 +261,12 @@ impl Ferry for FerryService {
         let offer = (r.offer, r.token);
         let freed = allowed.and_then(|()| self.0.desk.release(r.from, offer, r.expect, &conn.peer()));
         if matches!(freed, Err(Refusal::Token)) {
-            tokio::time::sleep(GUESS_PAUSE).await;
+            let Some(queued) = self.0.pauses.queue(&conn.peer()) else {
+                return Err(self
+                    .0
+                    .refuse(&conn, Refusal::Limit { what: "releases with a wrong token", limit: WAITING }));
+            };
+            queued.wait(GUESS_PAUSE).await;
         }
         let freed = freed.map_err(|r| self.0.refuse(&conn, r))?;
         Ok(Response::new(proto::ReleaseReply { freed }))
@@ -319,13 +326,19 @@ impl Session {
     /// The status for a stream that broke or carried a malformed frame.
     fn unreadable(&self, status: Status) -> Status {
         match status.code() {
-            Code::OutOfRange => Status::resource_exhausted(format!(
-                "a frame of over {} bytes (limits.frame_bytes): {}",
-                self.hub.frame_bytes,
-                status.message()
-            )),
+            Code::OutOfRange => {
+                Status::resource_exhausted(format!("a frame of over {MESSAGE_BYTES} bytes: {}", status.message()))
+            }
             Code::Internal => Status::invalid_argument(format!("frame: {}", status.message())),
             _ => status,
+        }
+    }
+
+    /// Logs a frame that ends the session, once a minute for each peer.
+    fn log_frame(&self, status: &Status) {
+        if let Some(OpenSession { from, .. }) = &self.opened {
+            let why = format_args!("engine {:?}: {}: closed its session", from.engine, status.message());
+            self.hub.guard.log.refused(Instant::now(), &self.conn.peer(), "frame", &why);
         }
     }
 
@@ -370,14 +383,15 @@ impl Stream for Session {
                 Poll::Ready(Some(Ok(frame))) => {
                     this.queue.heard();
                     if let Err(status) = this.frame(frame) {
-                        if let Some(OpenSession { from, .. }) = &this.opened {
-                            tracing::warn!(peer = %from.engine, incarnation = %from.incarnation, why = status.message(), "refused a consumer's frame: closed its session");
-                        }
+                        this.log_frame(&status);
                         this.queue.end(status);
                     }
                 }
                 Poll::Ready(Some(Err(status))) => {
                     let status = this.unreadable(status);
+                    if matches!(status.code(), Code::ResourceExhausted | Code::InvalidArgument) {
+                        this.log_frame(&status);
+                    }
                     this.queue.end(status);
                 }
                 Poll::Ready(None) => {

@@ -15,6 +15,8 @@ use self::check::{
 use super::proto;
 use crate::lane::{ticket::LaneTicket, verbs::VerbsRequest};
 
+#[cfg(test)]
+pub(super) use self::frame::MAX_RENEW;
 pub(super) use self::{check::BadMessage, frame::server_frame};
 
 mod check;

@@ -12,7 +12,10 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
-use super::spec::{OfferSpec, Ready};
+use super::{
+    shares::Shares,
+    spec::{OfferSpec, Ready},
+};
 
 #[cfg(feature = "verbs")]
 use crate::lane::verbs::{self, VerbsError, VerbsRequest};
@@ -22,7 +25,7 @@ use crate::{
         desk::{Desk, SessionId},
         host,
         outbox::Outbox,
-        peer::PeerKey,
+        peer::{Counts, PeerKey},
         refusal::Refusal,
     },
     lane::{local, tcp, ticket::LaneTicket},
@@ -89,17 +92,15 @@ pub(super) struct State {
     pub(super) sessions: HashMap<SessionId, Session>,
     /// The newest session of each consumer incarnation.
     by_consumer: HashMap<Incarnation, SessionId>,
-    /// The sessions of each peer.
-    by_peer: HashMap<PeerKey, Vec<SessionId>>,
-    /// Lanes of all sessions.
+    /// The claims of each peer.
+    shares: Shares,
+    /// Lanes of all sessions, and of each peer's.
     lanes: usize,
+    lanes_by_peer: Counts,
+    /// Peers for which a verbs lane is being made.
+    #[cfg(feature = "verbs")]
+    connecting: std::collections::HashSet<PeerKey>,
     next_session: u64,
-}
-
-impl State {
-    fn of_peer(&self, peer: &PeerKey) -> impl Iterator<Item = &Session> {
-        self.by_peer.get(peer).into_iter().flatten().filter_map(|id| self.sessions.get(id))
-    }
 }
 
 /// Most lanes of one session and kind. A consumer starts pulls on the newest; older lanes finish their pulls. A consumer
@@ -151,8 +152,11 @@ impl Core {
             table: OfferTable::new(config.lease.clone(), config.limits.clone(), random),
             sessions: HashMap::new(),
             by_consumer: HashMap::new(),
-            by_peer: HashMap::new(),
+            shares: Shares::default(),
             lanes: 0,
+            lanes_by_peer: Counts::default(),
+            #[cfg(feature = "verbs")]
+            connecting: Default::default(),
             next_session: 1,
         };
         Self {
@@ -218,10 +222,13 @@ impl Core {
 
     /// Tells the table of an event. `false`: it shows a wrong token.
     pub(super) fn tell(&self, event: table::In) -> bool {
-        let mut state = self.lock();
+        self.tell_locked(&mut self.lock(), event)
+    }
+
+    fn tell_locked(&self, state: &mut State, event: table::In) -> bool {
         let (before, wrong) = (state.table.next_timeout(), state.table.wrong_tokens());
         state.table.handle(Instant::now(), event);
-        self.carry_out(&mut state);
+        self.carry_out(state);
         if state.table.next_timeout() != before {
             self.rearm.notify_one();
         }
@@ -270,6 +277,9 @@ impl Core {
                 }
             }
         }
+        while let Some((consumer, claims)) = state.table.poll_claims() {
+            state.shares.holds(consumer, claims);
+        }
         self.metrics.live.set(state.table.live() as i64);
         self.metrics.claims.set(state.table.claims() as i64);
         if freed > 0 {
@@ -287,33 +297,28 @@ impl Core {
     }
 
     /// Checks that a peer may have one more claim. A resent claim does not count.
-    fn check_claims(&self, from: Incarnation, claim: ClaimId, by: &PeerKey) -> Result<(), Refusal> {
+    fn check_claims(&self, state: &State, from: Incarnation, claim: ClaimId) -> Result<(), Refusal> {
         let limit = self.config.limits.claims_per_peer;
-        let state = self.lock();
-        let held: usize = state.of_peer(by).map(|s| state.table.claims_of(s.from.incarnation)).sum();
-        if held < limit || state.table.holds(from, claim) {
-            return Ok(());
+        match state.shares.of(from) {
+            Some((peer, held)) if held >= limit && !state.table.holds(from, claim) => {
+                let peer = peer.clone();
+                Err(Refusal::Share { what: "claims", peer, limit, setting: "limits.claims_per_peer" })
+            }
+            _ => Ok(()),
         }
-        Err(Refusal::Share { what: "claims", peer: by.clone(), limit, setting: "limits.claims_per_peer" })
     }
 
-    /// Checks that a consumer may have one more lane. Returns the lane that must close for it, if any.
-    fn room(
-        &self,
-        state: &mut State,
-        from: &PeerId,
-        kind: LaneKind,
-        by: &PeerKey,
-    ) -> Result<Option<(LaneKind, u64)>, Refusal> {
+    /// Checks that a consumer may have one more lane. Returns the place of the lane that must close for it, if any. Changes
+    /// nothing.
+    fn room(&self, state: &mut State, from: &PeerId, kind: LaneKind) -> Result<Option<usize>, Refusal> {
         let (lanes, limit) = (state.lanes, self.config.limits.lanes);
         let share = self.config.limits.lanes_per_peer;
-        let of_peer: usize = state.of_peer(by).map(|s| s.lanes.len()).sum();
         let session = self.session(state, from)?;
         session.may_have(kind)?;
-        let oldest = superfluous(&session.lanes, kind).and_then(|i| session.lanes.remove(i));
-        if oldest.is_none() && of_peer >= share {
-            let (peer, setting) = (by.clone(), "limits.lanes_per_peer");
-            return Err(Refusal::Share { what: "lanes", peer, limit: share, setting });
+        let oldest = superfluous(&session.lanes, kind);
+        let peer = session.by.clone();
+        if oldest.is_none() && state.lanes_by_peer.of(&peer) >= share {
+            return Err(Refusal::Share { what: "lanes", peer, limit: share, setting: "limits.lanes_per_peer" });
         }
         if oldest.is_none() && lanes >= limit {
             return Err(Refusal::Limit { what: "lanes", limit });
@@ -321,24 +326,39 @@ impl Core {
         Ok(oldest)
     }
 
-    /// Enters a lane after [`Core::room`].
+    /// Enters a lane in the place that [`Core::room`] found under the same lock, and closes the lane that was there.
     fn keep(
         &self,
         mut state: MutexGuard<'_, State>,
         from: &PeerId,
         lane: (LaneKind, u64),
-        oldest: Option<(LaneKind, u64)>,
-    ) {
-        if let Ok(session) = self.session(&mut state, from) {
-            session.lanes.push_back(lane);
-        }
-        if oldest.is_none() {
+        oldest: Option<usize>,
+    ) -> Result<(), Refusal> {
+        let session = self.session(&mut state, from)?;
+        let closed = oldest.and_then(|i| session.lanes.remove(i));
+        session.lanes.push_back(lane);
+        let by = session.by.clone();
+        if closed.is_none() {
             state.lanes += 1;
+            state.lanes_by_peer.add(&by);
         }
         drop(state);
-        if let Some(oldest) = oldest {
-            self.servers.dismiss(oldest);
+        if let Some(closed) = closed {
+            self.servers.dismiss(closed);
         }
+        Ok(())
+    }
+
+    /// Begins to make a verbs lane: checks the limits before queue pairs are created. One at a time for each peer, so that
+    /// requests in parallel create no more queue pairs than its share.
+    #[cfg(feature = "verbs")]
+    fn connecting(&self, from: &PeerId, by: &PeerKey) -> Result<Connecting<'_>, Refusal> {
+        let mut state = self.lock();
+        self.room(&mut state, from, LaneKind::Verbs)?;
+        if !state.connecting.insert(by.clone()) {
+            return Err(Refusal::NotYet("another verbs lane of this peer is being made".into()));
+        }
+        Ok(Connecting { core: self, by: by.clone() })
     }
 
     fn expects_me(&self, expect: Incarnation) -> Result<(), Refusal> {
@@ -346,6 +366,20 @@ impl Core {
             return Ok(());
         }
         Err(Refusal::OtherIncarnation { here: self.me.incarnation, expected: expect })
+    }
+}
+
+/// A verbs lane that is being made. See [`Core::connecting`].
+#[cfg(feature = "verbs")]
+struct Connecting<'a> {
+    core: &'a Core,
+    by: PeerKey,
+}
+
+#[cfg(feature = "verbs")]
+impl Drop for Connecting<'_> {
+    fn drop(&mut self) {
+        self.core.lock().connecting.remove(&self.by);
     }
 }
 
@@ -377,24 +411,29 @@ impl Desk for Core {
         let id = SessionId(state.next_session);
         state.next_session += 1;
         state.by_consumer.insert(from.incarnation, id);
-        state.by_peer.entry(by.clone()).or_default().push(id);
+        state.shares.opened(from.incarnation, by);
         state
             .sessions
             .insert(id, Session { from: from.clone(), by: by.clone(), outbox, lanes: VecDeque::new(), granted: false });
         Ok(id)
     }
 
-    fn frame(&self, session: SessionId, from: &PeerId, frame: ClientFrame, by: &PeerKey) -> Result<(), Refusal> {
+    fn frame(&self, session: SessionId, from: &PeerId, frame: ClientFrame, _: &PeerKey) -> Result<(), Refusal> {
+        // One lock for the check and the claim: frames in parallel get no more than the share.
+        let mut state = self.lock();
         if let ClientBody::Claim { claim, .. } = frame.body
-            && let Err(refusal) = self.check_claims(from.incarnation, claim, by)
+            && let Err(refusal) = self.check_claims(&state, from.incarnation, claim)
         {
-            if let Some(s) = self.lock().sessions.get(&session) {
+            if let Some(s) = state.sessions.get(&session) {
                 s.outbox.send(ServerFrame { ack: 0, body: Some(ServerBody::Gone { claim, why: Gone::Limit }) });
             }
             return Err(refusal);
         }
         // The table has answered a wrong token.
-        if self.tell(table::In::Frame(from.clone(), frame)) { Ok(()) } else { Err(Refusal::Token) }
+        match self.tell_locked(&mut state, table::In::Frame(from.clone(), frame)) {
+            true => Ok(()),
+            false => Err(Refusal::Token),
+        }
     }
 
     fn closed(&self, session: SessionId, _: &PeerId) {
@@ -407,12 +446,8 @@ impl Desk for Core {
                 if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
                     state.by_consumer.remove(&s.from.incarnation);
                 }
-                if let Some(ids) = state.by_peer.get_mut(&s.by) {
-                    ids.retain(|id| *id != session);
-                    if ids.is_empty() {
-                        state.by_peer.remove(&s.by);
-                    }
-                }
+                state.lanes_by_peer.remove(&s.by, s.lanes.len());
+                state.shares.closed(s.from.incarnation);
             }
             gone
         };
@@ -426,18 +461,18 @@ impl Desk for Core {
         from: &PeerId,
         expect: Incarnation,
         kind: LaneKind,
-        by: &PeerKey,
+        _: &PeerKey,
     ) -> Result<LaneTicket, Refusal> {
         self.expects_me(expect)?;
-        // Before `room`: a refused request must not close another lane. A verbs lane needs `connect_verbs`.
+        // A verbs lane needs `connect_verbs`.
         if kind == LaneKind::Verbs || !self.servers.kinds().contains(&kind) {
             return Err(Refusal::Unsupported { what: format!("lane {kind} by this request") });
         }
-        let mut state = self.lock();
-        let oldest = self.room(&mut state, from, kind, by)?;
         let lane = Incarnation::random().get();
         let mut key = [0; 32];
         getrandom::fill(&mut key).map_err(|_| Refusal::Precondition("the system's random source failed".into()))?;
+        let mut state = self.lock();
+        let oldest = self.room(&mut state, from, kind)?;
         let ticket = match (kind, &self.servers.tcp, &self.servers.local) {
             (LaneKind::Tcp, Some(server), _) => {
                 server.admit(lane, key);
@@ -449,7 +484,7 @@ impl Desk for Core {
             }
             _ => return Err(Refusal::Unsupported { what: format!("lane {kind}") }),
         };
-        self.keep(state, from, (kind, lane), oldest);
+        self.keep(state, from, (kind, lane), oldest)?;
         Ok(ticket)
     }
 
@@ -465,25 +500,20 @@ impl Desk for Core {
         let Some(server) = &self.servers.verbs else {
             return Err(Refusal::Unsupported { what: format!("lane {}", LaneKind::Verbs) });
         };
-        // Checked before queue pairs are created, and again afterwards, since the session may have ended meanwhile.
-        self.session(&mut self.lock(), from)?.may_have(LaneKind::Verbs)?;
+        let _alone = self.connecting(from, by)?;
         let lane = Incarnation::random().get();
         let ticket = server.admit(lane, ends).map_err(|e| match e {
             VerbsError::NotYet { .. } => Refusal::NotYet(e.to_string()),
             e => Refusal::Precondition(e.to_string()),
         })?;
-        let mut state = self.lock();
-        match self.room(&mut state, from, LaneKind::Verbs, by) {
-            Ok(oldest) => {
-                self.keep(state, from, (LaneKind::Verbs, lane), oldest);
-                Ok(LaneTicket::Verbs(ticket))
-            }
-            Err(refusal) => {
-                drop(state);
-                server.dismiss(lane);
-                Err(refusal)
-            }
-        }
+        // Again: the session may have ended meanwhile, or lanes of other kinds may have taken the share.
+        let kept = {
+            let mut state = self.lock();
+            let room = self.room(&mut state, from, LaneKind::Verbs);
+            room.and_then(|oldest| self.keep(state, from, (LaneKind::Verbs, lane), oldest))
+        };
+        kept.inspect_err(|_| server.dismiss(lane))?;
+        Ok(LaneTicket::Verbs(ticket))
     }
 
     fn release(
@@ -525,7 +555,143 @@ pub(super) async fn keep_time(core: Weak<Core>, rearm: Arc<Notify>) {
 
 #[cfg(test)]
 mod tests {
+    use kvferry_proto::{BlockId, GroupId, PoolLayout, Rank, Reader};
+
     use super::*;
+    use crate::{
+        control::{guard::ConnState, outbox::FrameQueue},
+        memory::{FenceWords, Memory},
+    };
+
+    fn core(change: impl FnOnce(&mut Config, &mut Servers)) -> Core {
+        let layout = Arc::new(PoolLayout::uniform(8, 2, 4096, 16));
+        let memory = Memory::alloc(&layout.segments).unwrap();
+        let export = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(16).unwrap())));
+        let model = Model {
+            name: "m".into(),
+            dtype: "bfloat16".into(),
+            scales: String::new(),
+            attention: "HND".into(),
+            block_tokens: 16,
+        };
+        let mut config = Config::default();
+        let mut servers = Servers {
+            tcp: None,
+            local: None,
+            #[cfg(feature = "verbs")]
+            verbs: None,
+        };
+        change(&mut config, &mut servers);
+        Core::new(peer(), "127.0.0.1:1".into(), model, Shard::whole(8, 4), export, servers, config)
+    }
+
+    fn peer() -> PeerId {
+        PeerId { engine: "e".parse().unwrap(), rank: Rank(0), incarnation: Incarnation::random() }
+    }
+
+    fn address(last: u8) -> PeerKey {
+        PeerKey::new([10, 0, 0, last].into(), None)
+    }
+
+    fn open(core: &Core, from: &PeerId, by: &PeerKey) -> SessionId {
+        let outbox = Outbox::new(FrameQueue::new(ConnState::for_test()));
+        core.open(from, core.me.incarnation, outbox, by).unwrap()
+    }
+
+    /// Offers a block, and claims it.
+    fn claim(core: &Core, n: u64, session: SessionId, from: &PeerId, by: &PeerKey) -> Result<(), Refusal> {
+        let blocks = vec![Some(BlockId(0))];
+        let spec = OfferSpec::new(16, vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }]);
+        let (name, groups) = core.name(spec);
+        core.enter(&name, groups, Ready::Now).unwrap();
+        let (offer, token) = (name.id, name.token);
+        let body = ClientBody::Claim { claim: ClaimId(n), offer, token, number: 0, reader: Reader::ONLY };
+        core.frame(session, from, ClientFrame { seq: 0, body }, by)
+    }
+
+    fn is_share<T: std::fmt::Debug>(result: Result<T, Refusal>, of: &str) {
+        assert!(matches!(&result, Err(Refusal::Share { what, .. }) if *what == of), "{result:?}");
+    }
+
+    #[test]
+    fn two_sessions_of_a_consumer_count_its_claims_once() {
+        let core = core(|c, _| c.limits.claims_per_peer = 2);
+        let (from, by) = (peer(), address(1));
+        let _old = open(&core, &from, &by);
+        let session = open(&core, &from, &by);
+        claim(&core, 1, session, &from, &by).unwrap();
+        claim(&core, 2, session, &from, &by).unwrap();
+        is_share(claim(&core, 3, session, &from, &by), "claims");
+        // Another peer has its own share.
+        let (other, there) = (peer(), address(2));
+        let session = open(&core, &other, &there);
+        claim(&core, 1, session, &other, &there).unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_reconnects_keeps_the_claims_of_its_closed_sessions() {
+        let core = core(|c, _| c.limits.claims_per_peer = 2);
+        let by = address(1);
+        for _ in 0..2 {
+            let from = peer();
+            let session = open(&core, &from, &by);
+            claim(&core, 1, session, &from, &by).unwrap();
+            core.closed(session, &from);
+        }
+        let from = peer();
+        let session = open(&core, &from, &by);
+        is_share(claim(&core, 1, session, &from, &by), "claims");
+        // Until their leases run out.
+        core.tick(Instant::now() + core.config.lease.hard_cap * 2);
+        claim(&core, 1, session, &from, &by).unwrap();
+    }
+
+    #[test]
+    fn a_request_for_a_lane_that_fails_takes_no_place_and_closes_no_lane() {
+        let core = core(|_, _| {});
+        let (from, by) = (peer(), address(1));
+        open(&core, &from, &by);
+        for n in 0..LANES_OF_A_KIND as u64 {
+            let mut state = core.lock();
+            let oldest = core.room(&mut state, &from, LaneKind::Tcp).unwrap();
+            assert_eq!(oldest, None);
+            core.keep(state, &from, (LaneKind::Tcp, n), oldest).unwrap();
+        }
+        let mut state = core.lock();
+        // It fails after the check.
+        for _ in 0..2 {
+            assert_eq!(core.room(&mut state, &from, LaneKind::Tcp).unwrap(), Some(0));
+        }
+        let count = |state: &State| {
+            (state.lanes, state.lanes_by_peer.of(&by), state.sessions.values().next().unwrap().lanes.len())
+        };
+        assert_eq!(count(&state), (8, 8, 8));
+        core.keep(state, &from, (LaneKind::Tcp, 8), Some(0)).unwrap();
+        assert_eq!(count(&core.lock()), (8, 8, 8));
+    }
+
+    #[cfg(feature = "verbs")]
+    #[test]
+    fn a_verbs_lane_over_the_share_or_beside_another_one_creates_no_queue_pair() {
+        let (server, ends, made) = verbs::tests::rig::served();
+        let core = core(|c, s| {
+            c.limits.lanes_per_peer = 1;
+            s.verbs = Some(server);
+        });
+        let (from, by) = (peer(), address(1));
+        let request = || core.connect_verbs(&from, core.me.incarnation, &ends, &by).map(|_| ());
+        open(&core, &from, &by);
+        let before = made();
+        let making = core.connecting(&from, &by).unwrap();
+        let beside = request();
+        assert!(matches!(beside, Err(Refusal::NotYet(_))), "{beside:?}");
+        assert_eq!(made(), before);
+        drop(making);
+        request().unwrap();
+        let before = made();
+        is_share(request(), "lanes");
+        assert_eq!(made(), before);
+    }
 
     #[test]
     fn a_lane_kind_that_is_requested_repeatedly_closes_only_lanes_of_its_own_kind() {

@@ -84,7 +84,7 @@ impl Default for SessionConfig {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Largest control frame, in bytes. A grant of 1,000,000 scattered blocks takes about 6 MB, one of consecutive blocks some
+    /// Largest control frame to a consumer, in bytes. A frame to a producer has at most 128 KiB. A grant of 1,000,000 scattered blocks takes about 6 MB, one of consecutive blocks some
     /// bytes.
     pub frame_bytes: usize,
     /// Blocks in an offer or a pull.

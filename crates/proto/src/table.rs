@@ -219,6 +219,12 @@ impl OfferTable {
         self.claims.of_consumer(consumer)
     }
 
+    /// A consumer whose number of claims has changed since the last call that returned it, with the new number; `None`: no
+    /// other one's has.
+    pub fn poll_claims(&mut self) -> Option<(Incarnation, usize)> {
+        self.claims.take_changed()
+    }
+
     /// Whether a consumer's claim holds.
     pub fn holds(&self, consumer: Incarnation, claim: ClaimId) -> bool {
         self.claims.offer((consumer, claim)).is_some()

@@ -26,6 +26,16 @@ fn a_mismatch_names_the_field_and_both_values() {
 }
 
 #[test]
+fn mismatches_of_a_peer_share_a_line_in_the_log() {
+    let rig = Rig::new(&config());
+    for _ in 0..3 {
+        let other = Model { dtype: "fp8_e4m3".into(), ..model() };
+        say(&rig.addr.to_string(), &Hello { model: other, ..hello() });
+    }
+    assert_eq!(rig.server.refusals([127, 0, 0, 1].into(), "mismatch"), Some(2), "the first one is in the log");
+}
+
+#[test]
 fn a_claim_at_a_peer_of_another_model_is_refused() {
     let rig = Rig::new(&config());
     let me = Hello { model: Model { block_tokens: 32, ..model() }, ..hello() };

@@ -90,6 +90,8 @@ pub(super) struct TestDesk {
     pub grants: AtomicBool,
     pub acknowledges: AtomicBool,
     pub refuses_sessions: AtomicBool,
+    /// The only token with which it releases; `None`: any.
+    pub right: Mutex<Option<Token>>,
     pub lanes: Mutex<Vec<LaneKind>>,
     /// How many requests for a lane are still answered with `NotYet`.
     pub not_yet: AtomicU64,
@@ -201,12 +203,15 @@ impl Desk for TestDesk {
     fn release(
         &self,
         _: Option<PeerId>,
-        _: (OfferId, Token),
+        (_, token): (OfferId, Token),
         expect: Option<Incarnation>,
         _: &PeerKey,
     ) -> Result<bool, Refusal> {
         expect.map_or(Ok(()), |e| self.expects_me(e))?;
-        Ok(true)
+        match *self.right.lock().unwrap() {
+            Some(right) if right != token => Err(Refusal::Token),
+            _ => Ok(true),
+        }
     }
 }
 
@@ -231,6 +236,7 @@ impl Rig {
             grants: true.into(),
             acknowledges: true.into(),
             refuses_sessions: false.into(),
+            right: Mutex::default(),
             not_yet: 0.into(),
             lanes: Mutex::new(vec![LaneKind::Local, LaneKind::Tcp]),
             outboxes: Mutex::default(),

@@ -1,9 +1,12 @@
 //! The services beside the session: reflection, additional services, probes, and the release without a session.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvferry_proto::{Incarnation, OfferId, Token};
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 use tonic_reflection::pb::{
     v1::{
         ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
@@ -13,7 +16,13 @@ use tonic_reflection::pb::{
 };
 
 use super::rig::{LIMIT, Rig, config, model, run};
-use crate::control::call::{CallError, Caller, probe, release};
+use crate::control::{
+    call::{CallError, Caller, probe, release},
+    pauses::WAITING,
+    proto::{self, ferry_client::FerryClient},
+    service::GUESS_PAUSE,
+    wire::ReleaseWanted,
+};
 
 async fn channel(rig: &Rig) -> Channel {
     Endpoint::from_shared(format!("http://{}", rig.addr)).unwrap().connect().await.unwrap()
@@ -62,6 +71,42 @@ fn an_offer_is_released_without_a_session() {
     ));
     let Err(CallError::Refused { why, .. }) = other else { panic!("{other:?}") };
     assert!(why.contains("restarted"), "{why}");
+}
+
+#[test]
+fn wrong_releases_of_a_peer_are_answered_one_after_the_other_and_right_ones_at_once() {
+    let rig = Rig::new(&config());
+    let right = Token::random();
+    *rig.desk.right.lock().unwrap() = Some(right);
+    run(async {
+        let ferry = FerryClient::new(channel(&rig).await);
+        let release = |token: Token| {
+            let (mut ferry, wanted) =
+                (ferry.clone(), ReleaseWanted { from: None, offer: OfferId::random(), token, expect: None });
+            async move { ferry.release(proto::ReleaseRequest::from(&wanted)).await.map_err(|s| s.code()) }
+        };
+        let began = Instant::now();
+        let mut wrong = std::pin::pin!(async {
+            let wrong = || release(Token::random());
+            let (a, b, c) = tokio::join!(wrong(), wrong(), wrong());
+            [a, b, c].map(|r| r.unwrap_err())
+        });
+        tokio::select! {
+            biased;
+            _ = &mut wrong => panic!("the right one waited for the wrong ones"),
+            freed = async { release(right).await.unwrap(); release(right).await } => assert!(freed.unwrap().into_inner().freed),
+        }
+        assert_eq!(wrong.await, [Code::PermissionDenied; 3]);
+        assert!(began.elapsed() >= 3 * GUESS_PAUSE, "{:?}", began.elapsed());
+        // With as many in the queue as fit, further ones are not queued.
+        let mut queue = tokio::task::JoinSet::new();
+        for _ in 0..WAITING + 1 {
+            queue.spawn(release(Token::random()));
+        }
+        let first = queue.join_next().await.unwrap().unwrap();
+        assert_eq!(first.unwrap_err(), Code::ResourceExhausted);
+        release(right).await.unwrap();
+    });
 }
 
 #[test]

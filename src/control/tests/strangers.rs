@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use kvferry_proto::{Incarnation, PeerId, ServerBody, ServerFrame, hello::Hello};
+use kvferry_proto::{ClientBody, Incarnation, PeerId, ServerBody, ServerFrame, hello::Hello};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{
@@ -14,9 +14,12 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::rig::{Consumer, LIMIT, Rig, config, hello, peer_id, run};
+use super::rig::{Consumer, LIMIT, Rig, Seen, config, hello, peer_id, run};
 use crate::{
-    control::proto::{self, client_frame::Frame, ferry_client::FerryClient},
+    control::{
+        proto::{self, client_frame::Frame, ferry_client::FerryClient},
+        wire::MAX_RENEW,
+    },
     driver::runtime::Runtime,
 };
 
@@ -193,22 +196,97 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
         assert!(status.message().contains(name), "{name}: {status}");
     }
+    assert_eq!(rig.server.refusals([127, 0, 0, 1].into(), "frame"), Some(3), "the first one is in the log");
     let claim = other.claim(2, &rig.desk.me);
     assert_eq!(other.answer(), (claim, None));
 }
 
 #[test]
 fn a_frame_over_the_limit_ends_its_session() {
-    let mut c = config();
-    c.limits.frame_bytes = 4096;
-    let rig = Rig::new(&c);
+    let rig = Rig::new(&config());
     let status = run(async {
         let raw = Raw::open(&rig).await;
-        raw.send(0, Frame::Renew(proto::Renew { claims: vec![u64::MAX; 4000] }));
+        // The largest legitimate frame fits.
+        raw.send(0, Frame::Renew(proto::Renew { claims: vec![u64::MAX; MAX_RENEW] }));
+        raw.send(0, Frame::Renew(proto::Renew { claims: vec![u64::MAX; 15_000] }));
         raw.end().await
     });
     assert_eq!(status.code(), Code::ResourceExhausted);
-    assert!(status.message().contains("limits.frame_bytes"), "{status}");
+    assert!(status.message().contains("a frame of over 131072 bytes"), "{status}");
+    rig.seen(|s| matches!(s, Seen::Frame(_, f) if matches!(f.body, ClientBody::Renew(_))).then_some(()));
+    serves(&rig);
+}
+
+/// A Hello whose stream never ends.
+async fn unfinished(channel: Channel, first: Option<proto::HelloRequest>) -> Status {
+    let mut grpc = tonic::client::Grpc::new(channel);
+    grpc.ready().await.unwrap();
+    let frames = tokio_stream::StreamExt::chain(tokio_stream::iter(first), tokio_stream::pending());
+    let codec = tonic_prost::ProstCodec::<_, proto::HelloReply>::default();
+    let path = http::uri::PathAndQuery::from_static("/kvferry.v1.Ferry/Hello");
+    grpc.client_streaming(tonic::Request::new(frames), path, codec).await.map(|_| ()).expect_err("an unfinished call")
+}
+
+async fn channel(rig: &Rig) -> Channel {
+    Endpoint::from_shared(format!("http://{}", rig.addr)).unwrap().connect().await.unwrap()
+}
+
+#[test]
+fn a_large_request_is_refused_before_it_is_in_memory() {
+    // The time limit cannot be the reason.
+    let mut c = config();
+    c.session.hello_timeout = LIMIT * 2;
+    let rig = Rig::new(&c);
+    let large = proto::HelloRequest { secret: vec![1; 15 << 20].into(), ..(&hello()).into() };
+    let status = run(async { unfinished(channel(&rig).await, Some(large)).await });
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert!(status.message().contains("a request of over 32768 bytes"), "{status}");
+    assert_eq!(rig.server.refusals([127, 0, 0, 1].into(), "request"), Some(0), "logged");
+    serves(&rig);
+}
+
+#[test]
+fn a_request_that_is_never_whole_ends_in_time() {
+    let mut c = config();
+    c.session.hello_timeout = Duration::from_millis(200);
+    let rig = Rig::new(&c);
+    run(async {
+        // The connection made a call, so that it stays.
+        let channel = channel(&rig).await;
+        FerryClient::new(channel.clone()).hello(proto::HelloRequest::from(&hello())).await.unwrap();
+        for first in [None, Some((&hello()).into())] {
+            let status = unfinished(channel.clone(), first).await;
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+            assert!(status.message().contains("session.hello_timeout"), "{status}");
+        }
+        FerryClient::new(channel).hello(proto::HelloRequest::from(&hello())).await.unwrap();
+    });
+}
+
+#[test]
+fn a_connection_with_unfinished_calls_only_is_closed() {
+    let mut c = config();
+    c.session.hello_timeout = Duration::from_millis(300);
+    // Unanswered pings must not be the reason.
+    c.session.idle_heartbeat = LIMIT * 2;
+    let rig = Rig::new(&c);
+    for path in ["Hello", "Session"] {
+        let mut io = TcpStream::connect(rig.addr).unwrap();
+        let field = |name: &[u8], value: &str| [name, &[value.len() as u8], value.as_bytes()].concat();
+        let headers = [
+            // POST, http, :path, :authority, content-type
+            vec![0x83, 0x86],
+            field(&[0x04], &format!("/kvferry.v1.Ferry/{path}")),
+            field(&[0x01], "x"),
+            field(&[0x0f, 0x10], "application/grpc"),
+        ]
+        .concat();
+        // END_HEADERS without END_STREAM, on stream 1.
+        let head = [0, 0, headers.len() as u8, 1, 4, 0, 0, 0, 1];
+        io.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".as_slice(), &head, &headers].concat())
+            .unwrap();
+        until_closed(io);
+    }
     serves(&rig);
 }
 

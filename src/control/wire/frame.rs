@@ -62,7 +62,7 @@ impl TryFrom<proto::ClientFrame> for ClientFrame {
 }
 
 /// Most claims in one `Renew`; a session with more sends several.
-pub(super) const MAX_RENEW: usize = 4096;
+pub(in crate::control) const MAX_RENEW: usize = 4096;
 
 fn open(o: proto::Open) -> Checked<ClientBody> {
     Ok(ClientBody::Open {

@@ -66,7 +66,7 @@ mod teardown;
 mod wake;
 
 #[cfg(all(test, feature = "verbs"))]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use exchange::{MAX_NAME, MAX_RAILS, QpEnd, RailEnd, Remote, ServedRail, VerbsRequest, VerbsTicket};
 #[cfg(feature = "verbs")]

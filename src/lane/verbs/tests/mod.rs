@@ -4,7 +4,7 @@ mod fake;
 mod fences;
 mod rails;
 mod reads;
-mod rig;
+pub(crate) mod rig;
 mod settings;
 mod sleep;
 mod speed;

@@ -11,6 +11,7 @@ use super::fake::{Control, FakeDevice, LIBRARY};
 use crate::{
     config::VerbsConfig,
     lane::verbs::{
+        exchange::VerbsRequest,
         lane::VerbsLane,
         opening::Opening,
         rail::{Rail, Role},
@@ -47,6 +48,13 @@ fn connect(rails: &Arc<Rails>, server: &Server, number: u64, incarnation: Incarn
     let mut layout = PoolLayout::uniform(BLOCKS as u32, 1, BLOCK, 16);
     layout.segments.push(0);
     opening.finish(&ticket, Arc::new(layout), incarnation).unwrap()
+}
+
+/// A server on one fake rail, a request to it, and the number of queue pairs that it has made so far.
+pub(crate) fn served() -> (Server, VerbsRequest, impl Fn() -> usize) {
+    let Rig { server, rails, served, .. } = Rig::simple();
+    let request = Opening::new(&rails, None).unwrap().request().clone();
+    (server, request, move || served[0].lock().unwrap().made.len())
 }
 
 pub(super) const A: Attempt = Attempt(1);

@@ -45,6 +45,7 @@ mod gather;
 mod handshake;
 mod link;
 mod options;
+mod proving;
 mod server;
 mod sum;
 mod tls;

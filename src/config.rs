@@ -78,7 +78,7 @@ pub struct LocalConfig {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct TcpConfig {
-    /// Connections of one lane. One is best on a small machine; several help where one core cannot fill the network.
+    /// Connections of one lane, 1 to 64. One is best on a small machine; several help where one core cannot fill the network.
     pub connections: usize,
     /// Most bytes requested and not yet received, over all connections of a lane. The default keeps the network busy.
     pub window: u64,
@@ -93,6 +93,12 @@ impl Default for TcpConfig {
     fn default() -> Self {
         Self { connections: 1, window: 8 << 20, checksum: false }
     }
+}
+
+impl TcpConfig {
+    /// Most connections of one lane. More do not help, since the producer serves all of a rank on one thread. It refuses more,
+    /// so that a consumer with one lane cannot take all of `limits.lanes`.
+    pub(crate) const MOST_CONNECTIONS: usize = 64;
 }
 
 /// Settings of the verbs lane.
@@ -306,8 +312,11 @@ impl Config {
         if self.pull.attempts == 0 {
             return bad("pull.attempts", "must be at least 1");
         }
-        if self.tcp.connections == 0 || self.tcp.window == 0 {
-            return bad("tcp", "needs a connection and a window");
+        if !(1..=TcpConfig::MOST_CONNECTIONS).contains(&self.tcp.connections) {
+            return bad("tcp.connections", "must be 1 to 64");
+        }
+        if self.tcp.window == 0 {
+            return bad("tcp.window", "must not be 0");
         }
         if let Err(why) = self.verbs.check() {
             return bad("verbs", why);

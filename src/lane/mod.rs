@@ -7,6 +7,7 @@ use kvferry_proto::{Lane, LaneKind};
 pub(crate) mod error;
 pub(crate) mod faulty;
 pub(crate) mod local;
+mod log_limit;
 pub(crate) mod tcp;
 pub(crate) mod ticket;
 pub(crate) mod verbs;

@@ -1,18 +1,19 @@
 //! The producer's end of the local lane: it tells admitted lanes of the same user where the pool is.
 //!
-//! Owns the listening socket and one idle connection for each lane. Never touches the pool, and moves no block.
+//! Owns the listening socket and one idle connection for each lane. Never touches the pool, and moves no block. Another user of
+//! the host holds no connection, not even for a moment (promise 7, Isolated).
 
 use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kvferry_proto::{Incarnation, Limits};
 use parking_lot::Mutex;
-use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags};
 use subtle::ConstantTimeEq as _;
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -25,7 +26,7 @@ use super::{
     socket,
     wire::{self, Refusal, Reply, Request},
 };
-use crate::{config::LocalConfig, memory::Export};
+use crate::{config::LocalConfig, lane::log_limit::LogLimit, memory::Export};
 
 /// How long a connection has for its request. Consumers send it right after the connect.
 const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(5) };
@@ -58,7 +59,8 @@ impl Server {
         rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(&name[1..])?)?;
         rustix::net::listen(&socket, 128)?;
         let lanes = Arc::new(Lanes::default());
-        let shared = Arc::new(Shared { export, incarnation, uids: config.uids.clone(), lanes: lanes.clone() });
+        let (uids, refusals) = (config.uids.clone(), Mutex::default());
+        let shared = Arc::new(Shared { export, incarnation, uids, lanes: lanes.clone(), refusals });
         let max = limits.lanes;
         let guard = runtime.enter();
         let socket = socket::watch(socket)?;
@@ -105,6 +107,8 @@ struct Shared {
     incarnation: Incarnation,
     uids: Vec<u32>,
     lanes: Arc<Lanes>,
+    /// Log lines about refused lanes.
+    refusals: Mutex<LogLimit>,
 }
 
 async fn accept(socket: AsyncFd<OwnedFd>, shared: Arc<Shared>, max: usize) {
@@ -112,11 +116,21 @@ async fn accept(socket: AsyncFd<OwnedFd>, shared: Arc<Shared>, max: usize) {
     loop {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let next = socket.async_io(Interest::READABLE, |s| Ok(rustix::net::accept_with(s, flags)?)).await;
-        let accepted = next.and_then(socket::watch);
         while connections.try_join_next().is_some() {}
+        let accepted = match next {
+            Ok(fd) => match shared.check_user(fd.as_fd()) {
+                // Before it counts: another user must not take the places of this one's consumers.
+                Err(why) => {
+                    shared.turn_away(fd, why);
+                    continue;
+                }
+                // Over the limit: the connection is closed at once, and the consumer takes another lane.
+                Ok(()) if connections.len() >= max => continue,
+                Ok(()) => socket::watch(fd),
+            },
+            Err(error) => Err(error),
+        };
         match accepted {
-            // Over the limit: the connection is closed at once, and the consumer takes another lane.
-            Ok(_) if connections.len() >= max => {}
             Ok(fd) => {
                 connections.spawn(serve(fd, shared.clone()));
             }
@@ -132,11 +146,10 @@ async fn accept(socket: AsyncFd<OwnedFd>, shared: Arc<Shared>, max: usize) {
 async fn serve(fd: AsyncFd<OwnedFd>, shared: Arc<Shared>) {
     let mut packet = [0; wire::REQUEST + 1];
     let Ok(Ok(len)) = tokio::time::timeout(REQUEST_TIMEOUT, receive(&fd, &mut packet)).await else { return };
-    let (lane, closed) = match shared.decide(fd.as_fd(), &packet[..len.min(packet.len())]) {
+    let (lane, closed) = match shared.decide(&packet[..len.min(packet.len())]) {
         Ok(open) => open,
         Err((refusal, why)) => {
-            tracing::warn!(why, "refused a local lane");
-            let _ = socket::send(fd.as_fd(), &Reply::Refused { refusal, why }.encode(), &[]);
+            shared.refuse(fd.as_fd(), refusal, why);
             return;
         }
     };
@@ -176,19 +189,42 @@ impl Drop for Open<'_> {
 }
 
 impl Shared {
+    /// Whether the consumer's user may have a lane. The reason, if not.
+    fn check_user(&self, fd: BorrowedFd<'_>) -> Result<(), String> {
+        let peer = socket::peer(fd).map_err(|e| format!("cannot read the peer's credentials: {e}"))?;
+        if peer.may_share(&self.uids) {
+            return Ok(());
+        }
+        let here = rustix::process::geteuid().as_raw();
+        Err(format!(
+            "the consumer runs as user {}, the producer as user {here}; use one user for both, or list {} in the \
+             producer's local.uids",
+            peer.uid, peer.uid
+        ))
+    }
+
+    /// Refuses a connection before its request, and closes it.
+    fn turn_away(&self, fd: OwnedFd, why: String) {
+        self.refuse(fd.as_fd(), Refusal::Other, why);
+        // A close with an unread request would give the consumer a reset instead of the reason.
+        let _ = rustix::net::shutdown(&fd, Shutdown::Read);
+        let _ = rustix::net::recv(&fd, &mut [0; wire::REQUEST], RecvFlags::TRUNC | RecvFlags::DONTWAIT);
+    }
+
+    /// Tells the consumer the reason, if its socket has room for it, and logs it.
+    fn refuse(&self, fd: BorrowedFd<'_>, refusal: Refusal, why: String) {
+        let line = self.refusals.lock().admit(Instant::now());
+        if let Some(others) = line {
+            tracing::warn!(why, others, "refused a local lane");
+        }
+        // The socket does not block.
+        let _ = socket::send(fd, &Reply::Refused { refusal, why }.encode(), &[]);
+    }
+
     /// Opens the connection's lane, or refuses it. Returns the lane's number, and a receiver that ends when the lane is
     /// dismissed.
-    fn decide(&self, fd: BorrowedFd<'_>, packet: &[u8]) -> Result<(u64, oneshot::Receiver<()>), (Refusal, String)> {
+    fn decide(&self, packet: &[u8]) -> Result<(u64, oneshot::Receiver<()>), (Refusal, String)> {
         let other = |why: String| (Refusal::Other, why);
-        let peer = socket::peer(fd).map_err(|e| other(format!("cannot read the peer's credentials: {e}")))?;
-        if !peer.may_share(&self.uids) {
-            let here = rustix::process::geteuid().as_raw();
-            return Err(other(format!(
-                "the consumer runs as user {}, the producer as user {here}; use one user for both, or list \
-                 {} in the producer's local.uids",
-                peer.uid, peer.uid
-            )));
-        }
         let request = Request::decode(packet).map_err(|what| other(format!("malformed request: {what}")))?;
         if request.incarnation != self.incarnation.get() {
             let why =

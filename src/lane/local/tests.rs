@@ -5,7 +5,10 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     ptr::NonNull,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -407,6 +410,7 @@ fn a_dismissed_lane_ends_without_a_death() {
 
 /// A producer inside this process, for tests without a death.
 struct Inside {
+    handle: Handle,
     _until: tokio::sync::oneshot::Sender<()>,
     server: Server,
     incarnation: Incarnation,
@@ -416,13 +420,18 @@ struct Inside {
 fn inside(limits: &Limits) -> Inside {
     let (handle, _until) = background();
     let incarnation = Incarnation::random();
-    let server = Server::start(export(true).0, incarnation, handle, &LocalConfig::default(), limits).unwrap();
-    Inside { _until, server, incarnation, memory: Memory::alloc(&[1 << 20]).unwrap() }
+    let server = Server::start(export(true).0, incarnation, handle.clone(), &LocalConfig::default(), limits).unwrap();
+    Inside { handle, _until, server, incarnation, memory: Memory::alloc(&[1 << 20]).unwrap() }
 }
 
 impl Inside {
     fn dial(&self, lane: u64, incarnation: Incarnation) -> Result<LocalLane, LaneError> {
         dial(&self.server.name(), lane, incarnation, &self.memory)
+    }
+
+    fn on_its_thread(&self, work: impl FnOnce() + Send + 'static) {
+        let task = self.handle.spawn(async { work() });
+        runtime().block_on(task).unwrap();
     }
 
     fn raw(&self) -> OwnedFd {
@@ -687,4 +696,89 @@ fn a_child_that_holds_the_socket_does_not_hide_its_parents_death() {
     p.kill();
     assert_eq!(fence(&mut lane), dead(Cause::PeerDown));
     assert!(rustix::net::recv(&lane.owner().socket, &mut [0; 8], RecvFlags::DONTWAIT) == Err(Errno::AGAIN));
+}
+
+/// Runs `work` on a thread of another user.
+fn as_another_user<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let become_nobody = || {
+        let nobody = rustix::process::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        work()
+    };
+    std::thread::scope(|s| s.spawn(become_nobody).join().unwrap())
+}
+
+#[test]
+#[ignore = "needs root, to become another user"]
+fn another_user_takes_no_place_of_this_ones_consumers() {
+    let mut limits = Limits::default();
+    limits.lanes = 4;
+    let p = inside(&limits);
+    p.server.admit(1, KEY);
+    let strangers: Vec<_> = as_another_user(|| (0..50).map(|_| p.raw()).collect());
+    let mut lane = p.dial(1, p.incarnation).unwrap();
+    lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
+    pull(&mut lane, &[Read::between(1, (0, 0), (0, 0), 4096)]);
+    let mut answer = vec![0; wire::MAX_REPLY];
+    for fd in &strangers {
+        let n = packet(fd, &mut answer);
+        assert!(matches!(wire::Reply::decode(&answer[..n]), Ok(wire::Reply::Refused { .. })), "{n}");
+        assert_eq!(packet(fd, &mut answer), 0, "and closed");
+    }
+}
+
+#[test]
+#[ignore = "needs root, to become another user"]
+fn another_user_hears_why_it_gets_no_lane_however_its_request_and_the_close_meet() {
+    let p = inside(&Limits::default());
+    p.server.admit(1, KEY);
+    let here = [rustix::process::geteuid().as_raw()];
+    let name = p.server.name();
+    as_another_user(|| {
+        for _ in 0..500 {
+            let dialled = connect(&name, (1, KEY), p.incarnation, layout(), p.memory.clone(), &here);
+            match runtime().block_on(dialled) {
+                Err(LaneError::Refused { why }) => assert!(why.contains("local.uids"), "{why}"),
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+}
+
+/// Counts the log lines of its thread.
+struct Lines(Arc<AtomicU64>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, m: &tracing::Metadata<'_>) -> bool {
+        *m.level() <= tracing::Level::WARN
+    }
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn refused_lanes_do_not_fill_the_log() {
+    let start = Instant::now();
+    let p = inside(&Limits::default());
+    let lines = Arc::new(AtomicU64::new(0));
+    let count = Lines(lines.clone());
+    // On the thread that serves; the guard never leaves it.
+    p.on_its_thread(move || std::mem::forget(tracing::subscriber::set_default(count)));
+    let mut answer = vec![0; wire::MAX_REPLY];
+    for _ in 0..300 {
+        let fd = p.raw();
+        rustix::net::send(&fd, b"x", SendFlags::NOSIGNAL).unwrap();
+        let n = packet(&fd, &mut answer);
+        assert!(matches!(wire::Reply::decode(&answer[..n]), Ok(wire::Reply::Refused { .. })), "{n}");
+    }
+    let lines = lines.load(Ordering::Relaxed);
+    assert!((1..=1 + start.elapsed().as_secs()).contains(&lines), "{lines} lines");
 }

@@ -27,6 +27,12 @@ use crate::memory::{Export, Span};
 
 /// Buffer bytes that a connection keeps between requests; a rare large request's memory is freed.
 const KEEP: usize = 64 << 10;
+/// Bytes of its turn that a connection pays for each looked-up block, also of a refused request. A lookup takes 2 to 4 ns, in
+/// which some 20 bytes could be copied: a turn of lookups takes no longer than a turn of data.
+const LOOKUP: u64 = 32;
+/// Out-of-bounds requests of a connection that are answered; after one more it is closed. A rightful consumer plans its
+/// requests from what was granted and sends none; a wrong plan may have some on their way before the first answer.
+const MOST_OUT_OF_BOUNDS: u32 = 8;
 
 /// Shared by the connections of a server.
 pub(super) struct Shared<'a> {
@@ -34,6 +40,8 @@ pub(super) struct Shared<'a> {
     pub(super) incarnation: Incarnation,
     /// The key of an admitted lane.
     pub(super) key: &'a dyn Fn(u64) -> Option<Key>,
+    /// Whether a lane has all connections that it may have.
+    pub(super) is_full: &'a dyn Fn(u64) -> bool,
     /// The buffer that receives requests, before they go to their connection.
     pub(super) scratch: &'a mut [u8],
 }
@@ -85,6 +93,8 @@ pub(super) struct Connection {
     spans: Vec<Span>,
     at: usize,
     skip: u64,
+    /// Its requests that were out of bounds.
+    out_of_bounds: u32,
     /// The socket holds back partial segments.
     corked: bool,
     /// The events that the server's epoll waits for.
@@ -121,6 +131,7 @@ impl Connection {
             spans: Vec::new(),
             at: 0,
             skip: 0,
+            out_of_bounds: 0,
             corked: false,
             interest: EventFlags::empty(),
         }
@@ -159,7 +170,7 @@ impl Connection {
         self.phase = Phase::Closing;
     }
 
-    /// Works until the socket blocks, or about `bytes` have moved.
+    /// Works until the socket blocks, or about `bytes` have moved, lookups included.
     pub(super) fn turn(&mut self, shared: &mut Shared<'_>, mut bytes: u64) -> Next {
         loop {
             match self.step(shared, &mut bytes) {
@@ -194,7 +205,7 @@ impl Connection {
                 }
             }
             Phase::Serving { .. } => {
-                if self.next_request(shared.export)? {
+                if self.next_request(shared.export, bytes)? {
                     return Ok(());
                 }
             }
@@ -226,6 +237,7 @@ impl Connection {
         let (key, incarnation) = ((shared.key)(lane), shared.incarnation);
         let keyed = key.as_ref().map(|key| Keyed { key, challenge, options, random, lane, incarnation });
         match keyed.filter(|k| k.is_consumer(&proof.mac)) {
+            Some(_) if (shared.is_full)(lane) => self.refuse(Verdict::Full),
             Some(k) => {
                 self.head.extend_from_slice(&Answer { verdict: Verdict::Welcome, mac: k.producer() }.encode());
                 self.sum = options.both(challenge.options).sums().then(DataSum::default);
@@ -235,8 +247,8 @@ impl Connection {
         }
     }
 
-    /// Decodes the next request, if all of it has come.
-    fn next_request(&mut self, export: &Export) -> Result<bool, Halt> {
+    /// Decodes the next request, if all of it has come. Its lookups are part of the turn.
+    fn next_request(&mut self, export: &Export, bytes: &mut u64) -> Result<bool, Halt> {
         let input = &self.input[self.decoded..];
         let Some(header) = input.first_chunk() else { return Ok(false) };
         let request = Request::decode(header).map_err(|e| Halt::Broken(e.to_string()))?;
@@ -245,13 +257,20 @@ impl Connection {
         let sum = check_request(whole).map_err(|e| Halt::Broken(e.to_string()))?;
         let entries = &whole[Request::LEN..end - SUM];
         let Request { tag, slot, nonce, .. } = request;
+        let mut blocks = 0;
         let result = match export.resolve(slot, nonce) {
             None => Err(Status::Stale),
-            Some(offered) => {
-                gather(&export.layout, &offered.groups, entries, &mut self.spans).map_err(|_| Status::OutOfBounds)
-            }
+            Some(offered) => gather(&export.layout, &offered.groups, entries, &mut self.spans, &mut blocks)
+                .map_err(|_| Status::OutOfBounds),
         };
+        *bytes = bytes.saturating_sub(blocks.saturating_mul(LOOKUP));
         self.decoded += end;
+        if result == Err(Status::OutOfBounds) {
+            self.out_of_bounds += 1;
+            if self.out_of_bounds > MOST_OUT_OF_BOUNDS {
+                return Err(Halt::Broken("it goes on requesting blocks that were not offered to it".into()));
+            }
+        }
         match result {
             Ok(left) => {
                 self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode(sum));

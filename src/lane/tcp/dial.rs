@@ -82,7 +82,9 @@ async fn shake_hands(
                 "it does not know this lane: it has restarted, or the session has ended, or the network changed the handshake",
             );
         }
-        Verdict::Full => return refused("it is at its limit of data connections: raise limits.lanes there"),
+        Verdict::Full => {
+            return refused("it, or this lane, is at its limit of data connections: raise limits.lanes there");
+        }
         Verdict::TooLate => {
             return refused("the proof came too late: this host is overloaded, or the network is slow");
         }

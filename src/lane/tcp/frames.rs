@@ -102,7 +102,7 @@ pub(super) enum Verdict {
     Welcome,
     /// The proof is wrong, or the lane is not admitted.
     Refused,
-    /// The producer is at its limit of connections.
+    /// The producer, or the lane, is at its limit of connections.
     Full,
     /// The proof did not come in time.
     TooLate,

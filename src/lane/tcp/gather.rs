@@ -13,19 +13,21 @@ use crate::memory::Span;
 pub(super) struct OutOfBounds;
 
 /// Fills `spans` with the requested pieces, neighbours merged, and returns the number of their bytes. `entries` holds the
-/// entries' bytes.
+/// entries' bytes. Adds the blocks that were looked up to `blocks`, also if the request is refused.
 pub(super) fn gather(
     layout: &PoolLayout,
     offered: &[OfferGroup],
     entries: &[u8],
     spans: &mut Vec<Span>,
+    blocks: &mut u64,
 ) -> Result<u64, OutOfBounds> {
     spans.clear();
+    let most = blocks.saturating_add(MAX_BLOCKS);
     let (entries, rest) = entries.as_chunks::<{ Entry::LEN }>();
     if !rest.is_empty() {
         return Err(OutOfBounds);
     }
-    let (mut total, mut blocks) = (0u64, 0u64);
+    let mut total = 0u64;
     let mut found: Option<(&Group, &OfferGroup)> = None;
     for bytes in entries {
         let e = Entry::decode(bytes).map_err(|_| OutOfBounds)?;
@@ -43,10 +45,10 @@ pub(super) fn gather(
         let first = e.position.checked_sub(offer.first_position).ok_or(OutOfBounds)? as usize;
         let end = first.checked_add(e.blocks as usize).ok_or(OutOfBounds)?;
         let ids = offer.blocks.get(first..end).filter(|ids| !ids.is_empty()).ok_or(OutOfBounds)?;
-        blocks += ids.len() as u64;
-        if blocks > MAX_BLOCKS {
+        if blocks.saturating_add(ids.len() as u64) > most {
             return Err(OutOfBounds);
         }
+        *blocks += ids.len() as u64;
         for id in ids {
             // Refuse a null block, and a block outside of the pool.
             let id = id.filter(|id| id.0 < group.blocks).ok_or(OutOfBounds)?;
@@ -81,7 +83,7 @@ mod tests {
         let (layout, offered) = setting();
         let bytes: Vec<u8> = entries.iter().flat_map(|e| e.encode()).collect();
         let mut spans = Vec::new();
-        gather(&layout, &offered, &bytes, &mut spans).map(|total| (total, spans))
+        gather(&layout, &offered, &bytes, &mut spans, &mut 0).map(|total| (total, spans))
     }
 
     const GOOD: Entry = Entry { group: 0, region: 0, position: 100, blocks: 2, within: 0, piece: BLOCK };

@@ -46,6 +46,7 @@ mod gather;
 mod handshake;
 mod link;
 mod options;
+mod proving;
 mod server;
 mod sum;
 mod tls;

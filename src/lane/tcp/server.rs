@@ -5,7 +5,7 @@
 //! none is ready. No peer can end it, and it never panics.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, hash_map::Entry},
     io,
     net::{SocketAddr, TcpListener},
     os::fd::OwnedFd,
@@ -30,10 +30,12 @@ use super::{
     frames::{Challenge, Options, Verdict},
     handshake::Key,
     options::tune,
+    proving::Proving,
     tls::Sealer,
 };
 use crate::{
     config::TcpConfig,
+    lane::log_limit::LogLimit,
     memory::Export,
     tls::{Protocol, TlsIdentity},
 };
@@ -42,13 +44,11 @@ use crate::{
 const TURN: u64 = 2 << 20;
 /// Longest time from a connection to its proof.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
-/// Most connections without a proof. One more closes the oldest: silent connections must not keep others out.
+/// Most connections without a proof. One more closes an old one: silent connections must not keep others out.
 const MOST_PROVING: usize = 256;
 /// TLS handshakes that advance between two waits. Each costs public-key operations, about as long as a connection's turn: a
 /// flood of handshakes must not keep the data of others waiting. The epoll reports the rest again.
 const MOST_HANDSHAKES: usize = 4;
-/// Shortest time between two log lines about connections that break a protocol: strangers must not fill the log.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(1);
 /// Wait after the process ran out of descriptors: an immediate retry would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Receives a request of 64 KiB in one piece.
@@ -130,17 +130,17 @@ impl Server {
             options: Options::new(config.checksum && tls.is_none()),
             tls,
             handshakes: 0,
-            complained: None,
+            complaints: LogLimit::default(),
+            of_lane: HashMap::new(),
             limit: limits.lanes,
             epoll,
             listener,
             slots: Vec::new(),
             vacant: Vec::new(),
             count: 0,
-            proving: VecDeque::new(),
+            proving: Proving::new(most_proving),
             accept_again: None,
             proof_timeout,
-            most_proving,
             scratch: vec![0; SCRATCH],
         };
         let thread = std::thread::Builder::new().name("kvferry-tcp".into()).spawn(move || round.run())?;
@@ -189,20 +189,20 @@ struct Round {
     tls: Option<Arc<TlsIdentity>>,
     /// Turns of connections in a TLS handshake since the last wait.
     handshakes: usize,
-    /// When a connection that broke a protocol was logged last.
-    complained: Option<Instant>,
+    /// Log lines about connections that broke a protocol.
+    complaints: LogLimit,
+    /// Number of connections of each lane that has any.
+    of_lane: HashMap<u64, usize>,
     limit: usize,
     epoll: OwnedFd,
     listener: TcpListener,
     slots: Vec<Slot>,
     vacant: Vec<usize>,
     count: usize,
-    /// Deadlines of connections for their proof, oldest first. Some may have proven themselves by now.
-    proving: VecDeque<(Instant, u64)>,
+    proving: Proving,
     /// When to accept again after a lack of descriptors.
     accept_again: Option<Instant>,
     proof_timeout: Duration,
-    most_proving: usize,
     scratch: Vec<u8>,
 }
 
@@ -239,26 +239,19 @@ impl Round {
     }
 
     fn next_timeout(&self) -> Option<Timespec> {
-        let next = self.proving.front().map(|p| p.0).into_iter().chain(self.accept_again).min()?;
+        let next = self.proving.next().into_iter().chain(self.accept_again).min()?;
         let left = next.saturating_duration_since(Instant::now());
         // A millisecond more: a wake-up just before the time would spin until it has come.
         Timespec::try_from(left + Duration::from_millis(1)).ok()
     }
 
     fn expire(&mut self) {
-        if self.proving.is_empty() && self.accept_again.is_none() {
+        if self.proving.next().is_none() && self.accept_again.is_none() {
             return;
         }
         let now = Instant::now();
-        while let Some(&(by, token)) = self.proving.front() {
-            let proving = find(&mut self.slots, token).is_some_and(|c| c.is_proving());
-            if proving && by > now {
-                break;
-            }
-            self.proving.pop_front();
-            if proving {
-                self.too_late(token);
-            }
+        while let Some(token) = self.proving.expired(now, |t| is_proving(&mut self.slots, t)) {
+            self.too_late(token);
         }
         if self.accept_again.is_some_and(|at| at <= now) {
             self.accept_again = None;
@@ -307,17 +300,10 @@ impl Round {
             },
         };
         let mut connection = Box::new(Connection::new(fd, tls, Challenge { options: self.options, random }));
+        // It may be gone again.
+        let Some(from) = connection.peer() else { return };
         if self.count >= self.limit {
             connection.refuse(Verdict::Full);
-        } else if self.proving.len() >= self.most_proving {
-            // The queue still holds connections that have proven themselves.
-            let slots = &mut self.slots;
-            self.proving.retain(|&(_, token)| find(slots, token).is_some_and(|c| c.is_proving()));
-            if self.proving.len() >= self.most_proving
-                && let Some((_, oldest)) = self.proving.pop_front()
-            {
-                self.too_late(oldest);
-            }
         }
         let index = self.vacant.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
@@ -341,7 +327,10 @@ impl Round {
             return;
         }
         if proving {
-            self.proving.push_back((Instant::now() + self.proof_timeout, token));
+            let by = Instant::now() + self.proof_timeout;
+            if let Some(old) = self.proving.add(by, token, from.ip(), |t| is_proving(&mut self.slots, t)) {
+                self.too_late(old);
+            }
         }
         if !waits {
             self.turn(token);
@@ -375,22 +364,26 @@ impl Round {
                 return;
             }
         }
-        let common = &self.common;
+        let was_proving = connection.is_proving();
+        let (common, of_lane) = (&self.common, &self.of_lane);
         let mut shared = Shared {
             export: &self.export,
             incarnation: self.incarnation,
             key: &|lane| common.lanes().keys.get(&lane).copied(),
+            is_full: &|lane| of_lane.get(&lane).is_some_and(|n| *n >= TcpConfig::MOST_CONNECTIONS),
             scratch: &mut self.scratch,
         };
-        let keep = match connection.turn(&mut shared, TURN) {
+        let next = connection.turn(&mut shared, TURN);
+        if was_proving && let Some(lane) = connection.lane() {
+            *self.of_lane.entry(lane).or_default() += 1;
+        }
+        let keep = match next {
             Next::Close(why) => {
-                let now = Instant::now();
                 if let Some(why) = why
-                    && self.complained.is_none_or(|last| now - last >= COMPLAIN_EVERY)
+                    && let Some(others) = self.complaints.admit(Instant::now())
                 {
-                    self.complained = Some(now);
                     let peer = connection.peer().map_or_else(|| "unknown".into(), |a| a.to_string());
-                    tracing::warn!(peer, why, "tcp connection closed: it breaks the protocol");
+                    tracing::warn!(peer, why, others, "tcp connection closed: it breaks the protocol");
                 }
                 false
             }
@@ -407,9 +400,16 @@ impl Round {
 
     fn close(&mut self, token: u64) {
         let index = token as u32 as usize;
-        if find(&mut self.slots, token).is_some()
-            && let Some(slot) = self.slots.get_mut(index)
+        let Some(connection) = find(&mut self.slots, token) else { return };
+        if let Some(lane) = connection.lane()
+            && let Entry::Occupied(mut n) = self.of_lane.entry(lane)
         {
+            *n.get_mut() -= 1;
+            if *n.get() == 0 {
+                n.remove();
+            }
+        }
+        if let Some(slot) = self.slots.get_mut(index) {
             // Closing the socket's last descriptor removes it from the epoll.
             slot.connection = None;
             self.vacant.push(index);
@@ -427,4 +427,9 @@ fn token(index: usize, generation: u32) -> u64 {
 fn find(slots: &mut [Slot], token: u64) -> Option<&mut Connection> {
     let slot = slots.get_mut(token as u32 as usize)?;
     slot.connection.as_deref_mut().filter(|_| u64::from(slot.generation) == token >> 32)
+}
+
+/// Whether the proof of the connection with this token is outstanding.
+fn is_proving(slots: &mut [Slot], token: u64) -> bool {
+    find(slots, token).is_some_and(|c| c.is_proving())
 }

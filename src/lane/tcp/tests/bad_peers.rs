@@ -17,14 +17,14 @@ use crate::{config::TcpConfig, lane::tcp::Server, memory::Memory};
 
 const BLOCK: usize = 4096;
 
-fn connect_raw(rig: &Rig) -> TcpStream {
+pub(super) fn connect_raw(rig: &Rig) -> TcpStream {
     let s = TcpStream::connect(rig.server.addr()).unwrap();
     s.set_read_timeout(Some(LIMIT)).unwrap();
     s
 }
 
 /// Everything until the other side closes, also abruptly.
-fn rest(mut s: &TcpStream) -> Vec<u8> {
+pub(super) fn rest(mut s: &TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
     match s.read_to_end(&mut all) {
         Ok(_) => {}
@@ -34,7 +34,7 @@ fn rest(mut s: &TcpStream) -> Vec<u8> {
 }
 
 /// Proves itself on a fresh connection, as a consumer does.
-fn proven(rig: &Rig) -> TcpStream {
+pub(super) fn proven(rig: &Rig) -> TcpStream {
     let mut s = connect_raw(rig);
     let mut b = [0; Challenge::LEN];
     s.read_exact(&mut b).unwrap();

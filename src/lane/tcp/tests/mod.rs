@@ -2,6 +2,7 @@
 
 mod bad_peers;
 mod changed;
+mod greedy;
 mod pulls;
 mod rig;
 mod tls;

@@ -172,7 +172,11 @@ pub(super) fn pull(lane: &mut TcpLane, a: Attempt, grant: Grant, plan: &Plan, ma
             }
             (chunk, at) = (chunk + 1, 0);
         }
-        let over = |e: &LaneEvent| matches!(e, LaneEvent::Failed { .. } | LaneEvent::Down { .. });
+        // Another attempt's failure does not end this one.
+        let over = |e: &LaneEvent| match e {
+            LaneEvent::Failed { attempt, .. } => *attempt == a,
+            e => matches!(e, LaneEvent::Down { .. }),
+        };
         events.iter().any(over) || (chunk == chunks && fences(events, a).len() as u32 == chunks)
     })
 }

@@ -680,7 +680,10 @@ mod tests {
         });
         let (from, by) = (peer(), address(1));
         let request = || core.connect_verbs(&from, core.me.incarnation, &ends, &by).map(|_| ());
-        open(&core, &from, &by);
+        let session = open(&core, &from, &by);
+        // A stranger gets none: a lane needs a granted claim.
+        assert!(matches!(request(), Err(Refusal::Precondition(_))));
+        claim(&core, 1, session, &from, &by).unwrap();
         let before = made();
         let making = core.connecting(&from, &by).unwrap();
         let beside = request();

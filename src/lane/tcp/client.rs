@@ -34,6 +34,9 @@ const MAX_READ: u64 = 8 << 20;
 /// Chunks of one attempt that may arrive corrupt. Each is read again on this attempt, which costs little after a rare fault;
 /// a network that changes more than these needs another connection, which may take another path.
 const MOST_CORRUPT: u32 = 3;
+/// Room in the window that is worth a request while others are outstanding. Short reads then share a request and a reply
+/// instead of having one each, with a head, a trailer and records of their own.
+const WORTH_A_REQUEST: u64 = 1 << 20;
 /// About how many bytes one `poll` moves at most: enough to be efficient, and little enough (about 1 ms) for other lanes.
 const POLL_BYTES: u64 = 4 << 20;
 
@@ -182,6 +185,8 @@ impl Lane for TcpLane {
         let mut room = self.window.saturating_sub(self.outstanding());
         if self.outstanding() == 0 {
             room = room.max(1);
+        } else if room < WORTH_A_REQUEST.min(self.window / 8) {
+            return 0;
         }
         let Some(t) = self.attempts.get_mut(&a) else { return 0 };
         let Some(chunk) = reads.first().map(|r| r.chunk) else { return 0 };

@@ -2,7 +2,7 @@
 //! its token proves the right to claim or release it. It holds no block list: only the producer's own table says which
 //! blocks an offer covers (see [`Contents`](crate::Contents)).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -226,13 +226,11 @@ impl Offer {
         if let Some(r) = self.ranks.iter().find(|r| !reachable(&r.addr)) {
             return bad(format!("the address {1:?} of rank {0} is not a HOST:PORT", r.rank, r.addr));
         }
-        let repeats = |key: &dyn Fn(&OfferRank) -> String| {
-            let mut all: Vec<_> = self.ranks.iter().map(key).collect();
-            all.sort_unstable();
-            all.windows(2).any(|w| w[0] == w[1])
-        };
         // One process is one rank: else its part of each block would be read as another rank's.
-        if repeats(&|r| r.addr.clone()) || repeats(&|r| r.incarnation.to_string()) {
+        let (mut addrs, mut incarnations) = (HashSet::new(), HashSet::new());
+        if self.ranks.len() > 1
+            && !self.ranks.iter().all(|r| addrs.insert(r.addr.as_str()) && incarnations.insert(r.incarnation))
+        {
             return bad("two ranks have the same address or incarnation".into());
         }
         if self.request.len() > Self::MAX_REQUEST || self.request.chars().any(char::is_control) {

@@ -160,6 +160,8 @@ pub(super) fn pull(lane: &mut TcpLane, a: Attempt, grant: Grant, plan: &Plan, ma
     let chunks = plan.chunks().len() as u32;
     let mut reads: Vec<Read> = Vec::new();
     let (mut chunk, mut at) = (0, 0);
+    // Each event is looked at once: a measurement must not pay for the number of them squared.
+    let (mut seen, mut fenced, mut over) = (0, 0, false);
     drive(lane, |lane, events| {
         while chunk < chunks {
             if at == 0 {
@@ -172,12 +174,17 @@ pub(super) fn pull(lane: &mut TcpLane, a: Attempt, grant: Grant, plan: &Plan, ma
             }
             (chunk, at) = (chunk + 1, 0);
         }
-        // Another attempt's failure does not end this one.
-        let over = |e: &LaneEvent| match e {
-            LaneEvent::Failed { attempt, .. } => *attempt == a,
-            e => matches!(e, LaneEvent::Down { .. }),
-        };
-        events.iter().any(over) || (chunk == chunks && fences(events, a).len() as u32 == chunks)
+        for e in &events[seen..] {
+            match e {
+                LaneEvent::Fence { attempt, .. } if *attempt == a => fenced += 1,
+                // Another attempt's failure does not end this one.
+                LaneEvent::Failed { attempt, .. } => over |= *attempt == a,
+                LaneEvent::Down { .. } => over = true,
+                _ => {}
+            }
+        }
+        seen = events.len();
+        over || (chunk == chunks && fenced == chunks)
     })
 }
 

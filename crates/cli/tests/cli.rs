@@ -305,7 +305,8 @@ fn one_deadline_covers_hello_the_offer_and_the_pull() {
     // Each step alone is within the deadline; together they are not.
     let began = Instant::now();
     let out = kvferry(&["pull", "--from", &proxy, "--deadline", "1s", "--json"]);
-    assert!(began.elapsed() < Duration::from_millis(1600), "{:?}", began.elapsed());
+    // A deadline for each step would let the pull complete.
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     let v = pull_record(&out);
     assert_eq!(v["result"], "unreachable", "{v}");
     // The pull gets what Hello has left.
@@ -315,7 +316,7 @@ fn one_deadline_covers_hello_the_offer_and_the_pull() {
     let v = pull_record(&out);
     assert_eq!((&v["result"], out.status.code()), (&Value::from("incomplete"), Some(3)), "{v}");
     let decided = v["setup_us"].as_u64().unwrap() + v["decided_us"].as_u64().unwrap();
-    assert!(decided < 1_250_000, "{v}");
+    assert!(decided < 1_550_000, "1 s, and slack below the second deadline's end at 1.6 s: {v}");
     assert_eq!(v["deadline_us"], 1_000_000);
     std::fs::remove_file(file).unwrap();
 }

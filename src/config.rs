@@ -229,10 +229,10 @@ pub struct Config {
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct NameConfig {
-    /// Keys that this deployment's engines share. With a key, a producer seals the names that it makes with the first one, and
-    /// a consumer accepts only names that one of the keys has sealed: without a key, a client can then neither make it connect anywhere nor
-    /// change a name. Several keys make it possible to replace a key without a pause. Empty: names are not sealed, and any
-    /// name is accepted.
+    /// Keys that this deployment's engines share. A producer seals its names with the first one, and a consumer accepts only
+    /// names that one of them has sealed. A client, which has no key, can then neither change a name nor make the consumer
+    /// connect anywhere. Several keys make it possible to replace a key without a pause. Empty: names are not sealed, and
+    /// any name is accepted.
     pub seal_keys: Vec<SealKey>,
 }
 

@@ -91,7 +91,8 @@ impl Caller {
     }
 
     /// Releases an offer at the rank that serves `addr`, on behalf of `from`; `token` is the one in the offer's name. `expect`:
-    /// the incarnation that offered, if it is known. `true`: this call freed the offer; `false`: it was gone already, or other readers hold it.
+    /// the incarnation that offered, if it is known. `true`: this call freed the offer; `false`: it was gone already, or other
+    /// readers hold it.
     pub async fn release(
         &self,
         addr: &str,

@@ -8,8 +8,8 @@
 //! - [`wire`]: protobuf to domain types and back, with every bound checked on the way in.
 //! - [`server`]: a producer's services; it asks the producer through the [`desk::Desk`] trait. Its parts: [`outbox`], the
 //!   frames to a session; [`guard`], bounds on connections, and [`io`], their bytes; [`requests`], bounds on the
-//!   requests of calls; [`pauses`], answers to wrong tokens; [`peer`], who counts as one peer; [`secret`], which sessions belong to one consumer; [`service`],
-//!   the calls.
+//!   requests of calls; [`pauses`], answers to wrong tokens; [`peer`], the definition of one peer; [`secret`], the sessions
+//!   that belong to one consumer; [`service`], the calls.
 //! - [`client`]: one task for each peer address, which runs a [`kvferry_proto::session::PeerSession`]. [`dial`] connects and
 //!   says Hello, [`lanes`] sets up lanes; [`call`] has the calls that need no session.
 //! - [`host`]: the identity by which two ranks learn that they share a host.

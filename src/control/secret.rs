@@ -1,10 +1,10 @@
-//! The secret that a consumer shows in its Hello: which sessions belong together.
+//! The secret that a consumer shows in its Hello: it ties a consumer's sessions together.
 //!
 //! A consumer's Hello shows a secret, random for each process life and producer address. The producer knows a consumer by its
 //! incarnation and that secret together ([`Secret::known_as`]): a session that shows another secret is another
-//! consumer's, and neither takes the first one's grants nor keeps it from opening its own. A consumer that lost its connection shows
-//! the secret on the next one and resumes its claims at once, also while the old connection lingers. One that reaches this
-//! producer at two addresses has two sessions.
+//! consumer's, and neither takes the first one's grants nor keeps it from opening its own. A consumer that lost its
+//! connection shows the secret on the next one and resumes its claims at once, also while the old connection lingers. One
+//! that reaches this producer at two addresses has two sessions.
 
 use std::fmt;
 

@@ -84,8 +84,8 @@ impl Default for SessionConfig {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Largest control frame to a consumer, in bytes. A frame to a producer has at most 128 KiB. A grant of 1,000,000 scattered blocks takes about 6 MB, one of consecutive blocks some
-    /// bytes.
+    /// Largest control frame to a consumer, in bytes. A grant of 1,000,000 scattered blocks takes about 6 MB, one of
+    /// consecutive blocks some bytes. A frame to a producer has at most 128 KiB.
     pub frame_bytes: usize,
     /// Blocks in an offer or a pull.
     pub blocks_per_offer: usize,
@@ -106,8 +106,8 @@ pub struct Limits {
     /// Most tombstones that a producer remembers, and most early claims.
     pub remembered: usize,
     /// Connections of one peer to a producer's control plane, and below its sessions, data connections and claims. A peer
-    /// is what its certificate names, else a source address (of IPv6 the first 64 bits), so many pods behind one address
-    /// are one peer. The default is twice the sessions, since a consumer that dials again holds two for a moment.
+    /// is the set of engines in a certificate, else a source address (of IPv6 the first 64 bits), so many pods behind one
+    /// address are one peer. The default is twice the sessions, since a consumer that dials again holds two for a moment.
     pub connections_per_peer: usize,
     /// Each rank of a consumer holds one. The default serves 64 pods of 8 ranks behind one address, and is a sixteenth of
     /// all sessions.

@@ -1,4 +1,4 @@
-//! The name of an offer: what travels through a router. A few hundred bytes for any prompt: it says where the offer is, and
+//! The name of an offer, which travels through routers. A few hundred bytes for any prompt: it says where the offer is, and
 //! its token proves the right to claim or release it. It holds no block list: only the producer's own table says which
 //! blocks an offer covers (see [`Contents`](crate::Contents)).
 

@@ -403,7 +403,7 @@ impl Machine for PeerSession {
                 if self.link.is_dead(want.expect) && !planted(Bug::IncarnationIgnored) {
                     return self.out.push_back(Out::Lost { claim: want.claim, cause: Cause::PeerRestarted });
                 }
-                // The claim names a process that was there a moment ago: so dial soon, even if a long wait for the next dial has begun.
+                // The claim names a process that was there a moment ago, so dial soon, even if a long wait has begun.
                 self.link.redial_by(now + self.config.redial_min);
                 // An idle session pings slowly; a claim needs quick pings again.
                 self.liveness.ping_by(now + self.config.heartbeat);

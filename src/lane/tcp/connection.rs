@@ -31,7 +31,7 @@ const KEEP: usize = 64 << 10;
 /// which some 20 bytes could be copied: a turn of lookups takes no longer than a turn of data.
 const LOOKUP: u64 = 32;
 /// Out-of-bounds requests of a connection that are answered; after one more it is closed. A rightful consumer plans its
-/// requests from what was granted and sends none; a wrong plan may have some on their way before the first answer.
+/// requests granted blocks only and sends none; a wrong plan may have some on their way before the first answer.
 const MOST_OUT_OF_BOUNDS: u32 = 8;
 
 /// Shared by the connections of a server.

@@ -122,7 +122,7 @@ impl Stream {
         self.turn(false).await
     }
 
-    /// Opens what has come, sends what that calls for, and then receives more if `more`.
+    /// Opens the received records, sends the answers of TLS to them, and then receives more if `more`.
     async fn turn(&mut self, more: bool) -> Result<(), LaneError> {
         let Some(mut tls) = self.tls.take() else { return Ok(()) };
         let opened = tls.open(|bytes, rest| rest.extend_from_slice(bytes));

@@ -38,8 +38,8 @@ pub(super) enum BadFrame {
     Sum,
 }
 
-/// The options that a side offers for a connection. An option is in force if both sides want it. Both proofs cover both sides' options, so
-/// a change on the way turns none off.
+/// The options that a side offers for a connection. An option is in force if both sides want it. Both proofs cover both
+/// sides' options, so a change on the way turns none off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Options(u32);
 

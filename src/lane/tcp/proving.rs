@@ -53,8 +53,8 @@ impl Proving {
     }
 
     /// Adds a connection; `by` is never before that of the last one. Removes and returns the connection that has to close
-    /// for it, if there is one: the oldest of this address if that has its share, else, if every place is taken, the oldest of the
-    /// address with the most.
+    /// for it, if there is one: the oldest of this address if that has its share, else, if every place is taken, the oldest
+    /// of the address with the most.
     #[must_use]
     pub(super) fn add(
         &mut self,

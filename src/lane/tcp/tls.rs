@@ -203,7 +203,7 @@ impl Opener {
         }
     }
 
-    /// Opens every whole record, and passes on what it holds; answers of TLS itself go to `sealed`.
+    /// Opens every whole record, and passes its content on; answers of TLS itself go to `sealed`.
     pub(super) fn open(&mut self, mut take: impl FnMut(&[u8], &mut Vec<u8>)) -> Result<Pause, rustls::Error> {
         loop {
             let UnbufferedStatus { discard, state } =
@@ -261,7 +261,7 @@ impl Opener {
     }
 }
 
-/// Appends what `write` encodes. It says how much room it needs if it has too little.
+/// Appends the output of `write`, which returns the room that it needs if it has too little.
 fn encode(
     to: &mut Vec<u8>,
     mut write: impl FnMut(&mut [u8]) -> Result<usize, Option<usize>>,

@@ -166,7 +166,7 @@ fn the_checksum_is_in_force_only_if_both_sides_want_it() {
     let (mut lane, memory) = s.lane(unchanged(), swap_words());
     let events = s.pull(&mut lane, attempt());
     assert_eq!(again(&events), 0);
-    // Nothing else sees the change: this is what the checksum is for.
+    // Only the checksum sees the change.
     let mut got = vec![0; BLOCK];
     memory.read_into(0, 0, &mut got).unwrap();
     let differ = got.iter().enumerate().filter(|(i, b)| **b != pattern(0, *i as u64)).count();

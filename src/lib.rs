@@ -81,7 +81,7 @@ pub use kvferry_proto::{
     BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Fingerprints, Gone,
     Group, GroupId, GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks,
     Mismatch, Model, Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId, PlanError, PoolLayout,
-    PositionSet, PullError, Rank, Region, Seal, SealKey, SessionConfig, Shard, Times, Token, WaitError,
+    PositionSet, PullError, Rank, Region, Seal, SealKey, SecretBytes, SessionConfig, Shard, Times, Token, WaitError,
     hello::{Hello, Welcome},
     puller::{Ended, PullId},
     table::Freed,

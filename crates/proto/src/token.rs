@@ -9,87 +9,60 @@ use subtle::ConstantTimeEq as _;
 
 use crate::{BadHex, BadOffer, Offer};
 
-/// The secret of one offer, 128 random bits: a claim and a release show it, so knowing an offer's id opens nothing. Compared
-/// in constant time; never printed.
+/// `N` secret bytes. Compared in constant time, and never printed; hexadecimal digits in JSON.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Token([u8; 16]);
+pub struct SecretBytes<const N: usize>([u8; N]);
 
-impl Token {
-    /// A new token, from the system's random source.
+/// The secret of one offer, 128 random bits: a claim and a release show it, so knowing an offer's id opens nothing.
+pub type Token = SecretBytes<16>;
+
+/// An HMAC-SHA256 over a name, see [`Offer::sealed`].
+pub type Seal = SecretBytes<32>;
+
+impl<const N: usize> SecretBytes<N> {
+    /// A new secret, from the system's random source.
     pub fn random() -> Self {
-        let mut bytes = [0; 16];
-        // Without a random source no token is safe, and no caller can continue.
+        let mut bytes = [0; N];
+        // Without a random source no secret is safe, and no caller can continue.
         getrandom::fill(&mut bytes).expect("the system's random source failed");
         Self(bytes)
     }
 
-    /// The token of these bytes.
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+    /// The secret of these bytes.
+    pub fn from_bytes(bytes: [u8; N]) -> Self {
         Self(bytes)
     }
 
     /// Its bytes, for the wire.
-    pub fn to_bytes(self) -> [u8; 16] {
+    pub fn to_bytes(self) -> [u8; N] {
         self.0
     }
 }
 
-impl PartialEq for Token {
+impl<const N: usize> PartialEq for SecretBytes<N> {
     fn eq(&self, other: &Self) -> bool {
         self.0.ct_eq(&other.0).into()
     }
 }
 
-impl Eq for Token {}
+impl<const N: usize> Eq for SecretBytes<N> {}
 
-impl fmt::Debug for Token {
+impl<const N: usize> fmt::Debug for SecretBytes<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token(..)")
+        f.write_str("SecretBytes(..)")
     }
 }
 
-impl TryFrom<String> for Token {
+impl<const N: usize> TryFrom<String> for SecretBytes<N> {
     type Error = BadHex;
     fn try_from(s: String) -> Result<Self, BadHex> {
-        from_hex(&s).map(Self).ok_or(BadHex::new("a token", 32))
+        from_hex(&s).map(Self).ok_or(BadHex::new("a token or seal", 2 * N))
     }
 }
 
-impl From<Token> for String {
-    fn from(t: Token) -> String {
-        to_hex(&t.0)
-    }
-}
-
-/// An HMAC-SHA256 over a name, see [`Offer::sealed`]. Compared in constant time.
-#[derive(Clone, Copy, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Seal([u8; 32]);
-
-impl PartialEq for Seal {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.ct_eq(&other.0).into()
-    }
-}
-
-impl Eq for Seal {}
-
-impl fmt::Debug for Seal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Seal(..)")
-    }
-}
-
-impl TryFrom<String> for Seal {
-    type Error = BadHex;
-    fn try_from(s: String) -> Result<Self, BadHex> {
-        from_hex(&s).map(Self).ok_or(BadHex::new("a seal", 64))
-    }
-}
-
-impl From<Seal> for String {
-    fn from(s: Seal) -> String {
+impl<const N: usize> From<SecretBytes<N>> for String {
+    fn from(s: SecretBytes<N>) -> String {
         to_hex(&s.0)
     }
 }
@@ -161,7 +134,7 @@ impl Offer {
     /// The name with a seal over all its fields. An engine that has the key accepts only names with a fitting seal, so
     /// names can be made and changed with the key only.
     pub fn sealed(mut self, key: &SealKey) -> Self {
-        self.seal = Some(Seal(key.mac(&self).finalize().into_bytes().into()));
+        self.seal = Some(Seal::from_bytes(key.mac(&self).finalize().into_bytes().into()));
         self
     }
 

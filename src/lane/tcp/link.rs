@@ -240,6 +240,21 @@ impl Link {
         }
     }
 
+    /// Subtracts received bytes from `bound`. `true` if the socket is empty.
+    fn count(&mut self, wanted: u64, got: io::Result<usize>, bound: &mut u64) -> Result<bool, Stop> {
+        match got {
+            Ok(0) => Err(Stop::Lost(Lost::Closed)),
+            Ok(n) => {
+                *bound = bound.saturating_sub(n as u64);
+                // A partial receive emptied the socket: a call to confirm that is saved.
+                Ok((n as u64) < wanted)
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(self.empty()),
+            Err(e) => Err(Stop::Lost(Lost::Broken(e))),
+        }
+    }
+
     /// Receives at most about `bound` bytes, subtracts the received bytes from it, and appends events.
     pub(super) fn receive(
         &mut self,
@@ -269,16 +284,9 @@ impl Link {
                 Due::Data(left) => self.receive_data(left, *bound, memory, scratch, out),
                 Due::Head | Due::Trailer => self.receive_frame(),
             };
-            match got {
-                Ok(0) => return Stop::Lost(Lost::Closed),
-                Ok(n) => {
-                    *bound = bound.saturating_sub(n as u64);
-                    // A partial receive: the socket is empty, and a call to confirm that is saved.
-                    drained = (n as u64) < wanted;
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.empty(),
-                Err(e) => return Stop::Lost(Lost::Broken(e)),
+            match self.count(wanted, got, bound) {
+                Ok(all) => drained = all,
+                Err(stop) => return stop,
             }
         }
     }
@@ -319,15 +327,9 @@ impl Link {
                 return Stop::Bound;
             }
             let (wanted, got) = tls.receive(self.fd.as_fd());
-            match got {
-                Ok(0) => return Stop::Lost(Lost::Closed),
-                Ok(n) => {
-                    *bound = bound.saturating_sub(n as u64);
-                    drained = (n as u64) < wanted;
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.empty(),
-                Err(e) => return Stop::Lost(Lost::Broken(e)),
+            match self.count(wanted, got, bound) {
+                Ok(all) => drained = all,
+                Err(stop) => return stop,
             }
         }
     }

@@ -231,6 +231,6 @@ mod tests {
         let error =
             connector.connect(ticket, Prepared::default(), Arc::new(welcome), peer).await.err().expect("an error");
         assert!(error.to_string().contains("`dial` does not list it"), "{error}");
-        assert!(listener.accept().is_err(), "nobody connected");
+        assert!(listener.accept().is_err(), "no connection came");
     }
 }

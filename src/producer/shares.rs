@@ -76,7 +76,7 @@ mod tests {
         shares.opened(two, &here);
         shares.holds(one, 3);
         shares.holds(two, 1);
-        assert_eq!(shares.of(one), Some((&here, 4)), "the second session counts for nobody");
+        assert_eq!(shares.of(one), Some((&here, 4)), "the second session counts for no other peer");
         shares.closed(one);
         shares.closed(one);
         assert_eq!(shares.of(two), Some((&here, 4)), "claims of closed sessions count");

@@ -354,7 +354,7 @@ mod tests {
         }
         let wrong = Offer::from_json(&json.replace(&hex, &format!("{hex}0"))).unwrap_err();
         assert!(!wrong.to_string().contains(&hex), "{wrong}");
-        // Whatever is left out, the token must not become a quoted value of another field.
+        // With any part left out, the token must not become a quoted value of another field.
         for from in 0..json.len() {
             for to in from + 1..json.len() {
                 let text = format!("{}{}", &json[..from], &json[to..]);

@@ -28,7 +28,7 @@ pub enum Bug {
     OneConnection,
     /// A name is unknown as soon as a later one is entered, though names are entered a little out of order.
     OrderTrusted,
-    /// A claim or a release counts whatever token it shows.
+    /// A claim or a release counts with any token.
     TokenIgnored,
     /// The source's blocks are taken from the consumer's side instead of from the grant.
     ListFromElsewhere,

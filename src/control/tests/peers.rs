@@ -245,7 +245,7 @@ fn a_host_that_is_not_listed_is_not_dialled() {
     let claim = consumer.claim(1, &peer_id("prefill-0"));
     assert_eq!(consumer.answer(), (claim, Some(Cause::Refused)));
     let accepted = listener.accept().map(|_| ()).map_err(|e| e.kind());
-    assert_eq!(accepted, Err(std::io::ErrorKind::WouldBlock), "nobody connected");
+    assert_eq!(accepted, Err(std::io::ErrorKind::WouldBlock), "no connection came");
     let rig = Rig::new(&config());
     let mut c = only("127.0.0.0/8");
     c.session.hello_timeout = Duration::from_secs(5);

@@ -167,6 +167,7 @@ fn wrong_tokens_are_refused_and_counted_for_their_peer() {
     // The first one is in the log already. The release that follows a refused claim shows the wrong token too.
     let counted = producer.refused([127, 0, 0, 1].into(), "token");
     assert!(counted.is_some_and(|n| n >= 2), "{counted:?}");
+    assert!(producer.metrics().wrong_tokens.get() >= 3);
     consumer.pull(right).unwrap();
     assert_eq!(cause(&consumer), None);
 }

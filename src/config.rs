@@ -185,6 +185,42 @@ impl VerbsConfig {
     }
 }
 
+/// How ranges are copied between GPU memory and the pinned ring, or between GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum CopyMethod {
+    /// By their length: long ranges one by one; short ones by a kernel through a buffer on the GPU, or in one batch where the
+    /// kernel cannot be loaded.
+    #[default]
+    Auto,
+    /// One copy for each range.
+    Copies,
+    /// One batch (`cuMemcpyBatchAsync`); one copy for each range where the driver has none.
+    Batch,
+    /// The kernel, also for long ranges. It needs multiprocessors, which a busy engine may not have to spare.
+    Kernel,
+}
+
+/// Settings of GPU memory. They matter only where the pool is GPU memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GpuConfig {
+    /// How ranges are copied.
+    pub copy: CopyMethod,
+    /// Bytes of the pinned ring in host memory that data passes through where it cannot go into GPU memory, or out of it,
+    /// directly; 1 MiB to 4 GiB. A producer and a consumer have one each.
+    pub ring: u64,
+    /// How long copies may take to end once a pull has stopped. Pulls stop that much earlier before their deadline; copies
+    /// that take longer wedge their lane.
+    pub copy_bound: Duration,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self { copy: CopyMethod::Auto, ring: 64 << 20, copy_bound: Duration::from_millis(250) }
+    }
+}
+
 /// All settings of one rank, as producer and as consumer. A new version may add settings, so start from the defaults:
 ///
 /// ```
@@ -211,6 +247,8 @@ pub struct Config {
     pub tcp: TcpConfig,
     /// The verbs lane.
     pub verbs: VerbsConfig,
+    /// GPU memory.
+    pub gpu: GpuConfig,
     /// Certificates; `None`: plain text.
     pub tls: Option<TlsConfig>,
     /// Names of offers.
@@ -320,6 +358,9 @@ impl Config {
         }
         if let Err(why) = self.verbs.check() {
             return bad("verbs", why);
+        }
+        if !(1 << 20..=4 << 30).contains(&self.gpu.ring) {
+            return bad("gpu.ring", "must be 1 MiB to 4 GiB");
         }
         if let Err(why) = DialList::new(&self.dial) {
             return bad("dial", &why);

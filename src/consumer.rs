@@ -30,7 +30,8 @@ use tokio::sync::oneshot;
 use self::{directory::Sessions, pulls::Pulls};
 use crate::{
     config::Config,
-    driver::{mailbox::Mailbox, runtime::Runtime, thread::Mail},
+    driver::{runtime::Runtime, thread::Mail},
+    mailbox::Mailbox,
     memory::Memory,
     metrics::ConsumerMetrics,
 };

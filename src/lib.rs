@@ -66,13 +66,16 @@ mod driver;
 mod error;
 mod faults;
 mod lane;
+mod mailbox;
 mod memory;
 pub mod metrics;
 mod producer;
 pub mod scheduler;
 mod tls;
 
-pub use config::{Config, LocalConfig, NameConfig, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig};
+pub use config::{
+    Config, CopyMethod, GpuConfig, LocalConfig, NameConfig, OnWedge, PullConfig, TcpConfig, TlsConfig, VerbsConfig,
+};
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
@@ -87,7 +90,7 @@ pub use kvferry_proto::{
     table::Freed,
 };
 pub use lane::built as built_lanes;
-pub use memory::{Memory, Span};
+pub use memory::{CudaStream, GpuError, GpuInfo, Memory, Place, Span, survey_gpus};
 pub use producer::{Builder as ProducerBuilder, OfferSpec, Producer, Ready};
 
 /// The RDMA devices of this host, and their capabilities.

@@ -21,8 +21,9 @@ use super::{
 use crate::{
     config::Config,
     control::host,
-    driver::{mailbox::Mailbox, runtime::Runtime, thread},
+    driver::{runtime::Runtime, thread},
     error::StartError,
+    mailbox::Mailbox,
     memory::Memory,
     tls::TlsIdentity,
 };

@@ -27,10 +27,8 @@ use crate::{
         events::{Connected, Events},
     },
     dial_list::DialList,
-    driver::{
-        mailbox::Mailbox,
-        thread::{Mail, Peers},
-    },
+    driver::thread::{Mail, Peers},
+    mailbox::Mailbox,
     tls::TlsIdentity,
 };
 

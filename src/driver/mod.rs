@@ -2,8 +2,7 @@
 //! thread, which runs a rank's gRPC sessions.
 //!
 //! [`kvferry_proto::puller::Puller`] is the data thread's logic, without a thread or a clock: the simulation runs it
-//! unchanged. [`thread`] gives it a clock, mail, and sleep; [`mailbox`] is the queue between the sessions and it.
+//! unchanged. [`thread`] gives it a clock, mail, and sleep.
 
-pub(crate) mod mailbox;
 pub(crate) mod runtime;
 pub(crate) mod thread;

@@ -18,7 +18,7 @@ use kvferry_proto::{
 };
 use rustix::event::{Timespec, epoll};
 
-use crate::{driver::mailbox::Mailbox, lane::WakingLane};
+use crate::{lane::WakingLane, mailbox::Mailbox};
 
 /// The puller with the lanes of this crate.
 pub(crate) type LanePuller = Puller<Box<dyn WakingLane>>;

@@ -13,7 +13,7 @@ use std::{
 use kvferry_proto::{Contents, Nonce, PoolLayout};
 use parking_lot::RwLock;
 
-use super::{host::Memory, words::FenceWords};
+use super::{segments::Memory, words::FenceWords};
 
 /// A producer rank's pool and live offers.
 #[derive(Debug)]

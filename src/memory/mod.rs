@@ -5,15 +5,18 @@
 //! themselves race with the engine on purpose: the fence says afterwards whether they were good (promise *fresh*).
 
 mod export;
-mod host;
+pub(crate) mod gpu;
+
 mod low_water;
 mod mapping;
+mod segments;
 mod spans;
 mod words;
 
 pub(crate) use export::Export;
-pub use host::Memory;
+pub use gpu::{CudaStream, GpuError, GpuInfo, survey as survey_gpus};
 pub(crate) use low_water::set_low_water;
 pub(crate) use mapping::Mapping;
+pub use segments::{Memory, Place};
 pub use spans::Span;
 pub(crate) use words::FenceWords;

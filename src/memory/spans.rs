@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use super::host::Memory;
+use super::segments::Memory;
 
 /// A range of bytes of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

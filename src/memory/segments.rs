@@ -1,19 +1,26 @@
-//! Host memory of a rank: segments that kvferry allocates as sealed memfds, or segments of the engine.
+//! The memory of a rank, in host memory or on one GPU: segments that kvferry allocates, or segments of the engine.
 //!
-//! Owns the mappings of its own segments, and keeps the engine's `keep` value alive with the engine's segments. Never frees
-//! a segment while a clone is held, and never allocates in an access.
+//! Owns its own segments, and keeps the engine's `keep` value alive with the engine's segments. Never frees a segment while a
+//! clone is held, and never allocates in an access. Only [`Memory::at`] gives a pointer, and for GPU memory it fails: the host
+//! cannot access GPU memory.
 
 use std::{
     any::Any,
     fmt, io,
+    num::NonZeroUsize,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     sync::Arc,
 };
 
 use kvferry_proto::{BadLayout, PoolLayout};
+use parking_lot::Mutex;
 
-use super::mapping::{self, Mapping};
+use super::{
+    gpu::{Allocation, Gpu, GpuError, Window},
+    mapping::{self, Mapping},
+};
 use crate::error::StartError;
 
 /// A rank's memory: the segments that hold its pool's regions. A clone is another handle to the same memory.
@@ -37,7 +44,33 @@ struct Inner {
     base: Vec<NonNull<u8>>,
     lengths: Vec<u64>,
     owned: Option<Owned>,
+    /// `None`: host memory.
+    gpu: Option<GpuPart>,
     _keep: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// The GPU that holds the memory.
+struct GpuPart {
+    /// Memory that kvferry allocated. Freed before the handle is dropped.
+    _allocation: Option<Allocation>,
+    gpu: Gpu,
+    /// For accesses by the host.
+    window: Mutex<Option<Window>>,
+}
+
+/// Where a pool lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Place {
+    /// Host memory.
+    Host,
+    /// One GPU.
+    Gpu {
+        /// Its number in this process.
+        ordinal: u32,
+        /// Its UUID.
+        uuid: [u8; 16],
+    },
 }
 
 /// Segments that kvferry allocated.
@@ -76,6 +109,7 @@ impl Memory {
             base: owned.mappings.iter().map(Mapping::base).collect(),
             lengths: segments.to_vec(),
             owned: Some(owned),
+            gpu: None,
             _keep: None,
         })))
     }
@@ -121,8 +155,63 @@ impl Memory {
             base: segments.iter().map(|s| s.0).collect(),
             lengths: segments.iter().map(|s| s.1).collect(),
             owned: None,
+            gpu: None,
             _keep: keep,
         }))
+    }
+
+    /// Allocates zeroed memory on a GPU: with the virtual memory functions, so that a consumer on the same host can map it, and
+    /// for NICs where the GPU supports them. Lengths are in bytes.
+    ///
+    /// # Errors
+    /// There is no usable driver or no such GPU, or the GPU has no memory left.
+    pub fn alloc_gpu(ordinal: u32, segments: &[u64]) -> Result<Self, GpuError> {
+        let gpu = Gpu::open(ordinal)?;
+        let allocation = gpu.allocate(segments)?;
+        let base = allocation.addresses().map(|a| address_only(a)).collect();
+        Ok(Self::on_gpu(gpu, base, segments.to_vec(), Some(allocation), None))
+    }
+
+    /// Takes GPU memory that the engine owns: address and length in bytes of each segment, all on one GPU. They may come from
+    /// `cudaMalloc` or from the virtual memory functions, with any number of mappings in a segment. `keep` is dropped with
+    /// the last clone.
+    ///
+    /// # Errors
+    /// There is no usable driver, a segment is not mapped GPU memory from its first to its last byte, it is managed memory or
+    /// another context's than the GPU's primary one, or the segments lie on several GPUs.
+    ///
+    /// # Safety
+    /// As for [`Memory::from_raw`], with the GPU's address space in place of this process's: every segment must stay mapped
+    /// to the same memory until the last clone is gone and every lane that was given one is quiet.
+    pub unsafe fn from_gpu(
+        segments: &[(u64, u64)],
+        keep: Option<Arc<dyn Any + Send + Sync>>,
+    ) -> Result<Self, GpuError> {
+        let gpu = Gpu::holding(segments)?;
+        let base = segments.iter().map(|s| address_only(s.0)).collect();
+        let lengths = segments.iter().map(|s| s.1).collect();
+        Ok(Self::on_gpu(gpu, base, lengths, None, keep))
+    }
+
+    fn on_gpu(
+        gpu: Gpu,
+        base: Vec<NonNull<u8>>,
+        lengths: Vec<u64>,
+        allocation: Option<Allocation>,
+        keep: Option<Arc<dyn Any + Send + Sync>>,
+    ) -> Self {
+        let gpu = Some(GpuPart { _allocation: allocation, gpu, window: Mutex::new(None) });
+        Self(Arc::new(Inner { base, lengths, owned: None, gpu, _keep: keep }))
+    }
+
+    /// Where it lies.
+    pub fn place(&self) -> Place {
+        self.gpu().map_or(Place::Host, |gpu| Place::Gpu { ordinal: gpu.info().ordinal, uuid: gpu.info().uuid })
+    }
+
+    /// The GPU that holds it; `None`: host memory.
+    pub(crate) fn gpu(&self) -> Option<&Gpu> {
+        self.0.gpu.as_ref().map(|p| &p.gpu)
     }
 
     /// Backs every page of allocated memory now, with huge pages where the system has them, and keeps the contents. Then
@@ -155,27 +244,38 @@ impl Memory {
         }
     }
 
-    /// The files behind the segments, in order; `None` for memory of the engine.
+    /// The files behind the segments, in order; `None` for memory of the engine, and for GPU memory.
     pub fn memfds(&self) -> Option<Vec<BorrowedFd<'_>>> {
         Some(self.0.owned.as_ref()?.files.iter().map(AsFd::as_fd).collect())
     }
 
-    /// Address of a segment in this process; 0 when there is no such segment.
+    /// Address of a segment in this process, or in its GPU's address space; 0 when there is no such segment.
     pub fn base(&self, segment: u16) -> u64 {
         self.0.base.get(usize::from(segment)).map_or(0, |b| b.addr().get() as u64)
     }
 
-    /// Copies bytes out of a segment. Fails when they do not all lie in it. They may race with writes; see
-    /// [`Memory::from_raw`].
+    /// Copies bytes out of a segment, also of GPU memory, for which the call waits. Fails when they do not all lie in it. They
+    /// may race with writes; see [`Memory::from_raw`].
     pub fn read_into(&self, segment: u16, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if self.0.gpu.is_some() {
+            return self.through_window(segment, offset, into.len() as u64, |window, at, range| {
+                window.read(self, (segment, at), &mut into[range])
+            });
+        }
         let from = self.at(segment, offset, into.len() as u64)?;
         // SAFETY: `from` is valid for `into.len()` bytes. `into` is a Rust reference, so no segment covers it.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len()) };
         Ok(())
     }
 
-    /// Copies bytes into a segment. Fails, having written nothing, when they do not all fit.
+    /// Copies bytes into a segment, also of GPU memory, for which the call waits. Fails, having written nothing, when they do
+    /// not all fit.
     pub fn write_from(&self, segment: u16, offset: u64, from: &[u8]) -> io::Result<()> {
+        if self.0.gpu.is_some() {
+            return self.through_window(segment, offset, from.len() as u64, |window, at, range| {
+                window.write(self, (segment, at), &from[range])
+            });
+        }
         let to = self.at(segment, offset, from.len() as u64)?;
         // SAFETY: `to` is valid for `from.len()` bytes. `from` is a Rust reference, so no segment covers it.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
@@ -185,15 +285,65 @@ impl Memory {
     /// Copies `len` bytes from another memory's `(segment, offset)` to this one's. Fails, having written nothing, when
     /// either side does not have them.
     pub fn copy_from(&self, from: &Memory, src: (u16, u64), dst: (u16, u64), len: u64) -> io::Result<()> {
+        if self.0.gpu.is_some() || from.0.gpu.is_some() {
+            from.address(src.0, src.1, len)?;
+            self.address(dst.0, dst.1, len)?;
+            let mut bytes = vec![0; usize::try_from(len).map_err(|_| outside())?];
+            from.read_into(src.0, src.1, &mut bytes)?;
+            return self.write_from(dst.0, dst.1, &bytes);
+        }
         let (src, dst) = (from.at(src.0, src.1, len)?, self.at(dst.0, dst.1, len)?);
         // SAFETY: both are valid for `len` bytes. Two memories may be the same one, so the ranges may overlap.
         unsafe { std::ptr::copy(src.as_ptr(), dst.as_ptr(), len as usize) };
         Ok(())
     }
 
-    /// The address of `len` bytes of a segment: valid for reads and writes of them as long as this memory lives.
+    /// Runs `step` for each part of a range of GPU memory that fits the window.
+    fn through_window(
+        &self,
+        segment: u16,
+        offset: u64,
+        len: u64,
+        mut step: impl FnMut(&mut Window, u64, Range<usize>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.address(segment, offset, len)?;
+        let Some(part) = &self.0.gpu else { return Err(outside()) };
+        let mut window = part.window.lock();
+        let mut done = 0;
+        while done < len {
+            let mut open = match window.take() {
+                Some(open) => open,
+                None => Window::new(&part.gpu)?,
+            };
+            let n = (len - done).min(Window::BYTES);
+            // A window whose copy did not end is not used again.
+            step(&mut open, offset + done, done as usize..(done + n) as usize)?;
+            *window = Some(open);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// The address of `len` bytes of a segment, for devices and for the GPU's thread. The host must not access it: for that
+    /// there is [`Memory::at`].
+    #[inline]
+    pub(crate) fn address(&self, segment: u16, offset: u64, len: u64) -> io::Result<u64> {
+        let i = usize::from(segment);
+        match (self.0.base.get(i), self.0.lengths.get(i)) {
+            (Some(base), Some(&has)) if offset.checked_add(len).is_some_and(|end| end <= has) => {
+                Ok(base.addr().get() as u64 + offset)
+            }
+            _ => Err(outside()),
+        }
+    }
+
+    /// The address of `len` bytes of a segment: valid for reads and writes of them as long as this memory lives. Fails for
+    /// GPU memory.
     #[inline]
     pub(crate) fn at(&self, segment: u16, offset: u64, len: u64) -> io::Result<NonNull<u8>> {
+        if self.0.gpu.is_some() {
+            return Err(on_gpu());
+        }
         let i = usize::from(segment);
         match (self.0.base.get(i), self.0.lengths.get(i)) {
             (Some(base), Some(&has)) if offset.checked_add(len).is_some_and(|end| end <= has) => {
@@ -205,6 +355,16 @@ impl Memory {
     }
 }
 
+/// An address that the host never accesses. 0, of an empty segment, becomes a dangling one.
+fn address_only(address: u64) -> NonNull<u8> {
+    NonZeroUsize::new(address as usize).map_or(NonNull::dangling(), NonNull::without_provenance)
+}
+
+#[cold]
+fn on_gpu() -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, "the host cannot access GPU memory")
+}
+
 #[cold]
 fn outside() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "outside the memory's segments")
@@ -212,7 +372,7 @@ fn outside() -> io::Error {
 
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Memory").field("segments", &self.0.lengths).field("ours", &self.0.owned.is_some()).finish()
+        f.debug_struct("Memory").field("segments", &self.0.lengths).field("place", &self.place()).finish()
     }
 }
 

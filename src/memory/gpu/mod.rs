@@ -40,7 +40,7 @@ pub(crate) use {alloc::Allocation, calls::Pinned, context::Context, share::Impor
 
 pub use error::GpuError;
 pub(crate) use exchange::{Exported, Handle, Part};
-pub(crate) use handle::Gpu;
+pub(crate) use handle::{Gpu, uuid_text};
 pub use handle::{GpuInfo, survey};
 pub(crate) use queue::{CopyQueue, Direction, Piece};
 pub use stream::CudaStream;

@@ -11,7 +11,7 @@ use std::{
 use kvferry_proto::{LaneKind, hello::Welcome};
 
 use crate::{
-    config::{Config, LocalConfig, TcpConfig},
+    config::{Config, GpuConfig, LocalConfig, TcpConfig},
     control::{
         dial::not_listed,
         lanes::{Connecting, LaneConnector, Prepared, Preparing},
@@ -27,6 +27,7 @@ use crate::{
 pub(super) struct Connector {
     memory: Memory,
     local: LocalConfig,
+    gpu: GpuConfig,
     tcp: TcpConfig,
     dial: DialList,
     tls: Option<Arc<TlsIdentity>>,
@@ -46,6 +47,7 @@ impl Connector {
                 .then(|| verbs::Verbs::new(config.verbs.clone(), memory.clone())),
             memory,
             local: config.local.clone(),
+            gpu: config.gpu.clone(),
             tcp: config.tcp.clone(),
             // `Config::check` has refused a malformed list.
             dial: DialList::new(&config.dial).unwrap_or_default(),
@@ -68,6 +70,10 @@ impl Connector {
 }
 
 impl LaneConnector for Connector {
+    fn on_gpu(&self) -> bool {
+        self.memory.gpu().is_some()
+    }
+
     fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
         #[cfg(feature = "verbs")]
         if kind == LaneKind::Verbs
@@ -104,7 +110,7 @@ impl LaneConnector for Connector {
                 }
                 LaneTicket::Local { uds, lane, key } => {
                     let (pool, uids) = (welcome.pool.clone(), &self.local.uids);
-                    Box::new(local::connect(&uds, (lane, key), incarnation, pool, memory, uids).await?)
+                    local::connect(&uds, (lane, key), incarnation, pool, memory, uids, &self.gpu).await?
                 }
                 #[cfg(feature = "verbs")]
                 LaneTicket::Verbs(ticket) => verbs::finish(ticket, prepared, &welcome).await?,

@@ -23,7 +23,7 @@ use rustix::{
 };
 use tokio::runtime::{Handle, Runtime};
 
-use super::{LocalLane, Server, connect, socket, wire};
+use super::{LocalLane, Server, connect::connect_host, socket, wire};
 use crate::{
     config::LocalConfig,
     lane::{LaneError, WakingLane},
@@ -188,7 +188,7 @@ impl Drop for Producer {
 const KEY: [u8; 32] = [7; 32];
 
 fn dial(name: &[u8], lane: u64, incarnation: Incarnation, memory: &Memory) -> Result<LocalLane, LaneError> {
-    runtime().block_on(connect(name, (lane, KEY), incarnation, layout(), memory.clone(), &[]))
+    runtime().block_on(connect_host(name, (lane, KEY), incarnation, layout(), memory.clone(), &[]))
 }
 
 const A: Attempt = Attempt(7);
@@ -500,7 +500,7 @@ fn malformed_requests_and_silent_connections_are_closed_and_harm_no_other() {
     limits.lanes = 4;
     let p = inside(&limits);
     let mut answer = vec![0; wire::MAX_REPLY];
-    let good = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY }.encode();
+    let good = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: None }.encode();
     let mut long = good.to_vec();
     long.push(0);
     for malformed in [&b"x"[..], &[0xff; 32], &good[..31], &long, &[0x55; 70_000]] {
@@ -529,7 +529,7 @@ fn a_wrong_key_gets_no_lane_and_spoils_it_for_nobody() {
     let mut wrong = KEY;
     wrong[31] ^= 1;
     let name = p.server.name();
-    let tried = runtime().block_on(connect(&name, (1, wrong), p.incarnation, layout(), p.memory.clone(), &[]));
+    let tried = runtime().block_on(connect_host(&name, (1, wrong), p.incarnation, layout(), p.memory.clone(), &[]));
     match tried {
         Err(LaneError::Refused { why }) => assert!(why.contains("the key"), "{why}"),
         other => panic!("{other:?}"),
@@ -542,7 +542,7 @@ fn the_files_of_pool_and_fence_table_cannot_be_written_in_any_way() {
     let p = inside(&Limits::default());
     p.server.admit(1, KEY);
     let fd = p.raw();
-    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: None };
     rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
     let mut answer = vec![0; wire::MAX_REPLY];
@@ -585,7 +585,7 @@ fn a_consumer_that_sends_on_an_open_lane_loses_it() {
     let p = inside(&Limits::default());
     p.server.admit(1, KEY);
     let fd = p.raw();
-    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: None };
     rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
     let mut answer = vec![0; wire::MAX_REPLY];
     let n = packet(&fd, &mut answer);
@@ -644,7 +644,8 @@ fn a_pool_with_more_segments_than_a_packet_has_files_is_read_without_files() {
         server.admit(1, KEY);
         let memory = Memory::alloc(&[64]).unwrap();
         let name = server.name();
-        let mut lane = runtime().block_on(connect(&name, (1, KEY), incarnation, layout, memory.clone(), &[])).unwrap();
+        let mut lane =
+            runtime().block_on(connect_host(&name, (1, KEY), incarnation, layout, memory.clone(), &[])).unwrap();
         assert_eq!(lane.mapped(), mapped);
         lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
         pull(&mut lane, &[Read::between(1, (last, 60), (0, 3), 4)]);
@@ -736,7 +737,7 @@ fn another_user_hears_why_it_gets_no_lane_however_its_request_and_the_close_meet
     let name = p.server.name();
     as_another_user(|| {
         for _ in 0..500 {
-            let dialled = connect(&name, (1, KEY), p.incarnation, layout(), p.memory.clone(), &here);
+            let dialled = connect_host(&name, (1, KEY), p.incarnation, layout(), p.memory.clone(), &here);
             match runtime().block_on(dialled) {
                 Err(LaneError::Refused { why }) => assert!(why.contains("local.uids"), "{why}"),
                 other => panic!("{other:?}"),

@@ -109,6 +109,11 @@ impl<L: Lane, C: Copier> Staged<L, C> {
         }
     }
 
+    /// Fails an attempt whose reads do not fit local memory.
+    pub fn refuse(&mut self, a: Attempt) {
+        self.fail_later(a, Cause::BadOffer);
+    }
+
     /// The inner lane, to arm it.
     pub fn inner_mut(&mut self) -> &mut L {
         &mut self.inner

@@ -1,0 +1,87 @@
+use crate::rig::*;
+
+#[test]
+fn cudarc_finds_the_loaded_library() {
+    alone("process::cudarc_finds_the_loaded_library", "devices=2,version=12090,memory=1G", || {
+        let control = Control::new().expect("the stand-in");
+        assert!(unsafe { sys::is_culib_present() });
+        let mut count = 0;
+        cu!(cuDeviceGetCount(&mut count) => 3);
+        cu!(cuDriverGetVersion(&mut count));
+        assert_eq!(count, 12090);
+        cu!(cuInit(0));
+        cu!(cuDeviceGetCount(&mut count));
+        assert_eq!(count, 2);
+        let mut name = [0; 64];
+        cu!(cuDeviceGetName(name.as_mut_ptr(), 64, 1));
+        assert_eq!(unsafe { std::ffi::CStr::from_ptr(name.as_ptr()) }, c"Stand-in GPU 1");
+        let mut ids: [sys::CUuuid; 2] = unsafe { std::mem::zeroed() };
+        cu!(cuDeviceGetUuid_v2(&mut ids[0], 0));
+        cu!(cuDeviceGetUuid_v2(&mut ids[1], 1));
+        assert_ne!(ids[0].bytes, ids[1].bytes);
+        cu!(cuMemAlloc_v2(&mut 0, 8) => 201);
+        let calls = control.counts().calls;
+        assert_eq!(control.counts().calls, calls);
+        set_context(1);
+        assert_eq!(control.counts().calls, calls + 2);
+        let mut text = std::ptr::null();
+        cu!(cuGetErrorName(sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, &mut text));
+        assert_eq!(unsafe { std::ffi::CStr::from_ptr(text) }, c"CUDA_ERROR_ILLEGAL_ADDRESS");
+    });
+}
+
+#[test]
+fn a_stub_library_says_so() {
+    alone("process::a_stub_library_says_so", "stub=yes", || {
+        Control::new().expect("the stand-in");
+        cu!(cuInit(0) => 34);
+    });
+}
+
+#[test]
+fn a_machine_without_a_device_says_so() {
+    alone("process::a_machine_without_a_device_says_so", "nodevice=yes", || {
+        Control::new().expect("the stand-in");
+        cu!(cuInit(0) => 100);
+    });
+}
+
+#[test]
+fn an_unknown_setting_fails_the_start() {
+    alone("process::an_unknown_setting_fails_the_start", "colour=blue", || {
+        Control::new().expect("the stand-in");
+        cu!(cuInit(0) => 999);
+    });
+}
+
+#[test]
+fn a_released_context_frees_its_resources() {
+    alone("process::a_released_context_frees_its_resources", "memory=1M", || {
+        let control = begin();
+        let (_address, _stream, _event) = (alloc(4096), stream(), event());
+        control.raise(0, 700, 0);
+        cu!(cuCtxSynchronize() => 700);
+        cu!(cuDevicePrimaryCtxRelease_v2(0));
+        cu!(cuCtxSynchronize() => 201);
+        let counts = control.counts();
+        assert_eq!((counts.allocations, counts.streams, counts.events), (0, 0, 0));
+        set_context(0);
+        cu!(cuCtxSynchronize());
+        assert_eq!(free_memory(), 1 << 20);
+    });
+}
+
+#[test]
+fn a_private_folder_is_removed_at_exit() {
+    let test = "process::a_private_folder_is_removed_at_exit";
+    let folder = |pid: u32| format!("/dev/shm/kvferry-standin-{}-{pid}", unsafe { libc::getuid() });
+    if has_role(test) {
+        begin();
+        alloc(4096);
+        assert!(std::path::Path::new(&folder(std::process::id())).exists());
+        return;
+    }
+    let mut child = start(test, "");
+    assert!(child.wait().expect("an end").success());
+    assert!(!std::path::Path::new(&folder(child.id())).exists());
+}

@@ -588,7 +588,7 @@ mod tests {
         memory::{FenceWords, Memory},
     };
 
-    fn core(change: impl FnOnce(&mut Config, &mut Servers)) -> Core {
+    fn core(change: impl FnOnce(&mut Config, &mut Servers)) -> Arc<Core> {
         let layout = Arc::new(PoolLayout::uniform(8, 2, 4096, 16));
         let memory = Memory::alloc(&layout.segments).unwrap();
         let export = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(16).unwrap())));
@@ -607,7 +607,7 @@ mod tests {
             verbs: None,
         };
         change(&mut config, &mut servers);
-        Core::new(peer(), "127.0.0.1:1".into(), model, Shard::whole(8, 4), export, servers, config)
+        Arc::new(Core::new(peer(), "127.0.0.1:1".into(), model, Shard::whole(8, 4), export, servers, config))
     }
 
     fn peer() -> PeerId {
@@ -624,7 +624,7 @@ mod tests {
     }
 
     /// Offers a block, and claims it.
-    fn claim(core: &Core, n: u64, session: SessionId, from: &PeerId, by: &PeerKey) -> Result<(), Refusal> {
+    fn claim(core: &Arc<Core>, n: u64, session: SessionId, from: &PeerId, by: &PeerKey) -> Result<(), Refusal> {
         let blocks = vec![Some(BlockId(0))];
         let spec = OfferSpec::new(16, vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }]);
         let (name, groups) = core.name(spec);

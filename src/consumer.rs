@@ -32,7 +32,7 @@ use crate::{
     config::Config,
     driver::{runtime::Runtime, thread::Mail},
     mailbox::Mailbox,
-    memory::Memory,
+    memory::{Mark, Memory},
     metrics::ConsumerMetrics,
 };
 
@@ -103,6 +103,8 @@ impl Consumer {
         let limits = &self.config.limits;
         pull.check(&self.layout, limits.blocks_per_offer)?;
         pull.offer.check_seal(&self.config.names.seal_keys)?;
+        let mark = pull.after.map(|stream| Mark::record(&self.memory, stream)).transpose();
+        let mark = mark.map_err(|why| PullError::Stream { why })?;
         let (sources, reader) = self.sources(&pull.offer);
         let id = PullId(self.next_pull.fetch_add(1, Ordering::Relaxed));
         let progress = self.pulls.begin(id, &pull.blocks, limits.pulls, waiter)?;
@@ -119,9 +121,25 @@ impl Consumer {
             retry: Retry { attempts: settings.attempts, wait: settings.retry_wait, patience: settings.patience },
             chunk: settings.chunk,
             lanes: pull.lanes.unwrap_or_else(|| settings.lanes.clone()),
-            local_ready: pull.local_ready,
+            local_ready: pull.local_ready && mark.is_none(),
             progress,
         }))));
+        if let Some(mark) = mark {
+            let (mailbox, pulls) = (self.mailbox.clone(), Arc::downgrade(&self.pulls));
+            mark.then(move |done| {
+                // Without its reader the mailbox would only grow.
+                if pulls.upgrade().is_none_or(|p| p.died()) {
+                    return;
+                }
+                mailbox.send(Mail::Puller(match done {
+                    Ok(()) => In::LocalReady(id),
+                    Err(error) => {
+                        tracing::error!(pull = id.0, %error, "the work before a pull failed: it is cancelled");
+                        In::Cancel(id, Cause::GpuFailed)
+                    }
+                }));
+            });
+        }
         Ok(id)
     }
 

@@ -2,6 +2,8 @@
 
 use kvferry_proto::BadLayout;
 
+use crate::memory::GpuError;
+
 /// A producer or consumer that could not be started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -36,6 +38,9 @@ pub enum StartError {
     /// A certificate or key is not usable.
     #[error("tls: {0}")]
     Tls(String),
+    /// GPU memory is not usable.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {

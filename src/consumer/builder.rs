@@ -92,7 +92,7 @@ impl Builder {
             Arc::new(hello),
             Arc::new(self.config.clone()),
             Arc::new(ToPuller(mailbox.clone())),
-            Arc::new(Connector::new(memory.clone(), &self.config, tls.clone())),
+            Arc::new(Connector::new(memory.clone(), &self.config, tls.clone())?),
             sessions.clone(),
             tls,
         );

@@ -18,14 +18,16 @@ use crate::{
     },
     dial_list::DialList,
     faults::Faults,
-    lane::{LaneError, WakingLane, faulty::Faulty, local, tcp::TcpLane, ticket::LaneTicket},
-    memory::Memory,
+    lane::{LaneError, WakingLane, faulty::Faulty, local, staged::PinnedRing, tcp::TcpLane, ticket::LaneTicket},
+    memory::{GpuError, Memory},
     tls::TlsIdentity,
 };
 
 /// The memory that lanes write, and the lanes' settings.
 pub(super) struct Connector {
     memory: Memory,
+    /// The ring that lanes read into when the memory is a GPU's.
+    ring: Option<Arc<PinnedRing>>,
     local: LocalConfig,
     gpu: GpuConfig,
     tcp: TcpConfig,
@@ -40,12 +42,17 @@ pub(super) struct Connector {
 
 impl Connector {
     /// A connector of lanes into `memory`. Verbs rails are opened in the background: registering a large pool takes a while.
-    pub(super) fn new(memory: Memory, config: &Config, tls: Option<Arc<TlsIdentity>>) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The memory is a GPU's, and the ring cannot be pinned.
+    pub(super) fn new(memory: Memory, config: &Config, tls: Option<Arc<TlsIdentity>>) -> Result<Self, GpuError> {
+        let ring = PinnedRing::new(&memory, &config.gpu)?.map(Arc::new);
+        Ok(Self {
             #[cfg(feature = "verbs")]
             verbs: (config.pull.lanes.contains(&LaneKind::Verbs))
-                .then(|| verbs::Verbs::new(config.verbs.clone(), memory.clone())),
+                .then(|| verbs::Verbs::new(config.verbs.clone(), memory.clone(), ring.clone())),
             memory,
+            ring,
             local: config.local.clone(),
             gpu: config.gpu.clone(),
             tcp: config.tcp.clone(),
@@ -54,7 +61,12 @@ impl Connector {
             tls,
             faults: config.pull.faults.clone(),
             lanes: AtomicU32::new(0),
-        }
+        })
+    }
+
+    /// The memory that tcp lanes, and local lanes from host memory, read into.
+    fn landing(&self) -> &Memory {
+        self.ring.as_ref().map_or(&self.memory, |ring| ring.memory())
     }
 
     /// Wraps a lane in the configured faults, if any.
@@ -67,6 +79,16 @@ impl Connector {
             _ => Ok(lane),
         }
     }
+}
+
+/// Copies what the lane reads into the ring on to the memory, if there is a ring.
+fn stage(ring: Option<&PinnedRing>, lane: impl WakingLane + 'static) -> Result<Box<dyn WakingLane>, LaneError> {
+    Ok(match ring {
+        Some(ring) => {
+            Box::new(ring.stage(Box::new(lane)).map_err(LaneError::io("cannot make the lane's descriptors"))?)
+        }
+        None => Box::new(lane),
+    })
 }
 
 impl LaneConnector for Connector {
@@ -92,7 +114,7 @@ impl LaneConnector for Connector {
         welcome: Arc<Welcome>,
         peer: SocketAddr,
     ) -> Connecting<'_> {
-        let memory = self.memory.clone();
+        let landing = self.landing().clone();
         let incarnation = welcome.peer.incarnation;
         Box::pin(async move {
             let lane = match ticket {
@@ -105,12 +127,19 @@ impl LaneConnector for Connector {
                         None => SocketAddr::new(peer.ip(), port),
                     };
                     let tls = self.tls.as_deref();
-                    Box::new(TcpLane::connect(addr, lane, &key, incarnation, memory, &self.tcp, tls).await?)
-                        as Box<dyn WakingLane>
+                    let lane = TcpLane::connect(addr, lane, &key, incarnation, landing, &self.tcp, tls).await?;
+                    stage(self.ring.as_deref(), lane)?
                 }
                 LaneTicket::Local { uds, lane, key } => {
                     let (pool, uids) = (welcome.pool.clone(), &self.local.uids);
-                    local::connect(&uds, (lane, key), incarnation, pool, memory, uids, &self.gpu).await?
+                    let lane = (lane, key);
+                    if self.memory.gpu().is_some() && welcome.gpu_uuid.is_some() {
+                        let memory = self.memory.clone();
+                        local::connect(&uds, lane, incarnation, pool, memory, uids, &self.gpu).await?
+                    } else {
+                        let lane = local::connect(&uds, lane, incarnation, pool, landing, uids, &self.gpu).await?;
+                        stage(self.ring.as_deref(), lane)?
+                    }
                 }
                 #[cfg(feature = "verbs")]
                 LaneTicket::Verbs(ticket) => verbs::finish(ticket, prepared, &welcome).await?,
@@ -140,6 +169,7 @@ mod verbs {
         control::lanes::Prepared,
         lane::{
             LaneError, WakingLane,
+            staged::PinnedRing,
             verbs::{Opening, Rails, Role, VerbsError, VerbsTicket},
         },
         memory::Memory,
@@ -150,12 +180,21 @@ mod verbs {
     pub(super) struct Verbs {
         config: VerbsConfig,
         memory: Memory,
-        rails: Mutex<Option<Arc<Rails>>>,
+        /// Of a pool in GPU memory: used where no NIC reaches it.
+        ring: Option<Arc<PinnedRing>>,
+        rails: Mutex<Option<Opened>>,
+    }
+
+    /// Open rails, and the ring that their lanes read into, if they do not read into the pool itself.
+    #[derive(Clone)]
+    struct Opened {
+        rails: Arc<Rails>,
+        ring: Option<Arc<PinnedRing>>,
     }
 
     impl Verbs {
-        pub(super) fn new(config: VerbsConfig, memory: Memory) -> Arc<Self> {
-            let it = Arc::new(Self { config, memory, rails: Mutex::default() });
+        pub(super) fn new(config: VerbsConfig, memory: Memory, ring: Option<Arc<PinnedRing>>) -> Arc<Self> {
+            let it = Arc::new(Self { config, memory, ring, rails: Mutex::default() });
             let early = it.clone();
             let open = move || {
                 if let Err(error) = early.rails() {
@@ -167,17 +206,40 @@ mod verbs {
             it
         }
 
-        fn rails(&self) -> Result<Arc<Rails>, VerbsError> {
+        fn rails(&self) -> Result<Opened, VerbsError> {
             let mut rails = self.rails.lock();
-            match &*rails {
-                Some(rails) => Ok(rails.clone()),
-                None => Ok(rails.insert(Rails::open(&self.config, self.memory.clone(), Role::Reader)?).clone()),
+            let refused = match &*rails {
+                // A part of the pool could be registered, and then not all of it.
+                Some(opened) => opened.ring.is_none() && self.ring.is_some() && opened.rails.refused(),
+                None => false,
+            };
+            if let Some(opened) = rails.as_ref().filter(|_| !refused) {
+                return Ok(opened.clone());
             }
+            let ring = self.ring.as_ref().filter(|_| refused || !self.is_reached()).cloned();
+            let memory = ring.as_ref().map_or(&self.memory, |ring| ring.memory());
+            let opened = Opened { rails: Rails::open(&self.config, memory.clone(), Role::Reader)?, ring };
+            Ok(rails.insert(opened).clone())
+        }
+
+        /// Whether NICs reach the pool in GPU memory. Logs the reasons if not.
+        fn is_reached(&self) -> bool {
+            let reached = Rails::reach(&self.config, &self.memory, &Role::Reader);
+            match &reached {
+                Ok(()) => tracing::info!("verbs read into GPU memory directly"),
+                Err(VerbsError::NoDevice | VerbsError::NoLibrary { .. }) => {}
+                Err(why) => tracing::info!(%why, "verbs read into GPU memory through the pinned ring"),
+            }
+            reached.is_ok()
         }
 
         pub(super) async fn prepare(self: Arc<Self>, peer: SocketAddr) -> Result<Prepared, LaneError> {
-            let opening = blocking(move || Opening::new(&self.rails()?, Some(peer.ip()))).await??;
-            Ok(Prepared { verbs: Some(opening.request().clone()), state: Some(Box::new(opening)) })
+            let open = move || {
+                let Opened { rails, ring } = self.rails()?;
+                Ok::<_, VerbsError>((Opening::new(&rails, Some(peer.ip()))?, ring))
+            };
+            let (opening, ring) = blocking(open).await??;
+            Ok(Prepared { verbs: Some(opening.request().clone()), state: Some(Box::new((opening, ring))) })
         }
     }
 
@@ -186,12 +248,12 @@ mod verbs {
         prepared: Prepared,
         welcome: &Welcome,
     ) -> Result<Box<dyn WakingLane>, LaneError> {
-        let opening = prepared.state.and_then(|s| s.downcast::<Opening>().ok());
-        let opening =
-            opening.ok_or_else(|| LaneError::protocol("it sent a ticket for a verbs lane that was not requested"))?;
+        let state = prepared.state.and_then(|s| s.downcast::<(Opening, Option<Arc<PinnedRing>>)>().ok());
+        let (opening, ring) =
+            *state.ok_or_else(|| LaneError::protocol("it sent a ticket for a verbs lane that was not requested"))?;
         let (pool, incarnation) = (welcome.pool.clone(), welcome.peer.incarnation);
         let lane = blocking(move || opening.finish(&ticket, pool, incarnation)).await??;
-        Ok(Box::new(lane))
+        super::stage(ring.as_deref(), lane)
     }
 
     async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LaneError> {
@@ -230,7 +292,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let config = Config { dial: vec!["10.0.0.0/8".into()], ..Config::default() };
-        let connector = Connector::new(Memory::for_layout(None, &layout).unwrap(), &config, None);
+        let connector = Connector::new(Memory::for_layout(None, &layout).unwrap(), &config, None).unwrap();
         let port = listener.local_addr().unwrap().port();
         let ticket = LaneTicket::Tcp { host: Some("127.0.0.1".into()), port, lane: 1, key: [1; 32] };
         let peer = "10.0.0.1:1".parse().unwrap();

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use crate::memory::CudaStream;
+
 use kvferry_proto::{Fingerprints, LaneKind, LocalBlocks, Marks, Offer, PlanError, PoolLayout, PullError};
 
 /// A pull to start. Only the offer and the blocks are required.
@@ -19,6 +21,9 @@ pub struct Pull {
     /// Whether earlier work on the local blocks is done. If not, nothing is read before
     /// [`Consumer::local_ready`](crate::Consumer::local_ready) is called.
     pub local_ready: bool,
+    /// In place of `local_ready`: nothing is read before the work is done that this stream holds when the pull is started. For
+    /// a pool in GPU memory. If that work fails, the pull is cancelled.
+    pub after: Option<CudaStream>,
     /// What the KV must have been computed from: the offer must have each of these fingerprints, with the same value.
     pub expect: Fingerprints,
 }
@@ -32,6 +37,7 @@ impl Pull {
             deadline: None,
             lanes: None,
             local_ready: true,
+            after: None,
             expect: Fingerprints::new(),
         }
     }
@@ -45,6 +51,12 @@ impl Pull {
     /// Uses these lanes only, best first.
     pub fn lanes(mut self, lanes: Vec<LaneKind>) -> Self {
         self.lanes = Some(lanes);
+        self
+    }
+
+    /// Reads nothing before the work is done that this stream holds when the pull is started.
+    pub fn after(mut self, stream: CudaStream) -> Self {
+        self.after = Some(stream);
         self
     }
 

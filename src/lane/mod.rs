@@ -8,6 +8,7 @@ pub(crate) mod error;
 pub(crate) mod faulty;
 pub(crate) mod local;
 mod log_limit;
+pub(crate) mod staged;
 pub(crate) mod tcp;
 pub(crate) mod ticket;
 pub(crate) mod verbs;
@@ -20,6 +21,12 @@ pub fn built() -> &'static [LaneKind] {
         &[LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp]
     } else {
         &[LaneKind::Local, LaneKind::Tcp]
+    }
+}
+
+impl WakingLane for Box<dyn WakingLane> {
+    fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        (**self).arm()
     }
 }
 

@@ -14,6 +14,7 @@ mod spans;
 mod words;
 
 pub(crate) use export::Export;
+pub(crate) use gpu::Mark;
 pub use gpu::{CudaStream, GpuError, GpuInfo, survey as survey_gpus};
 pub(crate) use low_water::set_low_water;
 pub(crate) use mapping::Mapping;

@@ -167,7 +167,10 @@ fn start_verbs(
     only: bool,
 ) -> Result<Option<lane::verbs::Server>, StartError> {
     use crate::lane::verbs::VerbsError;
-    match lane::verbs::Server::start(export, incarnation, &config.verbs, &config.limits) {
+    // The pool's GPU may be out of the NICs' reach, and a one-sided READ cannot make this side stage.
+    let role = lane::verbs::Role::Served(export.words.clone());
+    let reached = lane::verbs::Rails::reach(&config.verbs, &export.memory, &role);
+    match reached.and_then(|()| lane::verbs::Server::start(export, incarnation, &config.verbs, &config.limits)) {
         Ok(server) => return Ok(Some(server)),
         Err(e) if only => return Err(StartError::os("cannot serve verbs")(std::io::Error::other(e))),
         // Not worth a warning: this host has no device, and the configuration names none.

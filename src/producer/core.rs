@@ -29,7 +29,7 @@ use crate::{
         refusal::Refusal,
     },
     lane::{local, tcp, ticket::LaneTicket},
-    memory::{Export, Place},
+    memory::{Export, Mark, Place},
     metrics::ProducerMetrics,
 };
 use kvferry_proto::{
@@ -195,7 +195,12 @@ impl Core {
         (name, spec.groups)
     }
 
-    pub(super) fn enter(&self, name: &Offer, groups: Vec<OfferGroup>, ready: Ready) -> Result<(), OfferError> {
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        name: &Offer,
+        groups: Vec<OfferGroup>,
+        ready: Ready,
+    ) -> Result<(), OfferError> {
         name.check()?;
         let contents = Contents::of(name, groups);
         contents.check(self.config.limits.blocks_per_offer)?;
@@ -209,6 +214,12 @@ impl Core {
                 .into());
             }
         }
+        let mark = match ready {
+            Ready::After(stream) => {
+                Some(Mark::record(&self.export.memory, stream).map_err(|why| OfferError::Stream { why })?)
+            }
+            Ready::Now | Ready::Later => None,
+        };
         let mut state = self.lock();
         let secret = (name.id, name.token);
         let entered = state.table.offer(Instant::now(), secret, Arc::new(contents), ready == Ready::Now);
@@ -217,6 +228,20 @@ impl Core {
             self.metrics.offers.inc();
         }
         self.carry_out(&mut state);
+        drop(state);
+        if let Some(mark) = mark.filter(|_| entered.is_ok()) {
+            let (core, offer) = (Arc::downgrade(self), name.id);
+            mark.then(move |done| {
+                let Some(core) = core.upgrade() else { return };
+                core.tell(match done {
+                    Ok(()) => table::In::Ready(offer),
+                    Err(error) => {
+                        tracing::error!(%offer, %error, "the work that fills an offer's blocks failed: it is revoked");
+                        table::In::Revoke(offer)
+                    }
+                });
+            });
+        }
         entered
     }
 
@@ -567,7 +592,7 @@ mod tests {
         memory::{FenceWords, Memory},
     };
 
-    fn core(change: impl FnOnce(&mut Config, &mut Servers)) -> Core {
+    fn core(change: impl FnOnce(&mut Config, &mut Servers)) -> Arc<Core> {
         let layout = Arc::new(PoolLayout::uniform(8, 2, 4096, 16));
         let memory = Memory::alloc(&layout.segments).unwrap();
         let export = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(16).unwrap())));
@@ -586,7 +611,7 @@ mod tests {
             verbs: None,
         };
         change(&mut config, &mut servers);
-        Core::new(peer(), "127.0.0.1:1".into(), model, Shard::whole(8, 4), export, servers, config)
+        Arc::new(Core::new(peer(), "127.0.0.1:1".into(), model, Shard::whole(8, 4), export, servers, config))
     }
 
     fn peer() -> PeerId {
@@ -603,7 +628,7 @@ mod tests {
     }
 
     /// Offers a block, and claims it.
-    fn claim(core: &Core, n: u64, session: SessionId, from: &PeerId, by: &PeerKey) -> Result<(), Refusal> {
+    fn claim(core: &Arc<Core>, n: u64, session: SessionId, from: &PeerId, by: &PeerKey) -> Result<(), Refusal> {
         let blocks = vec![Some(BlockId(0))];
         let spec = OfferSpec::new(16, vec![OfferGroup { group: GroupId(0), first_position: 0, blocks }]);
         let (name, groups) = core.name(spec);

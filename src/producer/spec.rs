@@ -2,6 +2,8 @@
 
 use kvferry_proto::{Fingerprints, OfferGroup, OfferId};
 
+use crate::memory::CudaStream;
+
 /// The blocks to offer.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
@@ -58,4 +60,6 @@ pub enum Ready {
     Now,
     /// When [`Producer::ready`](crate::Producer::ready) is called: the blocks are still being written.
     Later,
+    /// When the work is done that this stream holds now. For a pool in GPU memory. If that work fails, the offer is revoked.
+    After(CudaStream),
 }

@@ -45,6 +45,8 @@ pub enum Cause {
     Limit,
     /// This side is shutting down.
     Shutdown,
+    /// The GPU is unusable in this process, or the work that had to come before the pull failed on it.
+    GpuFailed,
 }
 
 impl Cause {
@@ -68,6 +70,7 @@ impl Cause {
             Self::BadOffer => "bad_offer",
             Self::Limit => "limit",
             Self::Shutdown => "shutdown",
+            Self::GpuFailed => "gpu_failed",
         }
     }
 }
@@ -109,6 +112,12 @@ pub enum PullError {
     /// The consumer was shut down.
     #[error("this consumer was shut down")]
     Shutdown,
+    /// The stream that the pull comes after cannot be waited for.
+    #[error("the pull cannot wait for the stream: {why}")]
+    Stream {
+        /// The reason, and the next step.
+        why: String,
+    },
     /// The consumer's data thread panicked.
     #[error("this consumer's data thread panicked (the panic is on stderr): restart this process, and report it")]
     Died,
@@ -122,6 +131,7 @@ impl PullError {
             Self::BlockBusy { .. } | Self::TooManyPulls { .. } => Cause::Limit,
             Self::Shutdown => Cause::Shutdown,
             Self::Died => Cause::LaneFailed,
+            Self::Stream { .. } => Cause::GpuFailed,
         }
     }
 }
@@ -172,6 +182,12 @@ pub enum OfferError {
     /// The producer is draining or was shut down.
     #[error("this producer is draining: use another one")]
     Draining,
+    /// The stream that fills the offer's blocks cannot be waited for.
+    #[error("the offer cannot wait for the stream: {why}")]
+    Stream {
+        /// The reason, and the next step.
+        why: String,
+    },
 }
 
 /// A handshake that failed; the pulls that needed it end with [`Cause`].

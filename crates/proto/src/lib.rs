@@ -24,6 +24,7 @@ pub mod sabotage;
 pub mod session;
 mod shard;
 mod source;
+pub mod staging;
 pub mod table;
 mod token;
 

@@ -32,6 +32,14 @@ pub enum Bug {
     TokenIgnored,
     /// The source's blocks are taken from the consumer's side instead of from the grant.
     ListFromElsewhere,
+    /// A read through the ring is done before its copy is finished.
+    DoneBeforeCopied,
+    /// A slot of the ring is free before the copy out of it is finished.
+    SlotReusedEarly,
+    /// A staged attempt is quiet while its copies run.
+    QuietBeforeCopied,
+    /// Copies of a failed device count as finished.
+    FailedCopyCounts,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]

@@ -2,6 +2,8 @@
 #![allow(missing_docs, reason = "most names of test helpers need no explanation")]
 
 pub mod counting;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 #[cfg(feature = "rig")]
 pub mod pattern;
 #[cfg(feature = "rig")]

@@ -164,6 +164,7 @@ impl GpuLane {
         }
         self.down = Some(cause);
         self.ends = None;
+        self.due.clear();
         self.wake.forget_owner(&self.owner);
         let open = self.attempts.iter().filter(|t| t.is_open());
         self.pending.extend(open.map(|t| LaneEvent::Failed { attempt: t.attempt, cause }));
@@ -190,12 +191,18 @@ impl GpuLane {
 
     /// Takes finished jobs off the list.
     fn reap(&mut self, out: &mut Vec<LaneEvent>) {
-        let (finished, failed) = self.queue.finished();
+        let (in_place, failed) = self.queue.finished();
+        self.take_off(in_place, out);
         if failed {
-            // First: the failed job is among the finished ones.
             self.broke();
+            // The other jobs have ended too.
+            self.take_off(u64::MAX, out);
         }
-        while self.jobs.front().is_some_and(|job| job.number <= finished)
+    }
+
+    /// Takes the jobs up to this number off the list. Unless the lane is down, their bytes are in place.
+    fn take_off(&mut self, up_to: u64, out: &mut Vec<LaneEvent>) {
+        while self.jobs.front().is_some_and(|job| job.number <= up_to)
             && let Some(job) = self.jobs.pop_front()
         {
             self.bytes -= job.bytes;
@@ -227,7 +234,6 @@ impl GpuLane {
         }
         // After the words: a process that is alive now was alive when they were read.
         if let Some(cause) = self.owner.ended() {
-            self.due.clear();
             return self.go_down(cause);
         }
         let fences = self.due.drain(..).zip(&self.words);

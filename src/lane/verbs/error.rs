@@ -144,6 +144,22 @@ pub enum VerbsError {
         /// The system's error.
         source: io::Error,
     },
+    /// The device does not reach the GPU's memory.
+    #[error("{device} does not reach the GPU's memory: as a dmabuf: {dmabuf}; by address: {peermem}")]
+    GpuMemory {
+        /// The device.
+        device: String,
+        /// Why it cannot be registered as a dmabuf.
+        dmabuf: String,
+        /// Why it cannot be registered by address, which needs nvidia-peermem.
+        peermem: String,
+    },
+    /// Writes of NICs would not be visible in time.
+    #[error("{why}")]
+    Unordered {
+        /// The reason.
+        why: String,
+    },
     /// The pool is still being registered.
     #[error("the pool is still being registered ({done} of {all} bytes): try again, or use another lane meanwhile")]
     NotYet {

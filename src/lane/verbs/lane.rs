@@ -16,6 +16,7 @@ use kvferry_proto::{Attempt, Cause, LaneEvent, PoolLayout, Read};
 use super::{
     failure::FailureReason,
     fences::{self, Fence, Fences, PairSet},
+    gpu::Flushes,
     landing::{Landing, SLOTS},
     path::{Path, Work},
     teardown::{self, Stage},
@@ -70,6 +71,8 @@ pub(crate) struct VerbsLane {
     closing: Option<Cause>,
     /// `Down` or `Wedged` was reported.
     down: Option<Cause>,
+    /// Of a lane into GPU memory that must be flushed.
+    flushes: Option<Flushes>,
 }
 
 /// The parts of a lane.
@@ -88,6 +91,7 @@ pub(crate) struct Parts {
     pub degraded: bool,
     /// Requests that all paths together can hold.
     pub depth: usize,
+    pub flushes: Option<Flushes>,
 }
 
 impl VerbsLane {
@@ -112,6 +116,7 @@ impl VerbsLane {
             degraded: p.degraded,
             closing: None,
             down: None,
+            flushes: p.flushes,
         }
     }
 
@@ -141,7 +146,7 @@ impl VerbsLane {
         r.len > 0
             && r.len <= u64::from(self.max_read)
             && there
-            && self.memory.at(r.dst_segment, r.dst_offset, r.len).is_ok()
+            && self.memory.address(r.dst_segment, r.dst_offset, r.len).is_ok()
             && self.paths.iter().all(|p| p.has(r.src_segment, r.dst_segment))
     }
 
@@ -239,7 +244,11 @@ impl VerbsLane {
             if f.unverified {
                 self.read_again(i, f.chunk);
             } else if f.word == t.nonce || f.second {
-                self.pending.push(LaneEvent::Fence { attempt: t.attempt, chunk: f.chunk, word: f.word });
+                let event = LaneEvent::Fence { attempt: t.attempt, chunk: f.chunk, word: f.word };
+                match &mut self.flushes {
+                    Some(flushes) => flushes.hold(event),
+                    None => self.pending.push(event),
+                }
             } else if !self.alive(f.pairs) {
                 self.read_again(i, f.chunk);
             } else {
@@ -251,6 +260,21 @@ impl VerbsLane {
                 }
                 self.flush();
             }
+        }
+    }
+
+    /// Reports fences whose data is visible now.
+    fn advance_flushes(&mut self, now: Instant) {
+        let Some(mut flushes) = self.flushes.take() else { return };
+        let usable = flushes.advance(|event| {
+            // An attempt that was stopped meanwhile has no more use for it.
+            if event.attempt().is_some_and(|a| self.open(a).is_some()) {
+                self.pending.push(event);
+            }
+        });
+        self.flushes = Some(flushes);
+        if !usable {
+            self.close(Cause::GpuFailed, now);
         }
     }
 

@@ -107,7 +107,6 @@ pub(crate) enum Source<'a> {
         len: u64,
     },
     /// Part of a dmabuf.
-    #[expect(dead_code, reason = "GPU memory is registered through it; host pools have none")]
     Dmabuf {
         /// The dmabuf.
         fd: BorrowedFd<'a>,

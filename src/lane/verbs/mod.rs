@@ -39,6 +39,8 @@ mod failure;
 mod fences;
 mod gid;
 #[cfg(feature = "verbs")]
+mod gpu;
+#[cfg(feature = "verbs")]
 mod landing;
 #[cfg(feature = "verbs")]
 mod lane;

@@ -12,6 +12,7 @@ use super::{
     error::VerbsError,
     exchange::{LinkLayer, MAX_QUEUE_PAIRS, MAX_RAILS, QpEnd, RailEnd, ServedRail, VerbsRequest, VerbsTicket},
     gid::Gid,
+    gpu::Flushes,
     landing::Landing,
     lane::{self, VerbsLane},
     memory::{Access, Region, Source},
@@ -156,6 +157,10 @@ impl Opening {
         let quiet_bound = (config.gives_up_after() + config.gives_up_after() / 4).max(teardown::BOUND) * 2;
         // A rail that never reached this peer has no counterpart there, and does not count.
         degraded |= pending.iter().flatten().any(|r| r.rail.has_reached(self.host));
+        let flushes = Flushes::new(&self.memory).map_err(LaneError::io("cannot make the lane's descriptors"))?;
+        if let Some(f) = &flushes {
+            wake.watch(f.fd()).map_err(LaneError::io("epoll"))?;
+        }
         let peer = ticket.rails.first().map(|r| format!("{} {}", r.end.gid, r.end.name)).unwrap_or_default();
         Ok(VerbsLane::new(lane::Parts {
             paths,
@@ -170,6 +175,7 @@ impl Opening {
             peer,
             degraded,
             depth,
+            flushes,
         }))
     }
 }

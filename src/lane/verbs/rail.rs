@@ -22,6 +22,7 @@ use super::{
     events::{State, Watch},
     exchange::LinkLayer,
     gid::{self, Gid, GidEntry},
+    gpu::{self, Dmabufs},
     library::Library,
     memory::{Access, Pd, Region, Source},
     qp::At,
@@ -41,6 +42,16 @@ pub(crate) enum Role {
     Reader,
     /// Peers read it, and these words.
     Served(Arc<FenceWords>),
+}
+
+impl Role {
+    /// The device's access to the pool.
+    pub(super) fn access(&self, relaxed: bool) -> Access {
+        match self {
+            Self::Reader => Access::Landing { relaxed },
+            Self::Served(_) => Access::Exported { relaxed },
+        }
+    }
 }
 
 /// The pool's registrations on one rail.
@@ -262,12 +273,11 @@ impl Rail {
         memory: &Memory,
         role: &Role,
         relaxed: bool,
+        dmabufs: &Dmabufs,
         done: &AtomicU64,
     ) -> Result<(), VerbsError> {
-        let access = match role {
-            Role::Reader => Access::Landing { relaxed },
-            Role::Served(_) => Access::Exported { relaxed },
-        };
+        // Whether a flush covers writes in relaxed order is an open question (NCCL #2439).
+        let access = role.access(relaxed && memory.gpu().is_none());
         let mut segments = Vec::with_capacity(memory.segments().len());
         if let Some(&bytes) =
             memory.segments().iter().find(|&&len| len > self.limits.max_region && self.limits.max_region > 0)
@@ -282,11 +292,17 @@ impl Rail {
                 segments.push(None);
                 continue;
             }
-            let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
-            // SAFETY: the segment is valid as long as a clone of the memory lives, and devices may touch it: see
-            // `Memory::from_raw`.
-            let region = unsafe { Region::register(&self.pd, Source::Address { base, len }, access, memory.clone()) };
-            segments.push(Some(region?));
+            let region = match memory.gpu() {
+                Some(gpu) => gpu::register(&self.pd, gpu, memory, (i, len), access, dmabufs)?,
+                None => {
+                    let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
+                    let source = Source::Address { base, len };
+                    // SAFETY: the segment is valid as long as a clone of the memory lives, and devices may touch it: see
+                    // `Memory::from_raw`.
+                    unsafe { Region::register(&self.pd, source, access, memory.clone()) }?
+                }
+            };
+            segments.push(Some(region));
             counted.add(len);
         }
         let words = match role {

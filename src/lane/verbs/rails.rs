@@ -23,6 +23,7 @@ use super::{
     error::VerbsError,
     events::Subscriber,
     exchange::{LinkLayer, MAX_RAILS},
+    gpu::{self, Dmabufs},
     library::Library,
     rail::{AVOIDED, Rail, Role, lock, split},
 };
@@ -59,6 +60,8 @@ pub(crate) struct Rails {
     config: VerbsConfig,
     memory: Memory,
     role: Role,
+    /// Of a pool in GPU memory.
+    dmabufs: Dmabufs,
     list: Mutex<Vec<Slot>>,
     done: AtomicU64,
     all: AtomicU64,
@@ -77,12 +80,14 @@ struct Slot {
     backoff: Backoff,
     /// Its pool was registered at some time: its port was up, and it was usable.
     worked: bool,
+    /// Its pool was refused, and never registered.
+    refused: bool,
 }
 
 impl Slot {
     fn new(name: String, rail: Option<Arc<Rail>>, reason: Option<String>) -> Self {
         let backoff = Backoff::new(2 * AVOIDED, REGISTER_AGAIN);
-        Self { name, rail, reason, retry_at: Some(Instant::now() + AVOIDED), backoff, worked: false }
+        Self { name, rail, reason, retry_at: Some(Instant::now() + AVOIDED), backoff, worked: false, refused: false }
     }
 
     /// Its rail is unusable.
@@ -157,12 +162,42 @@ impl Rails {
         Err(VerbsError::NoRail { why: why.join("; ") })
     }
 
+    /// Checks that a rail reaches a pool in GPU memory, with a small part of it. `Ok` for host memory.
+    ///
+    /// # Errors
+    /// The reason of each rail.
+    pub(crate) fn reach(config: &VerbsConfig, memory: &Memory, role: &Role) -> Result<(), VerbsError> {
+        let Some(gpu) = memory.gpu() else { return Ok(()) };
+        if matches!(role, Role::Reader) {
+            gpu::unordered(gpu).map_err(|why| VerbsError::Unordered { why })?;
+        }
+        let lib = Library::get()?;
+        let one = |name: &String| {
+            let (device, port) = split(name)?;
+            let rail = Rail::on(Device::open(lib, device)?, port, false)?;
+            gpu::probe(rail.pd(), gpu, memory, role.access(false))
+        };
+        let tried: Vec<_> = names(config)?.iter().map(one).collect();
+        if tried.iter().any(Result::is_ok) {
+            return Ok(());
+        }
+        let why: Vec<_> = tried.into_iter().filter_map(|t| Some(t.err()?.to_string())).collect();
+        Err(VerbsError::NoRail { why: why.join("; ") })
+    }
+
+    /// Whether every rail has refused the pool, though one was open.
+    pub(crate) fn refused(&self) -> bool {
+        let list = lock(&self.list);
+        list.iter().any(|s| s.refused) && list.iter().all(|s| s.rail.is_none() && !s.worked)
+    }
+
     fn with(lib: &'static Library, config: &VerbsConfig, memory: Memory, role: Role, list: Vec<Slot>) -> Arc<Self> {
         let it = Arc::new(Self {
             lib,
             config: config.clone(),
             memory,
             role,
+            dmabufs: Dmabufs::default(),
             list: Mutex::new(list),
             done: AtomicU64::new(0),
             all: AtomicU64::new(0),
@@ -189,7 +224,7 @@ impl Rails {
         let slot = |rail: Arc<Rail>| Slot::new(rail.name().into(), Some(rail), None);
         let it = Self::with(lib, config, memory, role, rails.into_iter().map(slot).collect());
         for rail in it.open_rails() {
-            rail.register(&it.memory, &it.role, config.relaxed_ordering, &it.done)?;
+            rail.register(&it.memory, &it.role, config.relaxed_ordering, &it.dmabufs, &it.done)?;
             it.slot_of(&rail, |s| s.worked = true);
         }
         Ok(it)
@@ -227,7 +262,8 @@ impl Rails {
             for rail in rails {
                 let Some(this) = weak.upgrade() else { return };
                 let began = Instant::now();
-                match rail.register(&this.memory, &this.role, this.config.relaxed_ordering, &this.done) {
+                let relaxed = this.config.relaxed_ordering;
+                match rail.register(&this.memory, &this.role, relaxed, &this.dmabufs, &this.done) {
                     Ok(()) => {
                         tracing::info!(rail = rail.name(), bytes, took = ?began.elapsed(), "pool registered");
                         this.slot_of(&rail, |s| {
@@ -240,6 +276,7 @@ impl Rails {
                         this.all.fetch_sub(bytes, Ordering::Relaxed);
                         this.slot_of(&rail, |s| {
                             let wait = s.backoff.wait();
+                            s.refused = true;
                             s.release(error.to_string(), wait);
                         });
                     }

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use super::{Gpu, error::GpuError, exchange::Exported, queue::Piece};
+use super::{CudaStream, Gpu, error::GpuError, exchange::Exported, queue::Piece};
 use crate::memory::Memory;
 
 /// See `context.rs`.
@@ -36,6 +36,10 @@ impl Gpu {
     }
 
     pub(crate) fn allocate(&self, _: &[u64]) -> Result<Allocation, GpuError> {
+        Err(GpuError::NotBuilt)
+    }
+
+    pub(super) fn record(&self, _: CudaStream) -> Result<usize, GpuError> {
         Err(GpuError::NotBuilt)
     }
 

@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{
-    Gpu, alloc::Allocation, error::GpuError, exchange::Exported, pointer, queue::Order, share, share::Imported,
+    CudaStream, Gpu, alloc::Allocation, context, error::GpuError, exchange::Exported, pointer, queue::Order, share,
+    share::Imported,
 };
 use crate::memory::Memory;
 
@@ -31,6 +32,11 @@ impl Gpu {
     /// Allocates zeroed memory that other processes can map.
     pub(crate) fn allocate(&self, segments: &[u64]) -> Result<Allocation, GpuError> {
         Allocation::new(self, segments)
+    }
+
+    /// Records a new event on an engine's stream, in the calling thread.
+    pub(super) fn record(&self, stream: CudaStream) -> Result<usize, GpuError> {
+        context::record(self.info().ordinal, stream)
     }
 
     /// Bytes of its memory: free, and in total.

@@ -44,4 +44,5 @@ pub(crate) use handle::{Gpu, uuid_text};
 pub use handle::{GpuInfo, survey};
 pub(crate) use queue::{CopyQueue, Direction, Piece};
 pub use stream::CudaStream;
+pub(crate) use stream::Mark;
 pub(crate) use window::Window;

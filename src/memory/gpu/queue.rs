@@ -92,7 +92,8 @@ pub(super) struct Ticket {
 impl Ticket {
     /// The job failed. Nothing of it is written any more.
     pub(super) fn fail(self) {
-        self.progress.failed.store(true, Ordering::Release);
+        // The jobs of a queue end in order, so the first one that fails has the lowest number.
+        let _ = self.progress.failed.compare_exchange(0, self.number, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -108,8 +109,10 @@ impl Drop for Ticket {
 
 #[derive(Debug)]
 struct Progress {
+    /// Jobs that have ended.
     finished: AtomicU64,
-    failed: AtomicBool,
+    /// The first job that failed; 0: none.
+    failed: AtomicU64,
     /// The owner sleeps, or is about to.
     asleep: AtomicBool,
     wake: OwnedFd,
@@ -129,13 +132,17 @@ impl CopyQueue {
     /// A queue for copies by this method, in one direction, or for flushes.
     pub(crate) fn new(gpu: &Gpu, method: CopyMethod) -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (finished, failed, asleep) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        let (finished, failed, asleep) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
         let progress = Arc::new(Progress { finished, failed, asleep, wake });
         Ok(Self { gpu: gpu.clone(), method, progress, submitted: 0, seen: 0 })
     }
 
+    fn has_failed(&self) -> bool {
+        self.progress.failed.load(Ordering::Acquire) != 0 || self.gpu.check().is_err()
+    }
+
     fn ticket(&mut self, keep: Keep) -> Option<Ticket> {
-        if self.submitted - self.progress.finished.load(Ordering::Acquire) >= MOST_JOBS || self.gpu.check().is_err() {
+        if self.submitted - self.progress.finished.load(Ordering::Acquire) >= MOST_JOBS || self.has_failed() {
             return None;
         }
         self.submitted += 1;
@@ -157,14 +164,18 @@ impl CopyQueue {
         Some(self.submitted)
     }
 
-    /// The number of finished jobs, and whether one has failed or the GPU is unusable. Clears the descriptor.
+    /// The number of jobs whose bytes are in place, and whether the queue has failed: a job failed or the GPU is unusable, and
+    /// no job writes any more. Jobs after that number are then abandoned. Clears the descriptor.
     pub(crate) fn finished(&mut self) -> (u64, bool) {
         let mut count = [0; 8];
         // Fails if nothing was written.
         let _ = rustix::io::read(&self.progress.wake, &mut count);
         self.seen = self.progress.finished.load(Ordering::Acquire);
         // After the number: a job that failed is then told with it.
-        (self.seen, self.progress.failed.load(Ordering::Acquire) || self.gpu.check().is_err())
+        match self.progress.failed.load(Ordering::Acquire) {
+            0 => (self.seen, self.seen == self.submitted && self.gpu.check().is_err()),
+            first => (self.seen.min(first - 1), self.seen == self.submitted),
+        }
     }
 
     /// Number of jobs that the owner has not seen finished.

@@ -1,10 +1,7 @@
 //! A CUDA stream of the engine, and the wait for the work that it holds.
 
-use super::{
-    error::GpuError,
-    handle::Gpu,
-    queue::{Order, Then},
-};
+use super::{error::GpuError, handle::Gpu, queue::Order};
+use crate::memory::Memory;
 
 /// A CUDA stream of the engine, on the GPU of its pool. kvferry records an event of its own on it, in the calling thread, and
 /// keeps no reference to the stream.
@@ -28,24 +25,43 @@ impl CudaStream {
     }
 }
 
-impl Gpu {
-    /// Calls `then`, on the GPU's thread, when the work that `stream` holds now is done, or with the error that keeps it from
-    /// being done. `then` must not block.
+/// The work that a stream held when this was recorded. Dropped unwatched, it costs nothing more.
+pub(crate) struct Mark {
+    gpu: Gpu,
+    stream: usize,
+    /// The event; `None` once it is watched.
+    event: Option<usize>,
+}
+
+impl Mark {
+    /// Marks the end of the work that `stream` holds now, in the memory's GPU.
     ///
     /// # Errors
-    /// The stream is capturing a graph, or the event cannot be recorded. `then` is not called.
-    pub(crate) fn after(
-        &self,
-        stream: CudaStream,
-        then: impl FnOnce(Result<(), GpuError>) + Send + 'static,
-    ) -> Result<(), GpuError> {
-        self.check()?;
-        #[cfg(feature = "cuda")]
-        let event = super::context::record(self.info().ordinal, stream)?;
-        #[cfg(not(feature = "cuda"))]
-        let event = 0;
-        let then: Then = Box::new(then);
-        self.send(Order::After { event, stream: stream.raw(), then });
-        Ok(())
+    /// The memory is host memory, the stream is capturing a graph, or the event cannot be recorded.
+    pub(crate) fn record(memory: &Memory, stream: CudaStream) -> Result<Self, String> {
+        let Some(gpu) = memory.gpu() else {
+            return Err("the pool is host memory, which no stream fills; use `Ready::Later` or `local_ready`".into());
+        };
+        gpu.check().and_then(|()| gpu.record(stream)).map_err(|e| e.to_string()).map(|event| Self {
+            gpu: gpu.clone(),
+            stream: stream.raw(),
+            event: Some(event),
+        })
+    }
+
+    /// Calls `then`, on the GPU's thread, when the work is done, or with the error that keeps it from being done. `then` must
+    /// not block.
+    pub(crate) fn then(mut self, then: impl FnOnce(Result<(), GpuError>) + Send + 'static) {
+        if let Some(event) = self.event.take() {
+            self.gpu.send(Order::After { event, stream: self.stream, then: Box::new(then) });
+        }
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        if let Some(event) = self.event.take() {
+            self.gpu.send(Order::After { event, stream: self.stream, then: Box::new(|_| ()) });
+        }
     }
 }

@@ -6,3 +6,4 @@ mod plans;
 mod pullers;
 mod pulls;
 mod sessions;
+mod staging;

@@ -6,7 +6,8 @@ use kvferry::{BlockId, Config, Consumer, Ended, GroupId, LaneKind, LocalBlocks, 
 
 use super::{
     producer::offered_blocks,
-    spec::{READER_RAILS, SOON, Spec, rails, tls},
+    role::pool_on_gpu,
+    spec::{READER_RAILS, SOON, Spec, on_gpu, rails, tls},
 };
 use crate::pattern::Check;
 
@@ -30,10 +31,10 @@ pub fn consumer(spec: &Spec, mut config: Config) -> Consumer {
     }
     config.tcp.checksum |= spec.checksum;
     config.tls = config.tls.or_else(tls);
-    Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), spec.layout())
-        .config(config)
-        .build()
-        .expect("a consumer starts")
+    let layout = spec.layout();
+    let builder = Consumer::builder("decode".parse().expect("an id"), spec.kv_model(), layout.clone()).config(config);
+    let builder = if on_gpu().1 { builder.memory(pool_on_gpu(&layout)) } else { builder };
+    builder.build().expect("a consumer starts")
 }
 
 /// Local blocks for the positions from 0 on.

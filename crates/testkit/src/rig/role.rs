@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry::{BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, Producer, Ready, SealKey};
+use kvferry::{
+    BlockId, Config, GroupId, LaneKind, Memory, OfferGroup, OfferId, OfferSpec, PoolLayout, Producer, Ready, SealKey,
+};
 
 use super::{
     producer::{Heard, ROLE, Say},
@@ -25,6 +27,16 @@ fn when(ready: bool) -> Ready {
     if ready { Ready::Now } else { Ready::Later }
 }
 
+#[cfg(feature = "gpu")]
+pub(super) fn pool_on_gpu(layout: &PoolLayout) -> Memory {
+    crate::gpu::memory(layout)
+}
+
+#[cfg(not(feature = "gpu"))]
+pub(super) fn pool_on_gpu(_: &PoolLayout) -> Memory {
+    panic!("this build has no GPU memory in tests")
+}
+
 /// Does the work of a producer if this process was started as one, and then does not return. Tests call it in a test
 /// named `role`, benchmarks at the start of `main`.
 pub fn play() {
@@ -32,7 +44,13 @@ pub fn play() {
     let spec: Spec = serde_json::from_str(&spec).expect("a spec");
     let started = Instant::now();
     let layout = spec.layout();
-    let memory = if spec.engine_memory { Memory::anonymous(&layout.segments) } else { Memory::alloc(&layout.segments) };
+    let memory = if spec.gpu {
+        Ok(pool_on_gpu(&layout))
+    } else if spec.engine_memory {
+        Memory::anonymous(&layout.segments)
+    } else {
+        Memory::alloc(&layout.segments)
+    };
     let mut config = Config::default();
     config.lease.unclaimed = Duration::from_millis(spec.unclaimed_ms);
     config.lease.claimed = Duration::from_millis(spec.claimed_ms);

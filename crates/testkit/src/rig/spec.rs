@@ -34,6 +34,21 @@ pub(super) fn tls() -> Option<TlsConfig> {
     Some(tls)
 }
 
+/// Environment variable that puts the pools of tests into GPU memory: `gpu` those of both sides, `gpu-to-host` and
+/// `host-to-gpu` one of them.
+const MEMORY: &str = "KVFERRY_TEST_MEMORY";
+
+/// Whether the pools of producers, and those of consumers, are GPU memory.
+pub(super) fn on_gpu() -> (bool, bool) {
+    match std::env::var(MEMORY).as_deref() {
+        Ok("gpu") => (true, true),
+        Ok("gpu-to-host") => (true, false),
+        Ok("host-to-gpu") => (false, true),
+        Ok(other) => panic!("{MEMORY} is {other:?}: it must be gpu, gpu-to-host or host-to-gpu"),
+        Err(_) => (false, false),
+    }
+}
+
 pub(super) fn rails(of: &str) -> Vec<String> {
     std::env::var(of).map(|v| v.split(',').map(String::from).collect()).unwrap_or_default()
 }
@@ -63,6 +78,8 @@ pub struct Spec {
     pub seal: Option<String>,
     /// Most sessions of one peer; `None`: the default.
     pub sessions_per_peer: Option<usize>,
+    /// The producer's pool is GPU memory.
+    pub gpu: bool,
 }
 
 impl Default for Spec {
@@ -86,6 +103,7 @@ impl Default for Spec {
             early_grace_ms: 2_000,
             seal: None,
             sessions_per_peer: None,
+            gpu: on_gpu().0,
         }
     }
 }

@@ -124,6 +124,7 @@ impl Lane for VerbsLane {
         self.tend_rails(now);
         self.post_lost();
         self.conclude_fences();
+        self.advance_flushes(now);
         out.append(&mut self.pending);
     }
 }
@@ -148,6 +149,9 @@ impl WakingLane for VerbsLane {
         let any = self.reap(now, &mut seen);
         self.pending = seen;
         if any || self.fences.any_complete() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.flushes.as_ref().is_some_and(|f| !f.may_sleep()) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let until = self.paths.iter().filter_map(Path::until).min();

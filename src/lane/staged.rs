@@ -1,0 +1,192 @@
+//! The lane into GPU memory that sockets and NICs cannot write: any lane, into a pinned ring in host memory, and copies from
+//! there into the pool.
+//!
+//! [`Staged`] decides what is copied when, and what counts; the simulation runs it too. This file gives it the GPU's queue, a
+//! clock for the end of copies, and a descriptor to sleep on.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kvferry_proto::{
+    Attempt, FenceSlot, Grant, Lane, LaneCaps, LaneEvent, Read,
+    staging::{Copier, Finished, Ring, Staged, StagedCopy},
+};
+use rustix::{
+    event::epoll,
+    time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime},
+};
+
+use super::WakingLane;
+use crate::{
+    config::GpuConfig,
+    memory::{
+        Memory,
+        gpu::{CopyQueue, Direction, Gpu, GpuError, Piece, Pinned},
+    },
+};
+
+/// A rank's pinned ring, which all its staged lanes share.
+pub(crate) struct PinnedRing {
+    gpu: Gpu,
+    pool: Memory,
+    memory: Memory,
+    ring: Arc<Ring>,
+    config: GpuConfig,
+    /// Until the last copy has ended: jobs keep it.
+    pinned: Arc<Pinned>,
+}
+
+impl PinnedRing {
+    /// A ring for a pool in GPU memory; `None` for host memory.
+    ///
+    /// # Errors
+    /// The host has no memory for it, or the driver cannot pin it.
+    pub(crate) fn new(pool: &Memory, config: &GpuConfig) -> Result<Option<Self>, GpuError> {
+        let Some(gpu) = pool.gpu().cloned() else { return Ok(None) };
+        let failed = |e: crate::StartError| GpuError::Os { what: "cannot allocate the ring", error: e.to_string() };
+        let memory = Memory::anonymous(&[config.ring]).map_err(failed)?;
+        let pinned = Arc::new(gpu.pin(&memory)?);
+        let ring = Arc::new(Ring::new(config.ring));
+        Ok(Some(Self { gpu, pool: pool.clone(), memory, ring, config: config.clone(), pinned }))
+    }
+
+    /// The ring's memory, into which inner lanes read.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Wraps a lane that reads into [`PinnedRing::memory`].
+    pub(crate) fn stage(&self, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
+        let queue = CopyQueue::new(&self.gpu, self.config.copy)?;
+        let keep = Arc::new((self.pool.clone(), self.memory.clone(), self.pinned.clone()));
+        let copier = RingCopier { queue, ring: self.memory.clone(), pool: self.pool.clone(), keep };
+        StagedLane::new(inner, copier, self.ring.clone(), self.config.copy_bound)
+    }
+}
+
+/// Copies from the ring into the pool.
+struct RingCopier {
+    queue: CopyQueue,
+    ring: Memory,
+    pool: Memory,
+    keep: Arc<(Memory, Memory, Arc<Pinned>)>,
+}
+
+impl Copier for RingCopier {
+    fn submit(&mut self, copies: &[StagedCopy]) -> Option<u64> {
+        let piece =
+            |c: &StagedCopy| Piece::new((&self.ring, 0, c.ring_offset), (&self.pool, c.segment, c.offset), c.len).ok();
+        // Every copy was checked when its read was posted.
+        let pieces = copies.iter().filter_map(piece).collect();
+        self.queue.submit(Direction::ToGpu, pieces, self.keep.clone())
+    }
+
+    fn finished(&mut self) -> Finished {
+        let (up_to, failed) = self.queue.finished();
+        Finished { up_to, failed }
+    }
+}
+
+/// A lane through the ring.
+pub(crate) struct StagedLane {
+    staged: Staged<Box<dyn WakingLane>, RingCopier>,
+    /// The inner lane's descriptor, the queue's and the timer, in one.
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    watched: bool,
+    /// When copies that are still running are given up.
+    give_up: Option<Instant>,
+}
+
+impl StagedLane {
+    fn new(inner: Box<dyn WakingLane>, copier: RingCopier, ring: Arc<Ring>, bound: Duration) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        epoll::add(&epoll, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, copier.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+        let staged = Staged::new(inner, copier, ring, bound);
+        Ok(Self { staged, epoll, timer, watched: false, give_up: None })
+    }
+}
+
+impl Lane for StagedLane {
+    fn caps(&self) -> LaneCaps {
+        self.staged.caps()
+    }
+
+    fn degraded(&self) -> bool {
+        self.staged.degraded()
+    }
+
+    fn begin(&mut self, a: Attempt, grant: Grant) {
+        self.staged.begin(a, grant);
+    }
+
+    fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
+        let pool = &self.staged.copier_mut().pool;
+        let fits = |r: &Read| pool.address(r.dst_segment, r.dst_offset, r.len).is_ok();
+        // The inner lane checks its own end, which is the ring.
+        if !reads.iter().all(fits) {
+            self.staged.refuse(a);
+            return reads.len();
+        }
+        self.staged.post(a, reads)
+    }
+
+    fn post_fence(&mut self, a: Attempt, f: FenceSlot) -> bool {
+        self.staged.post_fence(a, f)
+    }
+
+    fn stop(&mut self, a: Attempt) {
+        self.staged.stop(a);
+    }
+
+    fn kill(&mut self) {
+        self.give_up.get_or_insert_with(|| Instant::now() + self.staged.caps().quiet_bound / 2);
+        self.staged.kill();
+    }
+
+    fn poll(&mut self, out: &mut Vec<LaneEvent>) {
+        self.staged.poll(out);
+        if self.give_up.is_some_and(|t| t <= Instant::now()) && self.staged.copies_outstanding() {
+            // Once: the queue's descriptor tells if they end after all.
+            self.give_up = Some(Instant::now() + Duration::from_secs(86_400));
+            self.staged.wedge();
+            self.staged.poll(out);
+        }
+        // Fails while the timer has not run out.
+        let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+    }
+}
+
+impl WakingLane for StagedLane {
+    fn arm(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        let outstanding = self.staged.copies_outstanding();
+        if self.staged.has_events() || (self.staged.waits_for_room() && !outstanding) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let inner = self.staged.inner_mut().arm()?;
+        let idle = inner.is_none() && !outstanding;
+        if let Some(fd) = inner
+            && !self.watched
+        {
+            epoll::add(&self.epoll, fd, epoll::EventData::new_u64(2), epoll::EventFlags::IN)?;
+            self.watched = true;
+        }
+        if outstanding && !self.staged.copier_mut().queue.about_to_sleep() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if let Some(at) = self.give_up.filter(|_| outstanding) {
+            // Zero would turn the timer off.
+            let left = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+            let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+            timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+        }
+        Ok((!idle).then(|| self.epoll.as_fd()))
+    }
+}

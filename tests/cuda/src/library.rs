@@ -111,7 +111,7 @@ impl Control {
         unsafe { call(device, error, operations) };
     }
 
-    /// While on, no stream operation starts.
+    /// While on, no stream operation starts. Off also cancels `hang_after` of the environment.
     pub fn hang(self, on: bool) {
         let call = symbol!(self, c"kvferry_standin_hang", fn(i32));
         // SAFETY: no pointers.

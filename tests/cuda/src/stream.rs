@@ -82,8 +82,13 @@ pub(crate) fn wake() {
     CHANGE.notify_all();
 }
 
+/// Hangs, or releases all operations. A release cancels a hang that was planned and has not begun.
 pub(crate) fn hang(on: bool) {
-    STATE.lock().hang = on;
+    let mut state = STATE.lock();
+    state.hang = on;
+    if !on {
+        state.hang_after = None;
+    }
     CHANGE.notify_all();
 }
 

@@ -105,6 +105,7 @@ impl Control {
     }
 
     /// After `operations` more data operations of the device its context fails with the sticky `error`; with 0, now.
+    /// Without effect before `cuInit`.
     pub fn raise(self, device: i32, error: i32, operations: u64) {
         let call = symbol!(self, c"kvferry_standin_raise", fn(i32, i32, u64));
         // SAFETY: no pointers.

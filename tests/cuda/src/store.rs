@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::control::knobs;
+use crate::control::{knobs, tally};
 use crate::device::driver;
 use crate::error::{Error, Result};
 
@@ -66,7 +66,21 @@ impl Backing {
         if alias == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Backing { file: Some(file), name: name.to_owned(), ordinal, size, origin, own, alias: alias.cast() })
+        let backing =
+            Backing { file: Some(file), name: name.to_owned(), ordinal, size, origin, own, alias: alias.cast() };
+        if let Some(counter) = backing.counter() {
+            counter.fetch_add(1, Relaxed);
+        }
+        Ok(backing)
+    }
+
+    /// Counts it while it lives. Memory of `cuMemAlloc` is counted by its address instead.
+    fn counter(&self) -> Option<&'static AtomicU64> {
+        match self.origin {
+            Origin::Alloc => None,
+            Origin::Create { .. } if self.own => Some(&tally().physical),
+            Origin::Create { .. } => Some(&tally().imports),
+        }
     }
 
     /// The bytes at `offset`, for accesses that stay below `size` while the value lives.
@@ -97,6 +111,9 @@ impl Backing {
 
 impl Drop for Backing {
     fn drop(&mut self) {
+        if let Some(counter) = self.counter() {
+            counter.fetch_sub(1, Relaxed);
+        }
         // SAFETY: the mapping that `new` made; nothing refers to it after the last owner.
         unsafe { libc::munmap(self.alias.cast(), self.size as usize) };
         self.file = None;

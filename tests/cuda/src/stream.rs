@@ -192,7 +192,6 @@ pub(crate) fn submit(handle: usize, work: Work) -> Result<Position> {
     while state.hang_calls {
         CHANGE.wait(&mut state);
     }
-    let default = state.tail(default_of(device));
     let queue = state.open(id)?;
     queue.device.healthy()?;
     if let Some(capture) = &queue.capture {
@@ -203,7 +202,7 @@ pub(crate) fn submit(handle: usize, work: Work) -> Result<Position> {
     let after = if id == default_of(device) {
         state.tails(|q| q.blocking && q.device.ordinal == device.ordinal)
     } else if blocking {
-        default.into_iter().collect()
+        state.tail(default_of(owner)).into_iter().collect()
     } else {
         Vec::new()
     };

@@ -1,8 +1,8 @@
 //! Physical device memory: one file for each allocation, in a folder that processes can share.
 //!
-//! A process holds an allocation by a shared `flock` on an open file description of it. The kernel releases the lock when
-//! the last process that holds the description ends, also after `kill -9`. So memory is in use exactly while somebody
-//! holds its file, and a file that nobody holds is deleted.
+//! A process holds an allocation by a shared `flock` on an open file description of it. The kernel releases the lock
+//! when the last process that holds the description ends, also after `kill -9`. So memory is in use exactly while
+//! somebody holds its file, and a file that nobody holds is deleted.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -1,7 +1,7 @@
 //! Streams: queues of operations that run later, in order, each on the thread of its stream.
 //!
-//! An operation reads its sources when it runs. So a source that is reused early, or a missing wait, shows as wrong bytes.
-//! Streams run at the same time, except that the default stream waits for blocking streams and they for it.
+//! An operation reads its sources when it runs. So a source that is reused early, or a missing wait, shows as wrong
+//! bytes. Streams run at the same time, except that the default stream waits for blocking streams and they for it.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};

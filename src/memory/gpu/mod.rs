@@ -30,6 +30,8 @@ mod pipe;
 mod pointer;
 #[cfg(feature = "cuda")]
 mod share;
+#[cfg(all(test, feature = "cuda"))]
+pub(crate) mod testing;
 #[cfg(feature = "cuda")]
 mod thread;
 

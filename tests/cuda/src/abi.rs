@@ -9,8 +9,9 @@ use crate::control::tally;
 use crate::error::{Error, Result};
 use crate::{capture, context, device};
 
-/// A pointer that a C caller passes for a result. It exists only as a parameter of an exported function, or inside
-/// an array that such a parameter points to, so it is null or points to writable memory for `T`s: that is the driver's contract with its callers.
+/// A pointer that a C caller passes for a result. It exists only as a parameter of an exported function, or inside an
+/// array that such a parameter points to, so it is null or points to writable memory for `T`s: that is the driver's
+/// contract with its callers.
 #[repr(transparent)]
 pub(crate) struct Out<T>(*mut T);
 

@@ -1,8 +1,8 @@
 //! Modules, and the one kernel: `kvferry_copy` copies entries of `{u64 source, u64 target, u64 length}`.
 //!
 //! The kernel reads its list when it runs. It faults where the real one does: on addresses or lengths that are not
-//! multiples of 16, and on memory that the device does not see. Its entries run last to first: a real kernel promises no
-//! order among them.
+//! multiples of 16, and on memory that the device does not see. Its entries run last to first: a real kernel promises
+//! no order among them.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;

@@ -1,7 +1,7 @@
 //! A stand-in for NVIDIA's `libcuda`, the CUDA driver API, for tests on machines without a GPU.
 //!
-//! It proves logic and ordering: bounds, lifetimes, stream order, event waits, sharing between processes, and errors. It
-//! proves neither coherence nor speed: its device memory is host memory, and its kernel is a loop of `memcpy`.
+//! It proves logic and ordering: bounds, lifetimes, stream order, event waits, sharing between processes, and errors.
+//! It proves neither coherence nor speed: its device memory is host memory, and its kernel is a loop of `memcpy`.
 //!
 //! The package builds two libraries from this source. Tests link the Rust one and call [`load`], which opens the C one
 //! for the process; [`Control`] reaches the loaded library. The driver's state in the linked copy is never used, and an

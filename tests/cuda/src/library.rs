@@ -105,13 +105,14 @@ impl Control {
     }
 
     /// After `operations` more data operations of the device its context fails with the sticky `error`; with 0, now.
+    /// Without effect before `cuInit`.
     pub fn raise(self, device: i32, error: i32, operations: u64) {
         let call = symbol!(self, c"kvferry_standin_raise", fn(i32, i32, u64));
         // SAFETY: no pointers.
         unsafe { call(device, error, operations) };
     }
 
-    /// While on, no stream operation starts.
+    /// While on, no stream operation starts. Off also cancels `hang_after` of the environment.
     pub fn hang(self, on: bool) {
         let call = symbol!(self, c"kvferry_standin_hang", fn(i32));
         // SAFETY: no pointers.

@@ -147,8 +147,8 @@ impl Space {
     }
 }
 
-/// The bytes behind `len` bytes of device memory at `address`. The range must lie in one allocation, or in mappings that
-/// follow each other.
+/// The bytes behind `len` bytes of device memory at `address`. The range must lie in one allocation, or in mappings
+/// that follow each other.
 pub(crate) fn resolve(address: u64, len: u64, access: Access) -> Result<Vec<Piece>> {
     let space = lock();
     let regions = space.cover(address, len)?;

@@ -1,10 +1,9 @@
 //! Physical device memory: one file for each allocation, in a folder that processes can share.
 //!
-//! A process holds an allocation by a shared `flock` on an open file description of it. The kernel releases the lock when
-//! the last process that holds the description ends, also after `kill -9`. So memory is in use exactly while somebody
-//! holds its file, and a file that nobody holds is deleted.
+//! A process holds an allocation by a shared `flock` on an open file description of it. The kernel releases the lock
+//! when the last process that holds the description ends, also after `kill -9`. So memory is in use exactly while
+//! somebody holds its file, and a file that nobody holds is deleted.
 
-use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -14,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::control::knobs;
+use crate::control::{knobs, tally};
 use crate::device::driver;
 use crate::error::{Error, Result};
 
@@ -67,7 +66,21 @@ impl Backing {
         if alias == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Backing { file: Some(file), name: name.to_owned(), ordinal, size, origin, own, alias: alias.cast() })
+        let backing =
+            Backing { file: Some(file), name: name.to_owned(), ordinal, size, origin, own, alias: alias.cast() };
+        if let Some(counter) = backing.counter() {
+            counter.fetch_add(1, Relaxed);
+        }
+        Ok(backing)
+    }
+
+    /// Counts it while it lives. Memory of `cuMemAlloc` is counted by its address instead.
+    fn counter(&self) -> Option<&'static AtomicU64> {
+        match self.origin {
+            Origin::Alloc => None,
+            Origin::Create { .. } if self.own => Some(&tally().physical),
+            Origin::Create { .. } => Some(&tally().imports),
+        }
     }
 
     /// The bytes at `offset`, for accesses that stay below `size` while the value lives.
@@ -98,6 +111,9 @@ impl Backing {
 
 impl Drop for Backing {
     fn drop(&mut self) {
+        if let Some(counter) = self.counter() {
+            counter.fetch_sub(1, Relaxed);
+        }
         // SAFETY: the mapping that `new` made; nothing refers to it after the last owner.
         unsafe { libc::munmap(self.alias.cast(), self.size as usize) };
         self.file = None;
@@ -127,10 +143,8 @@ impl Store {
                 PathBuf::from(format!("{PRIVATE}{user}-{}", std::process::id()))
             }
         };
-        fs::create_dir_all(&dir)?;
+        let owner = own(&dir)?;
         let dir = dir.canonicalize()?;
-        let owner = open_or_create(&dir.join("owner"))?;
-        lock(&owner, libc::LOCK_SH)?;
         if private {
             // SAFETY: a function without arguments that the library keeps until the process ends.
             unsafe { libc::atexit(remove_private) };
@@ -312,14 +326,34 @@ extern "C" fn remove_private() {
     let _ = fs::remove_dir_all(&driver.store.dir);
 }
 
+/// Creates the folder, and holds it against `remove_leftovers` of other processes.
+fn own(dir: &Path) -> io::Result<File> {
+    loop {
+        fs::create_dir_all(dir)?;
+        let path = dir.join("owner");
+        let owner = match open_or_create(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened?,
+        };
+        lock(&owner, libc::LOCK_SH)?;
+        // A removal may have come between the creation and the lock.
+        if fs::metadata(&path).is_ok_and(|m| owner.metadata().is_ok_and(|own| own.ino() == m.ino())) {
+            return Ok(owner);
+        }
+    }
+}
+
 /// Removes private folders of processes that were killed.
 fn remove_leftovers() {
     let Ok(entries) = fs::read_dir("/dev/shm") else { return };
     for entry in entries.flatten() {
         let path = entry.path();
-        let ours =
-            CString::new(path.as_os_str().as_bytes()).is_ok_and(|p| p.to_bytes().starts_with(PRIVATE.as_bytes()));
-        if ours && held(&path.join("owner")).is_ok_and(|held| !held) {
+        if !path.as_os_str().as_bytes().starts_with(PRIVATE.as_bytes()) {
+            continue;
+        }
+        // The lock stays until the folder is gone, so that a new owner of the same name waits.
+        let Ok(owner) = File::open(path.join("owner")) else { continue };
+        if lock(&owner, libc::LOCK_EX | libc::LOCK_NB).is_ok() {
             let _ = fs::remove_dir_all(&path);
         }
     }

@@ -1,7 +1,7 @@
 //! Streams: queues of operations that run later, in order, each on the thread of its stream.
 //!
-//! An operation reads its sources when it runs. So a source that is reused early, or a missing wait, shows as wrong bytes.
-//! Streams run at the same time, except that the default stream waits for blocking streams and they for it.
+//! An operation reads its sources when it runs. So a source that is reused early, or a missing wait, shows as wrong
+//! bytes. Streams run at the same time, except that the default stream waits for blocking streams and they for it.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -82,8 +82,13 @@ pub(crate) fn wake() {
     CHANGE.notify_all();
 }
 
+/// Hangs, or releases all operations. A release cancels a hang that was planned and has not begun.
 pub(crate) fn hang(on: bool) {
-    STATE.lock().hang = on;
+    let mut state = STATE.lock();
+    state.hang = on;
+    if !on {
+        state.hang_after = None;
+    }
     CHANGE.notify_all();
 }
 
@@ -187,7 +192,6 @@ pub(crate) fn submit(handle: usize, work: Work) -> Result<Position> {
     while state.hang_calls {
         CHANGE.wait(&mut state);
     }
-    let default = state.tail(default_of(device));
     let queue = state.open(id)?;
     queue.device.healthy()?;
     if let Some(capture) = &queue.capture {
@@ -198,7 +202,7 @@ pub(crate) fn submit(handle: usize, work: Work) -> Result<Position> {
     let after = if id == default_of(device) {
         state.tails(|q| q.blocking && q.device.ordinal == device.ordinal)
     } else if blocking {
-        default.into_iter().collect()
+        state.tail(default_of(owner)).into_iter().collect()
     } else {
         Vec::new()
     };

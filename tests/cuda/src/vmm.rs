@@ -55,14 +55,6 @@ fn backing(handle: u64) -> Result<Arc<Backing>> {
     HANDLES.lock().get(&handle).map(|h| h.backing.clone()).ok_or(Error::INVALID_VALUE)
 }
 
-/// Drops a reference to physical memory, and counts it when it was the last one of this process.
-fn forget(backing: Arc<Backing>) {
-    let counter = if backing.own { &tally().physical } else { &tally().imports };
-    if Arc::into_inner(backing).is_some() {
-        counter.fetch_sub(1, Relaxed);
-    }
-}
-
 fn map(address: u64, size: u64, handle: u64) -> Result {
     let backing = backing(handle)?;
     let end = address.checked_add(whole(size)?).ok_or(Error::INVALID_VALUE)?;
@@ -94,7 +86,6 @@ fn unmap(address: u64, size: u64) -> Result {
     let removed: Vec<Region> = bases.iter().filter_map(|base| space.regions.remove(base)).collect();
     drop(space);
     tally().mappings.fetch_sub(removed.len() as u64, Relaxed);
-    removed.into_iter().for_each(|region| forget(region.backing));
     Ok(())
 }
 
@@ -122,7 +113,7 @@ fn release(handle: u64) -> Result {
     if held.count == 0 {
         let removed = handles.remove(&handle);
         drop(handles);
-        removed.into_iter().for_each(|h| forget(h.backing));
+        drop(removed);
     }
     Ok(())
 }
@@ -187,7 +178,6 @@ api! {
         }
         let origin = Origin::Create { handle_types: prop.handle_types, rdma_capable: prop.rdma_capable != 0 };
         let backing = driver()?.store.create(ordinal, size, origin, driver()?.settings.memory)?;
-        tally().physical.fetch_add(1, Relaxed);
         handle.put(insert(backing))
     }
 
@@ -256,7 +246,6 @@ api! {
             return Err(Error::INVALID_VALUE);
         }
         driver()?.device(backing.ordinal)?;
-        tally().imports.fetch_add(1, Relaxed);
         handle.put(insert(backing))
     }
 }

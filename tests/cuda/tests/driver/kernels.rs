@@ -87,3 +87,30 @@ fn a_driver_without_compiler_loads_no_module() {
         cu!(cuModuleLoadData(&mut std::ptr::null_mut(), PTX.as_ptr().cast()) => 221);
     });
 }
+
+#[test]
+fn a_kernel_touches_memory_of_a_peer_only_when_allowed() {
+    alone("kernels::a_kernel_touches_memory_of_a_peer_only_when_allowed", "devices=2", || {
+        begin();
+        let near = alloc(64);
+        let list = alloc(24);
+        let peer = set_context(1);
+        let far = alloc(64);
+        set_context(0);
+        upload(list, &[far, near, 64].map(u64::to_le_bytes).concat());
+        let (function, stream) = (load(), stream());
+        cu!(cuCtxEnablePeerAccess(peer, 0));
+        cu!(cuCtxEnablePeerAccess(peer, 0) => 704);
+        launch(function, list, 1, stream);
+        cu!(cuStreamSynchronize(stream));
+        // The other way round nobody has allowed it.
+        cu!(cuCtxSetCurrent(peer));
+        let list = alloc(24);
+        upload(list, &[far, near, 64].map(u64::to_le_bytes).concat());
+        let (function, stream) = (load(), crate::rig::stream());
+        launch(function, list, 1, stream);
+        cu!(cuStreamSynchronize(stream) => 700);
+        set_context(0);
+        cu!(cuCtxSynchronize());
+    });
+}

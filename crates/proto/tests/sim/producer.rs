@@ -193,6 +193,7 @@ impl World {
             addr: p,
             alive: true,
             stopped: false,
+            died: 0,
             memory: layout.zeroed(),
             words: Vec::new(),
         });

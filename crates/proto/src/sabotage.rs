@@ -40,6 +40,15 @@ pub enum Bug {
     QuietBeforeCopied,
     /// Copies of a failed device count as finished.
     FailedCopyCounts,
+    /// The list of a copy job is overwritten by the next one's before the job has run. Planted in the simulation's copier: the
+    /// real one is in another crate, as are the lanes and producers of the next three.
+    CopyListReused,
+    /// An offer is readable before the device has written its blocks. Planted in the simulation's producer.
+    ReadyBeforeEvent,
+    /// A lane that writes GPU memory directly fences a chunk without a flush. Planted in the simulation's lane.
+    FlushSkipped,
+    /// A lane keeps the mapping of its peer's memory after it went down. Planted in the simulation's lane.
+    MappedAfterDown,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]
@@ -50,7 +59,7 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 11] = [
+        pub const ALL: [Bug; 19] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
@@ -62,6 +71,14 @@ mod planting {
             Bug::OrderTrusted,
             Bug::TokenIgnored,
             Bug::ListFromElsewhere,
+            Bug::DoneBeforeCopied,
+            Bug::SlotReusedEarly,
+            Bug::QuietBeforeCopied,
+            Bug::FailedCopyCounts,
+            Bug::CopyListReused,
+            Bug::ReadyBeforeEvent,
+            Bug::FlushSkipped,
+            Bug::MappedAfterDown,
         ];
     }
 

@@ -5,6 +5,7 @@
 //! the inner lane is quiet and none of its copies is running (promise *quiet*: a copy cannot be cancelled). Does no I/O and
 //! reads no clock: the wrapper of a real lane sleeps, and calls [`Staged::wedge`] in time.
 
+mod attempt;
 mod batch;
 mod copier;
 mod ring;
@@ -20,7 +21,10 @@ use crate::{
     sabotage::{Bug, planted},
 };
 
-use self::batch::{Batches, Verdict};
+use self::{
+    attempt::{AttemptState, Job},
+    batch::{Batches, Verdict},
+};
 pub use self::{
     copier::{Copier, Finished, StagedCopy},
     ring::Ring,
@@ -28,30 +32,6 @@ pub use self::{
 
 /// Start of each read in a slot, in bytes: the alignment of the widest load of a copy kernel.
 const ALIGN: u64 = 16;
-
-/// A job that is not finished.
-struct Job {
-    ticket: u64,
-    attempt: Attempt,
-    batch: usize,
-    reads: u32,
-    slots: Vec<u32>,
-}
-
-/// An attempt that is not quiet.
-struct AttemptState {
-    nonce: u64,
-    /// `Failed` of it is out.
-    failed: bool,
-    /// Nothing of it is posted or submitted any more.
-    closed: bool,
-    /// The inner lane writes no slot of it any more.
-    inner_quiet: bool,
-    /// Jobs that are not finished.
-    jobs: u32,
-    /// Slots of finished jobs, kept until the inner lane is quiet: the attempt failed or was stopped.
-    kept: Vec<u32>,
-}
 
 /// A lane that reads through a ring.
 pub struct Staged<L, C> {
@@ -449,17 +429,7 @@ impl<L: Lane, C: Copier> Lane for Staged<L, C> {
             self.pending.push(LaneEvent::Quiet { attempt: a });
             return;
         }
-        self.attempts.insert(
-            a,
-            AttemptState {
-                nonce: grant.nonce.get(),
-                failed: false,
-                closed: false,
-                inner_quiet: false,
-                jobs: 0,
-                kept: Vec::new(),
-            },
-        );
+        self.attempts.insert(a, AttemptState::new(grant));
         self.inner.begin(a, grant);
     }
 

@@ -113,7 +113,7 @@ pub(super) fn unordered(gpu: &Gpu) -> Result<(), String> {
 
 /// Fences whose chunks count once the NIC's writes are flushed.
 #[derive(Debug)]
-pub(super) struct Flushes {
+pub(crate) struct Flushes {
     queue: CopyQueue,
     /// Events that no flush was submitted for.
     fresh: Vec<LaneEvent>,

@@ -182,6 +182,26 @@ fn record_here(lib: &Library, stream: CUstream) -> Result<CUevent, GpuError> {
     recorded.map(|()| event)
 }
 
+/// Runs `work` with a primary context that is in use already: of a GPU that holds memory of this process. Creates none.
+pub(super) fn in_active<T>(lib: &'static Library, work: impl FnOnce() -> Result<T, GpuError>) -> Result<T, GpuError> {
+    for ordinal in 0..count(lib)? {
+        let (mut flags, mut active) = (0, 0);
+        // SAFETY: the device exists; the function writes two numbers.
+        let code = unsafe { (lib.cuDevicePrimaryCtxGetState)(device(lib, ordinal)?, &mut flags, &mut active) };
+        if code == 0 && active != 0 {
+            let context = Context::borrow(lib, ordinal)?;
+            // SAFETY: the context is retained.
+            lib.check("cuCtxPushCurrent", unsafe { (lib.cuCtxPushCurrent_v2)(context.raw) })?;
+            let done = work();
+            let mut popped: CUcontext = std::ptr::null_mut();
+            // SAFETY: the context was pushed above.
+            let _ = unsafe { (lib.cuCtxPopCurrent_v2)(&mut popped) };
+            return done;
+        }
+    }
+    work()
+}
+
 impl Context {
     /// Retains the primary context without making it current.
     fn borrow(lib: &'static Library, ordinal: u32) -> Result<Self, GpuError> {

@@ -80,6 +80,7 @@ functions! {
         cuDeviceGetPCIBusId: fn(*mut c_char, c_int, CUdevice);
         cuDevicePrimaryCtxRetain: fn(*mut CUcontext, CUdevice);
         cuDevicePrimaryCtxRelease_v2: fn(CUdevice);
+        cuDevicePrimaryCtxGetState: fn(CUdevice, *mut c_uint, *mut c_int);
         cuCtxSetCurrent: fn(CUcontext);
         cuCtxPushCurrent_v2: fn(CUcontext);
         cuCtxPopCurrent_v2: fn(*mut CUcontext);

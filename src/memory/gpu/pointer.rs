@@ -5,12 +5,16 @@ use std::ffi::c_void;
 use cudarc::driver::sys::{CUcontext, CUpointer_attribute as Attribute};
 
 use super::{
+    context,
     error::GpuError,
     library::{self, Library},
 };
 
 /// CU_MEMORYTYPE_DEVICE.
 const DEVICE: u32 = 2;
+
+/// CUDA_ERROR_INVALID_CONTEXT: the calling thread has no current context.
+const INVALID_CONTEXT: u32 = 201;
 
 /// What lies at an address.
 struct Found {
@@ -71,7 +75,11 @@ pub(super) struct Extent {
 
 /// The GPU that holds an address.
 pub(super) fn ordinal(segment: usize, address: u64, len: u64) -> Result<u32, GpuError> {
-    let found = look(library::init()?, address)?;
+    let lib = library::init()?;
+    let found = match look(lib, address) {
+        Err(GpuError::Call { code: INVALID_CONTEXT, .. }) => context::in_active(lib, || look(lib, address))?,
+        found => found?,
+    };
     kind(&found).map_err(|why| GpuError::NotGpuMemory { segment, address, len, why: why.into() })?;
     Ok(found.ordinal.max(0) as u32)
 }

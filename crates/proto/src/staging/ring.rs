@@ -31,7 +31,12 @@ impl Ring {
     pub fn new(bytes: u64) -> Self {
         let slot_bytes = (bytes / SLOTS / UNIT * UNIT).max(UNIT);
         // Below 2 * SLOTS, because of the rounding.
-        let slots = (bytes / slot_bytes) as u32;
+        Self::with_slots((bytes / slot_bytes) as u32, slot_bytes)
+    }
+
+    /// A ring of `slots` slots of `slot_bytes` bytes each, a multiple of 16. For simulations: a slot of less than 64 KiB costs
+    /// more in copy jobs than it saves in memory.
+    pub fn with_slots(slots: u32, slot_bytes: u64) -> Self {
         let free = Mutex::new(Free { slots: (0..slots).rev().collect(), lost: 0 });
         Self { slot_bytes, slots: slots as usize, free }
     }

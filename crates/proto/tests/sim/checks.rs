@@ -268,6 +268,10 @@ impl World {
             self.broken(Promise::LeakFree, what);
         }
         self.check_pending();
+        let pinned = self.fabric.get().pinned(self.weather.quiet_bound.1 + 2 * SLACK);
+        if let Some(what) = pinned {
+            self.broken(Promise::LeakFree, what);
+        }
         if self.calm.is_some() && self.healing == 0 {
             self.check_end(live);
         }
@@ -314,6 +318,14 @@ impl World {
                 self.broken(Promise::LeakFree, what);
             }
         }
+        for (c, p) in self.consumers.iter().enumerate().filter_map(|(c, k)| Some((c, k.process.as_ref()?))) {
+            if let Some(ring) = p.gpu.as_ref().map(|gpu| &gpu.ring)
+                && p.pulls.values().all(|p| p.ended)
+                && ring.free() + ring.lost() != ring.slots()
+            {
+                self.broken(Promise::LeakFree, format!("consumer {c} leaks slots: {ring:?}"));
+            }
+        }
         let mut wedged = 0;
         for (c, p) in self.consumers.iter().enumerate().filter_map(|(c, k)| Some((c, k.process.as_ref()?))) {
             let held: usize = p.pulls.values().filter(|p| !p.ended).map(|p| p.blocks()).sum();
@@ -349,7 +361,7 @@ impl World {
                 format!("pull {id} of consumer {c} has not decided {} us past its deadline", self.now - p.deadline);
             self.broken(Promise::Timely, what);
         }
-        let bound = 2 * self.weather.quiet_bound.1 + 2 * SLACK;
+        let bound = 2 * (self.weather.quiet_bound.1 + self.weather.copy_bound) + 2 * SLACK;
         let open =
             p.pulls.iter().find(|(_, p)| !p.ended && !p.wedged && p.decided.is_some_and(|t| self.now > t + bound));
         let told = self.knows_of_a_death(p).or_else(|| self.waits_for_a_stopped_process(p));
@@ -519,12 +531,14 @@ impl World {
         if bad.is_none() && report != (said_loaded, said_invalid) {
             bad = Some((Promise::Exact, "reports other blocks than positions".into()));
         }
+        let device = process.device_lost(&fabric).then_some("its device or its ring is lost");
         let faults = fabric.faults.get(&(process.local, id)).copied().unwrap_or(0);
         let excused = fabric.excused.get(&(process.local, id)).copied();
         drop(fabric);
         let excuse = pull
             .excused
             .or(excused)
+            .or(device)
             .or(request.excused)
             .or((!self.weather.sure_network()).then_some("the network"))
             .or(self.weather.tight.then_some("tight limits"))

@@ -8,16 +8,17 @@ use std::{
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader,
+    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, Lane, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader,
     Release, Shard, Token,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,
     session::{self, PeerSession},
+    staging::Ring,
 };
 
 use crate::{
-    lane::SimLane,
+    fabric::Fabric,
     memory::{Layout, LocalMem, Part},
     trace::{Micros, Promise},
     world::{Event, World, say},
@@ -37,22 +38,34 @@ pub(crate) struct Consumer {
 /// One process life of a decode rank.
 pub(crate) struct Process {
     pub me: PeerId,
-    pub puller: Puller<SimLane>,
+    pub puller: Puller<Box<dyn Lane>>,
     pub sessions: BTreeMap<usize, Session>,
     pub quarantine: Quarantine,
     pub layout: Layout,
     /// Its number in the fabric.
     pub local: usize,
+    /// Set if its memory is GPU memory.
+    pub gpu: Option<Gpu>,
     free: Vec<Vec<u32>>,
     pub pulls: BTreeMap<u64, Pull>,
     next_pull: u64,
     drive_sessions: VecDeque<puller::Out>,
-    drive_puller: VecDeque<puller::In<SimLane>>,
+    drive_puller: VecDeque<puller::In<Box<dyn Lane>>>,
     sessions_due: bool,
     puller_due: bool,
     wake_at: Option<Micros>,
     spins: u32,
     closing: bool,
+}
+
+/// GPU memory of a decode rank.
+pub(crate) struct Gpu {
+    /// The ring of its staged lanes.
+    pub ring: Arc<Ring>,
+    /// NICs write it directly.
+    direct: bool,
+    /// Memory of a peer on the same host can be mapped.
+    mapped: bool,
 }
 
 pub(crate) struct Session {
@@ -88,6 +101,14 @@ impl Pull {
     /// Blocks that it holds.
     pub(crate) fn blocks(&self) -> usize {
         self.wanted.iter().map(|w| w.wants().count()).sum()
+    }
+}
+
+impl Process {
+    /// Its device is unusable, or a good part of its ring is lost.
+    pub(crate) fn device_lost(&self, fabric: &Fabric) -> bool {
+        let ring = self.gpu.as_ref().map(|gpu| &gpu.ring);
+        fabric.locals[self.local].dead_device || ring.is_some_and(|r| r.lost() * 4 > r.slots())
     }
 }
 
@@ -146,9 +167,24 @@ impl World {
             rank: self.consumers[c].rank,
             incarnation: self.incarnation(),
         };
+        let gpu = self.weather.gpu;
+        let gpu = self.rng.chance(gpu).then(|| Gpu {
+            // Few slots, or slots that are shorter than most chunks, so that chunks are read in several batches.
+            ring: Arc::new(if self.rng.chance(400) {
+                Ring::with_slots(self.rng.between(8, 16) as u32, 16 * self.rng.between(5, 20))
+            } else {
+                Ring::with_slots(self.rng.between(16, 64) as u32, 16 * self.rng.between(6, 60))
+            }),
+            direct: self.rng.chance(400),
+            mapped: self.rng.chance(400),
+        });
         let mut fabric = self.fabric.get();
         let local = fabric.locals.len();
         fabric.locals.push(LocalMem::new(&shape, &layout));
+        if let Some(gpu) = &gpu {
+            let words = gpu.ring.slots() * gpu.ring.slot_bytes() as usize / 8;
+            fabric.locals[local].ring = vec![(0, (usize::MAX, 0)); words];
+        }
         drop(fabric);
         say!(self, "consumer {c} starts as {}", me.incarnation);
         self.consumers[c].life += 1;
@@ -157,6 +193,7 @@ impl World {
             sessions: BTreeMap::new(),
             quarantine: Quarantine::new(&layout.pool),
             local,
+            gpu,
             free: shape.groups.iter().map(|_| (0..64).rev().collect()).collect(),
             pulls: BTreeMap::new(),
             next_pull: 1,

@@ -5,6 +5,7 @@
 //! `Quiet`, and everything may be stored until then. The checks that belong to a store are made here.
 
 mod calls;
+mod copies;
 mod reads;
 mod state;
 mod teardown;
@@ -16,6 +17,7 @@ use std::{
 
 use kvferry_proto::{Attempt, Cause, FenceKind, LaneCaps, LaneEvent};
 
+pub(crate) use self::state::Path;
 use self::state::{DeadMode, LaneCore, LaneState};
 use crate::{
     memory::{LocalMem, ProcMem},
@@ -36,6 +38,14 @@ enum Task {
     Down(usize),
     /// After `Down`: cancels the rest, and becomes quiet.
     Cleanup(usize),
+    /// A copy job of a staged lane writes local memory.
+    Copy(usize, u64),
+    /// It is reported as finished.
+    Copied(usize, u64),
+    /// A killed lane's copies have had their time.
+    Overdue(usize),
+    /// Words of a lane that writes GPU memory directly become visible without a flush.
+    Visible(usize),
 }
 
 /// Memory and lanes of a seed.
@@ -64,6 +74,9 @@ pub(crate) struct Fabric {
     /// The world is being taken down.
     pub closing: bool,
     pub reads: u64,
+    pub copies: u64,
+    pub copiers_failed: u64,
+    pub copies_wedged: u64,
 }
 
 macro_rules! note {
@@ -98,6 +111,9 @@ impl Fabric {
             trace: Trace::default(),
             closing: false,
             reads: 0,
+            copies: 0,
+            copiers_failed: 0,
+            copies_wedged: 0,
         }
     }
 
@@ -133,19 +149,25 @@ impl Fabric {
                 }
             }
             Task::Cleanup(l) => self.cleanup(l),
+            Task::Copy(l, ticket) => self.copy(l, ticket),
+            Task::Copied(l, ticket) => self.copied(l, ticket),
+            Task::Overdue(l) => self.ready.push(self.lanes[l].local),
+            Task::Visible(l) => self.flush(l),
         }
     }
 
-    pub(crate) fn new_lane(&mut self, local: usize, proc: usize, caps: LaneCaps) -> usize {
+    pub(crate) fn new_lane(&mut self, local: usize, proc: usize, caps: LaneCaps, path: Path) -> usize {
         // A narrow lane is quick, so that a pull of this size takes about 100 ms.
         let narrow = if self.luck.latency.1 < 200 { 1 } else { 4 };
         let window = self.rng.tail(narrow, 12, 64) as usize;
         let dead_mode = match caps.fence {
+            // It hears of its peer's death from the system.
+            _ if path == Path::Mapped => DeadMode::Fails,
             FenceKind::Posted if self.rng.chance(200) => DeadMode::Other,
             _ if self.rng.chance(300) => DeadMode::Hangs,
             _ => DeadMode::Fails,
         };
-        self.lanes.push(LaneCore::new(local, proc, caps, window, dead_mode));
+        self.lanes.push(LaneCore::new(local, proc, caps, window, dead_mode, path));
         self.lanes.len() - 1
     }
 
@@ -180,6 +202,7 @@ impl Fabric {
     pub(crate) fn proc_died(&mut self, proc: usize) {
         self.procs[proc].alive = false;
         self.procs[proc].stopped = false;
+        self.procs[proc].died = self.now;
         for l in 0..self.lanes.len() {
             if self.lanes[l].proc == proc
                 && self.lanes[l].state == LaneState::Up
@@ -212,6 +235,7 @@ impl Fabric {
     /// The faults are over: operations that hung fail now, and streams that make no progress break.
     pub(crate) fn calm(&mut self, luck: LaneLuck) {
         self.luck = luck;
+        self.resume_copies();
         for l in 0..self.lanes.len() {
             if self.lanes[l].state != LaneState::Up || !self.locals[self.lanes[l].local].alive {
                 continue;

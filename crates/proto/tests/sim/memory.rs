@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use kvferry_proto::{BlockId, Group, GroupId, GroupKind, PoolLayout, Region, Shard};
+use kvferry_proto::{BlockId, Group, GroupId, GroupKind, PoolLayout, Read, Region, Shard};
 
 use crate::rng::Rng;
 
@@ -220,6 +220,8 @@ pub(crate) struct ProcMem {
     pub addr: usize,
     pub alive: bool,
     pub stopped: bool,
+    /// When it died; 0 before.
+    pub died: u64,
     pub memory: Memory,
     /// Fence words by slot.
     pub words: Vec<u64>,
@@ -257,6 +259,10 @@ pub(crate) struct LocalMem {
     pub notes: Vec<Vec<Note>>,
     /// Which pull holds each block; 0: none.
     pub holders: Vec<u64>,
+    /// The ring in host memory, where local memory is GPU memory: words, and the lane and operation that last had the word's place.
+    pub ring: Vec<(u64, (usize, usize))>,
+    /// The device is unusable: every copy fails.
+    pub dead_device: bool,
     firsts: Vec<(GroupId, u32)>,
 }
 
@@ -274,7 +280,32 @@ impl LocalMem {
             }
             n += g.blocks;
         }
-        Self { alive: true, memory, notes, holders: vec![0; n as usize], firsts }
+        Self { alive: true, memory, notes, holders: vec![0; n as usize], ring: Vec::new(), dead_device: false, firsts }
+    }
+
+    /// Writes a word for a pull's attempt. `Err`: the attempt must not write there.
+    pub(crate) fn store(&mut self, segment: usize, at: usize, word: u64, of: (u64, u64)) -> Result<(), String> {
+        let (pull, attempt) = of;
+        let note = self.notes[segment][at];
+        let holder = self.holders.get(note.block as usize).copied().unwrap_or(0);
+        self.memory.0[segment][at] = word;
+        if note.attempt > attempt {
+            return Err(format!("block {}, which Attempt({}) reads since", note.block, note.attempt));
+        }
+        if holder != pull {
+            return Err(format!("block {} of pull {pull}, which has ended (held by {holder} now)", note.block));
+        }
+        Ok(())
+    }
+
+    /// A read's words were fenced for a pull.
+    pub(crate) fn good(&mut self, r: &Read, pull: u64, now: u64) {
+        let (first, n) = ((r.dst_offset / 8) as usize, (r.len / 8) as usize);
+        for note in &mut self.notes[usize::from(r.dst_segment)][first..first + n] {
+            if note.good.0 != pull {
+                note.good = (pull, now);
+            }
+        }
     }
 
     /// Index of a block into `holders`.

@@ -194,6 +194,7 @@ impl World {
             addr: p,
             alive: true,
             stopped: false,
+            died: 0,
             memory: layout.zeroed(),
             words: Vec::new(),
         });

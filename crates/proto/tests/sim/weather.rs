@@ -59,7 +59,22 @@ pub(crate) struct LaneLuck {
     pub wedge: u64,
     pub down: u64,
     pub no_lane: u64,
+    pub copies: CopyLuck,
     pub latency: (Micros, Micros, Micros),
+}
+
+/// Faults of the copies from a ring to GPU memory. Chances are per mille.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct CopyLuck {
+    pub latency: (Micros, Micros, Micros),
+    /// A copy takes some milliseconds.
+    pub stall: u64,
+    /// A copy takes so long that its lane wedges first, or never ends.
+    pub hang: u64,
+    /// A copy fails, and its lane's copier with it.
+    pub fail: u64,
+    /// Of those failures, the ones that make the process's device unusable.
+    pub dead: u64,
 }
 
 /// Behaviour of engines and routers. Chances are per mille.
@@ -104,6 +119,10 @@ pub(crate) struct Weather {
     pub length: Micros,
     /// Most of a lane's quiet bound.
     pub quiet_bound: (Micros, Micros),
+    /// The longest time that copies may take.
+    pub copy_bound: Micros,
+    /// How likely a consumer's memory is GPU memory.
+    pub gpu: u64,
     /// How likely freed blocks are overwritten at once.
     pub reuse: u64,
 }
@@ -137,7 +156,12 @@ impl Weather {
         let heartbeat = rng.between(8, 18) * MS;
         let mut w = Self {
             net: Net { delay: (10, rng.between(50, 400), 400), ..Net::default() },
-            lanes: LaneLuck { latency: (5, rng.between(20, 800), 1000), torn: 300, ..LaneLuck::default() },
+            lanes: LaneLuck {
+                latency: (5, rng.between(20, 800), 1000),
+                torn: 300,
+                copies: CopyLuck { latency: (5, rng.between(10, 500), 1000), ..CopyLuck::default() },
+                ..LaneLuck::default()
+            },
             games: Games { short_deadline: 0, stall: 50, ..Games::default() },
             producer_deaths: 0,
             consumer_deaths: 0,
@@ -182,6 +206,8 @@ impl Weather {
             length,
             only_holes: day == Day::Holes,
             quiet_bound: (2 * MS, rng.between(4, 30) * MS),
+            copy_bound: rng.between(4, 10) * MS,
+            gpu: *rng.pick(&[0, 500, 1000]),
             reuse: rng.between(300, 1000),
         };
         if tight {
@@ -207,6 +233,10 @@ impl Weather {
             w.lanes.wedge = some!(300);
             w.lanes.down = some!(8);
             w.lanes.no_lane = some!(200);
+            w.lanes.copies.stall = some!(100);
+            w.lanes.copies.hang = some!(8);
+            w.lanes.copies.fail = some!(15);
+            w.lanes.copies.dead = some!(200);
         }
         if deaths {
             w.producer_deaths = 1 + some!(2);
@@ -250,7 +280,8 @@ impl Weather {
     pub(crate) fn calm(&mut self) {
         self.net = Net { delay: self.net.delay, ..Net::default() };
         self.net.delay.2 = 400;
-        self.lanes = LaneLuck { latency: self.lanes.latency, torn: self.lanes.torn, ..LaneLuck::default() };
+        let copies = CopyLuck { latency: self.lanes.copies.latency, ..CopyLuck::default() };
+        self.lanes = LaneLuck { latency: self.lanes.latency, torn: self.lanes.torn, copies, ..LaneLuck::default() };
         self.games = Games { stall: 50, ..Games::default() };
     }
 

@@ -110,6 +110,9 @@ pub(crate) struct World {
 pub(crate) struct Stats {
     pub events: u64,
     pub reads: u64,
+    pub copies: u64,
+    pub copiers_failed: u64,
+    pub copies_wedged: u64,
     pub pulls: u64,
     pub complete: u64,
     pub partial: u64,
@@ -130,6 +133,9 @@ impl Stats {
         let pairs = [
             (&mut self.events, o.events),
             (&mut self.reads, o.reads),
+            (&mut self.copies, o.copies),
+            (&mut self.copiers_failed, o.copiers_failed),
+            (&mut self.copies_wedged, o.copies_wedged),
             (&mut self.pulls, o.pulls),
             (&mut self.complete, o.complete),
             (&mut self.partial, o.partial),
@@ -285,8 +291,12 @@ impl World {
                 return Err(Violation { promise: Promise::Sound, at: self.now, what: "the run does not end".into() });
             }
         }
-        self.stats.reads = self.fabric.get().reads;
-        match self.fabric.get().violation.clone() {
+        let fabric = self.fabric.get();
+        self.stats.reads = fabric.reads;
+        self.stats.copies = fabric.copies;
+        self.stats.copiers_failed = fabric.copiers_failed;
+        self.stats.copies_wedged = fabric.copies_wedged;
+        match fabric.violation.clone() {
             Some(v) => Err(v),
             None => Ok(()),
         }
@@ -336,6 +346,10 @@ impl World {
             self.come_back(p);
         }
         for c in 0..self.consumers.len() {
+            // A process whose device is unusable, or whose ring is mostly lost, serves no pull any more: it is restarted.
+            if self.consumers[c].process.as_ref().is_some_and(|p| p.device_lost(&self.fabric.get())) {
+                self.crash_consumer(c);
+            }
             self.restart_consumer(c);
         }
         let wait = *self.rng.pick(&[0, 0, 1000, 20_000, 150_000]);

@@ -4,20 +4,31 @@
 use std::time::Duration;
 
 use kvferry_proto::{
-    Cause, FenceKind, LaneCaps, LaneKind, Machine,
+    Cause, FenceKind, Lane, LaneCaps, LaneKind, Machine,
     puller::{self, LaneWish},
     session::{self, PeerSession},
 };
 
-use super::Session;
+use super::{Gpu, Session};
 use crate::{
-    lane::SimLane,
+    fabric::Path,
+    lane::{SimLane, StagedLane},
     trace::{Micros, Promise},
     world::{Event, World, say},
 };
 
+impl Gpu {
+    fn path(&self, kind: LaneKind) -> Path {
+        match kind {
+            LaneKind::Verbs if self.direct => Path::Direct,
+            LaneKind::Local if self.mapped => Path::Mapped,
+            _ => Path::Staged,
+        }
+    }
+}
+
 impl World {
-    pub(super) fn puller(&mut self, c: usize, event: puller::In<SimLane>) {
+    pub(super) fn puller(&mut self, c: usize, event: puller::In<Box<dyn Lane>>) {
         let now = self.clock();
         if let Some(process) = &mut self.consumers[c].process {
             process.puller.handle(now, event);
@@ -64,7 +75,7 @@ impl World {
         }
     }
 
-    fn queue_for_puller(&mut self, c: usize, event: puller::In<SimLane>) {
+    fn queue_for_puller(&mut self, c: usize, event: puller::In<Box<dyn Lane>>) {
         let (e, lag) = (self.consumers[c].life, self.rng.tail(0, 20, 500));
         let t = self.now + lag;
         let Some(p) = &mut self.consumers[c].process else { return };
@@ -193,7 +204,7 @@ impl World {
         let no_lane = self.weather.lanes.no_lane;
         let addr = self.addr(p);
         let there = self.producers[p].proc.filter(|&q| !self.procs[q].stopped);
-        let mut lane: Result<SimLane, Cause> = Err(match there {
+        let mut lane: Result<Box<dyn Lane>, Cause> = Err(match there {
             None => *self.rng.pick(&[Cause::Unreachable, Cause::LaneFailed, Cause::PeerDown]),
             Some(_) => Cause::LaneFailed,
         });
@@ -217,9 +228,17 @@ impl World {
                         _ => FenceKind::Posted,
                     },
                 };
-                let new = SimLane::connect(&self.fabric, local, q, caps, self.rng.chance(300));
-                say!(self, "consumer {c}: lane {} is {kind} to process {q}", new.number());
-                lane = Ok(new);
+                let gpu = self.consumers[c].process.as_ref().and_then(|p| p.gpu.as_ref());
+                let (path, ring) = gpu.map_or((Path::Host, None), |gpu| (gpu.path(kind), Some(gpu.ring.clone())));
+                let new = SimLane::connect(&self.fabric, local, q, caps, self.rng.chance(300), path);
+                say!(self, "consumer {c}: lane {} is {kind} to process {q}, {path:?}", new.number());
+                lane = Ok(match ring.filter(|_| path == Path::Staged) {
+                    Some(ring) => {
+                        let bound = Duration::from_micros(self.weather.copy_bound);
+                        Box::new(StagedLane::new(new, local, ring, bound))
+                    }
+                    None => Box::new(new),
+                });
                 break;
             }
         }

@@ -7,7 +7,7 @@ use kvferry_proto::{
 
 use super::{
     Fabric, Task, note,
-    state::{AttemptState, LaneState, Op, Work},
+    state::{AttemptState, LaneState, Op, Path, Work},
 };
 use crate::trace::{Micros, Promise};
 
@@ -65,6 +65,16 @@ impl Fabric {
 
     fn post_read(&mut self, l: usize, a: Attempt, read: Read) {
         self.reads += 1;
+        if self.lanes[l].path == Path::Staged {
+            return self.post_to_ring(l, a, read);
+        }
+        if let Some(pull) = self.check_post(l, a, &read) {
+            self.launch(l, a, pull, Work::Read(read));
+        }
+    }
+
+    /// Checks a read of local memory that a lane accepted. Returns the pull that holds its blocks.
+    pub(super) fn check_post(&mut self, l: usize, a: Attempt, read: &Read) -> Option<u64> {
         let local_no = self.lanes[l].local;
         let now = self.now;
         let local = &mut self.locals[local_no];
@@ -92,9 +102,9 @@ impl Fabric {
         }
         if let Some((promise, what)) = bad {
             self.broken(promise, format!("a read posted for {a:?} {what}: {read:?}"));
-            return;
+            return None;
         }
-        self.launch(l, a, pull, Work::Read(read));
+        Some(pull)
     }
 
     /// Posts an operation and draws its fate.
@@ -211,7 +221,9 @@ impl Fabric {
         let n = if all > 1 && self.rng.chance(300) { self.rng.between(1, all as u64) as usize } else { all };
         for _ in 0..n {
             let Some(event) = self.lanes[l].out.pop_front() else { break };
-            if let LaneEvent::Fence { attempt, chunk, word } = &event {
+            if let LaneEvent::Fence { attempt, chunk, word } = &event
+                && self.lanes[l].path != Path::Staged
+            {
                 self.note_good(l, *attempt, *chunk, *word);
             }
             out.push(event);
@@ -234,12 +246,7 @@ impl Fabric {
             if let Work::Read(r) = op.work
                 && r.chunk == chunk
             {
-                let (first, n) = ((r.dst_offset / 8) as usize, (r.len / 8) as usize);
-                for note in &mut local.notes[usize::from(r.dst_segment)][first..first + n] {
-                    if note.good.0 != op.pull {
-                        note.good = (op.pull, now);
-                    }
-                }
+                local.good(&r, op.pull, now);
             }
         }
     }
@@ -251,6 +258,8 @@ impl Fabric {
         if let (true, Some(a)) = (alive && lane.state != LaneState::Wedged, busy) {
             self.broken(Promise::Quiet, format!("lane {l} was dropped while reads of {a:?} were in flight"));
         }
+        self.check_dropped_copies(l);
+        self.close_mapping(l);
         self.lanes[l].state = LaneState::Gone;
     }
 }

@@ -1,10 +1,13 @@
 //! The life of an operation after its post: loaded from the source, stored into local memory, reported.
 
-use kvferry_proto::{Attempt, Cause, FenceSlot, LaneEvent};
+use kvferry_proto::{
+    Attempt, Cause, FenceSlot, LaneEvent,
+    sabotage::{Bug, planted},
+};
 
 use super::{
     Fabric, Task,
-    state::{DeadMode, LaneState, Work},
+    state::{DeadMode, LaneState, Path, Work},
 };
 use crate::trace::Promise;
 
@@ -112,20 +115,30 @@ impl Fabric {
             let first = (r.dst_offset / 8) as usize;
             let local = &mut self.locals[local_no];
             let mut bad = None;
+            let mut late = false;
             for (i, &word) in op.loaded[..half].iter().enumerate().skip(from) {
                 let (segment, at) = (usize::from(r.dst_segment), first + i);
-                let note = local.notes[segment][at];
-                let holder = local.holders.get(note.block as usize).copied().unwrap_or(0);
-                if holder != pull {
-                    bad = Some(format!("block {} of pull {pull}, which has ended (held by {holder} now)", note.block));
+                match lane.path {
+                    Path::Staged => {
+                        let place = &mut local.ring[at];
+                        place.0 = word;
+                        if place.1 != (l, o) {
+                            bad = Some(format!("a place in the ring that lane {} reads into since", place.1.0));
+                        }
+                    }
+                    Path::Direct if self.rng.chance(500) => {
+                        lane.unseen.push((segment, at, word, (pull, attempt.0)));
+                        late = true;
+                    }
+                    _ => bad = local.store(segment, at, word, (pull, attempt.0)).err().or(bad),
                 }
-                if note.attempt > attempt.0 {
-                    bad = Some(format!("block {}, which Attempt({}) reads since", note.block, note.attempt));
-                }
-                local.memory.0[segment][at] = word;
             }
             op.stored = half;
             let whole = (r.len / 8) as usize;
+            if late {
+                let t = now + self.rng.tail(1, 1000, 20_000);
+                self.at(t, Task::Visible(l));
+            }
             if let Some(bad) = bad {
                 self.broken(Promise::Quiet, format!("{attempt:?} on lane {l} wrote {bad}"));
                 return;
@@ -174,6 +187,9 @@ impl Fabric {
             if s.corrupt > MOST_CORRUPT {
                 return self.op_failed(l, o, Cause::Corrupt);
             }
+        }
+        if matches!(work, Work::Fence(_)) && !planted(Bug::FlushSkipped) {
+            self.flush(l);
         }
         let lane = &self.lanes[l];
         let op = &lane.ops[o];

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kvferry_proto::{Attempt, Cause, FenceKind, FenceSlot, Grant, LaneCaps, LaneEvent, Read};
 
+use super::copies::CopyQueue;
 use crate::trace::Micros;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,8 +72,27 @@ pub(super) enum DeadMode {
     Other,
 }
 
+/// How a lane reaches local memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// Local memory is host memory.
+    Host,
+    /// Over a ring in host memory, and copies.
+    Staged,
+    /// It writes GPU memory, where words may become visible late: it flushes them before it fences a chunk.
+    Direct,
+    /// It copies out of a mapping of its peer's GPU memory, which it closes when it goes down.
+    Mapped,
+}
+
 #[derive(Debug)]
 pub(super) struct LaneCore {
+    pub(super) path: Path,
+    /// The mapping of the peer's memory is open.
+    pub(super) mapped: bool,
+    /// Words that were written and are not visible: segment, index, word, pull, attempt.
+    pub(super) unseen: Vec<(usize, usize, u64, (u64, u64))>,
+    pub(super) copies: CopyQueue,
     pub(super) local: usize,
     pub(super) proc: usize,
     pub(super) caps: LaneCaps,
@@ -96,8 +116,19 @@ pub(super) struct LaneCore {
 }
 
 impl LaneCore {
-    pub(super) fn new(local: usize, proc: usize, caps: LaneCaps, window: usize, dead_mode: DeadMode) -> Self {
+    pub(super) fn new(
+        local: usize,
+        proc: usize,
+        caps: LaneCaps,
+        window: usize,
+        dead_mode: DeadMode,
+        path: Path,
+    ) -> Self {
         Self {
+            path,
+            mapped: path == Path::Mapped,
+            unseen: Vec::new(),
+            copies: CopyQueue::default(),
             local,
             proc,
             caps,

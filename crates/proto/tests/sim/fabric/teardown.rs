@@ -1,9 +1,12 @@
 //! The end of attempts and of lanes: quiet, killed, down.
 
-use kvferry_proto::{Attempt, Cause, LaneEvent};
+use kvferry_proto::{
+    Attempt, Cause, LaneEvent,
+    sabotage::{Bug, planted},
+};
 
 use super::{Fabric, Task, state::LaneState};
-use crate::trace::Micros;
+use crate::trace::{Micros, Promise};
 
 impl Fabric {
     pub(super) fn check_quiet(&mut self, l: usize, a: Attempt) {
@@ -20,6 +23,9 @@ impl Fabric {
         let Some(s) = self.lanes[l].attempts.get_mut(&a) else { return };
         if !s.quiet && s.in_flight == 0 {
             s.quiet = true;
+            if !planted(Bug::FlushSkipped) {
+                self.flush(l);
+            }
             self.emit(l, LaneEvent::Quiet { attempt: a });
         }
     }
@@ -58,6 +64,7 @@ impl Fabric {
         if !early {
             self.emit(l, LaneEvent::Down { cause: Cause::LaneFailed });
         }
+        self.close_mapping(l);
         self.lanes[l].state = LaneState::Gone;
     }
 
@@ -86,6 +93,7 @@ impl Fabric {
             self.lanes[l].cancel_all();
             self.all_quiet(l);
             self.emit(l, LaneEvent::Down { cause });
+            self.close_mapping(l);
             self.lanes[l].state = LaneState::Gone;
             return;
         }
@@ -110,7 +118,40 @@ impl Fabric {
         if self.lanes[l].state == LaneState::Down {
             self.lanes[l].cancel_all();
             self.all_quiet(l);
+            self.close_mapping(l);
             self.lanes[l].state = LaneState::Gone;
         }
+    }
+
+    /// Closes the mapping of the peer's memory.
+    pub(super) fn close_mapping(&mut self, l: usize) {
+        let lane = &mut self.lanes[l];
+        // Without the mapping, a wedged lane's reads would have no source; the driver keeps it.
+        if lane.state != LaneState::Wedged && !planted(Bug::MappedAfterDown) {
+            lane.mapped = false;
+        }
+    }
+
+    /// Words that were written become visible.
+    pub(super) fn flush(&mut self, l: usize) {
+        let local = self.lanes[l].local;
+        if !self.locals[local].alive {
+            return;
+        }
+        for (segment, at, word, of) in std::mem::take(&mut self.lanes[l].unseen) {
+            if let Err(bad) = self.locals[local].store(segment, at, word, of) {
+                self.broken(Promise::Quiet, format!("Attempt({}) on lane {l} wrote {bad}", of.1));
+            }
+        }
+    }
+
+    /// A dead process whose memory a live one still maps, though the lane that maps it is not wedged.
+    pub(crate) fn pinned(&self, bound: Micros) -> Option<String> {
+        self.lanes.iter().enumerate().find_map(|(l, lane)| {
+            let died = self.procs[lane.proc].died;
+            let dead = !self.procs[lane.proc].alive && self.now > died + bound;
+            let here = self.locals[lane.local].alive && lane.mapped && lane.state != LaneState::Wedged;
+            (dead && here).then(|| format!("lane {l} maps memory of process {}, which died at {died} us", lane.proc))
+        })
     }
 }

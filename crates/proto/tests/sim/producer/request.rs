@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
-use kvferry_proto::{BlockId, Contents, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferRank, table};
+use kvferry_proto::{
+    BlockId, Contents, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferRank,
+    sabotage::{Bug, planted},
+    table,
+};
 
 use super::{RankPart, Request};
 use crate::{
@@ -57,7 +61,10 @@ impl World {
             engine: e,
             offer: Arc::new(offer),
             contents: Arc::new(contents),
-            ranks: procs.iter().map(|&proc| RankPart { proc, ready: !late, back: false }).collect(),
+            ranks: procs
+                .iter()
+                .map(|&proc| RankPart { proc, ready: !late || planted(Bug::ReadyBeforeEvent), back: false })
+                .collect(),
             given_back: false,
             excused: None,
         });

@@ -11,7 +11,7 @@ use std::{
 use kvferry_proto::{LaneKind, hello::Welcome};
 
 use crate::{
-    config::{Config, LocalConfig, TcpConfig},
+    config::{Config, GpuConfig, LocalConfig, TcpConfig},
     control::{
         dial::not_listed,
         lanes::{Connecting, LaneConnector, Prepared, Preparing},
@@ -32,6 +32,7 @@ pub(super) struct Connector {
     /// The ring that lanes read into when the memory is a GPU's.
     ring: Option<PinnedRing>,
     local: LocalConfig,
+    gpu: GpuConfig,
     tcp: TcpConfig,
     dial: DialList,
     tls: Option<Arc<TlsIdentity>>,
@@ -56,6 +57,7 @@ impl Connector {
             memory,
             ring,
             local: config.local.clone(),
+            gpu: config.gpu.clone(),
             tcp: config.tcp.clone(),
             // `Config::check` has refused a malformed list.
             dial: DialList::new(&config.dial).unwrap_or_default(),
@@ -93,6 +95,10 @@ fn onward(ring: Option<&PinnedRing>, lane: impl WakingLane + 'static) -> Result<
 }
 
 impl LaneConnector for Connector {
+    fn on_gpu(&self) -> bool {
+        self.memory.gpu().is_some()
+    }
+
     fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
         #[cfg(feature = "verbs")]
         if kind == LaneKind::Verbs
@@ -129,8 +135,14 @@ impl LaneConnector for Connector {
                 }
                 LaneTicket::Local { uds, lane, key } => {
                     let (pool, uids) = (welcome.pool.clone(), &self.local.uids);
-                    let lane = local::connect(&uds, (lane, key), incarnation, pool, landing, uids).await?;
-                    onward(self.ring.as_ref(), lane)?
+                    let lane = (lane, key);
+                    if self.memory.gpu().is_some() && welcome.gpu_uuid.is_some() {
+                        let memory = self.memory.clone();
+                        local::connect(&uds, lane, incarnation, pool, memory, uids, &self.gpu).await?
+                    } else {
+                        let lane = local::connect(&uds, lane, incarnation, pool, landing, uids, &self.gpu).await?;
+                        onward(self.ring.as_ref(), lane)?
+                    }
                 }
                 #[cfg(feature = "verbs")]
                 LaneTicket::Verbs(ticket) => verbs::finish(ticket, prepared, &welcome).await?,

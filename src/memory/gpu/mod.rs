@@ -31,6 +31,8 @@ mod pipe;
 mod pointer;
 #[cfg(feature = "cuda")]
 mod share;
+#[cfg(all(test, feature = "cuda"))]
+pub(crate) mod testing;
 #[cfg(feature = "cuda")]
 mod thread;
 
@@ -41,7 +43,7 @@ pub(crate) use {alloc::Allocation, calls::Pinned, context::Context, share::Impor
 
 pub use error::GpuError;
 pub(crate) use exchange::{Exported, Handle, Part};
-pub(crate) use handle::Gpu;
+pub(crate) use handle::{Gpu, uuid_text};
 pub use handle::{GpuInfo, survey};
 pub(crate) use queue::{CopyQueue, Direction, Piece};
 pub(crate) use ring::{PinnedRing, RingQueue};

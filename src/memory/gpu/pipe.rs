@@ -245,7 +245,8 @@ fn load(lib: &Library) -> Result<Kernel, String> {
 }
 
 impl Job {
-    /// Moves the next part's runs to `part`, neighbours merged. At least one, unless the job is empty.
+    /// Moves the next part's runs to `part`. At least one, unless the job is empty. Neighbours are not merged: they may lie in
+    /// two allocations of `cudaMalloc`, and the driver refuses a copy that crosses from one into the other.
     fn next_part(&mut self, part: &mut Vec<Piece>) {
         part.clear();
         let mut room = PART;
@@ -257,12 +258,7 @@ impl Job {
                 piece.len = room;
             }
             room -= piece.len;
-            match part.last_mut() {
-                Some(last) if last.src + last.len == piece.src && last.dst + last.len == piece.dst => {
-                    last.len += piece.len
-                }
-                _ => part.push(piece),
-            }
+            part.push(piece);
         }
     }
 

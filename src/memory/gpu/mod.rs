@@ -11,6 +11,7 @@ mod error;
 mod exchange;
 mod handle;
 mod queue;
+mod ring;
 mod stream;
 mod window;
 
@@ -45,6 +46,7 @@ pub(crate) use exchange::{Exported, Handle, Part};
 pub(crate) use handle::{Gpu, uuid_text};
 pub use handle::{GpuInfo, survey};
 pub(crate) use queue::{CopyQueue, Direction, Piece};
+pub(crate) use ring::{PinnedRing, RingQueue};
 pub use stream::CudaStream;
 pub(crate) use stream::Mark;
 pub(crate) use window::Window;

@@ -5,6 +5,7 @@
 //! clock for the end of copies, and a descriptor to sleep on.
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
@@ -25,7 +26,7 @@ use crate::{
     config::GpuConfig,
     memory::{
         Memory,
-        gpu::{CopyQueue, Direction, Gpu, GpuError, Piece, Pinned},
+        gpu::{CopyQueue, Direction, Gpu, GpuError, Piece, Pinned, stats},
     },
 };
 
@@ -63,7 +64,8 @@ impl PinnedRing {
     pub(crate) fn stage(&self, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
         let queue = CopyQueue::new(&self.gpu, self.config.copy)?;
         let keep = Arc::new((self.pool.clone(), self.memory.clone(), self.pinned.clone()));
-        let copier = RingCopier { queue, ring: self.memory.clone(), pool: self.pool.clone(), keep };
+        let (ring, pool, sizes) = (self.memory.clone(), self.pool.clone(), VecDeque::new());
+        let copier = RingCopier { queue, ring, pool, keep, sizes };
         StagedLane::new(inner, copier, self.ring.clone(), self.config.copy_bound)
     }
 }
@@ -74,6 +76,8 @@ struct RingCopier {
     ring: Memory,
     pool: Memory,
     keep: Arc<(Memory, Memory, Arc<Pinned>)>,
+    /// Number and bytes of each job that is not finished.
+    sizes: VecDeque<(u64, u64)>,
 }
 
 impl Copier for RingCopier {
@@ -82,11 +86,16 @@ impl Copier for RingCopier {
             |c: &StagedCopy| Piece::new((&self.ring, 0, c.ring_offset), (&self.pool, c.segment, c.offset), c.len).ok();
         // Every copy was checked when its read was posted.
         let pieces = copies.iter().filter_map(piece).collect();
-        self.queue.submit(Direction::ToGpu, pieces, self.keep.clone())
+        let number = self.queue.submit(Direction::ToGpu, pieces, self.keep.clone())?;
+        self.sizes.push_back((number, copies.iter().map(|c| c.len).sum()));
+        Some(number)
     }
 
     fn finished(&mut self) -> Finished {
         let (up_to, failed) = self.queue.finished();
+        while let Some((_, bytes)) = self.sizes.pop_front_if(|(number, _)| *number <= up_to) {
+            stats::landed(stats::Landing::Ring, bytes);
+        }
         Finished { up_to, failed }
     }
 }

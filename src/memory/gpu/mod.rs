@@ -11,6 +11,7 @@ mod error;
 mod exchange;
 mod handle;
 mod queue;
+pub(crate) mod stats;
 mod stream;
 mod window;
 

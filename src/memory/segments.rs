@@ -18,7 +18,7 @@ use kvferry_proto::{BadLayout, PoolLayout};
 use parking_lot::Mutex;
 
 use super::{
-    gpu::{Allocation, Gpu, GpuError, Window},
+    gpu::{Allocation, Gpu, GpuError, GpuInfo, Window},
     mapping::{self, Mapping},
 };
 use crate::error::StartError;
@@ -207,6 +207,11 @@ impl Memory {
     /// Where it lies.
     pub fn place(&self) -> Place {
         self.gpu().map_or(Place::Host, |gpu| Place::Gpu { ordinal: gpu.info().ordinal, uuid: gpu.info().uuid })
+    }
+
+    /// The GPU that holds it, as it was when it was opened; `None`: host memory.
+    pub fn gpu_info(&self) -> Option<&GpuInfo> {
+        self.gpu().map(Gpu::info)
     }
 
     /// The GPU that holds it; `None`: host memory.

@@ -77,6 +77,7 @@ functions! {
         cuDeviceGetName: fn(*mut c_char, c_int, CUdevice);
         cuDeviceGetUuid_v2: fn(*mut CUuuid, CUdevice);
         cuDeviceGetAttribute: fn(*mut c_int, CUdevice_attribute, CUdevice);
+        cuDeviceTotalMem_v2: fn(*mut usize, CUdevice);
         cuDeviceGetPCIBusId: fn(*mut c_char, c_int, CUdevice);
         cuDevicePrimaryCtxRetain: fn(*mut CUcontext, CUdevice);
         cuDevicePrimaryCtxRelease_v2: fn(CUdevice);

@@ -22,6 +22,7 @@ use super::{
     library::NOT_READY,
     pipe::Pipes,
     queue::{Direction, Order, Then},
+    stats,
 };
 use crate::mailbox::Mailbox;
 
@@ -120,7 +121,10 @@ impl Thread {
         match order {
             // Its end would tell that the earlier jobs of its queue have ended, and they may be running.
             Order::Copy(job) if self.abandoned => std::mem::forget(job.ticket),
-            Order::Copy(job) if self.state.unusable.get().is_some() => job.ticket.fail(),
+            Order::Copy(job) if self.state.unusable.get().is_some() => {
+                stats::ended(job.direction, Duration::ZERO, true);
+                job.ticket.fail();
+            }
             Order::Copy(job) => self.pipes.add(job),
             Order::Flush(ticket) if self.state.unusable.get().is_some() => ticket.fail(),
             Order::Flush(ticket) => match self.flush() {
@@ -190,6 +194,7 @@ impl Thread {
     /// The driver runs nothing more in this context.
     fn become_unusable(&mut self, error: GpuError) {
         if self.state.unusable.set(error.clone()).is_ok() {
+            stats::unusable(self.context.ordinal);
             tracing::error!(gpu = self.context.ordinal, %error, "the GPU is unusable in this process: restart it");
         }
         self.pipes.fail_all();

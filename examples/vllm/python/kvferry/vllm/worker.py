@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvferry import _native
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 # Limit of `shutdown` in seconds, for the consumer and for the producer each.
 CLOSE = 0.4
+# The same before sleep. vLLM unmaps GPU memory afterwards, so a copy that is still running must end first.
+CLOSE_TO_SLEEP = 5.0
+# Missing before vLLM 0.33: the engine does not tell a connector that it is going to sleep.
+SLEEP_IS_ANNOUNCED = hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
 @dataclass
@@ -59,6 +64,8 @@ class WorkerSide:
         self._consumer: _native.Consumer | None = None
         self._rank = 0
         self._registered: dict[str, torch.Tensor] = {}
+        # The device of a cache in GPU memory.
+        self._gpu: torch.device | None = None
         self._asleep = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
@@ -90,9 +97,15 @@ class WorkerSide:
 
         options = Options.of(self._config)
         settings = options.native()
-        segments, groups = pool.describe(kv_caches, self._kv_cache_config)
-        memory = _native.Pool(segments, groups, list(kv_caches.values()))
-        me = pool.identity(self._config, kv_caches, groups, options.model_id)
+        cache = pool.describe(kv_caches, self._kv_cache_config, pool.layout_name(self._config))
+        if cache.on_gpu and not SLEEP_IS_ANNOUNCED and getattr(self._config.model_config, "enable_sleep_mode", False):
+            raise pool.Unsupported(
+                "sleep mode unmaps GPU memory, and this version of vLLM does not tell connectors: use vLLM 0.33 or newer, or "
+                "start without --enable-sleep-mode"
+            )
+        memory = self._memory(cache, kv_caches)
+        self._gpu = cache.device if cache.on_gpu else None
+        me = pool.identity(self._config, kv_caches, cache, options.model_id)
         tp, pp = get_tp_group(), get_pp_group()
         self._rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
         if self._offers_here:
@@ -101,10 +114,25 @@ class WorkerSide:
             self._producer = _native.Producer(me, memory, settings, listen)
             self._addr = options.reached_at(self._producer.addr)
             logger.info(
-                "kvferry: rank %d offers at %s, incarnation %s", self._rank, self._addr, self._producer.incarnation
+                "kvferry: rank %d offers %s at %s, incarnation %s",
+                self._rank,
+                memory.place,
+                self._addr,
+                self._producer.incarnation,
             )
         if self._pulls_here:
             self._consumer = _native.Consumer(me, memory, settings)
+
+    def _memory(self, cache: pool.Cache, kv_caches: dict[str, torch.Tensor]) -> _native.Pool:
+        try:
+            return _native.Pool(cache.segments, cache.groups, list(kv_caches.values()), cache.on_gpu)
+        except RuntimeError as e:
+            # The driver cannot be used, or refuses the memory: the text says why.
+            raise pool.Unsupported(f"the cache is on {cache.device}: {e}") from e
+
+    def _stream(self) -> int | None:
+        """The compute stream of the calling thread, if the cache is in GPU memory."""
+        return None if self._gpu is None else torch.cuda.current_stream(self._gpu).cuda_stream
 
     def handshake(self) -> Handshake:
         """This rank's handshake for the scheduler side."""
@@ -136,7 +164,7 @@ class WorkerSide:
                 raise RuntimeError("this rank has no producer")
             self._offered[offering.offer_id] = offering.request
             groups = [(g.group, g.first_position, g.blocks) for g in offering.groups]
-            self._producer.enter(offering.offer, groups)
+            self._producer.enter(offering.offer, groups, self._stream())
         except ENDING:
             raise
         except BaseException as e:
@@ -152,7 +180,7 @@ class WorkerSide:
             if self._consumer is None or self._asleep or load.offer is None:
                 raise RuntimeError("there is no offer, or this rank has no consumer")
             groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
-            number = self._consumer.pull(load.offer, groups)
+            number = self._consumer.pull(load.offer, groups, self._stream())
         except ENDING:
             raise
         except BaseException as e:

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvferry import _native
 from kvferry.vllm import pool
 from kvferry.vllm.guard import ENDING, logger
-from kvferry.vllm.messages import Handshake, Load, Meta, Offering
+from kvferry.vllm.messages import Handshake, Load, Meta, Offering, Restarted
 from kvferry.vllm.options import Options
 from kvferry.vllm.stats import KvFerryStats
 
@@ -67,6 +67,9 @@ class WorkerSide:
         # The device of a cache in GPU memory.
         self._gpu: torch.device | None = None
         self._asleep = False
+        # Why this rank must not start again.
+        self._lost: str | None = None
+        self._restarted = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
         self._offered: dict[str, str] = {}
@@ -81,10 +84,12 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Starts the producer and the consumer on the engine's memory. If that fails, every prompt is prefilled here."""
         self._registered = dict(kv_caches)
-        if self._producer is not None or self._consumer is not None:
-            return
+        if self._producer is None and self._consumer is None:
+            self._start_or_say()
+
+    def _start_or_say(self) -> None:
         try:
-            self._start(kv_caches)
+            self._start(self._registered)
         except ENDING:
             raise
         except pool.Unsupported as e:
@@ -322,7 +327,10 @@ class WorkerSide:
     # ---- sleep and end ------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """The memory is about to be freed: stops everything that reads or writes it."""
+        """The memory is about to be freed: stops everything that reads or writes it. GPU memory is then unmapped, so its
+        registrations and mappings in other processes end too."""
+        if self._asleep:
+            return
         self._asleep = True
         if self._producer is not None:
             for offer_id in list(self._offered):
@@ -333,19 +341,58 @@ class WorkerSide:
             # vLLM has drained the transfers. Remaining pulls become quiet within milliseconds.
             if not quiet(self._consumer):
                 logger.error("kvferry: a pull still writes KV memory that is about to be freed; restart this engine")
+                self._lost = "a pull did not stop before the engine went to sleep"
+        if self._gpu is not None:
+            self._deregister()
+
+    def _deregister(self) -> None:
+        """Closes the producer and the consumer, which releases the memory."""
+        self._poll_pulls()
+        until = time.monotonic() + CLOSE_TO_SLEEP
+        while self._offered and time.monotonic() < until:
+            self._poll_offers()
+            time.sleep(0.001)
+        if self._close(CLOSE_TO_SLEEP):
+            # Nothing reads the blocks of these offers any more.
+            for offer_id in list(self._offered):
+                self._freed(offer_id, "revoked")
+        else:
+            self._lost = "kvferry did not stop before the engine went to sleep"
 
     def wake(self) -> None:
         """The memory is back, at the same addresses."""
+        if not self._asleep:
+            return
         self._asleep = False
+        if self._gpu is None:
+            return
+        self._restarted = True
+        if self._lost is not None:
+            logger.error("kvferry is off on this engine: %s; restart it", self._lost)
+        elif self._producer is None and self._consumer is None:
+            self._start_or_say()
+
+    def restarted(self) -> Restarted | None:
+        """This rank's new handshake, once after a wake-up."""
+        if not self._restarted:
+            return None
+        self._restarted = False
+        return Restarted([self.handshake()])
 
     def shutdown(self) -> None:
         """Stops the consumer and the producer, within a second."""
+        self._close(CLOSE)
+
+    def _close(self, limit: float) -> bool:
+        """Stops the consumer and the producer, each within `limit` seconds; whether both have stopped."""
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
-        if consumer is not None and not consumer.close(CLOSE):
-            logger.warning("kvferry: the consumer is still stopping")
-        if producer is not None and not producer.close(CLOSE):
-            logger.warning("kvferry: the producer is still stopping")
+        stopped = True
+        for name, part in (("consumer", consumer), ("producer", producer)):
+            if part is not None and not part.close(limit):
+                logger.warning("kvferry: the %s is still stopping", name)
+                stopped = False
+        return stopped
 
 
 def quiet(consumer: _native.Consumer, limit: float = 5.0) -> bool:

@@ -21,72 +21,27 @@ use rustix::{
 };
 
 use super::WakingLane;
-use crate::{
-    config::GpuConfig,
-    memory::{
-        Memory,
-        gpu::{CopyQueue, Direction, Gpu, GpuError, Piece, Pinned},
-    },
-};
+use crate::memory::gpu::{Direction, PinnedRing, RingQueue};
 
-/// A rank's pinned ring, which all its staged lanes share.
-pub(crate) struct PinnedRing {
-    gpu: Gpu,
-    pool: Memory,
-    memory: Memory,
-    ring: Arc<Ring>,
-    config: GpuConfig,
-    /// Until the last copy has ended: jobs keep it.
-    pinned: Arc<Pinned>,
-}
-
-impl PinnedRing {
-    /// A ring for a pool in GPU memory; `None` for host memory.
-    ///
-    /// # Errors
-    /// The host has no memory for it, or the driver cannot pin it.
-    pub(crate) fn new(pool: &Memory, config: &GpuConfig) -> Result<Option<Self>, GpuError> {
-        let Some(gpu) = pool.gpu().cloned() else { return Ok(None) };
-        let failed = |e: crate::StartError| GpuError::Os { what: "cannot allocate the ring", error: e.to_string() };
-        let memory = Memory::anonymous(&[config.ring]).map_err(failed)?;
-        let pinned = Arc::new(gpu.pin(&memory)?);
-        let ring = Arc::new(Ring::new(config.ring));
-        Ok(Some(Self { gpu, pool: pool.clone(), memory, ring, config: config.clone(), pinned }))
-    }
-
-    /// The ring's memory, into which inner lanes read.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
-    /// Wraps a lane that reads into [`PinnedRing::memory`].
-    pub(crate) fn stage(&self, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
-        let queue = CopyQueue::new(&self.gpu, self.config.copy)?;
-        let keep = Arc::new((self.pool.clone(), self.memory.clone(), self.pinned.clone()));
-        let copier = RingCopier { queue, ring: self.memory.clone(), pool: self.pool.clone(), keep };
-        StagedLane::new(inner, copier, self.ring.clone(), self.config.copy_bound)
-    }
+/// Wraps a lane that reads into [`PinnedRing::memory`].
+pub(crate) fn stage(ring: &PinnedRing, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
+    let copier = RingCopier(ring.queue(Direction::ToGpu)?);
+    StagedLane::new(inner, copier, ring.slots().clone(), ring.config().copy_bound)
 }
 
 /// Copies from the ring into the pool.
-struct RingCopier {
-    queue: CopyQueue,
-    ring: Memory,
-    pool: Memory,
-    keep: Arc<(Memory, Memory, Arc<Pinned>)>,
-}
+struct RingCopier(RingQueue);
 
 impl Copier for RingCopier {
     fn submit(&mut self, copies: &[StagedCopy]) -> Option<u64> {
-        let piece =
-            |c: &StagedCopy| Piece::new((&self.ring, 0, c.ring_offset), (&self.pool, c.segment, c.offset), c.len).ok();
+        let piece = |c: &StagedCopy| self.0.piece(c.ring_offset, (c.segment, c.offset), c.len).ok();
         // Every copy was checked when its read was posted.
         let pieces = copies.iter().filter_map(piece).collect();
-        self.queue.submit(Direction::ToGpu, pieces, self.keep.clone())
+        self.0.submit(pieces)
     }
 
     fn finished(&mut self) -> Finished {
-        let (up_to, failed) = self.queue.finished();
+        let (up_to, failed) = self.0.queue.finished();
         Finished { up_to, failed }
     }
 }
@@ -107,7 +62,7 @@ impl StagedLane {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
         epoll::add(&epoll, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
-        epoll::add(&epoll, copier.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, copier.0.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
         let staged = Staged::new(inner, copier, ring, bound);
         Ok(Self { staged, epoll, timer, watched: false, give_up: None })
     }
@@ -127,7 +82,7 @@ impl Lane for StagedLane {
     }
 
     fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
-        let pool = &self.staged.copier_mut().pool;
+        let pool = &self.staged.copier_mut().0.pool;
         let fits = |r: &Read| pool.address(r.dst_segment, r.dst_offset, r.len).is_ok();
         // The inner lane checks its own end, which is the ring.
         if !reads.iter().all(fits) {
@@ -177,7 +132,7 @@ impl WakingLane for StagedLane {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(2), epoll::EventFlags::IN)?;
             self.watched = true;
         }
-        if outstanding && !self.staged.copier_mut().queue.about_to_sleep() {
+        if outstanding && !self.staged.copier_mut().0.queue.about_to_sleep() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         if let Some(at) = self.give_up.filter(|_| outstanding) {

@@ -65,7 +65,7 @@ fn only_memory_of_one_gpu_is_taken_as_a_pool() {
         GpuError::SeveralDevices { segment: 1, has: 1, first: 0 }
     );
     assert!(matches!(take(&[(other, 4096)]).unwrap().place(), Place::Gpu { ordinal: 1, .. }));
-    for past in [(first, (1 << 20) + 1), (first + (1 << 20), 1), (first, u64::MAX), (16, 16)] {
+    for past in [(first, 64 << 30), (second + (1 << 30), 1), (first, u64::MAX), (16, 16)] {
         let refused = take(&[past]).unwrap_err();
         assert!(matches!(refused, GpuError::NotGpuMemory { .. }), "{past:?}: {refused}");
     }

@@ -178,7 +178,8 @@ mod gpu {
             for (landing, bytes) in COUNTERS.landed() {
                 ConstCounter::new(bytes).encode(landed.encode_family(&[("landing", landing)])?)?;
             }
-            let counts: [(_, _, fn(&JobCounts) -> u64); 2] = [
+            type Count = fn(&JobCounts) -> u64;
+            let counts: [(_, _, Count); 2] = [
                 ("gpu_jobs", "Copy jobs that ended, failed ones included", |j| j.ended),
                 ("gpu_jobs_failed", "Copy jobs that failed", |j| j.failed),
             ];
@@ -188,7 +189,8 @@ mod gpu {
                     ConstCounter::new(of(&job)).encode(family.encode_family(&[("direction", job.direction)])?)?;
                 }
             }
-            let times: [(_, _, fn(&JobCounts) -> f64); 2] = [
+            type Seconds = fn(&JobCounts) -> f64;
+            let times: [(_, _, Seconds); 2] = [
                 ("gpu_job_queue_seconds", "Seconds from submissions of copy jobs to their first copies", |j| {
                     j.queue.as_secs_f64()
                 }),

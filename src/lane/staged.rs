@@ -49,7 +49,10 @@ impl Copier for RingCopier {
 
     fn finished(&mut self) -> Finished {
         let (up_to, failed) = self.copies.queue.finished();
-        while let Some((_, bytes)) = self.sizes.pop_front_if(|(number, _)| *number <= up_to) {
+        while let Some(&(number, bytes)) = self.sizes.front()
+            && number <= up_to
+        {
+            self.sizes.pop_front();
             stats::landed(stats::Landing::Ring, bytes);
         }
         Finished { up_to, failed }

@@ -7,7 +7,6 @@
 use std::{
     any::Any,
     fmt, io,
-    num::NonZeroUsize,
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
@@ -168,7 +167,7 @@ impl Memory {
     pub fn alloc_gpu(ordinal: u32, segments: &[u64]) -> Result<Self, GpuError> {
         let gpu = Gpu::open(ordinal)?;
         let allocation = gpu.allocate(segments)?;
-        let base = allocation.addresses().map(|a| address_only(a)).collect();
+        let base = allocation.addresses().map(address_only).collect();
         Ok(Self::on_gpu(gpu, base, segments.to_vec(), Some(allocation), None))
     }
 
@@ -362,7 +361,7 @@ impl Memory {
 
 /// An address that the host never accesses. 0, of an empty segment, becomes a dangling one.
 fn address_only(address: u64) -> NonNull<u8> {
-    NonZeroUsize::new(address as usize).map_or(NonNull::dangling(), NonNull::without_provenance)
+    NonNull::new(std::ptr::without_provenance_mut(address as usize)).unwrap_or(NonNull::dangling())
 }
 
 #[cold]

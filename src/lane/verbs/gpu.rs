@@ -7,7 +7,6 @@
 use std::{
     collections::VecDeque,
     io,
-    num::NonZeroUsize,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
     sync::{Arc, OnceLock},
@@ -33,11 +32,14 @@ const PROBE: u64 = 2 << 20;
 /// The dmabufs of a GPU pool: one for each segment, for all rails. A second one of the same memory would take room in the
 /// GPU's address window on the bus again.
 #[derive(Debug, Default)]
-pub(super) struct Dmabufs(OnceLock<Result<Vec<Option<(OwnedFd, u64)>>, String>>);
+pub(super) struct Dmabufs(OnceLock<Result<Vec<Option<Exported>>, String>>);
+
+/// A dmabuf, and the segment's offset in it, in bytes.
+type Exported = (OwnedFd, u64);
 
 impl Dmabufs {
     /// The dmabuf of a segment, and the segment's offset in it.
-    fn of(&self, gpu: &Gpu, memory: &Memory, segment: usize) -> Result<&(OwnedFd, u64), String> {
+    fn of(&self, gpu: &Gpu, memory: &Memory, segment: usize) -> Result<&Exported, String> {
         let all = self.0.get_or_init(|| {
             let one = |(i, &len): (usize, &u64)| match len {
                 0 => Ok(None),
@@ -91,7 +93,7 @@ fn as_dmabuf(pd: &Arc<Pd>, part: Part<'_>, access: Access, dmabufs: &Dmabufs) ->
 fn by_address(pd: &Arc<Pd>, part: Part<'_>, access: Access) -> Result<Region<Memory>, String> {
     let Part { memory, segment, len, .. } = part;
     let address = memory.base(segment as u16);
-    let base = NonZeroUsize::new(address as usize).map_or(NonNull::dangling(), NonNull::without_provenance);
+    let base = NonNull::new(std::ptr::without_provenance_mut(address as usize)).unwrap_or(NonNull::dangling());
     // SAFETY: the segment is GPU memory that stays mapped as long as a clone of the memory lives. Only the device accesses it:
     // without a peer-memory module the kernel finds no pages at this address, and refuses.
     let region = unsafe { Region::register(pd, Source::Address { base, len }, access, memory.clone()) };
@@ -220,7 +222,9 @@ impl Flushes {
             return true;
         }
         let (up_to, failed) = self.queue.finished();
-        while let Some((_, event)) = self.held.pop_front_if(|(ticket, _)| *ticket <= up_to) {
+        while self.held.front().is_some_and(|(ticket, _)| *ticket <= up_to)
+            && let Some((_, event)) = self.held.pop_front()
+        {
             report(event);
         }
         !failed

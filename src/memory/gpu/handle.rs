@@ -183,11 +183,6 @@ impl Gpu {
             Err(_) => Err(GpuError::Hung { seconds: CALL_TIMEOUT.as_secs() }),
         }
     }
-
-    /// Whether both are the same GPU of this process.
-    pub(crate) fn is(&self, other: &Gpu) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
 }
 
 fn answer<T>(rx: &mpsc::Receiver<T>) -> Result<T, GpuError> {

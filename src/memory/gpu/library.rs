@@ -102,7 +102,6 @@ functions! {
         cuMemHostUnregister: fn(*mut c_void);
         cuMemAlloc_v2: fn(*mut CUdeviceptr, usize);
         cuMemFree_v2: fn(CUdeviceptr);
-        cuMemGetInfo_v2: fn(*mut usize, *mut usize);
         cuPointerGetAttributes: fn(c_uint, *const CUpointer_attribute, *mut *mut c_void, CUdeviceptr);
         cuMemGetAddressRange_v2: fn(*mut CUdeviceptr, *mut usize, CUdeviceptr);
         cuIpcGetMemHandle: fn(*mut CUipcMemHandle, CUdeviceptr);

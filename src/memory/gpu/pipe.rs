@@ -8,7 +8,7 @@
 use std::{
     collections::VecDeque,
     ffi::{c_uint, c_void},
-    sync::Arc,
+    rc::Rc,
     time::Instant,
 };
 
@@ -68,7 +68,7 @@ struct Kernel {
 
 /// The streams and jobs of all directions.
 pub(super) struct Pipes {
-    context: Arc<Context>,
+    context: Rc<Context>,
     pipes: Vec<Pipe>,
     kernel: Result<Kernel, String>,
     scratch: Scratch,
@@ -133,7 +133,7 @@ struct Buffers {
 }
 
 impl Pipes {
-    pub(super) fn new(context: &Arc<Context>) -> Result<Self, GpuError> {
+    pub(super) fn new(context: &Rc<Context>) -> Result<Self, GpuError> {
         let lib = context.lib;
         let (mut least, mut greatest) = (0, 0);
         // SAFETY: the context is current; the function writes two ints.

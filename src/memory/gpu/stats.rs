@@ -15,7 +15,6 @@ pub(crate) enum Landing {
     /// Through the pinned ring in host memory.
     Ring,
     /// From the GPU memory of another process of this host.
-    #[allow(dead_code, reason = "the local lane between GPUs counts it")]
     Ipc,
 }
 

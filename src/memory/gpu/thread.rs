@@ -8,6 +8,7 @@ use std::{
     collections::{HashMap, VecDeque},
     num::NonZeroU64,
     panic::AssertUnwindSafe,
+    rc::Rc,
     sync::{Arc, mpsc::SyncSender},
     time::{Duration, Instant},
 };
@@ -41,7 +42,7 @@ struct Watched {
 }
 
 struct Thread {
-    context: Arc<Context>,
+    context: Rc<Context>,
     state: Arc<State>,
     orders: Mailbox<Order>,
     /// Received orders.
@@ -81,7 +82,7 @@ pub(super) fn run(
 
 impl Thread {
     fn open(ordinal: u32, orders: Mailbox<Order>, state: Arc<State>) -> Result<(Self, GpuInfo), GpuError> {
-        let context = Arc::new(Context::open(ordinal)?);
+        let context = Rc::new(Context::open(ordinal)?);
         let mut info = context::describe(context.lib, ordinal)?;
         let pipes = Pipes::new(&context)?;
         info.kernel = pipes.no_kernel();

@@ -1,7 +1,7 @@
 """A rank in a process of its own, with the stand-in for libcuda preloaded. Its functions run in that process, one at a time.
 
-The stand-in (`tests/cuda`) has device memory that only driver calls reach, and streams that hold work; its `kvferry_standin_…`
-functions read and write device memory behind the driver's back.
+The stand-in (`tests/cuda`) has device memory that only driver calls reach, and streams that hold work. Its functions
+`kvferry_standin_…` read and write device memory behind the driver's back.
 """
 
 import ctypes

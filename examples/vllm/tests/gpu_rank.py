@@ -1,7 +1,7 @@
 """A rank in a process of its own, with the stand-in for libcuda preloaded. Its functions run in that process, one at a time.
 
-The stand-in (`tests/cuda`) has device memory that only driver calls reach, and streams that hold work; its `kvferry_standin_…`
-functions read and write device memory behind the driver's back.
+The stand-in (`tests/cuda`) has device memory that only driver calls reach, and streams that hold work. Its functions
+`kvferry_standin_…` read and write device memory behind the driver's back.
 """
 
 import ctypes
@@ -128,6 +128,14 @@ def count(name: str) -> int:
     return dict(zip(names, counts, strict=True))[name]
 
 
+def wait_without(name: str) -> None:
+    """Waits until a counter is zero."""
+    until = time.monotonic() + LIMIT
+    while count(name):
+        assert time.monotonic() < until, f"there are still {name}"
+        time.sleep(0.001)
+
+
 # ---- the native module ------------------------------------------------------------------------------------------------
 
 
@@ -162,17 +170,21 @@ def identity(engine: str) -> Any:
     )
 
 
-def start(role: str, gpu: bool) -> tuple[str, str] | None:
+def start(role: str, gpu: bool, lanes: list[str] | None = None) -> tuple[str, str] | None:
     """Starts a producer or a consumer on new memory. A producer returns its `(incarnation, address)`."""
     from kvferry import _native
 
-    pool, settings = native_pool(gpu), _native.Settings(deadline=LIMIT, gpu_ring=1 << 20)
+    pool, settings = native_pool(gpu), _native.Settings(deadline=LIMIT, gpu_ring=1 << 20, lanes=lanes)
     assert pool.place == ("GPU 0" if gpu else "host memory")
     if role == "consumer":
         here.consumer = _native.Consumer(identity("decode"), pool, settings)
         return None
     here.producer = _native.Producer(identity("prefill"), pool, settings, "127.0.0.1:0")
     return here.producer.incarnation, here.producer.addr
+
+
+def close_producer() -> None:
+    assert here.producer.close(5)
 
 
 def enter(name: str, blocks: list[Any], stream: bool) -> None:
@@ -183,14 +195,14 @@ def pull(name: str, blocks: list[Any], stream: bool) -> int:
     return here.consumer.pull(name, blocks, here.stream if stream else None)
 
 
-def ended() -> tuple[int, list[Any], dict[str, int]]:
-    """Waits for the end of a pull: the number of loaded blocks, the invalid ones, and their causes."""
+def ended() -> tuple[int, dict[str, int], str | None]:
+    """Waits for the end of a pull: the number of loaded blocks, the causes of invalid ones, and the lane."""
     until = time.monotonic() + LIMIT
     while not (ended := here.consumer.poll()):
         assert time.monotonic() < until, "the pull does not end"
         time.sleep(0.001)
     (one,) = ended
-    return one.loaded, one.invalid, one.causes
+    return one.loaded, one.causes, one.lane
 
 
 # ---- the worker side --------------------------------------------------------------------------------------------------

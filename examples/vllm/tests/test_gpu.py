@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +28,15 @@ New = Callable[[], rank.Rank]
 
 
 @pytest.fixture
-def new() -> Iterator[New]:
+def new(tmp_path: Path) -> Iterator[New]:
     library = rank.standin()
     if library is None:
         pytest.skip("the stand-in for libcuda is missing: examples/vllm/test builds it")
     ranks: list[rank.Rank] = []
 
     def start() -> rank.Rank:
-        ranks.append(rank.Rank(library))
+        # The ranks share the GPU.
+        ranks.append(rank.Rank(library, f"dir={tmp_path}"))
         return ranks[-1]
 
     yield start
@@ -74,23 +76,28 @@ MOVED = {5: 1, 0: 2, 6: 3, 7: 6}
 OURS, THEIRS = [(0, 0, list(MOVED))], [(0, 0, list(MOVED.values()))]
 
 
-def test_a_pull_from_host_memory_lands_in_gpu_memory(new: New) -> None:
+either_lane = pytest.mark.parametrize("lane", ["tcp", "local"])
+
+
+@either_lane
+def test_a_pull_from_host_memory_lands_in_gpu_memory(new: New, lane: str) -> None:
     p, c = new(), new()
-    name = named(*p(rank.start, "producer", gpu=False))
-    c(rank.start, "consumer", gpu=True)
+    name = named(*p(rank.start, "producer", gpu=False, lanes=[lane]))
+    c(rank.start, "consumer", gpu=True, lanes=[lane])
     data = os.urandom(rank.SIZE)
     p(rank.write, 0, data)
     c(rank.write, 0, bytes([7]) * rank.SIZE)
     p(rank.enter, name, THEIRS, stream=False)
     c(rank.pull, name, OURS, stream=True)
-    assert c(rank.ended) == (len(MOVED), [], {})
+    assert c(rank.ended) == (len(MOVED), {}, lane)
     arrived(data, c(rank.read, 0, rank.SIZE), MOVED, rest=7)
 
 
-def test_a_pull_comes_after_the_work_of_the_stream(new: New) -> None:
+@either_lane
+def test_a_pull_comes_after_the_work_of_the_stream(new: New, lane: str) -> None:
     p, c = new(), new()
-    name = named(*p(rank.start, "producer", gpu=False))
-    c(rank.start, "consumer", gpu=True)
+    name = named(*p(rank.start, "producer", gpu=False, lanes=[lane]))
+    c(rank.start, "consumer", gpu=True, lanes=[lane])
     data = os.urandom(rank.SIZE)
     p(rank.write, 0, data)
     p(rank.enter, name, THEIRS, stream=False)
@@ -98,25 +105,39 @@ def test_a_pull_comes_after_the_work_of_the_stream(new: New) -> None:
     # Steps of the blocks' former owner. A pull that did not wait would end first, and be overwritten.
     c(rank.enqueue, 7, 0, rank.SIZE, times=10)
     c(rank.pull, name, OURS, stream=True)
-    assert c(rank.ended) == (len(MOVED), [], {})
+    assert c(rank.ended) == (len(MOVED), {}, lane)
     c(rank.slow, False)
     assert c(rank.count, "memsets") == 10
     arrived(data, c(rank.read, 0, rank.SIZE), MOVED, rest=7)
 
 
-def test_an_offer_of_gpu_memory_comes_after_the_work_of_the_stream(new: New) -> None:
+@either_lane
+def test_an_offer_of_gpu_memory_comes_after_the_work_of_the_stream(new: New, lane: str) -> None:
     p, c = new(), new()
-    name = named(*p(rank.start, "producer", gpu=True))
-    c(rank.start, "consumer", gpu=True)
+    name = named(*p(rank.start, "producer", gpu=True, lanes=[lane]))
+    c(rank.start, "consumer", gpu=True, lanes=[lane])
     p(rank.write, 0, bytes(rank.SIZE))
     c(rank.write, 0, bytes([7]) * rank.SIZE)
     p(rank.slow, True)
-    # The prefill that fills the blocks.
-    p(rank.enqueue, 3, 0, rank.SIZE, times=10)
+    # The prefill. Only its last step has the blocks as they are offered.
+    p(rank.enqueue, 1, 0, rank.SIZE, times=9)
+    p(rank.enqueue, 3, 0, rank.SIZE)
     p(rank.enter, name, THEIRS, stream=True)
     c(rank.pull, name, OURS, stream=True)
-    assert c(rank.ended) == (len(MOVED), [], {})
+    assert c(rank.ended) == (len(MOVED), {}, lane)
     arrived(bytes([3]) * rank.SIZE, c(rank.read, 0, rank.SIZE), MOVED, rest=7)
+
+
+def test_the_memory_of_a_closed_producer_is_mapped_nowhere(new: New) -> None:
+    p, c = new(), new()
+    name = named(*p(rank.start, "producer", gpu=True, lanes=["local"]))
+    c(rank.start, "consumer", gpu=True, lanes=["local"])
+    p(rank.enter, name, THEIRS, stream=True)
+    c(rank.pull, name, OURS, stream=True)
+    assert c(rank.ended) == (len(MOVED), {}, "local")
+    assert c(rank.count, "imports") > 0
+    p(rank.close_producer)
+    c(rank.wait_without, "imports")
 
 
 def test_a_stream_that_captures_a_graph_is_refused(new: New) -> None:
@@ -321,15 +342,29 @@ def test_sleep_and_wake_up_are_idempotent_and_leave_host_memory_alone() -> None:
     it.shutdown()
 
 
-def test_a_rank_that_could_not_release_its_memory_does_not_start_again(log: list[str]) -> None:
+def fails(*_: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    "consumer",
+    [
+        SimpleNamespace(close=lambda _: False, pulls=lambda: 0, poll=lambda: []),
+        SimpleNamespace(close=lambda _: True, pulls=fails, poll=lambda: []),
+    ],
+    ids=["does not stop", "fails"],
+)
+def test_a_rank_that_could_not_release_its_memory_does_not_start_again(log: list[str], consumer: Any) -> None:
     it, _ = side("kv_both")
-    stuck = SimpleNamespace(close=lambda _: False, pulls=lambda: 0, poll=lambda: [])
-    it._consumer, it._gpu = stuck, torch.device("cuda", 0)  # type: ignore[assignment]
-    it.sleep()
+    it._consumer, it._gpu = consumer, torch.device("cuda", 0)
+    try:
+        it.sleep()
+    except RuntimeError:
+        # The connector logs it and goes on.
+        pass
     it.wake()
-    assert log[-1] == "kvferry is off on this engine: kvferry did not stop before the engine went to sleep; restart it"
-    restarted = it.restarted()
-    assert restarted == Restarted([Handshake(rank=0, addr=None, incarnation=None, pulls=False)])
+    assert log[-1] == "kvferry is off on this engine: it did not stop before the engine went to sleep; restart it"
+    assert it.restarted() == Restarted([Handshake(rank=0, addr=None, incarnation=None, pulls=False)])
 
 
 def scheduler(ranks: int) -> SchedulerSide:

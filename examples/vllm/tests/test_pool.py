@@ -83,7 +83,10 @@ def test_the_name_of_a_joined_region_tells_layers_order_and_sizes() -> None:
     assert max(map(len, names)) < 60
 
 
-def identity(layout: str, role: str, tp: int = 1, pp: int = 1) -> tuple[_native.Identity, _native.Pool, dict[str, torch.Tensor]]:
+Side = tuple[_native.Identity, _native.Pool, dict[str, torch.Tensor]]
+
+
+def identity(layout: str, role: str, tp: int = 1, pp: int = 1) -> Side:
     config = fakes.cache_config(LAYERS, BLOCKS, layout)
     tensors = fakes.cpu_tensors(config, layout)
     cache = pool.describe(tensors, config, layout)
@@ -92,7 +95,7 @@ def identity(layout: str, role: str, tp: int = 1, pp: int = 1) -> tuple[_native.
     return me, _native.Pool(cache.segments, cache.groups, list(tensors.values())), tensors
 
 
-def moved(producer: tuple[Any, Any, Any], consumer: tuple[Any, Any, Any]) -> _native.Ended:
+def moved(producer: Side, consumer: Side) -> _native.Ended:
     """Pulls block 2 of a producer into block 4 of a consumer."""
     settings = _native.Settings(lanes=["local", "tcp"], deadline=10.0)
     p = _native.Producer(producer[0], producer[1], settings, "127.0.0.1:0")

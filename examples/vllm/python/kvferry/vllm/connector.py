@@ -169,8 +169,8 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker.handshake() if self._worker is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """The step begins. Offers and pulls start here rather than after the forward pass, which may take long. The forward pass
-        touches no block that is being offered or loaded.
+        """The step begins. Offers and pulls start here rather than after the forward pass, which may take long. The forward
+        pass touches no block that is being offered or loaded.
 
         On a GPU the compute stream now holds the earlier steps, their draft passes and this step's zeroing, but not this
         forward pass. Offers and pulls wait for what it holds."""

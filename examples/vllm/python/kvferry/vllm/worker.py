@@ -67,8 +67,8 @@ class WorkerSide:
         # The device of a cache in GPU memory.
         self._gpu: torch.device | None = None
         self._asleep = False
-        # Why this rank must not start again.
-        self._lost: str | None = None
+        # Whether something may still use the memory of before a sleep: this rank must not start again.
+        self._lost = False
         self._restarted = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
@@ -332,32 +332,35 @@ class WorkerSide:
         if self._asleep:
             return
         self._asleep = True
+        # Cleared at the end: whatever fails in between, this rank must not use the memory again.
+        self._lost = self._gpu is not None
         if self._producer is not None:
             for offer_id in list(self._offered):
                 self._producer.revoke(offer_id)
+        stopped = True
         if self._consumer is not None:
             for number in list(self._pulls):
                 self._consumer.cancel(number)
             # vLLM has drained the transfers. Remaining pulls become quiet within milliseconds.
-            if not quiet(self._consumer):
+            stopped = quiet(self._consumer)
+            if not stopped:
                 logger.error("kvferry: a pull still writes KV memory that is about to be freed; restart this engine")
-                self._lost = "a pull did not stop before the engine went to sleep"
         if self._gpu is not None:
-            self._deregister()
+            self._lost = not (self._deregister() and stopped)
 
-    def _deregister(self) -> None:
-        """Closes the producer and the consumer, which releases the memory."""
+    def _deregister(self) -> bool:
+        """Closes the producer and the consumer, which releases the memory; whether it is released."""
         self._poll_pulls()
         until = time.monotonic() + CLOSE_TO_SLEEP
         while self._offered and time.monotonic() < until:
             self._poll_offers()
             time.sleep(0.001)
-        if self._close(CLOSE_TO_SLEEP):
-            # Nothing reads the blocks of these offers any more.
-            for offer_id in list(self._offered):
-                self._freed(offer_id, "revoked")
-        else:
-            self._lost = "kvferry did not stop before the engine went to sleep"
+        if not self._close(CLOSE_TO_SLEEP):
+            return False
+        # Nothing reads the blocks of these offers any more.
+        for offer_id in list(self._offered):
+            self._freed(offer_id, "revoked")
+        return True
 
     def wake(self) -> None:
         """The memory is back, at the same addresses."""
@@ -367,9 +370,10 @@ class WorkerSide:
         if self._gpu is None:
             return
         self._restarted = True
-        if self._lost is not None:
-            logger.error("kvferry is off on this engine: %s; restart it", self._lost)
-        elif self._producer is None and self._consumer is None:
+        if self._lost:
+            logger.error("kvferry is off on this engine: it did not stop before the engine went to sleep; restart it")
+            self._close(CLOSE)
+        else:
             self._start_or_say()
 
     def restarted(self) -> Restarted | None:

@@ -15,7 +15,8 @@
 //! in host memory.
 //!
 //! A process that may connect can read the whole pool, as with `process_vm_readv` itself: the lane protects against
-//! mistakes and other users, not against processes of the same user.
+//! mistakes and other users, not against processes of the same user. GPU memory it can write as well: the driver's handles
+//! have no read-only form.
 
 mod connect;
 mod exported;

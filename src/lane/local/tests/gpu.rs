@@ -22,6 +22,7 @@ use crate::{
 
 const MIB: u64 = 1 << 20;
 const ROLE: &str = "KVFERRY_TEST_LOCAL_GPU";
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Long enough for every copy that is not kept from ending.
 const LONG: Duration = Duration::from_secs(60);
 

@@ -38,7 +38,8 @@ fn a_killed_owner_leaves_no_memory_behind_once_its_copies_are_done() {
             let cause = Cause::PeerDown;
             let events = drive(&mut lane, |e| !e.is_empty());
             assert_eq!(events, [LaneEvent::Failed { attempt: A, cause }, LaneEvent::Down { cause }], "at once");
-            assert!(lane.arm().unwrap().is_some(), "it waits for the copies");
+            let fd = lane.arm().unwrap().expect("it waits for the copies");
+            assert_eq!(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&NOW)), Ok(0), "and lets its owner sleep");
             assert_eq!(free(&memory), held, "the copies read this memory");
             control.hang(false);
             assert_eq!(drive(&mut lane, |e| !e.is_empty()), [quiet()], "and neither Done nor Fence");

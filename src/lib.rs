@@ -97,12 +97,22 @@ pub use producer::{Builder as ProducerBuilder, OfferSpec, Producer, Ready};
 #[cfg(feature = "verbs")]
 pub mod verbs {
     pub use crate::lane::verbs::{
-        DeviceLimits, DeviceReport, Dmabuf, Gid, GidEntry, GidType, LinkLayer, Port, PortReport, VerbsError, survey,
+        DeviceLimits, DeviceReport, Dmabuf, Gid, GidEntry, GidType, GpuReach, LinkLayer, Port, PortReport, VerbsError,
+        survey,
     };
 
     /// Checks that the rails of `config` can be opened. Slow: it opens every device that they name.
     pub fn check(config: &crate::VerbsConfig) -> Result<(), VerbsError> {
         crate::lane::verbs::Rails::check(config)
+    }
+
+    /// How each rail of `config` reaches this memory, which must be on a GPU: each way of registration is tried with the first
+    /// 2 MiB, and withdrawn. Empty for host memory.
+    ///
+    /// # Errors
+    /// There is no libibverbs or no device, or the name of a rail is malformed.
+    pub fn gpu_reach(config: &crate::VerbsConfig, memory: &crate::Memory) -> Result<Vec<GpuReach>, VerbsError> {
+        crate::lane::verbs::Rails::gpu_reach(config, memory)
     }
 }
 

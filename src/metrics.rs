@@ -1,7 +1,7 @@
 //! Prometheus metrics. A counter counts final results, so it never goes down.
 //!
 //! Register a consumer's or a producer's metrics in the engine's registry and serve it with the engine's own; kvferry opens
-//! no port for it.
+//! no port for it. [`GpuMetrics`] are the whole process's: register them once, beside those of its consumer and producer.
 
 use kvferry_proto::{Gone, Outcome};
 use prometheus_client::{
@@ -137,6 +137,80 @@ impl ProducerMetrics {
     }
 }
 
+/// The metrics of GPU memory in this whole process, under `kvferry_gpu_`:
+///
+/// - `landed_bytes{landing}`: bytes in place in a consumer's GPU memory. `direct`: a NIC wrote it; `ring`: through the pinned
+///   ring; `ipc`: from another process's GPU memory on this host. Only a fence says which of them count as loaded.
+/// - `jobs{direction}` and `jobs_failed{direction}`: copy jobs that ended, and those among them that failed. A job is about a
+///   chunk of a pull. `to_gpu`: out of a consumer's ring; `to_host`: into a producer's; `between`: from GPU memory to GPU
+///   memory. Tools that read or write GPU memory make jobs too.
+/// - `job_queue_seconds{direction}` and `job_copy_seconds{direction}`: the sums of their times from submission to the first
+///   copy, and from there to the end. Divided by `jobs` they are means.
+/// - `unusable`: GPUs of this process whose context is unusable: a pull into one fails until the process is restarted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GpuMetrics;
+
+impl GpuMetrics {
+    /// Adds them to a registry. Once: a registry with two copies has every name twice.
+    pub fn register(self, registry: &mut Registry) {
+        registry.sub_registry_with_prefix("kvferry").register_collector(Box::new(gpu::Process));
+    }
+}
+
+mod gpu {
+    //! What [`GpuMetrics`](super::GpuMetrics) reports.
+
+    use prometheus_client::{
+        collector::Collector,
+        encoding::{DescriptorEncoder, EncodeMetric},
+        metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    };
+
+    use crate::memory::gpu::stats::{COUNTERS, JobCounts};
+
+    #[derive(Debug)]
+    pub(super) struct Process;
+
+    impl Collector for Process {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+            let help = "Bytes in place in GPU memory, by the way that they took";
+            let mut landed = encoder.encode_descriptor("gpu_landed_bytes", help, None, MetricType::Counter)?;
+            for (landing, bytes) in COUNTERS.landed() {
+                ConstCounter::new(bytes).encode(landed.encode_family(&[("landing", landing)])?)?;
+            }
+            type Count = fn(&JobCounts) -> u64;
+            let counts: [(_, _, Count); 2] = [
+                ("gpu_jobs", "Copy jobs that ended, failed ones included", |j| j.ended),
+                ("gpu_jobs_failed", "Copy jobs that failed", |j| j.failed),
+            ];
+            for (name, help, of) in counts {
+                let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+                for job in COUNTERS.jobs() {
+                    ConstCounter::new(of(&job)).encode(family.encode_family(&[("direction", job.direction)])?)?;
+                }
+            }
+            type Seconds = fn(&JobCounts) -> f64;
+            let times: [(_, _, Seconds); 2] = [
+                ("gpu_job_queue_seconds", "Seconds from submissions of copy jobs to their first copies", |j| {
+                    j.queue.as_secs_f64()
+                }),
+                ("gpu_job_copy_seconds", "Seconds from the first copies of copy jobs to their ends", |j| {
+                    j.copy.as_secs_f64()
+                }),
+            ];
+            for (name, help, of) in times {
+                let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+                for job in COUNTERS.jobs() {
+                    ConstCounter::new(of(&job)).encode(family.encode_family(&[("direction", job.direction)])?)?;
+                }
+            }
+            let help = "GPUs whose context is unusable until this process is restarted";
+            let gauge = encoder.encode_descriptor("gpu_unusable", help, None, MetricType::Gauge)?;
+            ConstGauge::new(u64::from(COUNTERS.unusable())).encode(gauge)
+        }
+    }
+}
+
 #[cfg(feature = "verbs")]
 mod teardown {
     //! How verbs reads were stopped and failed rails torn down, in this whole process.
@@ -175,6 +249,26 @@ mod teardown {
 mod tests {
     use super::*;
     use kvferry_proto::{GroupId, GroupOutcome, LaneKind, PositionSet, Times};
+
+    #[test]
+    fn gpu_metrics_are_there_without_a_gpu() {
+        let mut registry = Registry::default();
+        GpuMetrics.register(&mut registry);
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in [
+            "kvferry_gpu_landed_bytes_total{landing=\"direct\"}",
+            "kvferry_gpu_landed_bytes_total{landing=\"ring\"}",
+            "kvferry_gpu_landed_bytes_total{landing=\"ipc\"}",
+            "kvferry_gpu_jobs_total{direction=\"to_gpu\"}",
+            "kvferry_gpu_jobs_failed_total{direction=\"to_host\"}",
+            "kvferry_gpu_job_queue_seconds_total{direction=\"between\"}",
+            "kvferry_gpu_job_copy_seconds_total{direction=\"to_gpu\"}",
+            "kvferry_gpu_unusable ",
+        ] {
+            assert!(text.contains(line), "{line} is missing in\n{text}");
+        }
+    }
 
     #[test]
     fn an_ended_pull_is_counted_once_by_block_and_cause() {

@@ -5,6 +5,7 @@
 //! clock for the end of copies, and a descriptor to sleep on.
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
@@ -21,27 +22,39 @@ use rustix::{
 };
 
 use super::WakingLane;
-use crate::memory::gpu::{Direction, PinnedRing, RingQueue};
+use crate::memory::gpu::{Direction, PinnedRing, RingQueue, stats};
 
 /// Wraps a lane that reads into [`PinnedRing::memory`].
 pub(crate) fn stage(ring: &PinnedRing, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
-    let copier = RingCopier(ring.queue(Direction::ToGpu)?);
+    let copier = RingCopier { copies: ring.queue(Direction::ToGpu)?, sizes: VecDeque::new() };
     StagedLane::new(inner, copier, ring.slots().clone(), ring.config().copy_bound)
 }
 
 /// Copies from the ring into the pool.
-struct RingCopier(RingQueue);
+struct RingCopier {
+    copies: RingQueue,
+    /// Number and bytes of each job that is not finished.
+    sizes: VecDeque<(u64, u64)>,
+}
 
 impl Copier for RingCopier {
     fn submit(&mut self, copies: &[StagedCopy]) -> Option<u64> {
-        let piece = |c: &StagedCopy| self.0.piece(c.ring_offset, (c.segment, c.offset), c.len).ok();
+        let piece = |c: &StagedCopy| self.copies.piece(c.ring_offset, (c.segment, c.offset), c.len).ok();
         // Every copy was checked when its read was posted.
         let pieces = copies.iter().filter_map(piece).collect();
-        self.0.submit(pieces)
+        let number = self.copies.submit(pieces)?;
+        self.sizes.push_back((number, copies.iter().map(|c| c.len).sum()));
+        Some(number)
     }
 
     fn finished(&mut self) -> Finished {
-        let (up_to, failed) = self.0.queue.finished();
+        let (up_to, failed) = self.copies.queue.finished();
+        while let Some(&(number, bytes)) = self.sizes.front()
+            && number <= up_to
+        {
+            self.sizes.pop_front();
+            stats::landed(stats::Landing::Ring, bytes);
+        }
         Finished { up_to, failed }
     }
 }
@@ -62,7 +75,7 @@ impl StagedLane {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
         epoll::add(&epoll, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
-        epoll::add(&epoll, copier.0.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, copier.copies.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
         let staged = Staged::new(inner, copier, ring, bound);
         Ok(Self { staged, epoll, timer, watched: false, give_up: None })
     }
@@ -82,7 +95,7 @@ impl Lane for StagedLane {
     }
 
     fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
-        let pool = &self.staged.copier_mut().0.pool;
+        let pool = &self.staged.copier_mut().copies.pool;
         let fits = |r: &Read| pool.address(r.dst_segment, r.dst_offset, r.len).is_ok();
         // The inner lane checks its own end, which is the ring.
         if !reads.iter().all(fits) {
@@ -132,7 +145,7 @@ impl WakingLane for StagedLane {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(2), epoll::EventFlags::IN)?;
             self.watched = true;
         }
-        if outstanding && !self.staged.copier_mut().0.queue.about_to_sleep() {
+        if outstanding && !self.staged.copier_mut().copies.queue.about_to_sleep() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         if let Some(at) = self.give_up.filter(|_| outstanding) {

@@ -7,7 +7,6 @@
 use std::{
     any::Any,
     fmt, io,
-    num::NonZeroUsize,
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
@@ -18,7 +17,7 @@ use kvferry_proto::{BadLayout, PoolLayout};
 use parking_lot::Mutex;
 
 use super::{
-    gpu::{Allocation, Gpu, GpuError, Window},
+    gpu::{Allocation, Gpu, GpuError, GpuInfo, Window},
     mapping::{self, Mapping},
 };
 use crate::error::StartError;
@@ -168,7 +167,7 @@ impl Memory {
     pub fn alloc_gpu(ordinal: u32, segments: &[u64]) -> Result<Self, GpuError> {
         let gpu = Gpu::open(ordinal)?;
         let allocation = gpu.allocate(segments)?;
-        let base = allocation.addresses().map(|a| address_only(a)).collect();
+        let base = allocation.addresses().map(address_only).collect();
         Ok(Self::on_gpu(gpu, base, segments.to_vec(), Some(allocation), None))
     }
 
@@ -207,6 +206,11 @@ impl Memory {
     /// Where it lies.
     pub fn place(&self) -> Place {
         self.gpu().map_or(Place::Host, |gpu| Place::Gpu { ordinal: gpu.info().ordinal, uuid: gpu.info().uuid })
+    }
+
+    /// The GPU that holds it, as it was when it was opened; `None`: host memory.
+    pub fn gpu_info(&self) -> Option<&GpuInfo> {
+        self.gpu().map(Gpu::info)
     }
 
     /// The GPU that holds it; `None`: host memory.
@@ -357,7 +361,7 @@ impl Memory {
 
 /// An address that the host never accesses. 0, of an empty segment, becomes a dangling one.
 fn address_only(address: u64) -> NonNull<u8> {
-    NonZeroUsize::new(address as usize).map_or(NonNull::dangling(), NonNull::without_provenance)
+    NonNull::new(std::ptr::without_provenance_mut(address as usize)).unwrap_or(NonNull::dangling())
 }
 
 #[cold]

@@ -6,7 +6,7 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kvferry::{ChunkSize, Config, Consumer, LaneKind, Memory, Offer, PoolLayout, Times};
+use kvferry::{ChunkSize, Config, Consumer, LaneKind, Offer, PoolLayout, Times};
 use kvferry_testkit::serve::Serve;
 
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     peer::{self, Peer},
     perftest::Perftest,
     plot,
+    pool::{MemoryRecord, PoolArgs, PoolPlace},
     raw::Raw,
     report::{Failure, us},
     row::{self, Latency, OneAtATime, Row},
@@ -33,9 +34,14 @@ pub(crate) struct Args {
     verbs: VerbsArgs,
     #[command(flatten)]
     tcp: TcpArgs,
+    #[command(flatten)]
+    pool: PoolArgs,
     /// RDMA ports of the producer that bench starts. The default is the consumer's ports.
     #[arg(long, value_name = "RAIL,…", value_delimiter = ',', conflicts_with = "connect")]
     serve_rails: Vec<String>,
+    /// Where the pool of the producer that bench starts lies. The default is the consumer's place.
+    #[arg(long, value_name = "PLACE", conflicts_with = "connect")]
+    serve_memory: Option<PoolPlace>,
     /// Smallest block size.
     #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = args::bytes)]
     start_block_size: u64,
@@ -80,7 +86,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, false)?;
     let sizes = sizes(&args)?;
     let total = args.total_bytes / args.max_block_size * args.max_block_size;
-    args::check_memory(total * if args.vs_raw { 3 } else { 2 })?;
+    let places = check_places(&args)?;
+    PoolPlace::check_sizes(&places, total)?;
     let mut child = match &args.connect {
         Some(_) => None,
         None => Some(Serve::start(std::env::current_exe()?, &serve_flags(&args, &sizes, total))?),
@@ -93,9 +100,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let peer = Peer::probe(&addr, &"bench".parse()?, &args.model.model(), LIMIT)?;
     let blocks = u32::try_from(total / args.max_block_size).map_err(|_| Failure::usage("--total-bytes: too large"))?;
     let layout = serve::layout(blocks, 1, args.max_block_size, args.model.block_tokens, &sizes)?;
-    let memory =
-        if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
-    memory.touch()?;
+    let memory = args.pool.memory.allocate(&layout, args.engine_memory)?;
     let perftest = (!args.verbs.config().rails.is_empty())
         .then(|| Perftest::new(&args.verbs.config(), &args.verbs.served(&args.serve_rails)))
         .transpose()?;
@@ -115,6 +120,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         let mut config = Config::default();
         config.verbs = args.verbs.config();
         config.tcp = args.tcp.config();
+        config.gpu = args.pool.config();
         config.pull.lanes = vec![lane];
         let consumer = Consumer::builder("bench".parse()?, args.model.model(), layout.clone())
             .memory(memory.clone())
@@ -177,7 +183,24 @@ fn serve_flags(args: &Args, sizes: &[u64], total: u64) -> Vec<String> {
     }
     flags.extend(args.verbs.serve_flags(&args.serve_rails));
     flags.extend(args.tcp.serve_flags());
+    flags.extend(args.pool.serve_flags(args.serve_memory));
     flags
+}
+
+/// The places of all pools on this machine, with that of a bare copy's source. They must exist.
+fn check_places(args: &Args) -> Result<Vec<PoolPlace>, Failure> {
+    let mut places = vec![args.pool.memory];
+    if args.connect.is_none() {
+        places.push(args.pool.served(args.serve_memory));
+    }
+    if args.vs_raw && places.iter().any(|p| *p != PoolPlace::Host) {
+        return Err(Failure::usage("--vs-raw compares with copies of host memory: leave it out for GPU memory"));
+    }
+    if args.vs_raw {
+        places.push(PoolPlace::Host);
+    }
+    places.iter().try_for_each(|p| p.check())?;
+    Ok(places)
 }
 
 struct Bench<'a> {
@@ -196,7 +219,7 @@ impl Bench<'_> {
         bar
     }
 
-    fn offer(&self, blocks: u32, size: u64) -> Result<Offer, Failure> {
+    fn offer(&mut self, blocks: u32, size: u64) -> Result<Offer, Failure> {
         let size =
             u32::try_from(size).map_err(|_| Failure::usage("--max-block-size: a block must be smaller than 4 GiB"))?;
         self.peer.offer(blocks, size, LIMIT).map_err(|e| {
@@ -207,10 +230,11 @@ impl Bench<'_> {
 
     /// Measures READ and fence of one block at a time, as perftest measures latency: one READ fills the window, and each
     /// block has a fence. Rounds of pulls alternate with rounds of bare READs, since a machine's speed drifts.
-    fn one_at_a_time(&self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<OneAtATime, Failure> {
+    fn one_at_a_time(&mut self, warm: &Consumer, size: u64, raw: &mut Raw) -> Result<OneAtATime, Failure> {
         let mut config = Config::default();
         config.verbs = self.args.verbs.config();
         config.verbs.window = 1;
+        config.gpu = self.args.pool.config();
         config.pull.chunk = ChunkSize { per_pull: u32::MAX, min_bytes: size, max_bytes: size };
         let consumer = Consumer::builder("bench".parse()?, self.args.model.model(), PoolLayout::clone(warm.layout()))
             .memory(warm.memory().clone())
@@ -248,7 +272,7 @@ impl Bench<'_> {
 
     /// Measures one row. `None` if the lane does not work here.
     fn measure(
-        &self,
+        &mut self,
         consumer: &Consumer,
         lane: LaneKind,
         size: u64,
@@ -260,7 +284,8 @@ impl Bench<'_> {
         let mut lat = Vec::new();
         let (mut prep, mut post, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..self.args.warmup + self.args.iterations {
-            peer::pull(consumer, (self.offer(blocks, size)?, size), blocks, vec![lane], LIMIT)?;
+            let offer = self.offer(blocks, size)?;
+            peer::pull(consumer, (offer, size), blocks, vec![lane], LIMIT)?;
             let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
             let o = &ended.outcome;
             if !o.complete() {
@@ -306,6 +331,8 @@ impl Bench<'_> {
         Ok(Some(Row {
             lane: lane.as_str(),
             op: "pull",
+            memory: MemoryRecord::from(consumer.memory()),
+            peer_memory: self.peer.memory.clone(),
             block_size: size,
             blocks,
             gb_per_s: rate(percentile(&lat, 50).unwrap_or_default()),

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
     peer::{self, Peer},
+    pool::{MemoryRecord, PoolArgs, PoolPlace},
     report::{Failure, PullRecord, ranges, size, us},
 };
 
@@ -32,6 +33,11 @@ pub(crate) struct Args {
     /// RDMA ports of the producer. The default is the consumer's ports.
     #[arg(long, value_name = "RAIL,…", value_delimiter = ',')]
     serve_rails: Vec<String>,
+    #[command(flatten)]
+    pool: PoolArgs,
+    /// Where the producer's pool lies. The default is the consumer's place.
+    #[arg(long, value_name = "PLACE")]
+    serve_memory: Option<PoolPlace>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -86,7 +92,7 @@ impl Demo {
     }
 
     fn offer(&self, addr: &str) -> Result<(Peer, Offer), Failure> {
-        let peer = Peer::probe(addr, &"demo".parse()?, &self.model.model(), LIMIT)?;
+        let mut peer = Peer::probe(addr, &"demo".parse()?, &self.model.model(), LIMIT)?;
         let offer = peer.offer(self.blocks, 0, LIMIT)?;
         Ok((peer, offer))
     }
@@ -100,6 +106,8 @@ impl Demo {
         let (good, bad) = peer.verify(&ended, &self.consumer)?;
         let mut record = PullRecord::new(LIMIT);
         record.offer(&ended.offer);
+        record.memory = Some(MemoryRecord::from(self.consumer.memory()));
+        record.peer_memory = peer.memory.clone();
         record.outcome(&ended.outcome);
         record.checked(good, bad);
         self.pulls.push(record.clone());
@@ -132,8 +140,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         .ok()
         .filter(|n| *n >= 100)
         .ok_or_else(|| Failure::usage("--total-bytes: at least 100M, so that the kill comes in mid-pull"))?;
-    args::check_memory(2 * args.total_bytes)?;
+    let places = [args.pool.memory, args.pool.served(args.serve_memory)];
+    PoolPlace::check_sizes(&places, args.total_bytes)?;
     args.verbs.check(args.lane, false)?;
+    places.iter().try_for_each(|p| p.check())?;
     let far = match args.lane {
         LaneChoice::Tcp => LaneKind::Tcp,
         LaneChoice::Verbs => LaneKind::Verbs,
@@ -152,14 +162,18 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
             ("--block-tokens", m.block_tokens.to_string()),
         ];
         let pairs = pairs.into_iter().flat_map(|(k, v)| [k.to_owned(), v]);
-        pairs.chain(args.verbs.serve_flags(&args.serve_rails)).collect()
+        let pairs = pairs.chain(args.verbs.serve_flags(&args.serve_rails));
+        pairs.chain(args.pool.serve_flags(args.serve_memory)).collect()
     };
     let mut producer = Serve::start(std::env::current_exe()?, &flags(&args.listen))?;
     let addr = producer.ready.listen.clone();
     let layout = PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let mut config = Config::default();
     config.verbs = args.verbs.config();
-    let consumer = Consumer::builder("demo".parse()?, args.model.model(), layout).config(config).build()?;
+    config.gpu = args.pool.config();
+    let memory = args.pool.memory.allocate(&layout, false)?;
+    let consumer =
+        Consumer::builder("demo".parse()?, args.model.model(), layout).memory(memory).config(config).build()?;
     let text = args.json.text();
     let mut demo = Demo {
         started,

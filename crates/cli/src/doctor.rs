@@ -1,5 +1,8 @@
 //! `kvferry doctor`: checks this machine. Where possible, a check tries the real operation.
 
+mod gpu;
+mod pci;
+
 use std::{process::ExitCode, time::Duration};
 
 use kvferry::{Consumer, GroupId, LaneKind, Memory};
@@ -9,6 +12,7 @@ use serde::Serialize;
 use crate::{
     args::{JsonArg, ModelArgs},
     peer::{self, Peer},
+    pool::PoolPlace,
     report::{Failure, size},
 };
 
@@ -49,7 +53,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut findings = vec![cores(), memory(), files(), memfd(), huge_pages(), shared_huge_pages(), ptrace(), pidfd()];
     findings.extend(lanes());
     findings.extend(verbs());
-    findings.push(Finding::new("GPU memory", Status::Warn, "not in this build", "no remedy: pools lie in host memory"));
+    findings.extend(gpu::findings());
     if args.json.text() {
         for f in &findings {
             let status = format!("{:?}", f.status).to_uppercase();
@@ -244,7 +248,7 @@ fn verbs() -> Vec<Finding> {
         }
     }
     let advice = "pulls use local or tcp instead; see the log (KVFERRY_LOG=info)";
-    found.push(match try_lane(LaneKind::Verbs, true) {
+    found.push(match try_lane(LaneKind::Verbs, true, PoolPlace::Host) {
         Ok(line) => Finding::new("verbs lane", Status::Ok, line, ""),
         Err(e) => Finding::new("verbs lane", Status::Warn, e.message, advice),
     });
@@ -267,7 +271,7 @@ fn lanes() -> Vec<Finding> {
         .into_iter()
         .map(|(check, lane, engine_memory, advice)| {
             let bad = if lane == LaneKind::Tcp { Status::Fail } else { Status::Warn };
-            match try_lane(lane, engine_memory) {
+            match try_lane(lane, engine_memory, PoolPlace::Host) {
                 Ok(found) => Finding::new(check, Status::Ok, found, ""),
                 Err(e) => Finding::new(check, bad, e.message, advice),
             }
@@ -275,7 +279,8 @@ fn lanes() -> Vec<Finding> {
         .collect()
 }
 
-fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
+/// A small pull from host memory into memory at `place`.
+fn try_lane(lane: LaneKind, engine_memory: bool, place: PoolPlace) -> Result<String, Failure> {
     const BLOCKS: u32 = 64;
     let limit = Duration::from_secs(5);
     let mut flags: Vec<String> =
@@ -286,9 +291,10 @@ fn try_lane(lane: LaneKind, engine_memory: bool) -> Result<String, Failure> {
     let serve = Serve::start(std::env::current_exe()?, &flags)?;
     let addr = &serve.ready.listen;
     let model = ModelArgs::default().model();
-    let peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;
+    let mut peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;
     let layout = peer.local_layout(GroupId(0), BLOCKS)?;
-    let consumer = Consumer::builder("doctor".parse()?, model, layout).build()?;
+    let memory = place.allocate(&layout, false)?;
+    let consumer = Consumer::builder("doctor".parse()?, model, layout).memory(memory).build()?;
     peer::pull(&consumer, (peer.offer(BLOCKS, 0, limit)?, 0), BLOCKS, vec![lane], limit)?;
     let ended = consumer.wait(limit * 2).map_err(|e| Failure::waiting(&e))?;
     let (good, bad) = peer.verify(&ended, &consumer)?;

@@ -9,6 +9,7 @@ mod offers;
 mod peer;
 mod perftest;
 mod plot;
+mod pool;
 mod pull;
 mod raw;
 mod report;

@@ -13,7 +13,10 @@ use tonic::{
 };
 
 use self::proto::{MakeOfferReply, MakeOfferRequest, bench_client::BenchClient, bench_server::BenchServer};
-use crate::report::{Ending, Failure};
+use crate::{
+    pool::MemoryRecord,
+    report::{Ending, Failure},
+};
 
 #[allow(missing_docs, unreachable_pub, clippy::all, unused_qualifications, rustdoc::all)]
 mod proto {
@@ -27,7 +30,7 @@ const FRAME_BYTES: usize = 32 << 20;
 
 /// Makes offers of a producer, which is set when it serves.
 #[derive(Clone, Default)]
-pub(crate) struct Bench(Arc<OnceLock<Weak<Producer>>>);
+pub(crate) struct Bench(Arc<OnceLock<(Weak<Producer>, MemoryRecord)>>);
 
 impl Bench {
     /// The service, and its descriptors for reflection.
@@ -39,18 +42,24 @@ impl Bench {
     /// From now on, the service offers blocks of this producer.
     pub(crate) fn set(&self, producer: &Arc<Producer>) {
         // `serve` sets it once.
-        let _ = self.0.set(Arc::downgrade(producer));
+        let _ = self.0.set((Arc::downgrade(producer), MemoryRecord::from(producer.memory())));
     }
 }
 
 #[tonic::async_trait]
 impl proto::bench_server::Bench for Bench {
     async fn make_offer(&self, request: Request<MakeOfferRequest>) -> Result<Response<MakeOfferReply>, Status> {
-        let producer = self.0.get().and_then(Weak::upgrade);
-        let producer =
-            producer.ok_or_else(|| Status::unavailable("this producer is starting or stopping: try again"))?;
+        let serving = self.0.get().and_then(|(producer, memory)| Some((producer.upgrade()?, memory)));
+        let (producer, memory) =
+            serving.ok_or_else(|| Status::unavailable("this producer is starting or stopping: try again"))?;
         let offer = make(&producer, request.into_inner()).map_err(Status::failed_precondition)?;
-        Ok(Response::new(MakeOfferReply { offer: offer.to_json(), pattern: producer.me().incarnation.get() }))
+        let memory = proto::Memory {
+            place: memory.place.clone(),
+            name: memory.name.clone().unwrap_or_default(),
+            uuid: memory.uuid.clone().unwrap_or_default(),
+        };
+        let (offer, pattern) = (offer.to_json(), producer.me().incarnation.get());
+        Ok(Response::new(MakeOfferReply { offer, pattern, memory: Some(memory) }))
     }
 }
 
@@ -79,8 +88,14 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
     producer.offer(spec, Ready::Now).map_err(|e| e.to_string())
 }
 
-/// Requests an offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of the first group) from `addr`.
-pub(crate) async fn make_offer(addr: &str, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
+/// Requests an offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of the first group) from `addr`. Also
+/// returns where they lie; `None`: an older `kvferry serve`, which does not say.
+pub(crate) async fn make_offer(
+    addr: &str,
+    blocks: u32,
+    block_bytes: u32,
+    limit: Duration,
+) -> Result<(Offer, Option<MemoryRecord>), Failure> {
     let failed = |ending, reason: String| {
         Failure::of(ending, format!("{addr} made no offer: {reason}; is it a `kvferry serve`?"))
     };
@@ -91,7 +106,11 @@ pub(crate) async fn make_offer(addr: &str, blocks: u32, block_bytes: u32, limit:
         let mut bench = BenchClient::new(channel).max_decoding_message_size(FRAME_BYTES);
         let request = MakeOfferRequest { blocks, scattered: true, block_bytes };
         let reply = bench.make_offer(request).await.map_err(|s| failed(Ending::Refused, s.message().into()))?;
-        Offer::from_json(&reply.into_inner().offer).map_err(|e| failed(Ending::BadOffer, e.to_string()))
+        let reply = reply.into_inner();
+        let some = |text: String| Some(text).filter(|t| !t.is_empty());
+        let memory = reply.memory.map(|m| MemoryRecord { place: m.place, name: some(m.name), uuid: some(m.uuid) });
+        let offer = Offer::from_json(&reply.offer).map_err(|e| failed(Ending::BadOffer, e.to_string()))?;
+        Ok((offer, memory))
     };
     tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(unreachable(format!("no answer within {limit:?}"))))
 }

@@ -11,6 +11,7 @@ use tokio::runtime::Runtime;
 
 use crate::{
     offers,
+    pool::MemoryRecord,
     report::{Ending, Failure},
 };
 
@@ -19,6 +20,8 @@ pub(crate) struct Peer {
     addr: String,
     runtime: Runtime,
     pub welcome: Welcome,
+    /// Where its pool lies; `None`: it has made no offer for this process, or does not say.
+    pub memory: Option<MemoryRecord>,
 }
 
 impl Peer {
@@ -41,12 +44,15 @@ impl Peer {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let welcome =
             runtime.block_on(Caller::new(config).probe(addr, engine, model)).map_err(|e| Failure::dial(&e))?;
-        Ok(Self { addr: addr.into(), runtime, welcome })
+        Ok(Self { addr: addr.into(), runtime, welcome, memory: None })
     }
 
     /// A new offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of its first group), made within `limit`.
-    pub(crate) fn offer(&self, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
-        self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, limit))
+    pub(crate) fn offer(&mut self, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
+        let made = self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, limit));
+        let (offer, memory) = made?;
+        self.memory = memory;
+        Ok(offer)
     }
 
     /// A layout for `blocks` blocks of the shape that the producer's group has.

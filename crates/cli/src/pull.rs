@@ -11,6 +11,7 @@ use kvferry::{BadOffer, Config, Consumer, EngineId, Faults, Offer};
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, SealArgs, TcpArgs, VerbsArgs},
     peer::{self, Peer},
+    pool::{MemoryRecord, PoolArgs, PoolPlace},
     report::{Ending, Failure, PullRecord, ranges, size, us},
 };
 
@@ -33,6 +34,8 @@ pub(crate) struct Args {
     verbs: VerbsArgs,
     #[command(flatten)]
     tcp: TcpArgs,
+    #[command(flatten)]
+    pool: PoolArgs,
     /// Pull the offer in this file (JSON) instead of a new one.
     #[arg(long, value_name = "FILE")]
     offer: Option<PathBuf>,
@@ -86,6 +89,7 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     let started = Instant::now();
     let left = || args.deadline.saturating_sub(started.elapsed());
     args.verbs.check(args.lane, false)?;
+    args.pool.memory.check()?;
     let bad = |e: BadOffer| Failure::of(Ending::BadOffer, e);
     let file = args.offer.as_ref().map(read_offer).transpose()?;
     let mut config = Config::default();
@@ -101,23 +105,28 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
     };
     config.dial = args.dial.clone();
     config.check().map_err(|e| Failure::usage(e.to_string()))?;
-    let peer = Peer::probe_listed(&from, &args.engine, &args.model.model(), left(), &args.dial)?;
+    let mut peer = Peer::probe_listed(&from, &args.engine, &args.model.model(), left(), &args.dial)?;
     let offer = match file {
         Some(offer) => offer,
         None => peer.offer(args.blocks.unwrap_or(0), 0, left())?,
     };
     record.offer(&offer);
+    record.peer_memory = peer.memory.clone();
     // `kvferry serve` offers blocks of its first group, from position 0 on.
     let group = peer.welcome.pool.groups.first().ok_or_else(|| Failure::failed("the peer's pool has no groups"))?;
     let offered = u32::try_from(offer.tokens.div_ceil(group.block_tokens.into())).unwrap_or(u32::MAX).min(group.blocks);
     let blocks = args.blocks.unwrap_or(offered).min(offered);
     let layout = peer.local_layout(group.id, blocks)?;
-    args::check_memory(layout.segments[0])?;
+    PoolPlace::check_sizes(&[args.pool.memory], layout.segments[0])?;
+    let memory = args.pool.memory.allocate(&layout, false)?;
+    record.memory = Some(MemoryRecord::from(&memory));
     config.verbs = args.verbs.config();
     config.tcp = args.tcp.config();
+    config.gpu = args.pool.config();
     config.pull.faults = args.fault.clone();
     config.pull.lanes = args.lane.lanes();
-    let consumer = Consumer::builder(args.engine.clone(), args.model.model(), layout).config(config).build()?;
+    let consumer =
+        Consumer::builder(args.engine.clone(), args.model.model(), layout).memory(memory).config(config).build()?;
     record.setup_us = Some(us(started.elapsed()));
     let pull = peer::pull(&consumer, (offer, 0), blocks, args.lane.lanes(), left())?;
     // A pull ends soon after its deadline, or it never does.
@@ -141,11 +150,12 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
 fn print(r: &PullRecord) {
     let seconds = r.data_us.or(r.decided_us).unwrap_or(0) as f64 / 1e6;
     println!(
-        "{} of {} blocks loaded, {} over {}; verified {} bytes, mismatched {}",
+        "{} of {} blocks loaded, {} over {} into {}; verified {} bytes, mismatched {}",
         r.loaded.len(),
         r.blocks,
         size(r.bytes),
         r.lane.unwrap_or("no lane"),
+        r.memory.as_ref().map_or("memory".into(), MemoryRecord::text),
         r.verified_bytes,
         r.mismatched_bytes
     );

@@ -6,6 +6,8 @@ use std::{collections::BTreeMap, time::Duration};
 use kvferry::{Cause, HelloError, Offer, Outcome, PositionSet, WaitError};
 use serde::Serialize;
 
+use crate::pool::MemoryRecord;
+
 /// How a command ended: the field `result` of its JSON. The names are stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -151,6 +153,10 @@ pub(crate) struct PullRecord {
     pub retries: u32,
     /// The producer; `null` as long as there is no offer.
     pub peer: Option<PeerRecord>,
+    /// Where this side's pool lies; `null` as long as there is none.
+    pub memory: Option<MemoryRecord>,
+    /// Where the producer's pool lies; `null` as long as it has not said.
+    pub peer_memory: Option<MemoryRecord>,
 }
 
 /// Whole microseconds.
@@ -184,6 +190,8 @@ impl PullRecord {
             deadline_us: us(deadline),
             retries: 0,
             peer: None,
+            memory: None,
+            peer_memory: None,
         }
     }
 

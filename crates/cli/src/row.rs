@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::pool::MemoryRecord;
+
 /// Latencies of a pull, in microseconds.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Latency {
@@ -20,6 +22,10 @@ pub(crate) struct Row {
     pub lane: &'static str,
     /// Always `pull`.
     pub op: &'static str,
+    /// Where this side's pool lies.
+    pub memory: MemoryRecord,
+    /// Where the producer's pool lies; `null` if it does not say.
+    pub peer_memory: Option<MemoryRecord>,
     /// Bytes per block.
     pub block_size: u64,
     /// Blocks per pull.

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use kvferry::{
-    BlockId, Config, EngineId, Group, GroupId, GroupKind, Memory, OfferGroup, OfferSpec, PoolLayout, Producer, Region,
+    BlockId, Config, EngineId, Group, GroupId, GroupKind, OfferGroup, OfferSpec, PoolLayout, Producer, Region,
 };
 use kvferry_testkit::pattern;
 use serde::Serialize;
@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, SealArgs, TcpArgs, VerbsArgs},
     offers::Bench,
+    pool::{MemoryRecord, PoolArgs, PoolPlace},
     report::{Failure, size},
 };
 
@@ -42,6 +43,8 @@ pub(crate) struct Args {
     verbs: VerbsArgs,
     #[command(flatten)]
     tcp: TcpArgs,
+    #[command(flatten)]
+    pool: PoolArgs,
     #[command(flatten)]
     seal: SealArgs,
     /// Use anonymous memory, like an engine's own, instead of a pool that consumers on this host can map.
@@ -83,6 +86,7 @@ struct Ready<'a> {
     bytes: u64,
     pid: u32,
     base: u64,
+    memory: MemoryRecord,
 }
 
 /// The layout of the pool: group 0, and a group for each view.
@@ -124,18 +128,18 @@ fn all_blocks(blocks: u32, block_tokens: u32) -> OfferSpec {
 /// Serves until SIGTERM or SIGINT.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     args.verbs.check(args.lane, true)?;
+    args.pool.memory.check()?;
     if args.exit_with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     }
     let bytes = args.block_size.saturating_mul(u64::from(args.blocks)).saturating_mul(u64::from(args.regions));
-    args::check_memory(bytes)?;
+    PoolPlace::check_sizes(&[args.pool.memory], bytes)?;
     let layout = layout(args.blocks, args.regions, args.block_size, args.model.block_tokens, &args.views)?;
-    let memory =
-        if args.engine_memory { Memory::anonymous(&layout.segments)? } else { Memory::alloc(&layout.segments)? };
-    memory.touch()?;
+    let memory = args.pool.memory.allocate(&layout, args.engine_memory)?;
     let mut config = Config::default();
     config.verbs = args.verbs.config();
     config.tcp = args.tcp.config();
+    config.gpu = args.pool.config();
     config.names.seal_keys = args.seal.keys()?;
     config.lease.unclaimed = args.unclaimed_lease;
     config.lease.claimed = args.claim_lease;
@@ -170,11 +174,13 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         bytes,
         pid: std::process::id(),
         base: producer.memory().base(0),
+        memory: MemoryRecord::from(producer.memory()),
     };
     if args.json.text() {
         println!(
-            "serving {} ({} blocks, {} regions of {} each) as {:?} on {}; pull with: kvferry pull --from {}",
+            "serving {} of {} ({} blocks, {} regions of {} each) as {:?} on {}; pull with: kvferry pull --from {}",
             size(bytes),
+            ready.memory.text(),
             args.blocks,
             args.regions,
             size(args.block_size),

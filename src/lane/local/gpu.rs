@@ -28,7 +28,7 @@ use crate::{
     lane::WakingLane,
     memory::{
         Memory,
-        gpu::{CopyQueue, Direction, Imported, Piece},
+        gpu::{CopyQueue, Direction, Imported, Piece, stats},
     },
 };
 
@@ -206,6 +206,7 @@ impl GpuLane {
             && let Some(job) = self.jobs.pop_front()
         {
             self.bytes -= job.bytes;
+            stats::landed(stats::Landing::Ipc, job.bytes);
             let Some(i) = self.attempts.iter().position(|t| t.attempt == job.attempt) else { continue };
             let t = &mut self.attempts[i];
             t.jobs -= 1;

@@ -90,7 +90,10 @@ impl Ahead {
         // Copies that failed write nothing any more, so their slots may be freed.
         self.finished = if failed { u64::MAX } else { finished };
         self.failed |= failed;
-        while let Some((_, slot)) = self.given_back.pop_front_if(|(ticket, _)| *ticket <= self.finished) {
+        while let Some(&(ticket, slot)) = self.given_back.front()
+            && ticket <= self.finished
+        {
+            self.given_back.pop_front();
             self.free.push(slot);
         }
     }

@@ -7,7 +7,6 @@
 use std::{
     collections::VecDeque,
     io,
-    num::NonZeroUsize,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
     sync::{Arc, OnceLock},
@@ -33,11 +32,14 @@ const PROBE: u64 = 2 << 20;
 /// The dmabufs of a GPU pool: one for each segment, for all rails. A second one of the same memory would take room in the
 /// GPU's address window on the bus again.
 #[derive(Debug, Default)]
-pub(super) struct Dmabufs(OnceLock<Result<Vec<Option<(OwnedFd, u64)>>, String>>);
+pub(super) struct Dmabufs(OnceLock<Result<Vec<Option<Exported>>, String>>);
+
+/// A dmabuf, and the segment's offset in it, in bytes.
+type Exported = (OwnedFd, u64);
 
 impl Dmabufs {
     /// The dmabuf of a segment, and the segment's offset in it.
-    fn of(&self, gpu: &Gpu, memory: &Memory, segment: usize) -> Result<&(OwnedFd, u64), String> {
+    fn of(&self, gpu: &Gpu, memory: &Memory, segment: usize) -> Result<&Exported, String> {
         let all = self.0.get_or_init(|| {
             let one = |(i, &len): (usize, &u64)| match len {
                 0 => Ok(None),
@@ -50,57 +52,128 @@ impl Dmabufs {
     }
 }
 
+/// A part of a GPU pool: a segment, and bytes from its first one on.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub(super) gpu: &'a Gpu,
+    pub(super) memory: &'a Memory,
+    pub(super) segment: usize,
+    pub(super) len: u64,
+}
+
 /// Registers a segment of a GPU pool: as a dmabuf, else by address.
 pub(super) fn register(
     pd: &Arc<Pd>,
-    gpu: &Gpu,
-    memory: &Memory,
-    (segment, len): (usize, u64),
+    part: Part<'_>,
     access: Access,
     dmabufs: &Dmabufs,
 ) -> Result<Region<Memory>, VerbsError> {
-    let address = memory.base(segment as u16);
-    let dmabuf = if gpu.info().dmabuf {
-        dmabufs.of(gpu, memory, segment).and_then(|(fd, offset)| {
-            let source = Source::Dmabuf { fd: fd.as_fd(), offset: *offset, len, address };
-            // SAFETY: the dmabuf holds the GPU memory of the segment, which stays mapped as long as a clone of the memory lives.
-            unsafe { Region::register(pd, source, access, memory.clone()) }.map_err(|e| e.to_string())
-        })
-    } else {
-        Err("the GPU or its driver exports no dmabuf".into())
-    };
-    let dmabuf = match dmabuf {
+    let dmabuf = match as_dmabuf(pd, part, access, dmabufs) {
         Ok(region) => return Ok(region),
         Err(why) => why,
     };
-    let base = NonZeroUsize::new(address as usize).map_or(NonNull::dangling(), NonNull::without_provenance);
+    by_address(pd, part, access).map_err(|peermem| VerbsError::GpuMemory {
+        device: pd.device().name().into(),
+        dmabuf,
+        peermem,
+    })
+}
+
+fn as_dmabuf(pd: &Arc<Pd>, part: Part<'_>, access: Access, dmabufs: &Dmabufs) -> Result<Region<Memory>, String> {
+    let Part { gpu, memory, segment, len } = part;
+    if !gpu.info().dmabuf {
+        return Err("the GPU or its driver exports no dmabuf".into());
+    }
+    let (fd, offset) = dmabufs.of(gpu, memory, segment)?;
+    let source = Source::Dmabuf { fd: fd.as_fd(), offset: *offset, len, address: memory.base(segment as u16) };
+    // SAFETY: the dmabuf holds the GPU memory of the segment, which stays mapped as long as a clone of the memory lives.
+    unsafe { Region::register(pd, source, access, memory.clone()) }.map_err(|e| e.to_string())
+}
+
+fn by_address(pd: &Arc<Pd>, part: Part<'_>, access: Access) -> Result<Region<Memory>, String> {
+    let Part { memory, segment, len, .. } = part;
+    let address = memory.base(segment as u16);
+    let base = NonNull::new(std::ptr::without_provenance_mut(address as usize)).unwrap_or(NonNull::dangling());
     // SAFETY: the segment is GPU memory that stays mapped as long as a clone of the memory lives. Only the device accesses it:
     // without a peer-memory module the kernel finds no pages at this address, and refuses.
     let region = unsafe { Region::register(pd, Source::Address { base, len }, access, memory.clone()) };
-    region.map_err(|e| VerbsError::GpuMemory {
-        device: pd.device().name().into(),
-        dmabuf,
-        peermem: format!("{e}{}", if peermem_is_loaded() { "" } else { " (nvidia_peermem is not loaded)" }),
-    })
+    region.map_err(|e| format!("{e}{}", if peermem_is_loaded() { "" } else { " (nvidia_peermem is not loaded)" }))
 }
 
 fn peermem_is_loaded() -> bool {
     ["nvidia_peermem", "nv_peer_mem"].iter().any(|m| std::path::Path::new("/sys/module").join(m).exists())
 }
 
-/// Whether a device can write, or be read from, GPU memory, tried with the first bytes of the pool.
-pub(super) fn probe(pd: &Arc<Pd>, gpu: &Gpu, memory: &Memory, access: Access) -> Result<(), VerbsError> {
-    let Some((segment, len)) = memory.segments().iter().enumerate().find(|(_, len)| **len > 0) else { return Ok(()) };
-    // A dmabuf of the probed part only: exporting all of a large pool takes longer.
-    let part = gpu.dmabuf(memory.base(segment as u16), PROBE.min(*len)).map_err(|e| e.to_string());
+/// The first bytes of a pool, with a dmabuf of no more than these: exporting all of a large pool takes longer. `None`: an
+/// empty pool.
+fn probed<'a>(gpu: &'a Gpu, memory: &'a Memory) -> Option<(Part<'a>, Dmabufs)> {
+    let (segment, len) = memory.segments().iter().enumerate().find(|(_, len)| **len > 0)?;
+    let part = Part { gpu, memory, segment, len: PROBE.min(*len) };
+    let dmabuf = gpu.dmabuf(memory.base(segment as u16), part.len).map_err(|e| e.to_string());
     let dmabufs = Dmabufs::default();
     let mut all: Vec<_> = memory.segments().iter().map(|_| None).collect();
-    let filled = part.map(|part| {
-        all[segment] = Some(part);
+    let filled = dmabuf.map(|dmabuf| {
+        all[segment] = Some(dmabuf);
         all
     });
     let _ = dmabufs.0.set(filled);
-    register(pd, gpu, memory, (segment, PROBE.min(*len)), access, &dmabufs).map(drop)
+    Some((part, dmabufs))
+}
+
+/// Whether a device can write, or be read from, GPU memory, tried with the first bytes of the pool.
+pub(super) fn probe(pd: &Arc<Pd>, gpu: &Gpu, memory: &Memory, access: Access) -> Result<(), VerbsError> {
+    let Some((part, dmabufs)) = probed(gpu, memory) else { return Ok(()) };
+    register(pd, part, access, &dmabufs).map(drop)
+}
+
+/// How one rail reaches GPU memory: each way was tried, for READs by peers and for landing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GpuReach {
+    /// `DEVICE:PORT`.
+    pub rail: String,
+    /// Registration as a dmabuf; the error says why it failed, or was not tried.
+    pub dmabuf: Result<(), String>,
+    /// Registration by address, which needs a peer-memory module; the error says why it failed, or was not tried.
+    pub address: Result<(), String>,
+    /// Why a consumer lets no NIC write this GPU's memory although it may be registered.
+    pub unordered: Option<String>,
+}
+
+impl GpuReach {
+    /// Whether a producer serves its pool over this rail. If not, its consumers use another lane.
+    pub fn is_served(&self) -> bool {
+        self.dmabuf.is_ok() || self.address.is_ok()
+    }
+
+    /// Whether a consumer's reads land in GPU memory directly. If not, they go through the pinned ring.
+    pub fn is_direct(&self) -> bool {
+        self.is_served() && self.unordered.is_none()
+    }
+
+    /// A rail that cannot be used.
+    pub(super) fn unusable(rail: &str, why: &VerbsError) -> Self {
+        let why = why.to_string();
+        Self { rail: rail.into(), dmabuf: Err(why.clone()), address: Err(why), unordered: None }
+    }
+
+    /// Tries each way with the first bytes of the pool.
+    pub(super) fn of(rail: &str, pd: &Arc<Pd>, gpu: &Gpu, memory: &Memory) -> Self {
+        let unordered = unordered(gpu).err();
+        let Some((part, dmabufs)) = probed(gpu, memory) else {
+            return Self { rail: rail.into(), dmabuf: Ok(()), address: Ok(()), unordered };
+        };
+        let uses = [Access::Exported { relaxed: false }, Access::Landing { relaxed: false }];
+        let each = |one: &dyn Fn(Access) -> Result<Region<Memory>, String>| {
+            uses.into_iter().try_for_each(|access| one(access).map(drop))
+        };
+        Self {
+            rail: rail.into(),
+            dmabuf: each(&|access| as_dmabuf(pd, part, access, &dmabufs)),
+            address: each(&|access| by_address(pd, part, access)),
+            unordered,
+        }
+    }
 }
 
 /// Why NICs must not write this GPU's memory although they could, if so.
@@ -149,7 +222,9 @@ impl Flushes {
             return true;
         }
         let (up_to, failed) = self.queue.finished();
-        while let Some((_, event)) = self.held.pop_front_if(|(ticket, _)| *ticket <= up_to) {
+        while self.held.front().is_some_and(|(ticket, _)| *ticket <= up_to)
+            && let Some((_, event)) = self.held.pop_front()
+        {
             report(event);
         }
         !failed

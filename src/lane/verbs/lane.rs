@@ -22,7 +22,7 @@ use super::{
     teardown::{self, Stage},
     wake::{Spin, Wake},
 };
-use crate::memory::Memory;
+use crate::memory::{Memory, gpu::stats};
 
 /// One attempt.
 #[derive(Debug, Clone, Copy)]
@@ -333,13 +333,15 @@ impl VerbsLane {
     }
 
     fn reap(&mut self, now: Instant, out: &mut Vec<LaneEvent>) -> bool {
-        let mut any = false;
+        let (mut any, mut landed) = (false, 0);
         for (p, path) in self.paths.iter_mut().enumerate() {
             let (attempts, slots, free) = (&mut self.attempts, &self.slots, &mut self.free_slots);
             let fences = &mut self.fences;
             any |= path.reap(now, |w, pair| {
                 if w.fence {
                     free.push(w.dst as u16);
+                } else {
+                    landed += u64::from(w.len);
                 }
                 let Some(place) = attempts.get_mut(w.attempt as usize) else { return };
                 let Some(t) = place else { return };
@@ -365,6 +367,9 @@ impl VerbsLane {
         }
         if any {
             self.spin.moved();
+        }
+        if landed > 0 && self.memory.gpu().is_some() {
+            stats::landed(stats::Landing::Direct, landed);
         }
         any
     }

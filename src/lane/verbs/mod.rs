@@ -77,6 +77,7 @@ pub use {
     error::VerbsError,
     exchange::LinkLayer,
     gid::{Gid, GidEntry, GidType},
+    gpu::GpuReach,
     survey::{DeviceReport, Dmabuf, PortReport, survey},
 };
 #[cfg(not(feature = "verbs"))]

@@ -293,7 +293,10 @@ impl Rail {
                 continue;
             }
             let region = match memory.gpu() {
-                Some(gpu) => gpu::register(&self.pd, gpu, memory, (i, len), access, dmabufs)?,
+                Some(gpu) => {
+                    let part = gpu::Part { gpu, memory, segment: i, len };
+                    gpu::register(&self.pd, part, access, dmabufs)?
+                }
                 None => {
                     let base = memory.at(i as u16, 0, len).map_err(|e| self.pd.device().os("memory", e))?;
                     let source = Source::Address { base, len };

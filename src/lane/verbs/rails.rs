@@ -23,7 +23,7 @@ use super::{
     error::VerbsError,
     events::Subscriber,
     exchange::{LinkLayer, MAX_RAILS},
-    gpu::{self, Dmabufs},
+    gpu::{self, Dmabufs, GpuReach},
     library::Library,
     rail::{AVOIDED, Rail, Role, lock, split},
 };
@@ -183,6 +183,18 @@ impl Rails {
         }
         let why: Vec<_> = tried.into_iter().filter_map(|t| Some(t.err()?.to_string())).collect();
         Err(VerbsError::NoRail { why: why.join("; ") })
+    }
+
+    /// How each rail reaches a pool in GPU memory, with each way tried; empty for host memory.
+    pub(crate) fn gpu_reach(config: &VerbsConfig, memory: &Memory) -> Result<Vec<GpuReach>, VerbsError> {
+        let Some(gpu) = memory.gpu() else { return Ok(Vec::new()) };
+        let lib = Library::get()?;
+        let one = |name: &String| {
+            let (device, port) = split(name)?;
+            let rail = Rail::on(Device::open(lib, device)?, port, false)?;
+            Ok(GpuReach::of(rail.name(), rail.pd(), gpu, memory))
+        };
+        Ok(names(config)?.iter().map(|name| one(name).unwrap_or_else(|e| GpuReach::unusable(name, &e))).collect())
     }
 
     /// Whether every rail has refused the pool, though one was open.

@@ -43,10 +43,6 @@ impl Gpu {
         Err(GpuError::NotBuilt)
     }
 
-    pub(crate) fn memory(&self) -> Result<(u64, u64), GpuError> {
-        Err(GpuError::NotBuilt)
-    }
-
     pub(crate) async fn export(&self, _: Vec<(u64, u64)>) -> Result<Exported, GpuError> {
         Err(GpuError::NotBuilt)
     }

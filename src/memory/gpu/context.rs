@@ -54,14 +54,6 @@ impl Context {
     pub(super) fn event(&self) -> Result<CUevent, GpuError> {
         new_event(self.lib)
     }
-
-    /// Bytes of device memory: free, and in total.
-    pub(super) fn memory(&self) -> Result<(u64, u64), GpuError> {
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: the context is current; the function writes two numbers.
-        self.lib.check("cuMemGetInfo", unsafe { (self.lib.cuMemGetInfo_v2)(&mut free, &mut total) })?;
-        Ok((free as u64, total as u64))
-    }
 }
 
 impl Drop for Context {
@@ -117,6 +109,9 @@ pub(super) fn describe(lib: &Library, ordinal: u32) -> Result<GpuInfo, GpuError>
     let mut uuid = CUuuid { bytes: [0; 16] };
     // SAFETY: the function writes one UUID.
     lib.check("cuDeviceGetUuid", unsafe { (lib.cuDeviceGetUuid_v2)(&mut uuid, device) })?;
+    let mut memory = 0;
+    // SAFETY: the function writes one number.
+    lib.check("cuDeviceTotalMem", unsafe { (lib.cuDeviceTotalMem_v2)(&mut memory, device) })?;
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
     let is = |a| attribute(a) > 0;
@@ -126,6 +121,7 @@ pub(super) fn describe(lib: &Library, ordinal: u32) -> Result<GpuInfo, GpuError>
         name,
         pci,
         uuid: uuid.bytes.map(|b| b as u8),
+        memory: memory as u64,
         capability: (major.max(0) as u32, minor.max(0) as u32),
         driver: lib.version.max(0) as u32,
         rdma: is(Attribute::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED),

@@ -104,11 +104,6 @@ impl GpuError {
     pub(crate) fn os(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |error| Self::Os { what, error: error.to_string() }
     }
-
-    /// Whether the call failed for lack of memory. The context goes on.
-    pub(crate) fn is_out_of_memory(&self) -> bool {
-        matches!(self, Self::Call { code: 2, .. })
-    }
 }
 
 impl From<GpuError> for std::io::Error {

@@ -28,6 +28,8 @@ pub struct GpuInfo {
     pub uuid: [u8; 16],
     /// Its PCI address, such as `0000:41:00.0`.
     pub pci: String,
+    /// Bytes of its memory.
+    pub memory: u64,
     /// Compute capability: major, minor.
     pub capability: (u32, u32),
     /// The CUDA version of the driver: `1000 * major + 10 * minor`.
@@ -43,7 +45,7 @@ pub struct GpuInfo {
     pub flush: bool,
     /// Memory can be allocated with the virtual memory functions, and shared as a descriptor.
     pub shareable: bool,
-    /// The copy kernel is loaded; otherwise the reason.
+    /// Why the copy kernel is not loaded. `None`: it is loaded, or the GPU is not open (see [`survey`](crate::survey_gpus)).
     pub kernel: Option<String>,
     /// The driver has `cuMemcpyBatchAsync`.
     pub batch: bool,
@@ -180,11 +182,6 @@ impl Gpu {
             Ok(Err(_)) => Err(GpuError::Os { what: "the GPU's thread", error: "it has panicked".into() }),
             Err(_) => Err(GpuError::Hung { seconds: CALL_TIMEOUT.as_secs() }),
         }
-    }
-
-    /// Whether both are the same GPU of this process.
-    pub(crate) fn is(&self, other: &Gpu) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 

@@ -77,6 +77,7 @@ functions! {
         cuDeviceGetName: fn(*mut c_char, c_int, CUdevice);
         cuDeviceGetUuid_v2: fn(*mut CUuuid, CUdevice);
         cuDeviceGetAttribute: fn(*mut c_int, CUdevice_attribute, CUdevice);
+        cuDeviceTotalMem_v2: fn(*mut usize, CUdevice);
         cuDeviceGetPCIBusId: fn(*mut c_char, c_int, CUdevice);
         cuDevicePrimaryCtxRetain: fn(*mut CUcontext, CUdevice);
         cuDevicePrimaryCtxRelease_v2: fn(CUdevice);
@@ -101,7 +102,6 @@ functions! {
         cuMemHostUnregister: fn(*mut c_void);
         cuMemAlloc_v2: fn(*mut CUdeviceptr, usize);
         cuMemFree_v2: fn(CUdeviceptr);
-        cuMemGetInfo_v2: fn(*mut usize, *mut usize);
         cuPointerGetAttributes: fn(c_uint, *const CUpointer_attribute, *mut *mut c_void, CUdeviceptr);
         cuMemGetAddressRange_v2: fn(*mut CUdeviceptr, *mut usize, CUdeviceptr);
         cuIpcGetMemHandle: fn(*mut CUipcMemHandle, CUdeviceptr);

@@ -12,6 +12,7 @@ mod exchange;
 mod handle;
 mod queue;
 mod ring;
+pub(crate) mod stats;
 mod stream;
 mod window;
 

@@ -8,7 +8,8 @@
 use std::{
     collections::VecDeque,
     ffi::{c_uint, c_void},
-    sync::Arc,
+    rc::Rc,
+    time::Instant,
 };
 
 use cudarc::driver::sys::{
@@ -21,6 +22,7 @@ use super::{
     error::GpuError,
     library::{Library, NOT_READY},
     queue::{CopyOrder, Direction, Piece, Ticket},
+    stats,
     thread::DIRECTIONS,
 };
 use crate::{config::CopyMethod, memory::mapping::Mapping};
@@ -66,7 +68,7 @@ struct Kernel {
 
 /// The streams and jobs of all directions.
 pub(super) struct Pipes {
-    context: Arc<Context>,
+    context: Rc<Context>,
     pipes: Vec<Pipe>,
     kernel: Result<Kernel, String>,
     scratch: Scratch,
@@ -101,12 +103,15 @@ struct Job {
     rest: Option<Piece>,
     method: CopyMethod,
     ticket: Ticket,
+    submitted: Instant,
+    /// When its first part began.
+    began: Option<Instant>,
 }
 
 struct Running {
     event: CUevent,
-    /// With the job's last part.
-    ticket: Option<Ticket>,
+    /// With the job's last part: its ticket, and when its first part began.
+    job: Option<(Ticket, Instant)>,
     failed: bool,
 }
 
@@ -128,7 +133,7 @@ struct Buffers {
 }
 
 impl Pipes {
-    pub(super) fn new(context: &Arc<Context>) -> Result<Self, GpuError> {
+    pub(super) fn new(context: &Rc<Context>) -> Result<Self, GpuError> {
         let lib = context.lib;
         let (mut least, mut greatest) = (0, 0);
         // SAFETY: the context is current; the function writes two ints.
@@ -177,8 +182,8 @@ impl Pipes {
     }
 
     pub(super) fn add(&mut self, order: CopyOrder) {
-        let CopyOrder { direction, pieces, method, ticket } = order;
-        let job = Job { pieces: pieces.into_iter(), rest: None, method, ticket };
+        let CopyOrder { direction, pieces, method, ticket, submitted } = order;
+        let job = Job { pieces: pieces.into_iter(), rest: None, method, ticket, submitted, began: None };
         if let Some(pipe) = self.pipes.iter_mut().find(|p| p.direction == direction) {
             pipe.waiting.push_back(job);
         }
@@ -196,9 +201,11 @@ impl Pipes {
                 }
                 let Some(done) = pipe.running.pop_front() else { break };
                 pipe.events.push(done.event);
-                match done.ticket {
-                    Some(ticket) if done.failed => ticket.fail(),
-                    ticket => drop(ticket),
+                if let Some((ticket, began)) = done.job {
+                    stats::ended(pipe.direction, began.elapsed(), done.failed);
+                    if done.failed {
+                        ticket.fail();
+                    }
                 }
                 moved = true;
             }
@@ -213,17 +220,15 @@ impl Pipes {
     /// Ends every job as failed. Only once the context runs nothing more.
     pub(super) fn fail_all(&mut self) {
         for pipe in &mut self.pipes {
-            pipe.running.drain(..).filter_map(|r| r.ticket).for_each(Ticket::fail);
-            pipe.waiting.drain(..).for_each(|j| j.ticket.fail());
+            pipe.take_all().for_each(Ticket::fail);
         }
     }
 
     /// Leaves what runs unfinished for good: it may still be written. What has not begun has failed.
     pub(super) fn abandon(&mut self) {
         for pipe in &mut self.pipes {
-            pipe.running.drain(..).filter_map(|r| r.ticket).for_each(std::mem::forget);
-            // A job with a part in flight was cut: it may be written too.
-            pipe.waiting.drain(..).map(|j| j.ticket).for_each(std::mem::forget);
+            // A job that has not begun may have a part in flight: it may be written too.
+            pipe.take_all().for_each(std::mem::forget);
         }
     }
 }
@@ -304,12 +309,27 @@ fn fits_kernel(direction: Direction, runs: &[Piece]) -> bool {
 }
 
 impl Pipe {
+    /// The tickets of all jobs, which count as failed.
+    fn take_all(&mut self) -> impl Iterator<Item = Ticket> {
+        let running = self.running.drain(..).filter_map(|r| r.job);
+        let waiting = self.waiting.drain(..).map(|j| (j.ticket, j.began.unwrap_or_else(Instant::now)));
+        running.chain(waiting).map(|(ticket, began)| {
+            stats::ended(self.direction, began.elapsed(), true);
+            ticket
+        })
+    }
+
     /// Begins the next part of the first waiting job. An error: the context is unusable.
     fn begin(&mut self, context: &Context, kernel: Option<&Kernel>, scratch: &mut Scratch) -> Result<(), GpuError> {
         let Some(job) = self.waiting.front_mut() else { return Ok(()) };
         let mut part = std::mem::take(&mut scratch.part);
         job.next_part(&mut part);
         let (method, over) = (job.method, job.is_over());
+        let began = *job.began.get_or_insert_with(|| {
+            let now = Instant::now();
+            stats::waited(self.direction, now.saturating_duration_since(job.submitted));
+            now
+        });
         let event = match self.events.pop() {
             Some(event) => event,
             None => context.event()?,
@@ -323,11 +343,11 @@ impl Pipe {
         }
         // A job ends with its last part, or with the first one that was refused.
         let ends = over || enqueued.is_err();
-        let ticket = ends.then(|| self.waiting.pop_front()).flatten().map(|j| j.ticket);
+        let job = ends.then(|| self.waiting.pop_front()).flatten().map(|j| (j.ticket, began));
         // Also after a refusal: a part of the copies may be running.
         // SAFETY: the event and the stream are ours.
         let recorded = context.lib.check("cuEventRecord", unsafe { (context.lib.cuEventRecord)(event, stream) });
-        self.running.push_back(Running { event, ticket, failed: enqueued.is_err() });
+        self.running.push_back(Running { event, job, failed: enqueued.is_err() });
         recorded
     }
 

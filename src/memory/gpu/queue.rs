@@ -79,6 +79,7 @@ pub(super) struct CopyOrder {
     pub pieces: Vec<Piece>,
     pub method: CopyMethod,
     pub ticket: Ticket,
+    pub submitted: Instant,
 }
 
 /// The place to report a job's end to. Reports it when dropped, so that no job stays open whatever happens to it.
@@ -153,7 +154,8 @@ impl CopyQueue {
     /// queue is full, or the GPU unusable (see [`CopyQueue::finished`]).
     pub(crate) fn submit(&mut self, direction: Direction, pieces: Vec<Piece>, keep: Keep) -> Option<u64> {
         let ticket = self.ticket(keep)?;
-        self.gpu.send(Order::Copy(CopyOrder { direction, pieces, method: self.method, ticket }));
+        let (method, submitted) = (self.method, Instant::now());
+        self.gpu.send(Order::Copy(CopyOrder { direction, pieces, method, ticket, submitted }));
         Some(self.submitted)
     }
 

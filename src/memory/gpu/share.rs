@@ -122,7 +122,10 @@ impl Drop for Mapped {
 }
 
 /// Allocations that this process has opened by legacy handles. The driver refuses to open one twice.
-static OPENED: Mutex<Option<HashMap<(u32, [u8; 64]), Weak<Mapped>>>> = Mutex::new(None);
+static OPENED: Mutex<Option<Opened>> = Mutex::new(None);
+
+/// By the GPU that opened it, and the handle.
+type Opened = HashMap<(u32, [u8; 64]), Weak<Mapped>>;
 
 /// The pool of another process, mapped here. Keep it in a job's `keep` as well: it is closed when the last user is gone.
 pub(crate) struct Imported {

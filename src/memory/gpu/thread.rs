@@ -8,6 +8,7 @@ use std::{
     collections::{HashMap, VecDeque},
     num::NonZeroU64,
     panic::AssertUnwindSafe,
+    rc::Rc,
     sync::{Arc, mpsc::SyncSender},
     time::{Duration, Instant},
 };
@@ -22,6 +23,7 @@ use super::{
     library::NOT_READY,
     pipe::Pipes,
     queue::{Direction, Order, Then},
+    stats,
 };
 use crate::mailbox::Mailbox;
 
@@ -40,7 +42,7 @@ struct Watched {
 }
 
 struct Thread {
-    context: Arc<Context>,
+    context: Rc<Context>,
     state: Arc<State>,
     orders: Mailbox<Order>,
     /// Received orders.
@@ -80,7 +82,7 @@ pub(super) fn run(
 
 impl Thread {
     fn open(ordinal: u32, orders: Mailbox<Order>, state: Arc<State>) -> Result<(Self, GpuInfo), GpuError> {
-        let context = Arc::new(Context::open(ordinal)?);
+        let context = Rc::new(Context::open(ordinal)?);
         let mut info = context::describe(context.lib, ordinal)?;
         let pipes = Pipes::new(&context)?;
         info.kernel = pipes.no_kernel();
@@ -120,7 +122,10 @@ impl Thread {
         match order {
             // Its end would tell that the earlier jobs of its queue have ended, and they may be running.
             Order::Copy(job) if self.abandoned => std::mem::forget(job.ticket),
-            Order::Copy(job) if self.state.unusable.get().is_some() => job.ticket.fail(),
+            Order::Copy(job) if self.state.unusable.get().is_some() => {
+                stats::ended(job.direction, Duration::ZERO, true);
+                job.ticket.fail();
+            }
             Order::Copy(job) => self.pipes.add(job),
             Order::Flush(ticket) if self.state.unusable.get().is_some() => ticket.fail(),
             Order::Flush(ticket) => match self.flush() {
@@ -190,6 +195,7 @@ impl Thread {
     /// The driver runs nothing more in this context.
     fn become_unusable(&mut self, error: GpuError) {
         if self.state.unusable.set(error.clone()).is_ok() {
+            stats::unusable(self.context.ordinal);
             tracing::error!(gpu = self.context.ordinal, %error, "the GPU is unusable in this process: restart it");
         }
         self.pipes.fail_all();

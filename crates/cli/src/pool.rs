@@ -24,9 +24,13 @@ impl FromStr for PoolPlace {
         let number = match text {
             "host" => return Ok(Self::Host),
             "gpu" => Some(0),
-            _ => text.strip_prefix("gpu:").filter(|n| n.bytes().all(|b| b.is_ascii_digit())).and_then(|n| n.parse().ok()),
+            _ => {
+                text.strip_prefix("gpu:").filter(|n| n.bytes().all(|b| b.is_ascii_digit())).and_then(|n| n.parse().ok())
+            }
         };
-        number.map(Self::Gpu).ok_or_else(|| "not a place of memory: write host, gpu, or gpu:N with a GPU's number".into())
+        number
+            .map(Self::Gpu)
+            .ok_or_else(|| "not a place of memory: write host, gpu, or gpu:N with a GPU's number".into())
     }
 }
 
@@ -55,7 +59,9 @@ impl PoolPlace {
     pub(crate) fn allocate(self, layout: &PoolLayout, engine: bool) -> Result<Memory, Failure> {
         let memory = match self {
             Self::Gpu(_) if engine => {
-                return Err(Failure::usage(format!("--engine-memory is host memory: leave it out with --memory {self}")));
+                return Err(Failure::usage(format!(
+                    "--engine-memory is host memory: leave it out with --memory {self}"
+                )));
             }
             Self::Gpu(ordinal) => {
                 let failed = |e| Failure::failed(format!("--memory {self}: {e}"));
@@ -170,6 +176,19 @@ impl MemoryRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flags_become_settings_and_the_flags_of_a_producer() {
+        let of = |memory, gpu_copy| PoolArgs { memory, gpu_copy };
+        let own = of(PoolPlace::Gpu(2), Some(GpuCopy::Batch));
+        assert_eq!(own.config().copy, CopyMethod::Batch);
+        assert_eq!(own.serve_flags(None), ["--memory", "gpu:2", "--gpu-copy", "batch"]);
+        assert_eq!(own.serve_flags(Some(PoolPlace::Host))[..2], ["--memory", "host"]);
+        assert_eq!(of(PoolPlace::Host, None).serve_flags(None), ["--memory", "host"]);
+        let methods =
+            [GpuCopy::Auto, GpuCopy::Copies, GpuCopy::Kernel].map(|c| of(PoolPlace::Host, Some(c)).config().copy);
+        assert_eq!(methods, [CopyMethod::Auto, CopyMethod::Copies, CopyMethod::Kernel]);
+    }
 
     #[test]
     fn a_place_is_host_or_a_gpu_and_its_text_reads_back() {

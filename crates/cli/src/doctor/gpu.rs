@@ -22,7 +22,7 @@ pub(super) fn findings() -> Vec<Finding> {
         }
     };
     let version = gpus.first().map_or(0, |g| g.driver);
-    let driver = format!("CUDA {}.{}, {} visible GPUs", version / 1000, version % 1000 / 10, gpus.len());
+    let driver = format!("CUDA {}.{}, visible GPUs: {}", version / 1000, version % 1000 / 10, gpus.len());
     let mut found = vec![Finding::new("GPU driver", Status::Ok, driver, "")];
     let sysfs = Sysfs::new("/sys");
     for gpu in &gpus {
@@ -206,7 +206,9 @@ fn registrations(gpu: &GpuInfo, memory: &Memory) -> Vec<Finding> {
 fn pull(gpu: &GpuInfo) -> Finding {
     const CHECK: &str = "GPU pull";
     match try_lane(LaneKind::Tcp, false, PoolPlace::Gpu(gpu.ordinal)) {
-        Ok(found) => Finding::new(CHECK, Status::Ok, format!("{}: {found}, from host memory over tcp", gpu.ordinal), ""),
+        Ok(found) => {
+            Finding::new(CHECK, Status::Ok, format!("{}: {found}, from host memory over tcp", gpu.ordinal), "")
+        }
         Err(e) => {
             let advice = "see the log (KVFERRY_LOG=info), `nvidia-smi` and dmesg";
             Finding::new(CHECK, Status::Fail, format!("{}: {}", gpu.ordinal, e.message), advice)

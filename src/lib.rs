@@ -97,7 +97,8 @@ pub use producer::{Builder as ProducerBuilder, OfferSpec, Producer, Ready};
 #[cfg(feature = "verbs")]
 pub mod verbs {
     pub use crate::lane::verbs::{
-        DeviceLimits, DeviceReport, Dmabuf, Gid, GidEntry, GidType, GpuReach, LinkLayer, Port, PortReport, VerbsError, survey,
+        DeviceLimits, DeviceReport, Dmabuf, Gid, GidEntry, GidType, GpuReach, LinkLayer, Port, PortReport, VerbsError,
+        survey,
     };
 
     /// Checks that the rails of `config` can be opened. Slow: it opens every device that they name.

@@ -163,11 +163,7 @@ mod gpu {
     use prometheus_client::{
         collector::Collector,
         encoding::{DescriptorEncoder, EncodeMetric},
-        metrics::{
-            MetricType,
-            counter::ConstCounter,
-            gauge::ConstGauge,
-        },
+        metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     };
 
     use crate::memory::gpu::stats::{COUNTERS, JobCounts};

@@ -11,15 +11,18 @@ use std::{
 use kvferry_proto::{LaneKind, hello::Welcome};
 
 use crate::{
-    config::{Config, LocalConfig, TcpConfig},
+    config::{Config, GpuConfig, LocalConfig, TcpConfig},
     control::{
         dial::not_listed,
         lanes::{Connecting, LaneConnector, Prepared, Preparing},
     },
     dial_list::DialList,
     faults::Faults,
-    lane::{LaneError, WakingLane, faulty::Faulty, local, staged::PinnedRing, tcp::TcpLane, ticket::LaneTicket},
-    memory::{GpuError, Memory},
+    lane::{LaneError, WakingLane, faulty::Faulty, local, staged::stage, tcp::TcpLane, ticket::LaneTicket},
+    memory::{
+        Memory,
+        gpu::{GpuError, PinnedRing},
+    },
     tls::TlsIdentity,
 };
 
@@ -27,8 +30,9 @@ use crate::{
 pub(super) struct Connector {
     memory: Memory,
     /// The ring that lanes read into when the memory is a GPU's.
-    ring: Option<Arc<PinnedRing>>,
+    ring: Option<PinnedRing>,
     local: LocalConfig,
+    gpu: GpuConfig,
     tcp: TcpConfig,
     dial: DialList,
     tls: Option<Arc<TlsIdentity>>,
@@ -45,7 +49,7 @@ impl Connector {
     /// # Errors
     /// The memory is a GPU's, and the ring cannot be pinned.
     pub(super) fn new(memory: Memory, config: &Config, tls: Option<Arc<TlsIdentity>>) -> Result<Self, GpuError> {
-        let ring = PinnedRing::new(&memory, &config.gpu)?.map(Arc::new);
+        let ring = PinnedRing::new(&memory, &config.gpu)?;
         Ok(Self {
             #[cfg(feature = "verbs")]
             verbs: (config.pull.lanes.contains(&LaneKind::Verbs))
@@ -53,6 +57,7 @@ impl Connector {
             memory,
             ring,
             local: config.local.clone(),
+            gpu: config.gpu.clone(),
             tcp: config.tcp.clone(),
             // `Config::check` has refused a malformed list.
             dial: DialList::new(&config.dial).unwrap_or_default(),
@@ -80,16 +85,20 @@ impl Connector {
 }
 
 /// Copies what the lane reads into the ring on to the memory, if there is a ring.
-fn stage(ring: Option<&PinnedRing>, lane: impl WakingLane + 'static) -> Result<Box<dyn WakingLane>, LaneError> {
+fn onward(ring: Option<&PinnedRing>, lane: impl WakingLane + 'static) -> Result<Box<dyn WakingLane>, LaneError> {
     Ok(match ring {
         Some(ring) => {
-            Box::new(ring.stage(Box::new(lane)).map_err(LaneError::io("cannot make the lane's descriptors"))?)
+            Box::new(stage(ring, Box::new(lane)).map_err(LaneError::io("cannot make the lane's descriptors"))?)
         }
         None => Box::new(lane),
     })
 }
 
 impl LaneConnector for Connector {
+    fn on_gpu(&self) -> bool {
+        self.memory.gpu().is_some()
+    }
+
     fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
         #[cfg(feature = "verbs")]
         if kind == LaneKind::Verbs
@@ -122,12 +131,18 @@ impl LaneConnector for Connector {
                     };
                     let tls = self.tls.as_deref();
                     let lane = TcpLane::connect(addr, lane, &key, incarnation, landing, &self.tcp, tls).await?;
-                    stage(self.ring.as_deref(), lane)?
+                    onward(self.ring.as_ref(), lane)?
                 }
                 LaneTicket::Local { uds, lane, key } => {
                     let (pool, uids) = (welcome.pool.clone(), &self.local.uids);
-                    let lane = local::connect(&uds, (lane, key), incarnation, pool, landing, uids).await?;
-                    stage(self.ring.as_deref(), lane)?
+                    let lane = (lane, key);
+                    if self.memory.gpu().is_some() && welcome.gpu_uuid.is_some() {
+                        let memory = self.memory.clone();
+                        local::connect(&uds, lane, incarnation, pool, memory, uids, &self.gpu).await?
+                    } else {
+                        let lane = local::connect(&uds, lane, incarnation, pool, landing, uids, &self.gpu).await?;
+                        onward(self.ring.as_ref(), lane)?
+                    }
                 }
                 #[cfg(feature = "verbs")]
                 LaneTicket::Verbs(ticket) => verbs::finish(ticket, prepared, &welcome).await?,
@@ -157,10 +172,9 @@ mod verbs {
         control::lanes::Prepared,
         lane::{
             LaneError, WakingLane,
-            staged::PinnedRing,
             verbs::{Opening, Rails, Role, VerbsError, VerbsTicket},
         },
-        memory::Memory,
+        memory::{Memory, gpu::PinnedRing},
     };
     use kvferry_proto::hello::Welcome;
 
@@ -169,7 +183,7 @@ mod verbs {
         config: VerbsConfig,
         memory: Memory,
         /// Of a pool in GPU memory: used where no NIC reaches it.
-        ring: Option<Arc<PinnedRing>>,
+        ring: Option<PinnedRing>,
         rails: Mutex<Option<Opened>>,
     }
 
@@ -177,11 +191,11 @@ mod verbs {
     #[derive(Clone)]
     struct Opened {
         rails: Arc<Rails>,
-        ring: Option<Arc<PinnedRing>>,
+        ring: Option<PinnedRing>,
     }
 
     impl Verbs {
-        pub(super) fn new(config: VerbsConfig, memory: Memory, ring: Option<Arc<PinnedRing>>) -> Arc<Self> {
+        pub(super) fn new(config: VerbsConfig, memory: Memory, ring: Option<PinnedRing>) -> Arc<Self> {
             let it = Arc::new(Self { config, memory, ring, rails: Mutex::default() });
             let early = it.clone();
             let open = move || {
@@ -236,12 +250,12 @@ mod verbs {
         prepared: Prepared,
         welcome: &Welcome,
     ) -> Result<Box<dyn WakingLane>, LaneError> {
-        let state = prepared.state.and_then(|s| s.downcast::<(Opening, Option<Arc<PinnedRing>>)>().ok());
+        let state = prepared.state.and_then(|s| s.downcast::<(Opening, Option<PinnedRing>)>().ok());
         let (opening, ring) =
             *state.ok_or_else(|| LaneError::protocol("it sent a ticket for a verbs lane that was not requested"))?;
         let (pool, incarnation) = (welcome.pool.clone(), welcome.peer.incarnation);
         let lane = blocking(move || opening.finish(&ticket, pool, incarnation)).await??;
-        super::stage(ring.as_deref(), lane)
+        super::onward(ring.as_ref(), lane)
     }
 
     async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, LaneError> {

@@ -42,6 +42,11 @@ pub(crate) type Preparing<'a> = Pin<Box<dyn Future<Output = Result<Prepared, Lan
 
 /// Connects lanes.
 pub(crate) trait LaneConnector: Send + Sync + 'static {
+    /// Whether the lanes write GPU memory.
+    fn on_gpu(&self) -> bool {
+        false
+    }
+
     /// Prepares a lane before its ticket is requested. Most kinds need no preparation.
     fn prepare(&self, kind: LaneKind, peer: SocketAddr) -> Preparing<'_> {
         let _ = (kind, peer);
@@ -152,6 +157,9 @@ impl LaneCall {
         let same_host = !self.me.host.is_empty() && self.me.host == self.welcome.host;
         if kind == LaneKind::Local && !same_host {
             return Err("the peer is on another host, or in other namespaces");
+        }
+        if kind == LaneKind::Local && self.welcome.gpu_uuid.is_some() && !self.connector.on_gpu() {
+            return Err("the peer's pool is GPU memory, this pool is host memory: the tcp lane copies between them");
         }
         Ok(())
     }

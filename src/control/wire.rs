@@ -219,6 +219,7 @@ impl From<&Welcome> for proto::Welcome {
             lanes: w.lanes.iter().map(|k| proto::LaneKind::from(*k).into()).collect(),
             host: w.host.clone(),
             silence_ms: millis(w.silence),
+            gpu_uuid: w.gpu_uuid.map_or_else(Default::default, |uuid| uuid.to_vec().into()),
         }
     }
 }
@@ -235,6 +236,10 @@ impl TryFrom<proto::Welcome> for Welcome {
         if w.silence_ms == 0 {
             return bad("silence_ms", "is zero");
         }
+        let gpu_uuid = match &*w.gpu_uuid {
+            [] => None,
+            bytes => Some(bytes.try_into().or_else(|_| bad("gpu_uuid", "is not 16 bytes long"))?),
+        };
         Ok(Self {
             version: w.version,
             features: w.features,
@@ -248,6 +253,7 @@ impl TryFrom<proto::Welcome> for Welcome {
             lanes: w.lanes.into_iter().filter_map(lane_kind).collect(),
             host: text("host", w.host, MAX_HOST)?,
             silence: time(w.silence_ms),
+            gpu_uuid,
         })
     }
 }

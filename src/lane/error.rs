@@ -5,6 +5,8 @@ use std::{io, time::Duration};
 
 use kvferry_proto::Cause;
 
+use crate::memory::GpuError;
+
 /// A lane that could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -73,6 +75,16 @@ pub(crate) enum LaneError {
         /// What is wrong with it.
         what: String,
     },
+    /// This side's driver does not map the peer's GPU memory.
+    #[error("GPU {here} cannot map the memory of the peer's {there}: {source}; the tcp lane works without")]
+    Gpu {
+        /// UUID of this side's GPU.
+        here: String,
+        /// UUID of the peer's.
+        there: String,
+        /// The driver's error.
+        source: GpuError,
+    },
     /// A system call failed on this side.
     #[error("{what}: {source}")]
     Io {
@@ -95,7 +107,7 @@ impl LaneError {
             Self::Refused { .. } | Self::Tls { .. } => Cause::Refused,
             Self::Restarted => Cause::PeerRestarted,
             Self::Died => Cause::PeerDown,
-            Self::Forbidden { .. } | Self::Protocol { .. } | Self::Io { .. } => Cause::LaneFailed,
+            Self::Forbidden { .. } | Self::Protocol { .. } | Self::Gpu { .. } | Self::Io { .. } => Cause::LaneFailed,
         }
     }
 

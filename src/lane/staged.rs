@@ -22,77 +22,33 @@ use rustix::{
 };
 
 use super::WakingLane;
-use crate::{
-    config::GpuConfig,
-    memory::{
-        Memory,
-        gpu::{CopyQueue, Direction, Gpu, GpuError, Piece, Pinned, stats},
-    },
-};
+use crate::memory::gpu::{Direction, PinnedRing, RingQueue, stats};
 
-/// A rank's pinned ring, which all its staged lanes share.
-pub(crate) struct PinnedRing {
-    gpu: Gpu,
-    pool: Memory,
-    memory: Memory,
-    ring: Arc<Ring>,
-    config: GpuConfig,
-    /// Until the last copy has ended: jobs keep it.
-    pinned: Arc<Pinned>,
-}
-
-impl PinnedRing {
-    /// A ring for a pool in GPU memory; `None` for host memory.
-    ///
-    /// # Errors
-    /// The host has no memory for it, or the driver cannot pin it.
-    pub(crate) fn new(pool: &Memory, config: &GpuConfig) -> Result<Option<Self>, GpuError> {
-        let Some(gpu) = pool.gpu().cloned() else { return Ok(None) };
-        let failed = |e: crate::StartError| GpuError::Os { what: "cannot allocate the ring", error: e.to_string() };
-        let memory = Memory::anonymous(&[config.ring]).map_err(failed)?;
-        let pinned = Arc::new(gpu.pin(&memory)?);
-        let ring = Arc::new(Ring::new(config.ring));
-        Ok(Some(Self { gpu, pool: pool.clone(), memory, ring, config: config.clone(), pinned }))
-    }
-
-    /// The ring's memory, into which inner lanes read.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
-    /// Wraps a lane that reads into [`PinnedRing::memory`].
-    pub(crate) fn stage(&self, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
-        let queue = CopyQueue::new(&self.gpu, self.config.copy)?;
-        let keep = Arc::new((self.pool.clone(), self.memory.clone(), self.pinned.clone()));
-        let (ring, pool, sizes) = (self.memory.clone(), self.pool.clone(), VecDeque::new());
-        let copier = RingCopier { queue, ring, pool, keep, sizes };
-        StagedLane::new(inner, copier, self.ring.clone(), self.config.copy_bound)
-    }
+/// Wraps a lane that reads into [`PinnedRing::memory`].
+pub(crate) fn stage(ring: &PinnedRing, inner: Box<dyn WakingLane>) -> io::Result<StagedLane> {
+    let copier = RingCopier { copies: ring.queue(Direction::ToGpu)?, sizes: VecDeque::new() };
+    StagedLane::new(inner, copier, ring.slots().clone(), ring.config().copy_bound)
 }
 
 /// Copies from the ring into the pool.
 struct RingCopier {
-    queue: CopyQueue,
-    ring: Memory,
-    pool: Memory,
-    keep: Arc<(Memory, Memory, Arc<Pinned>)>,
+    copies: RingQueue,
     /// Number and bytes of each job that is not finished.
     sizes: VecDeque<(u64, u64)>,
 }
 
 impl Copier for RingCopier {
     fn submit(&mut self, copies: &[StagedCopy]) -> Option<u64> {
-        let piece =
-            |c: &StagedCopy| Piece::new((&self.ring, 0, c.ring_offset), (&self.pool, c.segment, c.offset), c.len).ok();
+        let piece = |c: &StagedCopy| self.copies.piece(c.ring_offset, (c.segment, c.offset), c.len).ok();
         // Every copy was checked when its read was posted.
         let pieces = copies.iter().filter_map(piece).collect();
-        let number = self.queue.submit(Direction::ToGpu, pieces, self.keep.clone())?;
+        let number = self.copies.submit(pieces)?;
         self.sizes.push_back((number, copies.iter().map(|c| c.len).sum()));
         Some(number)
     }
 
     fn finished(&mut self) -> Finished {
-        let (up_to, failed) = self.queue.finished();
+        let (up_to, failed) = self.copies.queue.finished();
         while let Some((_, bytes)) = self.sizes.pop_front_if(|(number, _)| *number <= up_to) {
             stats::landed(stats::Landing::Ring, bytes);
         }
@@ -116,7 +72,7 @@ impl StagedLane {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
         epoll::add(&epoll, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
-        epoll::add(&epoll, copier.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, copier.copies.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
         let staged = Staged::new(inner, copier, ring, bound);
         Ok(Self { staged, epoll, timer, watched: false, give_up: None })
     }
@@ -136,7 +92,7 @@ impl Lane for StagedLane {
     }
 
     fn post(&mut self, a: Attempt, reads: &[Read]) -> usize {
-        let pool = &self.staged.copier_mut().pool;
+        let pool = &self.staged.copier_mut().copies.pool;
         let fits = |r: &Read| pool.address(r.dst_segment, r.dst_offset, r.len).is_ok();
         // The inner lane checks its own end, which is the ring.
         if !reads.iter().all(fits) {
@@ -186,7 +142,7 @@ impl WakingLane for StagedLane {
             epoll::add(&self.epoll, fd, epoll::EventData::new_u64(2), epoll::EventFlags::IN)?;
             self.watched = true;
         }
-        if outstanding && !self.staged.copier_mut().queue.about_to_sleep() {
+        if outstanding && !self.staged.copier_mut().copies.queue.about_to_sleep() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         if let Some(at) = self.give_up.filter(|_| outstanding) {

@@ -13,7 +13,7 @@ use std::{
 use kvferry_proto::{Contents, Nonce, PoolLayout};
 use parking_lot::RwLock;
 
-use super::{segments::Memory, words::FenceWords};
+use super::{gpu::PinnedRing, segments::Memory, words::FenceWords};
 
 /// A producer rank's pool and live offers.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub(crate) struct Export {
     pub memory: Memory,
     /// The fence words.
     pub words: Arc<FenceWords>,
+    /// What is sent by sockets passes through it; `None`: the memory is host memory.
+    pub ring: Option<PinnedRing>,
     live: RwLock<HashMap<u32, Live>>,
 }
 
@@ -36,7 +38,12 @@ struct Live {
 impl Export {
     /// An export without live offers.
     pub(crate) fn new(layout: Arc<PoolLayout>, memory: Memory, words: Arc<FenceWords>) -> Self {
-        Self { layout, memory, words, live: RwLock::default() }
+        Self { layout, memory, words, ring: None, live: RwLock::default() }
+    }
+
+    /// Adds the ring of a pool in GPU memory.
+    pub(crate) fn with_ring(self, ring: Option<PinnedRing>) -> Self {
+        Self { ring, ..self }
     }
 
     /// The offer in `slot` may be read from now on. Its word is set last, once its blocks are known here.

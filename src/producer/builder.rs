@@ -17,7 +17,7 @@ use crate::{
     driver::runtime::Runtime,
     error::StartError,
     lane::{self, local, tcp},
-    memory::{Export, FenceWords, Memory},
+    memory::{Export, FenceWords, Memory, gpu::PinnedRing},
     tls::TlsIdentity,
 };
 
@@ -115,7 +115,8 @@ impl Builder {
             .map_err(StartError::os("cannot allocate the fence table"))?;
         let layout = Arc::new(self.layout);
         let tls = self.config.tls.as_ref().map(|t| TlsIdentity::new(t, Some(&self.engine))).transpose()?;
-        let export = Arc::new(Export::new(layout, memory, Arc::new(words)));
+        let ring = PinnedRing::new(&memory, &self.config.gpu)?;
+        let export = Arc::new(Export::new(layout, memory, Arc::new(words)).with_ring(ring));
         let me = PeerId { engine: self.engine, rank: self.rank, incarnation: Incarnation::random() };
         let runtime = Runtime::start("kvferry-control").map_err(StartError::os("cannot start the control thread"))?;
         let serves = |kind| self.lanes.contains(&kind);

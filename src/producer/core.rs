@@ -29,7 +29,7 @@ use crate::{
         refusal::Refusal,
     },
     lane::{local, tcp, ticket::LaneTicket},
-    memory::{Export, Mark},
+    memory::{Export, Mark, Place},
     metrics::ProducerMetrics,
 };
 use kvferry_proto::{
@@ -423,6 +423,10 @@ impl Desk for Core {
             lanes: self.servers.kinds(),
             host: host::identity().to_owned(),
             silence: self.config.session.silence,
+            gpu_uuid: match self.export.memory.place() {
+                Place::Gpu { uuid, .. } => Some(uuid),
+                Place::Host => None,
+            },
         })
     }
 

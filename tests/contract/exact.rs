@@ -53,7 +53,7 @@ fn many_pulls_at_once_do_not_mix() {
         (0..32).map(|i| producer.offer(&(i * 16..i * 16 + 16).rev().collect::<Vec<_>>())).collect();
     for (i, offer) in offers.iter().enumerate() {
         let wanted = local(i as u32 * 16..(i as u32 + 1) * 16);
-        let lane = if i % 2 == 0 { LaneKind::Local } else { LaneKind::Tcp };
+        let lane = really(if i % 2 == 0 { LaneKind::Local } else { LaneKind::Tcp });
         consumer.pull(Pull::new(offer.clone(), wanted).lanes(vec![lane]).deadline(SOON)).unwrap();
     }
     for _ in 0..32 {

@@ -28,7 +28,7 @@ fn a_producer_killed_at_a_share_of_the_bytes_leaves_nearly_that_share_of_the_pro
 
 #[test]
 fn a_broken_lane_is_replaced_and_only_the_missing_part_is_read_again() {
-    let (tcp, local) = (really(LaneKind::Tcp), LaneKind::Local);
+    let (tcp, local) = (really(LaneKind::Tcp), really(LaneKind::Local));
     let mut pairs = vec![(tcp, local), (local, tcp), (tcp, tcp)];
     if tcp == LaneKind::Verbs {
         pairs.push((LaneKind::Verbs, LaneKind::Tcp));

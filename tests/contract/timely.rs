@@ -179,7 +179,10 @@ fn a_producer_that_stops_before_the_handshake_costs_no_more_than_patience() {
 fn a_producer_that_stops_in_mid_pull_costs_its_patience_unless_data_still_moves() {
     let spec = Spec { blocks: 512, ..Spec::default() };
     // 32 MiB take four seconds: twice the patience.
-    let mut pools = vec![(LaneKind::Local, true)];
+    let mut pools = vec![];
+    if really(LaneKind::Local) == LaneKind::Local {
+        pools.push((LaneKind::Local, true));
+    }
     if really(LaneKind::Tcp) == LaneKind::Tcp {
         pools.push((LaneKind::Tcp, false));
     }

@@ -65,7 +65,7 @@ fn only_memory_of_one_gpu_is_taken_as_a_pool() {
         GpuError::SeveralDevices { segment: 1, has: 1, first: 0 }
     );
     assert!(matches!(take(&[(other, 4096)]).unwrap().place(), Place::Gpu { ordinal: 1, .. }));
-    for past in [(first, (1 << 20) + 1), (first + (1 << 20), 1), (first, u64::MAX), (16, 16)] {
+    for past in [(first, 64 << 30), (second + (1 << 30), 1), (first, u64::MAX), (16, 16)] {
         let refused = take(&[past]).unwrap_err();
         assert!(matches!(refused, GpuError::NotGpuMemory { .. }), "{past:?}: {refused}");
     }
@@ -94,7 +94,7 @@ fn a_segment_of_several_mappings_is_a_pool_and_one_with_a_hole_is_not() {
         sys::cuMemSetAccess(at, PIECE, &sys::CUmemAccessDesc { location: location(), flags }, 1).result().unwrap();
     };
     unsafe { sys::cuMemAddressReserve(&mut at, 4 * PIECE, 0, 0, 0).result().unwrap() };
-    [0, 1, 3].map(|i| map(at + (i * PIECE) as u64));
+    [0, 1, 3].into_iter().for_each(|i| map(at + (i * PIECE) as u64));
     let take = |from: u64, len: usize| unsafe { Memory::from_gpu(&[(from, len as u64)], None) };
     let memory = take(at, 2 * PIECE).unwrap();
     // Over the place where the mappings meet.

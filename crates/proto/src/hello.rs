@@ -57,6 +57,8 @@ pub struct Welcome {
     pub host: String,
     /// Silence after which it ends a session.
     pub silence: Duration,
+    /// UUID of the GPU that holds its pool; `None`: the pool is host memory.
+    pub gpu_uuid: Option<[u8; 16]>,
 }
 
 /// Checks a consumer's Hello against this producer's model. Returns the highest common version.

@@ -23,6 +23,15 @@ pub fn driver() -> Option<Control> {
     })
 }
 
+/// Settings of the stand-in for a child process that shares this process's devices: memory that both can map.
+pub fn settings_for_child() -> Option<(&'static str, String)> {
+    const SETTINGS: &str = "KVFERRY_STANDIN";
+    // The folder that the stand-in makes for a process that is given none.
+    let (user, pid) = (rustix::process::getuid().as_raw(), std::process::id());
+    let unset = !is_real() && std::env::var_os(SETTINGS).is_none();
+    unset.then(|| (SETTINGS, format!("dir=/dev/shm/kvferry-standin-{user}-{pid}")))
+}
+
 /// Memory for this layout on GPU 0.
 pub fn memory(layout: &PoolLayout) -> Memory {
     driver();

@@ -7,7 +7,7 @@ use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{
     handle::{Handle, seconds},
-    pool::{Identity, Pool, offer, value_error},
+    pool::{Identity, Pool, offer, stream as cuda_stream, value_error},
     settings::Settings,
 };
 
@@ -33,8 +33,10 @@ impl Consumer {
         Ok(Self { inner: Handle::new("consumer", inner) })
     }
 
-    /// Starts a pull of an offer (JSON) and returns its number. The pull owns the local blocks until `poll` returns it.
-    fn pull(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>) -> PyResult<u64> {
+    /// Starts a pull of an offer (JSON) and returns its number. The pull owns the local blocks until `poll` returns it. With
+    /// `stream`, nothing is written before the work is done that this CUDA stream holds now.
+    #[pyo3(signature = (json, blocks, stream = None))]
+    fn pull(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>, stream: Option<usize>) -> PyResult<u64> {
         let inner = self.inner.get()?;
         py.detach(|| {
             let offer = offer(json)?;
@@ -43,7 +45,9 @@ impl Consumer {
                 first_position,
                 blocks: ids.into_iter().map(|b| b.map(BlockId)).collect(),
             });
-            inner.pull(Pull::new(offer, blocks.collect())).map(|id| id.0).map_err(value_error)
+            let mut pull = Pull::new(offer, blocks.collect());
+            pull.after = stream.map(cuda_stream);
+            inner.pull(pull).map(|id| id.0).map_err(value_error)
         })
     }
 

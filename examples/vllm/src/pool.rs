@@ -3,9 +3,13 @@
 use std::{ptr::NonNull, sync::Arc};
 
 use kvferry::{
-    EngineId, Group, GroupId, GroupKind, Memory, Model, Offer, OfferId, PoolLayout, Rank, Region, SealKey, Shard,
+    CudaStream, EngineId, Group, GroupId, GroupKind, Memory, Model, Offer, OfferId, Place, PoolLayout, Rank, Region,
+    SealKey, Shard,
 };
-use pyo3::{exceptions::PyValueError, prelude::*};
+use pyo3::{
+    exceptions::{PyRuntimeError, PyValueError},
+    prelude::*,
+};
 
 /// Wraps an error of the library in a `ValueError`.
 pub fn value_error(e: impl std::fmt::Display) -> PyErr {
@@ -22,6 +26,13 @@ pub fn offer(json: &str) -> PyResult<Offer> {
 /// Seal keys from the contents of their files.
 pub fn seal_keys(contents: Vec<Vec<u8>>) -> PyResult<Vec<SealKey>> {
     contents.iter().map(|c| SealKey::new(c).map_err(value_error)).collect()
+}
+
+/// A stream from the integer that PyTorch calls `cuda_stream`; 0 is the default stream.
+pub fn stream(raw: usize) -> CudaStream {
+    // SAFETY: the caller passes its thread's current PyTorch stream on the device of its pool, which exists as long as it is
+    // current. PyTorch uses primary contexts only.
+    unsafe { CudaStream::from_raw(std::ptr::without_provenance_mut(raw)) }
 }
 
 pub fn offer_id(id: String) -> PyResult<OfferId> {
@@ -73,8 +84,8 @@ type PyRegion = (String, u16, u64, u64, u64);
 /// `(id, kind, block_tokens, blocks, regions)` of the layers that share a block table.
 type PyGroup = (u16, String, u32, u32, Vec<PyRegion>);
 
-/// The engine's own KV memory and its layout. `segments` are `(address, bytes)`; `keep` is held as long as the library may
-/// touch them.
+/// The engine's own KV memory and its layout. `segments` are `(address, bytes)`, all in host memory or, with `gpu`, all on one
+/// GPU. `keep` is held as long as the library may touch them.
 #[pyclass(frozen, module = "kvferry._native")]
 pub struct Pool {
     pub layout: PoolLayout,
@@ -84,12 +95,27 @@ pub struct Pool {
 #[pymethods]
 impl Pool {
     #[new]
-    fn new(segments: Vec<(usize, u64)>, groups: Vec<PyGroup>, keep: Py<PyAny>) -> PyResult<Self> {
+    #[pyo3(signature = (segments, groups, keep, gpu = false))]
+    fn new(
+        py: Python<'_>,
+        segments: Vec<(usize, u64)>,
+        groups: Vec<PyGroup>,
+        keep: Py<PyAny>,
+        gpu: bool,
+    ) -> PyResult<Self> {
         let layout = PoolLayout {
             segments: segments.iter().map(|s| s.1).collect(),
             groups: groups.into_iter().map(group).collect::<PyResult<_>>()?,
         };
         layout.check().map_err(value_error)?;
+        if gpu {
+            let segments: Vec<_> = segments.iter().map(|&(at, len)| (at as u64, len)).collect();
+            // SAFETY: as below. The engine unmaps GPU memory only in sleep mode, and before that it closes the producer and the
+            // consumer, which hold all clones.
+            let memory = py.detach(|| unsafe { Memory::from_gpu(&segments, Some(Arc::new(keep))) });
+            let memory = memory.map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
+            return Ok(Self { layout, memory });
+        }
         let raw = segments.iter().map(|&(at, len)| {
             let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(at));
             base.map(|base| (base, len)).ok_or_else(|| PyValueError::new_err("a segment has the address 0"))
@@ -100,6 +126,15 @@ impl Pool {
         // them exists. The contract of `from_raw` allows the engine's kernels to use the same bytes.
         let memory = unsafe { Memory::from_raw(&raw, Some(Arc::new(keep))) };
         Ok(Self { layout, memory })
+    }
+
+    /// Where the memory is, for logs: `host memory`, or `GPU 0`.
+    #[getter]
+    fn place(&self) -> String {
+        match self.memory.place() {
+            Place::Gpu { ordinal, .. } => format!("GPU {ordinal}"),
+            _ => "host memory".into(),
+        }
     }
 }
 

@@ -1,12 +1,15 @@
 //! A prefill rank's producer.
 
 use kvferry::{BlockId, GroupId, OfferGroup, Producer as Inner, Ready};
-use pyo3::{exceptions::PyRuntimeError, prelude::*};
+use pyo3::{
+    exceptions::{PyRuntimeError, PyValueError},
+    prelude::*,
+};
 
 use crate::{
     consumer::PyBlocks,
     handle::{Handle, seconds},
-    pool::{Identity, Pool, offer, offer_id, value_error},
+    pool::{Identity, Pool, offer, offer_id, stream as cuda_stream, value_error},
     settings::Settings,
 };
 
@@ -58,18 +61,29 @@ impl Producer {
         &self.addr
     }
 
-    /// Enters an offer of these blocks under a name (JSON) that the scheduler side made. From now on the blocks are held and
-    /// can be pulled.
-    fn enter(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>) -> PyResult<()> {
+    /// Enters an offer of these blocks under a name (JSON) that the scheduler side made. From now on the blocks are held.
+    /// They can be pulled at once or, with `stream`, when the work is done that this CUDA stream holds now.
+    #[pyo3(signature = (json, blocks, stream = None))]
+    fn enter(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>, stream: Option<usize>) -> PyResult<()> {
         let inner = self.inner.get()?;
         py.detach(|| {
             let name = offer(json)?;
+            let me = inner.me();
+            if let Some(rank) = name.ranks.iter().find(|r| r.rank == me.rank)
+                && rank.incarnation != me.incarnation
+            {
+                return Err(PyValueError::new_err(format!(
+                    "the offer names incarnation {} of this rank, which is {} since a restart; no consumer could read it",
+                    rank.incarnation, me.incarnation
+                )));
+            }
             let groups = blocks.into_iter().map(|(group, first_position, ids)| OfferGroup {
                 group: GroupId(group),
                 first_position,
                 blocks: ids.into_iter().map(|b| b.map(BlockId)).collect(),
             });
-            inner.enter(&name, groups.collect(), Ready::Now).map_err(value_error)
+            let ready = stream.map_or(Ready::Now, |s| Ready::After(cuda_stream(s)));
+            inner.enter(&name, groups.collect(), ready).map_err(value_error)
         })
     }
 

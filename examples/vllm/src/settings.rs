@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kvferry::{Config, LaneKind, OnWedge, TlsConfig};
+use kvferry::{Config, CopyMethod, LaneKind, OnWedge, TlsConfig};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 use crate::{
@@ -25,7 +25,8 @@ impl Settings {
     #[new]
     #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
         early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
-        tls = None, seal_keys = Vec::new(), patience = None, dial = Vec::new(), engines = Vec::new(), tcp_checksum = false))]
+        tls = None, seal_keys = Vec::new(), patience = None, dial = Vec::new(), engines = Vec::new(), tcp_checksum = false,
+        gpu_copy = None, gpu_ring = None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         lanes: Option<Vec<String>>,
@@ -45,6 +46,8 @@ impl Settings {
         dial: Vec<String>,
         engines: Vec<String>,
         tcp_checksum: bool,
+        gpu_copy: Option<&str>,
+        gpu_ring: Option<u64>,
     ) -> PyResult<Self> {
         let mut config = Config::default();
         let times = [
@@ -72,6 +75,20 @@ impl Settings {
             config.tcp.connections = n;
         }
         config.tcp.checksum = tcp_checksum;
+        config.gpu.copy = match gpu_copy {
+            None | Some("auto") => CopyMethod::Auto,
+            Some("copies") => CopyMethod::Copies,
+            Some("batch") => CopyMethod::Batch,
+            Some("kernel") => CopyMethod::Kernel,
+            Some(other) => {
+                return Err(PyValueError::new_err(format!(
+                    "unknown gpu_copy {other:?}: use auto, copies, batch or kernel"
+                )));
+            }
+        };
+        if let Some(bytes) = gpu_ring {
+            config.gpu.ring = bytes;
+        }
         config.pull.on_wedge = match on_wedge {
             None | Some("withhold") => OnWedge::Withhold,
             Some("exit") => OnWedge::Exit,

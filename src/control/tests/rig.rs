@@ -93,6 +93,8 @@ pub(super) struct TestDesk {
     /// The only token with which it releases; `None`: any.
     pub right: Mutex<Option<Token>>,
     pub lanes: Mutex<Vec<LaneKind>>,
+    /// The GPU of its pool; `None`: host memory.
+    pub gpu_uuid: Mutex<Option<[u8; 16]>>,
     /// How many requests for a lane are still answered with `NotYet`.
     pub not_yet: AtomicU64,
     pub outboxes: Mutex<HashMap<SessionId, Outbox>>,
@@ -137,6 +139,7 @@ impl Desk for TestDesk {
             lanes: self.lanes.lock().unwrap().clone(),
             host: "host-b".into(),
             silence: Duration::from_secs(60),
+            gpu_uuid: *self.gpu_uuid.lock().unwrap(),
         })
     }
 
@@ -196,6 +199,7 @@ impl Desk for TestDesk {
         }
         match kind {
             LaneKind::Tcp => Ok(LaneTicket::Tcp { host: None, port: 9, lane: 5, key: [3; 32] }),
+            LaneKind::Local => Ok(LaneTicket::Local { uds: b"\0nowhere".to_vec(), lane: 5, key: [3; 32] }),
             _ => Err(Refusal::Unsupported { what: format!("lane {kind}") }),
         }
     }
@@ -239,6 +243,7 @@ impl Rig {
             right: Mutex::default(),
             not_yet: 0.into(),
             lanes: Mutex::new(vec![LaneKind::Local, LaneKind::Tcp]),
+            gpu_uuid: Mutex::default(),
             outboxes: Mutex::default(),
             known: Mutex::default(),
             next: 1.into(),

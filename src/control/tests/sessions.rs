@@ -8,7 +8,7 @@ use std::{
 
 use kvferry_proto::{
     Cause, ClaimId, Gone, Incarnation, LaneKind, OfferId, Reader, Release, ServerBody, ServerFrame, Token,
-    hello::Welcome,
+    hello::{Hello, Welcome},
     puller::{In, LaneWish, Need},
 };
 
@@ -193,11 +193,25 @@ fn a_server_that_shuts_down_closes_its_port_and_its_sessions() {
 }
 
 /// Records its tickets, and fails.
-struct Tickets(Mutex<Vec<(LaneTicket, SocketAddr)>>);
+#[derive(Default)]
+struct Tickets {
+    seen: Mutex<Vec<(LaneTicket, SocketAddr)>>,
+    on_gpu: bool,
+}
+
+impl Tickets {
+    fn kinds(&self) -> Vec<LaneKind> {
+        self.seen.lock().unwrap().iter().map(|(ticket, _)| ticket.kind()).collect()
+    }
+}
 
 impl LaneConnector for Tickets {
+    fn on_gpu(&self) -> bool {
+        self.on_gpu
+    }
+
     fn connect(&self, ticket: LaneTicket, _: Prepared, _: Arc<Welcome>, peer: SocketAddr) -> Connecting<'_> {
-        self.0.lock().unwrap().push((ticket, peer));
+        self.seen.lock().unwrap().push((ticket, peer));
         Box::pin(async { Err(LaneError::Refused { why: "this is a test".into() }) })
     }
 }
@@ -217,7 +231,7 @@ fn no_lane(consumer: &Consumer, incarnation: Incarnation, kinds: &[LaneKind]) ->
 #[test]
 fn lanes_that_cannot_work_are_skipped_and_the_others_are_tried_in_order() {
     let rig = Rig::new(&config());
-    let tickets = Arc::new(Tickets(Mutex::default()));
+    let tickets = Arc::new(Tickets::default());
     let consumer = Consumer::with(rig.addr, config(), hello(), tickets.clone());
     let me = rig.desk.me.incarnation;
     assert_eq!(no_lane(&consumer, me, &[LaneKind::Tcp]), Cause::Unreachable, "there is no session yet");
@@ -226,21 +240,42 @@ fn lanes_that_cannot_work_are_skipped_and_the_others_are_tried_in_order() {
     // verbs is not served, local is on another host.
     let kinds = [LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp];
     assert_eq!(no_lane(&consumer, me, &kinds), Cause::LaneFailed);
-    let got = tickets.0.lock().unwrap().clone();
+    let got = tickets.seen.lock().unwrap().clone();
     assert_eq!(got, [(LaneTicket::Tcp { host: None, port: 9, lane: 5, key: [3; 32] }, rig.addr)]);
     assert_eq!(no_lane(&consumer, Incarnation::random(), &kinds), Cause::Unreachable, "another incarnation");
 }
 
 #[test]
+fn a_local_lane_to_gpu_memory_is_requested_only_for_gpu_memory() {
+    let kinds = [LaneKind::Local, LaneKind::Tcp];
+    for (producer, consumer, tried) in [
+        (None, false, &kinds[..]),
+        (None, true, &kinds),
+        (Some([7; 16]), false, &kinds[1..]),
+        (Some([7; 16]), true, &kinds),
+    ] {
+        let rig = Rig::new(&config());
+        *rig.desk.gpu_uuid.lock().unwrap() = producer;
+        let tickets = Arc::new(Tickets { on_gpu: consumer, ..Tickets::default() });
+        let hello = Hello { host: "host-b".into(), ..hello() };
+        let consumer = Consumer::with(rig.addr, config(), hello, tickets.clone());
+        let claim = consumer.claim(1, &rig.desk.me);
+        assert_eq!(consumer.answer(), (claim, None));
+        assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &kinds), Cause::LaneFailed);
+        assert_eq!(tickets.kinds(), tried, "{producer:?}");
+    }
+}
+
+#[test]
 fn a_consumer_waits_for_a_lane_that_is_not_ready_yet() {
     let rig = Rig::new(&config());
-    let tickets = Arc::new(Tickets(Mutex::default()));
+    let tickets = Arc::new(Tickets::default());
     let consumer = Consumer::with(rig.addr, config(), hello(), tickets.clone());
     let claim = consumer.claim(1, &rig.desk.me);
     assert_eq!(consumer.answer(), (claim, None));
     rig.desk.not_yet.store(3, Ordering::SeqCst);
     assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &[LaneKind::Tcp]), Cause::LaneFailed);
-    assert_eq!(tickets.0.lock().unwrap().len(), 1, "the fourth answer was a ticket, in the same call");
+    assert_eq!(tickets.kinds().len(), 1, "the fourth answer was a ticket, in the same call");
     // The wait is bounded: the pull is told that the lane is unreachable.
     rig.desk.not_yet.store(u64::MAX, Ordering::SeqCst);
     assert_eq!(no_lane(&consumer, rig.desk.me.incarnation, &[LaneKind::Tcp]), Cause::Unreachable);

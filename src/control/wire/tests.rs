@@ -104,8 +104,9 @@ fn lanes() -> impl Strategy<Value = Vec<LaneKind>> {
 
 fn welcomes() -> impl Strategy<Value = Welcome> {
     let who = (peers(), incarnations(), models(), shards());
-    (1u32.., any::<u64>(), who, pools(), any::<u32>(), lanes(), text(), 1u64..86_400_000).prop_map(
-        |(version, features, (peer, engine_incarnation, model, shard), pool, fence_slots, lanes, host, ms)| Welcome {
+    let place = (text(), any::<Option<[u8; 16]>>());
+    (1u32.., any::<u64>(), who, pools(), any::<u32>(), lanes(), place, 1u64..86_400_000).prop_map(
+        |(version, features, (peer, engine_incarnation, model, shard), pool, fence_slots, lanes, place, ms)| Welcome {
             version,
             features,
             peer,
@@ -115,8 +116,9 @@ fn welcomes() -> impl Strategy<Value = Welcome> {
             pool: Arc::new(pool),
             fence_slots,
             lanes,
-            host,
+            host: place.0,
             silence: Duration::from_millis(ms),
+            gpu_uuid: place.1,
         },
     )
 }
@@ -399,6 +401,9 @@ fn a_bad_welcome_is_refused_by_the_name_of_its_field() {
     refused(with(&|w| w.peer = None), "peer");
     refused(with(&|w| w.engine_incarnation = 0), "engine_incarnation");
     refused(with(&|w| w.silence_ms = 0), "silence_ms");
+    for malformed in [&[7; 15][..], &[7; 17], &[7]] {
+        refused(with(&|w| w.gpu_uuid = malformed.to_vec().into()), "gpu_uuid");
+    }
     refused(with(&|w| w.host = "x".repeat(MAX_HOST + 1)), "host");
     refused(with(&|w| w.model.as_mut().unwrap().dtype = "x".repeat(257)), "model.dtype");
     refused(with(&|w| w.shard.as_mut().unwrap().tp_size = 0), "shard");

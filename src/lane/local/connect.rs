@@ -16,14 +16,20 @@ use rustix::{
 use tokio::io::Interest;
 
 use super::{
-    reader::{LocalLane, Owner},
+    gpu::GpuLane,
+    owner::Owner,
+    reader::LocalLane,
     socket::{self, Credentials, Packet},
-    source::Source,
+    source::{Source, WordTable},
     wire::{self, Refusal, Reply, Request},
 };
 use crate::{
-    lane::LaneError,
-    memory::{Mapping, Memory},
+    config::GpuConfig,
+    lane::{LaneError, WakingLane},
+    memory::{
+        Mapping, Memory,
+        gpu::{CopyQueue, Exported, Gpu, uuid_text},
+    },
 };
 
 /// How long the producer has to answer. Its answer comes from a thread that never waits for the engine.
@@ -31,9 +37,26 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait before connecting again while the producer's backlog is full.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
-/// Sets up a local lane into `memory`: `name`, `lane` and its key come from the producer's answer to ConnectLane,
-/// `incarnation` and `remote` from its Hello. `uids` are the users that may own the producer beside this process's own. Runs on a tokio runtime; the lane itself needs none.
+/// Sets up a local lane into `memory`, which must lie in the same kind of memory as the producer's pool: `name`, `lane` and
+/// its key come from the producer's answer to ConnectLane, `incarnation` and `remote` from its Hello. `uids` are the users
+/// that may own the producer beside this process's own. Runs on a tokio runtime; the lane itself needs none.
 pub(crate) async fn connect(
+    name: &[u8],
+    ticket: (u64, [u8; 32]),
+    incarnation: Incarnation,
+    remote: Arc<PoolLayout>,
+    memory: Memory,
+    uids: &[u32],
+    config: &GpuConfig,
+) -> Result<Box<dyn WakingLane>, LaneError> {
+    Ok(match memory.gpu().cloned() {
+        None => Box::new(connect_host(name, ticket, incarnation, remote, memory, uids).await?),
+        Some(gpu) => Box::new(connect_gpu(name, ticket, incarnation, remote, (memory, gpu), uids, config).await?),
+    })
+}
+
+/// Sets up a lane between pools in host memory.
+pub(super) async fn connect_host(
     name: &[u8],
     (lane, key): (u64, [u8; 32]),
     incarnation: Incarnation,
@@ -41,20 +64,10 @@ pub(crate) async fn connect(
     memory: Memory,
     uids: &[u32],
 ) -> Result<LocalLane, LaneError> {
-    remote.check().map_err(|e| LaneError::protocol(format!("its pool is malformed: {e}")))?;
-    let work = shake_hands(name, Request { lane, incarnation: incarnation.get(), key }, uids);
-    let (owner, pid, packet, bytes) = match tokio::time::timeout(ANSWER_TIMEOUT, work).await {
-        Ok(done) => done?,
-        Err(_) => return Err(LaneError::Silent { after: ANSWER_TIMEOUT }),
-    };
-    if packet.cut {
-        return Err(LaneError::protocol("its answer is too long"));
-    }
-    let (words, slots, files, segments) = match Reply::decode(&bytes).map_err(LaneError::protocol)? {
-        Reply::Granted { incarnation: i, .. } if i != incarnation => return Err(LaneError::Restarted),
-        Reply::Granted { words, slots, files, segments, .. } => (words, slots, files, segments),
-        Reply::Refused { refusal: Refusal::Restarted, .. } => return Err(LaneError::Restarted),
-        Reply::Refused { why, .. } => return Err(LaneError::Refused { why }),
+    let request = Request { lane, incarnation: incarnation.get(), key, gpu: None };
+    let (owner, pid, packet, reply) = open(name, request, &remote, uids).await?;
+    let Reply::Granted { words, slots, files, segments, .. } = reply else {
+        return Err(LaneError::protocol("it describes GPU memory to a pool in host memory"));
     };
     let mapped = if files { map(packet.files, slots, &remote)? } else { None };
     let source = match mapped {
@@ -69,6 +82,80 @@ pub(crate) async fn connect(
         return Err(LaneError::protocol("its segments differ from its Hello"));
     }
     Ok(LocalLane::new(owner, source, remote, memory))
+}
+
+/// Sets up a lane between pools in GPU memory.
+pub(super) async fn connect_gpu(
+    name: &[u8],
+    (lane, key): (u64, [u8; 32]),
+    incarnation: Incarnation,
+    remote: Arc<PoolLayout>,
+    (memory, gpu): (Memory, Gpu),
+    uids: &[u32],
+    config: &GpuConfig,
+) -> Result<GpuLane, LaneError> {
+    let here = gpu.info().uuid;
+    let request = Request { lane, incarnation: incarnation.get(), key, gpu: Some(here) };
+    let (owner, _, packet, reply) = open(name, request, &remote, uids).await?;
+    let Reply::GrantedGpu { slots, segments, pool, .. } = reply else {
+        return Err(LaneError::protocol("it describes host memory to a pool in GPU memory"));
+    };
+    if segments as usize != remote.segments.len() {
+        return Err(LaneError::protocol("its segments differ from its Hello"));
+    }
+    let (table, files) = descriptors(packet.files, pool.descriptors(), slots)?;
+    let exported = Exported { allocations: pool.allocations, parts: pool.parts, files };
+    let imported = gpu.import(exported, remote.segments.clone()).await;
+    let imported =
+        imported.map_err(|source| LaneError::Gpu { here: uuid_text(here), there: uuid_text(pool.uuid), source })?;
+    let queue = CopyQueue::new(&gpu, config.copy).map_err(LaneError::io("eventfd"))?;
+    GpuLane::new(owner, table, (imported, memory), queue, config.copy_bound).map_err(LaneError::io("epoll"))
+}
+
+/// The fence table, and the descriptors of `allocations` allocations.
+fn descriptors(
+    mut files: Vec<OwnedFd>,
+    allocations: usize,
+    slots: u32,
+) -> Result<(WordTable, Vec<OwnedFd>), LaneError> {
+    if files.len() > allocations + 1 {
+        return Err(LaneError::protocol("it sent more files than its pool has allocations"));
+    }
+    let Some(table) = files.pop().filter(|_| files.len() == allocations) else {
+        let what = "receiving the descriptors of the peer's GPU memory, for which the limit of open files is too low";
+        return Err(LaneError::io(what)(Errno::MFILE.into()));
+    };
+    check_file(&table, WordTable::bytes(slots))?;
+    let table = WordTable::new(table.as_fd(), slots).map_err(LaneError::io("mmap"))?;
+    Ok((table, files))
+}
+
+/// Requests the lane. Returns the process that answered, its pid, its packet, and the answer that the packet held: a grant.
+async fn open(
+    name: &[u8],
+    request: Request,
+    remote: &PoolLayout,
+    uids: &[u32],
+) -> Result<(Owner, i32, Packet, Reply), LaneError> {
+    remote.check().map_err(|e| LaneError::protocol(format!("its pool is malformed: {e}")))?;
+    let work = shake_hands(name, request, uids);
+    let (owner, pid, packet, bytes) = match tokio::time::timeout(ANSWER_TIMEOUT, work).await {
+        Ok(done) => done?,
+        Err(_) => return Err(LaneError::Silent { after: ANSWER_TIMEOUT }),
+    };
+    if packet.cut {
+        return Err(LaneError::protocol("its answer is too long"));
+    }
+    let reply = Reply::decode(&bytes).map_err(LaneError::protocol)?;
+    match &reply {
+        Reply::Granted { incarnation, .. } | Reply::GrantedGpu { incarnation, .. }
+            if incarnation.get() == request.incarnation =>
+        {
+            Ok((owner, pid, packet, reply))
+        }
+        Reply::Refused { refusal: Refusal::Other, why } => Err(LaneError::Refused { why: why.clone() }),
+        _ => Err(LaneError::Restarted),
+    }
 }
 
 /// Connects, opens a pidfd, and only then sends the request: the answer comes from the process of that pidfd.
@@ -152,28 +239,37 @@ fn map(files: Vec<OwnedFd>, slots: u32, remote: &PoolLayout) -> Result<Option<So
     if files.len() > remote.segments.len() + 1 {
         return Err(LaneError::protocol("it sent more files than its pool has segments"));
     }
-    let lengths = remote.segments.iter().copied().chain([u64::from(slots) * 8]);
-    let mut mappings = Vec::with_capacity(files.len());
+    let lengths = remote.segments.iter().copied().chain([WordTable::bytes(slots)]);
     for (fd, len) in files.iter().zip(lengths) {
-        let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(LaneError::protocol("it sent a file that is not sealed against shrinking"));
-        }
-        let size = rustix::fs::fstat(fd).map_err(|e| LaneError::io("fstat")(e.into()))?.st_size;
-        if u64::try_from(size).is_ok_and(|size| size >= len) {
-            match Mapping::new(fd.as_fd(), len, false) {
-                Ok(m) => mappings.push(m),
-                Err(error) => {
-                    tracing::warn!(%error, "cannot map the peer's pool: copying with process_vm_readv");
-                    return Ok(None);
-                }
-            }
-        } else {
-            return Err(LaneError::protocol("it sent a file that is shorter than its segment"));
+        check_file(fd, len)?;
+    }
+    let Some((table, segments)) = files.split_last() else { return Ok(None) };
+    let segments = segments.iter().zip(&remote.segments);
+    let mapped = || {
+        let segments = segments.map(|(fd, &len)| Mapping::new(fd.as_fd(), len, false)).collect::<io::Result<_>>()?;
+        Ok::<_, io::Error>(Source::Mapped { segments, table: WordTable::new(table.as_fd(), slots)? })
+    };
+    match mapped() {
+        Ok(source) => Ok(Some(source)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot map the peer's pool: copying with process_vm_readv");
+            Ok(None)
         }
     }
-    let words = mappings.pop();
-    Ok(words.map(|words| Source::Mapped { segments: mappings, words, slots }))
+}
+
+/// Refuses a file that can still shrink, or is shorter than the mapping that is to be made of it.
+fn check_file(fd: &OwnedFd, len: u64) -> Result<(), LaneError> {
+    let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
+    if !seals.contains(SealFlags::SHRINK) {
+        return Err(LaneError::protocol("it sent a file that is not sealed against shrinking"));
+    }
+    let size = rustix::fs::fstat(fd).map_err(|e| LaneError::io("fstat")(e.into()))?.st_size;
+    if u64::try_from(size).is_ok_and(|size| size >= len) {
+        Ok(())
+    } else {
+        Err(LaneError::protocol("it sent a file that is shorter than its segment"))
+    }
 }
 
 /// Reads a fence word once, so that a lane without the permission is never used.

@@ -7,13 +7,20 @@
 //!
 //! The fence word is read the same way as the data. That is not enough: mapped memory outlives its owner, and so does the
 //! word in it. So after the word the lane checks by the owner's pidfd that the process is alive; a dead owner's fence fails
-//! (promise *fresh*). Copies are synchronous: between two polls nothing writes local memory, so `Quiet` comes at once
-//! (promise *quiet*).
+//! (promise *fresh*). Copies between host memory are synchronous: between two polls nothing writes local memory, so `Quiet`
+//! comes at once (promise *quiet*).
+//!
+//! Pools in GPU memory are shared by the driver's handles, which the socket carries, and the driver copies them: see
+//! [`GpuLane`](gpu::GpuLane). There, copies are in flight between two polls, and `Quiet` waits for them. The fence words stay
+//! in host memory.
 //!
 //! A process that may connect can read the whole pool, as with `process_vm_readv` itself: the lane protects against
 //! mistakes and other users, not against processes of the same user.
 
 mod connect;
+mod exported;
+mod gpu;
+mod owner;
 mod reader;
 mod server;
 mod socket;

@@ -18,15 +18,20 @@ use subtle::ConstantTimeEq as _;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
-    sync::oneshot,
+    sync::{OnceCell, oneshot},
     task::JoinSet,
 };
 
 use super::{
+    exported::GpuPool,
     socket,
     wire::{self, Refusal, Reply, Request},
 };
-use crate::{config::LocalConfig, lane::log_limit::LogLimit, memory::Export};
+use crate::{
+    config::LocalConfig,
+    lane::log_limit::LogLimit,
+    memory::{Export, Place, gpu::Gpu},
+};
 
 /// How long a connection has for its request. Consumers send it right after the connect.
 const REQUEST_TIMEOUT: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(5) };
@@ -59,8 +64,8 @@ impl Server {
         rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(&name[1..])?)?;
         rustix::net::listen(&socket, 128)?;
         let lanes = Arc::new(Lanes::default());
-        let (uids, refusals) = (config.uids.clone(), Mutex::default());
-        let shared = Arc::new(Shared { export, incarnation, uids, lanes: lanes.clone(), refusals });
+        let (uids, refusals, exported) = (config.uids.clone(), Mutex::default(), OnceCell::new());
+        let shared = Arc::new(Shared { export, incarnation, uids, lanes: lanes.clone(), refusals, exported });
         let max = limits.lanes;
         let guard = runtime.enter();
         let socket = socket::watch(socket)?;
@@ -109,6 +114,9 @@ struct Shared {
     lanes: Arc<Lanes>,
     /// Log lines about refused lanes.
     refusals: Mutex<LogLimit>,
+    /// The pool's GPU memory and its descriptors, or the reason why it cannot be exported. Set by the first lane; the memory
+    /// never changes.
+    exported: OnceCell<Result<(GpuPool, Vec<OwnedFd>), String>>,
 }
 
 async fn accept(socket: AsyncFd<OwnedFd>, shared: Arc<Shared>, max: usize) {
@@ -155,7 +163,18 @@ async fn serve(fd: AsyncFd<OwnedFd>, shared: Arc<Shared>) {
     };
     // From here on the lane is open. However this task ends, `Open` removes the lane and tells the consumer if it can.
     let open = Open { fd, lane, lanes: &shared.lanes };
-    if let Err(error) = shared.grant(open.fd.as_fd()) {
+    let granted = match shared.export.memory.gpu() {
+        None => shared.grant(open.fd.as_fd()),
+        Some(gpu) => match shared.exported(gpu).await {
+            Ok((pool, files)) => shared.grant_gpu(open.fd.as_fd(), pool, files),
+            // Logged already.
+            Err(why) => {
+                let (refusal, why) = (Refusal::Other, why.clone());
+                return drop(socket::send(open.fd.as_fd(), &Reply::Refused { refusal, why }.encode(), &[]));
+            }
+        },
+    };
+    if let Err(error) = granted {
         tracing::warn!(%error, "cannot answer a local lane");
         return;
     }
@@ -231,6 +250,7 @@ impl Shared {
                 format!("the request is for incarnation {:016x}, this is {}", request.incarnation, self.incarnation);
             return Err((Refusal::Restarted, why));
         }
+        self.check_place(request.gpu.is_some()).map_err(|why| other(why.into()))?;
         match self.lanes.lock().get_mut(&request.lane) {
             None => Err(other("the lane was not admitted, or was dismissed: request a new one".into())),
             Some(State::Open { .. }) => Err(other("the lane is in use: request a new one".into())),
@@ -243,6 +263,53 @@ impl Shared {
                 Ok((request.lane, closed))
             }
         }
+    }
+
+    /// Whether a consumer with its pool in this kind of memory can read the producer's. The reason, if not.
+    fn check_place(&self, on_gpu: bool) -> Result<(), &'static str> {
+        match (self.export.memory.place(), on_gpu) {
+            (Place::Gpu { .. }, false) => {
+                Err("the producer's pool is GPU memory, this pool is host memory: the tcp lane copies between them")
+            }
+            (Place::Host, true) => Err(
+                "the producer's pool is host memory, and this lane was opened into GPU memory: open it into host memory",
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Exports the pool's GPU memory, the first time.
+    async fn exported(&self, gpu: &Gpu) -> &Result<(GpuPool, Vec<OwnedFd>), String> {
+        let export = async || {
+            let memory = &self.export.memory;
+            let segments = memory.segments().iter().enumerate();
+            let segments = segments.map(|(i, &len)| (memory.base(i as u16), len)).collect();
+            let e = gpu.export(segments).await.map_err(|e| e.to_string())?;
+            let pool = GpuPool { uuid: gpu.info().uuid, allocations: e.allocations, parts: e.parts };
+            pool.check().map(|()| (pool, e.files))
+        };
+        let logged = async || {
+            export().await.map_err(|why| {
+                let why = format!("the producer cannot share its GPU memory: {why}");
+                tracing::warn!(why, "no consumer on this host gets a local lane");
+                why
+            })
+        };
+        self.exported.get_or_init(logged).await
+    }
+
+    /// Sends the consumer the handles and descriptors of the GPU memory.
+    fn grant_gpu(&self, fd: BorrowedFd<'_>, pool: &GpuPool, files: &[OwnedFd]) -> io::Result<()> {
+        let e = &self.export;
+        let (slots, segments) = (e.words.len(), e.memory.segments().len() as u32);
+        let reply = Reply::GrantedGpu { incarnation: self.incarnation, slots, segments, pool: pool.clone() };
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).chain([e.words.fd()]).collect();
+        let sent = socket::send(fd, &reply.encode(), &files);
+        if let Err(error) = &sent {
+            let why = format!("the producer cannot send the descriptors of its GPU memory: {error}");
+            let _ = socket::send(fd, &Reply::Refused { refusal: Refusal::Other, why }.encode(), &[]);
+        }
+        sent
     }
 
     /// Sends the consumer the addresses and files.

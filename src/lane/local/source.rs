@@ -6,6 +6,7 @@ use std::{
     collections::VecDeque,
     io,
     mem::MaybeUninit,
+    os::fd::BorrowedFd,
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
@@ -28,11 +29,46 @@ pub(super) struct QueuedRead {
 /// Most pieces of one `process_vm_readv`: the kernel's UIO_MAXIOV.
 const MAX_PIECES: usize = 1024;
 
+/// The peer's fence table, mapped read-only.
+#[derive(Debug)]
+pub(super) struct WordTable {
+    mapping: Mapping,
+    slots: u32,
+}
+
+impl WordTable {
+    /// Bytes of a table of `slots` words.
+    pub(super) fn bytes(slots: u32) -> u64 {
+        u64::from(slots) * 8
+    }
+
+    /// Maps a file that is at least as long as the table.
+    pub(super) fn new(file: BorrowedFd<'_>, slots: u32) -> io::Result<Self> {
+        Ok(Self { mapping: Mapping::new(file, Self::bytes(slots), false)?, slots })
+    }
+
+    /// Reads fence words, after all earlier copies are complete. A slot past the table reads as 0. `words` is as long as
+    /// `slots`.
+    pub(super) fn load(&self, slots: impl Iterator<Item = u32>, words: &mut [u64]) {
+        // The data's loads must not move after the words' loads.
+        fence(Ordering::SeqCst);
+        let table = self.mapping.base().cast::<AtomicU64>();
+        for (word, slot) in words.iter_mut().zip(slots) {
+            *word = if slot < self.slots {
+                // SAFETY: the mapping holds `slots` aligned words, which are only ever accessed as atomics.
+                unsafe { table.add(slot as usize).as_ref() }.load(Ordering::Acquire)
+            } else {
+                0
+            };
+        }
+    }
+}
+
 /// Where the peer's bytes come from.
 #[derive(Debug)]
 pub(super) enum Source {
     /// Its memfds, mapped read-only. Each mapping is as long as the peer's layout says.
-    Mapped { segments: Vec<Mapping>, words: Mapping, slots: u32 },
+    Mapped { segments: Vec<Mapping>, table: WordTable },
     /// Its address space.
     Process { pid: i32, segments: Vec<u64>, words: u64, slots: u32 },
 }
@@ -41,7 +77,8 @@ impl Source {
     /// Number of words in the peer's fence table.
     pub(super) fn slots(&self) -> u32 {
         match self {
-            Self::Mapped { slots, .. } | Self::Process { slots, .. } => *slots,
+            Self::Mapped { table, .. } => table.slots,
+            Self::Process { slots, .. } => *slots,
         }
     }
 
@@ -94,18 +131,8 @@ impl Source {
     /// `slots`.
     pub(super) fn words(&self, slots: impl Iterator<Item = u32>, words: &mut [u64]) -> io::Result<()> {
         match self {
-            Self::Mapped { words: table, slots: len, .. } => {
-                // The data's loads must not move after the words' loads.
-                fence(Ordering::SeqCst);
-                let table = table.base().cast::<AtomicU64>();
-                for (word, slot) in words.iter_mut().zip(slots) {
-                    *word = if slot < *len {
-                        // SAFETY: the mapping holds `len` aligned words, which are only ever accessed as atomics.
-                        unsafe { table.add(slot as usize).as_ref() }.load(Ordering::Acquire)
-                    } else {
-                        0
-                    };
-                }
+            Self::Mapped { table, .. } => {
+                table.load(slots, words);
                 Ok(())
             }
             Self::Process { pid, words: table, slots: len, .. } => {

@@ -17,13 +17,14 @@ use rustix::{
 };
 
 use super::{
+    ahead::{Ahead, Slices},
     frames::{Answer, Challenge, Entry, Proof, Reply, Request, SUM, Status, Trailer, Verdict, check_request},
     gather::gather,
     handshake::{Key, Keyed},
     sum::DataSum,
     tls::{Sealer, blocks},
 };
-use crate::memory::{Export, Span};
+use crate::memory::{Export, Memory, Span};
 
 /// Buffer bytes that a connection keeps between requests; a rare large request's memory is freed.
 const KEEP: usize = 64 << 10;
@@ -44,6 +45,10 @@ pub(super) struct Shared<'a> {
     pub(super) is_full: &'a dyn Fn(u64) -> bool,
     /// The buffer that receives requests, before they go to their connection.
     pub(super) scratch: &'a mut [u8],
+    /// The ring, if the pool is GPU memory.
+    pub(super) ahead: Option<&'a mut Ahead>,
+    /// Names this connection to the ring.
+    pub(super) token: u64,
 }
 
 /// A connection's next step.
@@ -73,6 +78,8 @@ struct Serving {
     nonce: u64,
     /// Bytes of data not sent yet.
     left: u64,
+    /// Of a pool in GPU memory: the word after the last byte was gathered.
+    word: Option<u64>,
 }
 
 /// One connection.
@@ -93,6 +100,10 @@ pub(super) struct Connection {
     spans: Vec<Span>,
     at: usize,
     skip: u64,
+    /// Data that was gathered out of GPU memory.
+    slices: Slices,
+    /// It waits for copies.
+    gathering: bool,
     /// Its requests that were out of bounds.
     out_of_bounds: u32,
     /// The socket holds back partial segments.
@@ -102,7 +113,9 @@ pub(super) struct Connection {
 }
 
 /// Why a connection stops for now.
-enum Halt {
+pub(super) enum Halt {
+    /// Its data is not gathered yet.
+    Copies,
     /// The socket has no room.
     Full,
     /// The socket is empty.
@@ -131,6 +144,8 @@ impl Connection {
             spans: Vec::new(),
             at: 0,
             skip: 0,
+            slices: Slices::default(),
+            gathering: false,
             out_of_bounds: 0,
             corked: false,
             interest: EventFlags::empty(),
@@ -164,6 +179,16 @@ impl Connection {
         }
     }
 
+    /// Whether it waits for copies.
+    pub(super) fn is_gathering(&self) -> bool {
+        self.gathering
+    }
+
+    /// It is closed: gives what it has gathered back.
+    pub(super) fn drop_slices(&mut self, ahead: &mut Ahead) {
+        ahead.drop_all(&mut self.slices);
+    }
+
     /// Refuses the peer, then closes.
     pub(super) fn refuse(&mut self, verdict: Verdict) {
         self.head.extend_from_slice(&Answer { verdict, mac: [0; 32] }.encode());
@@ -172,11 +197,20 @@ impl Connection {
 
     /// Works until the socket blocks, or about `bytes` have moved, lookups included.
     pub(super) fn turn(&mut self, shared: &mut Shared<'_>, mut bytes: u64) -> Next {
+        self.gathering = false;
         loop {
             match self.step(shared, &mut bytes) {
                 Ok(()) => {}
-                Err(Halt::Full | Halt::Turn) => return Next::Wait(EventFlags::OUT),
+                Err(Halt::Turn) => return Next::Wait(EventFlags::OUT),
+                Err(Halt::Full) => {
+                    self.stall(shared.ahead.as_deref_mut());
+                    return Next::Wait(EventFlags::OUT);
+                }
                 Err(Halt::Empty) => return Next::Wait(EventFlags::IN),
+                Err(Halt::Copies) => {
+                    self.gathering = true;
+                    return Next::Wait(EventFlags::empty());
+                }
                 Err(Halt::Over) => return Next::Close(None),
                 Err(Halt::Broken(why)) => return Next::Close(Some(why)),
             }
@@ -192,7 +226,7 @@ impl Connection {
         }
         if self.serving.is_some() {
             self.cork(true);
-            return self.send_data(shared.export, bytes);
+            return self.send_data(shared, bytes);
         }
         // Before sending a head or trailer, look for the next request: then they go with its data.
         match self.phase {
@@ -274,8 +308,9 @@ impl Connection {
         match result {
             Ok(left) => {
                 self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode(sum));
-                self.serving = Some(Serving { tag, request: sum, slot, nonce, left });
+                self.serving = Some(Serving { tag, request: sum, slot, nonce, left, word: None });
                 (self.at, self.skip) = (0, 0);
+                self.slices.begin(0, 0, left);
             }
             Err(status) => self.head.extend_from_slice(&Reply { status, tag, total: 0 }.encode(sum)),
         }
@@ -283,35 +318,99 @@ impl Connection {
     }
 
     /// Sends the head and data of the reply; after the last byte, queues the trailer.
-    fn send_data(&mut self, export: &Export, bytes: &mut u64) -> Result<(), Halt> {
+    fn send_data(&mut self, shared: &mut Shared<'_>, bytes: &mut u64) -> Result<(), Halt> {
         let Some(serving) = &mut self.serving else { return Ok(()) };
+        let export = shared.export;
+        // Every byte of an empty reply has been copied.
+        if serving.left == 0 {
+            return self.end_reply(export);
+        }
+        let mut spans = std::mem::take(&mut self.spans);
+        let sent = match &mut shared.ahead {
+            None => {
+                let skip = self.skip;
+                self.send_spans(&export.memory, &mut spans[self.at..], skip, *bytes)
+            }
+            Some(ahead) => {
+                let still = || export.still(serving.slot, serving.nonce);
+                let word = &mut serving.word;
+                let next = ahead.next(shared.token, &spans, &mut self.slices, || {
+                    // Once: an offer that is live again under the same nonce is impossible.
+                    word.get_or_insert_with(still);
+                });
+                match next {
+                    Ok((ring, span)) => self.send_spans(ring, &mut [span], 0, *bytes),
+                    Err(halt) => Err(halt),
+                }
+            }
+        };
+        self.spans = spans;
+        if let Ok((data, _)) = sent {
+            *bytes = bytes.saturating_sub(data);
+            self.moved(data, shared.ahead.as_deref_mut());
+        }
+        let partial = matches!(sent, Ok((data, wanted)) if data < wanted) && self.tls.is_none();
+        sent?;
+        if self.serving.as_ref().is_some_and(|s| s.left == 0) {
+            self.end_reply(export)
+        } else if partial {
+            // The next call would only return that there is no room.
+            Err(Halt::Full)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Sends the head, and spans without their first `skip` bytes, up to `most` bytes of data. Returns how many bytes of data
+    /// were sent, and how many were tried.
+    fn send_spans(&mut self, memory: &Memory, spans: &mut [Span], skip: u64, most: u64) -> Result<(u64, u64), Halt> {
         let head = &self.head[self.sent..];
         // As much as the turn allows: the last span is cut for the call, and restored afterwards.
         let (mut n, mut sum) = (0, 0);
-        let rest = &mut self.spans[self.at..];
-        while n < rest.len().min(MOST_SPANS) && sum < *bytes + self.skip {
-            sum += rest[n].len;
+        while n < spans.len().min(MOST_SPANS) && sum < most + skip {
+            sum += spans[n].len;
             n += 1;
         }
-        let cut = sum.saturating_sub(*bytes + self.skip);
+        let cut = sum.saturating_sub(most + skip);
         let Some(last) = n.checked_sub(1) else { return Err(Halt::Over) };
-        rest[last].len -= cut;
+        spans[last].len -= cut;
+        let wanted = sum - cut - skip;
         let sent = match &mut self.tls {
-            None => export.memory.writev_with(self.fd.as_fd(), head, &rest[..n], self.skip),
-            Some(tls) => tls.seal_spans(head, &export.memory, &rest[..n], self.skip, sum - cut - self.skip),
+            None => memory.writev_with(self.fd.as_fd(), head, &spans[..n], skip),
+            Some(tls) => tls.seal_spans(head, memory, &spans[..n], skip, wanted),
         };
-        rest[last].len += cut;
+        spans[last].len += cut;
         let sent = sent.map_err(halt)?;
-        let wanted = head.len() as u64 + sum - cut - self.skip;
         let of_head = sent.min(head.len());
         self.sent += of_head;
         let data = (sent - of_head) as u64;
         if let Some(sum) = &mut self.sum {
             // The bytes are still in the cache.
-            sum.add(&export.memory, &self.spans[self.at..], self.skip, data);
+            sum.add(memory, spans, skip, data);
         }
-        *bytes = bytes.saturating_sub(data);
-        serving.left = serving.left.saturating_sub(data);
+        Ok((data, wanted))
+    }
+
+    /// The socket is full: gives what is gathered back if the ring is short of room.
+    fn stall(&mut self, ahead: Option<&mut Ahead>) {
+        if let (Some(serving), Some(ahead)) = (&mut self.serving, ahead)
+            && serving.left > 0
+            && ahead.stalled(&mut self.slices)
+        {
+            // The rest is copied again, so its word must be newer.
+            serving.word = None;
+            self.slices.begin(self.at, self.skip, serving.left);
+        }
+    }
+
+    /// Data of the reply was sent.
+    fn moved(&mut self, data: u64, ahead: Option<&mut Ahead>) {
+        if let Some(ahead) = ahead {
+            ahead.sent(&mut self.slices, data);
+        }
+        if let Some(serving) = &mut self.serving {
+            serving.left = serving.left.saturating_sub(data);
+        }
         self.skip += data;
         while let Some(s) = self.spans.get(self.at)
             && self.skip >= s.len
@@ -319,23 +418,20 @@ impl Connection {
             self.skip -= s.len;
             self.at += 1;
         }
-        if serving.left == 0 {
-            // Every byte has been copied into the socket, and added to the checksum, so the word loaded now covers all of
-            // them: bytes that changed in between are stale.
-            let word = export.still(serving.slot, serving.nonce);
-            let data = self.sum.as_mut().map_or(0, DataSum::finish);
-            let trailer = Trailer { tag: serving.tag, word, data }.encode(serving.request);
-            self.head.clear();
-            self.sent = 0;
-            self.head.extend_from_slice(&trailer);
-            self.serving = None;
-            Ok(())
-        } else if (sent as u64) < wanted && self.tls.is_none() {
-            // A partial send: the next call would only return that there is no room.
-            Err(Halt::Full)
-        } else {
-            Ok(())
-        }
+    }
+
+    /// Every byte has been copied out of the pool, and added to the checksum, so a word loaded now, or after the last gather,
+    /// covers all of them: bytes that changed in between are stale.
+    fn end_reply(&mut self, export: &Export) -> Result<(), Halt> {
+        let Some(serving) = self.serving.take() else { return Ok(()) };
+        let word = serving.word.unwrap_or_else(|| export.still(serving.slot, serving.nonce));
+        let data = self.sum.as_mut().map_or(0, DataSum::finish);
+        let trailer = Trailer { tag: serving.tag, word, data }.encode(serving.request);
+        // The head of an empty reply is still there.
+        self.head.drain(..self.sent);
+        self.sent = 0;
+        self.head.extend_from_slice(&trailer);
+        Ok(())
     }
 
     fn send_head(&mut self) -> Result<(), Halt> {

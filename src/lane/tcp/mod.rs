@@ -38,6 +38,7 @@
 //! only. TCP's own checksum does not see two 16-bit words that changed places. A chunk whose data or trailer does not match is
 //! read again.
 
+mod ahead;
 mod client;
 mod connection;
 mod dial;

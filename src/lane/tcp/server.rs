@@ -26,6 +26,7 @@ use rustix::{
 };
 
 use super::{
+    ahead::{self, Ahead},
     connection::{Connection, Next, Shared},
     frames::{Challenge, Options, Verdict},
     handshake::Key,
@@ -57,6 +58,7 @@ const SCRATCH: usize = 128 << 10;
 // Tokens that no connection has: there are never that many connections.
 const LISTENER: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
+const COPIES: u64 = u64::MAX - 2;
 
 /// Serves a rank's pool over TCP until it is dropped.
 pub(crate) struct Server {
@@ -122,7 +124,16 @@ impl Server {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), EventFlags::IN)?;
         epoll::add(&epoll, &common.wake, epoll::EventData::new_u64(WAKE), EventFlags::IN)?;
+        let ahead = match (&export.ring, export.memory.gpu()) {
+            (None, Some(_)) => return Err(ahead::no_ring()),
+            (ring, _) => ahead::start(ring.as_ref())?,
+        };
+        if let Some(ahead) = &ahead {
+            epoll::add(&epoll, ahead.fd(), epoll::EventData::new_u64(COPIES), EventFlags::IN)?;
+        }
         let mut round = Round {
+            ahead,
+            ready: Vec::new(),
             common: common.clone(),
             export,
             incarnation,
@@ -184,6 +195,10 @@ struct Round {
     common: Arc<Common>,
     export: Arc<Export>,
     incarnation: Incarnation,
+    /// Of a pool in GPU memory.
+    ahead: Option<Ahead>,
+    /// Connections that copies were missing to.
+    ready: Vec<u64>,
     options: Options,
     /// Certificates; with them, every connection is TLS.
     tls: Option<Arc<TlsIdentity>>,
@@ -217,7 +232,7 @@ impl Round {
     fn run(&mut self) {
         let mut events = Vec::with_capacity(256);
         while !self.common.end.load(Ordering::Acquire) {
-            let timeout = self.next_timeout();
+            let timeout = if self.may_sleep() { self.next_timeout() } else { Some(Timespec { tv_sec: 0, tv_nsec: 0 }) };
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => {
@@ -228,14 +243,42 @@ impl Round {
             }
             self.handshakes = 0;
             for event in events.drain(..) {
+                let flags = event.flags;
                 match event.data.u64() {
                     LISTENER => self.accept(),
                     WAKE => self.woken(),
+                    COPIES => {}
+                    // Without copies it has no other turn in which it would see the end of its socket.
+                    token if flags.intersects(EventFlags::HUP | EventFlags::ERR) && self.is_gathering(token) => {
+                        self.close(token);
+                    }
                     token => self.turn(token),
                 }
             }
+            self.gathered();
             self.expire();
         }
+    }
+
+    /// Whether no copy has ended since the last look.
+    fn may_sleep(&self) -> bool {
+        self.ahead.as_ref().is_none_or(|a| !a.has_room_for_starved() && a.about_to_sleep())
+    }
+
+    fn is_gathering(&mut self, token: u64) -> bool {
+        find(&mut self.slots, token).is_some_and(|c| c.is_gathering())
+    }
+
+    /// Gives the connections a turn whose copies have ended, or for which there is room now.
+    fn gathered(&mut self) {
+        let Some(ahead) = &mut self.ahead else { return };
+        ahead.look();
+        ahead.ready(&mut self.ready);
+        let mut ready = std::mem::take(&mut self.ready);
+        for token in ready.drain(..) {
+            self.turn(token);
+        }
+        self.ready = ready;
     }
 
     fn next_timeout(&self) -> Option<Timespec> {
@@ -372,6 +415,8 @@ impl Round {
             key: &|lane| common.lanes().keys.get(&lane).copied(),
             is_full: &|lane| of_lane.get(&lane).is_some_and(|n| *n >= TcpConfig::MOST_CONNECTIONS),
             scratch: &mut self.scratch,
+            ahead: self.ahead.as_mut(),
+            token,
         };
         let next = connection.turn(&mut shared, TURN);
         if was_proving && let Some(lane) = connection.lane() {
@@ -401,6 +446,9 @@ impl Round {
     fn close(&mut self, token: u64) {
         let index = token as u32 as usize;
         let Some(connection) = find(&mut self.slots, token) else { return };
+        if let Some(ahead) = &mut self.ahead {
+            connection.drop_slices(ahead);
+        }
         if let Some(lane) = connection.lane()
             && let Entry::Occupied(mut n) = self.of_lane.entry(lane)
         {

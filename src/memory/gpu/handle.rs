@@ -54,9 +54,14 @@ pub struct GpuInfo {
 impl GpuInfo {
     /// The UUID as `nvidia-smi -L` prints it.
     pub fn uuid_text(&self) -> String {
-        let hex: String = self.uuid.iter().map(|b| format!("{b:02x}")).collect();
-        format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+        uuid_text(self.uuid)
     }
+}
+
+/// A GPU's UUID as `nvidia-smi -L` prints it.
+pub(crate) fn uuid_text(uuid: [u8; 16]) -> String {
+    let hex: String = uuid.iter().map(|b| format!("{b:02x}")).collect();
+    format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
 /// The GPUs of this host, without opening any: no context is created.

@@ -11,6 +11,7 @@ mod error;
 mod exchange;
 mod handle;
 mod queue;
+mod ring;
 pub(crate) mod stats;
 mod stream;
 mod window;
@@ -31,6 +32,8 @@ mod pipe;
 mod pointer;
 #[cfg(feature = "cuda")]
 mod share;
+#[cfg(all(test, feature = "cuda"))]
+pub(crate) mod testing;
 #[cfg(feature = "cuda")]
 mod thread;
 
@@ -41,9 +44,10 @@ pub(crate) use {alloc::Allocation, calls::Pinned, context::Context, share::Impor
 
 pub use error::GpuError;
 pub(crate) use exchange::{Exported, Handle, Part};
-pub(crate) use handle::Gpu;
+pub(crate) use handle::{Gpu, uuid_text};
 pub use handle::{GpuInfo, survey};
 pub(crate) use queue::{CopyQueue, Direction, Piece};
+pub(crate) use ring::{PinnedRing, RingQueue};
 pub use stream::CudaStream;
 pub(crate) use stream::Mark;
 pub(crate) use window::Window;

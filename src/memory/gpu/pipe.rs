@@ -42,6 +42,8 @@ const BLOCKS: c_uint = 32;
 const THREADS: c_uint = 256;
 /// Parts of a direction that are in flight.
 const MOST_RUNNING: usize = 8;
+/// CUDA_ERROR_NOT_SUPPORTED.
+const NOT_SUPPORTED: u32 = 801;
 /// The kernel reads and writes vectors of this many bytes.
 const VECTOR: u64 = 16;
 
@@ -78,6 +80,8 @@ struct Scratch {
     dsts: Vec<CUdeviceptr>,
     srcs: Vec<CUdeviceptr>,
     sizes: Vec<usize>,
+    /// The device has refused a batch.
+    no_batch: bool,
 }
 
 struct Pipe {
@@ -246,7 +250,8 @@ fn load(lib: &Library) -> Result<Kernel, String> {
 }
 
 impl Job {
-    /// Moves the next part's runs to `part`, neighbours merged. At least one, unless the job is empty.
+    /// Moves the next part's runs to `part`. At least one, unless the job is empty. Neighbours are not merged: they may lie in
+    /// two allocations of `cudaMalloc`, and the driver refuses a copy that crosses from one into the other.
     fn next_part(&mut self, part: &mut Vec<Piece>) {
         part.clear();
         let mut room = PART;
@@ -258,12 +263,7 @@ impl Job {
                 piece.len = room;
             }
             room -= piece.len;
-            match part.last_mut() {
-                Some(last) if last.src + last.len == piece.src && last.dst + last.len == piece.dst => {
-                    last.len += piece.len
-                }
-                _ => part.push(piece),
-            }
+            part.push(piece);
         }
     }
 
@@ -360,14 +360,22 @@ impl Pipe {
         scratch: &mut Scratch,
         stream: CUstream,
     ) -> Result<(), GpuError> {
-        let way = choose(method, self.direction, runs, kernel.is_some(), context.lib.cuMemcpyBatchAsync.is_some());
-        match (way, kernel) {
-            (Way::Kernel, Some(kernel)) if self.has_bounce(context) => {
-                self.by_kernel(context.lib, kernel, runs, stream)
-            }
-            (Way::Batch | Way::Kernel, _) => batch(context, runs, scratch, stream),
-            (Way::Copies, _) => copies(context.lib, self.direction, runs, stream),
+        let can_batch = context.lib.cuMemcpyBatchAsync.is_some() && !scratch.no_batch;
+        let way = choose(method, self.direction, runs, kernel.is_some(), can_batch);
+        if way == Way::Kernel
+            && let Some(kernel) = kernel
+            && self.has_bounce(context)
+        {
+            return self.by_kernel(context.lib, kernel, runs, stream);
         }
+        if way != Way::Copies && can_batch {
+            match batch(context, runs, scratch, stream) {
+                // The driver knows the call, and the device does not support it: nothing was queued.
+                Err(GpuError::Call { code: NOT_SUPPORTED, .. }) => scratch.no_batch = true,
+                done => return done,
+            }
+        }
+        copies(context.lib, self.direction, runs, stream)
     }
 
     fn has_bounce(&mut self, context: &Context) -> bool {

@@ -77,7 +77,14 @@ pub(super) struct Extent {
 pub(super) fn ordinal(segment: usize, address: u64, len: u64) -> Result<u32, GpuError> {
     let lib = library::init()?;
     let found = match look(lib, address) {
-        Err(GpuError::Call { code: INVALID_CONTEXT, .. }) => context::in_active(lib, || look(lib, address))?,
+        Err(GpuError::Call { code: INVALID_CONTEXT, .. }) => context::in_active(lib, || look(lib, address)),
+        found => found,
+    };
+    let found = match found {
+        Err(GpuError::Call { code: INVALID_CONTEXT, .. }) => {
+            let why = "this process has no CUDA context, so it has no GPU memory".into();
+            return Err(GpuError::NotGpuMemory { segment, address, len, why });
+        }
         found => found?,
     };
     kind(&found).map_err(|why| GpuError::NotGpuMemory { segment, address, len, why: why.into() })?;

@@ -52,6 +52,8 @@ struct Thread {
     /// When the events are looked at again.
     look_at: Instant,
     ending: bool,
+    /// It has panicked, and copies that it no longer knows may be running.
+    abandoned: bool,
 }
 
 /// The thread's function. Tells `opened` whether it could open the GPU.
@@ -72,6 +74,7 @@ pub(super) fn run(
     // A panic must not leave its jobs open: their pulls could not end. Copies in flight go on, so those stay open.
     while std::panic::catch_unwind(AssertUnwindSafe(|| thread.run())).is_err() {
         thread.pipes.abandon();
+        thread.abandoned = true;
         thread.become_unusable(GpuError::Os { what: "the GPU's thread", error: "it has panicked".into() });
     }
 }
@@ -82,8 +85,9 @@ impl Thread {
         let mut info = context::describe(context.lib, ordinal)?;
         let pipes = Pipes::new(&context)?;
         info.kernel = pipes.no_kernel();
-        let (inbox, watched, look_at, ending) = (VecDeque::new(), HashMap::new(), Instant::now(), false);
-        Ok((Self { context, state, orders, inbox, pipes, watched, look_at, ending }, info))
+        let (inbox, watched, look_at) = (VecDeque::new(), HashMap::new(), Instant::now());
+        let (ending, abandoned) = (false, false);
+        Ok((Self { context, state, orders, inbox, pipes, watched, look_at, ending, abandoned }, info))
     }
 
     fn run(&mut self) {
@@ -115,6 +119,8 @@ impl Thread {
 
     fn carry_out(&mut self, order: Order) {
         match order {
+            // Its end would tell that the earlier jobs of its queue have ended, and they may be running.
+            Order::Copy(job) if self.abandoned => std::mem::forget(job.ticket),
             Order::Copy(job) if self.state.unusable.get().is_some() => {
                 stats::ended(job.direction, Duration::ZERO, true);
                 job.ticket.fail();

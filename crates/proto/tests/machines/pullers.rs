@@ -109,6 +109,7 @@ impl Rig {
             lanes: vec![LaneKind::Verbs, LaneKind::Tcp],
             host: String::new(),
             silence: 60 * SECOND,
+            gpu_uuid: None,
         };
         let (mut puller, now) = (Puller::new(layout, shard, 100, WAITS), Instant::now());
         let welcome = Arc::new(welcome);

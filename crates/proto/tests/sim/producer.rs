@@ -187,6 +187,7 @@ impl World {
             lanes,
             host: String::new(),
             silence: self.weather.session.silence,
+            gpu_uuid: None,
         };
         let table = OfferTable::new(self.weather.lease.clone(), self.weather.limits.clone(), self.entropy());
         self.fabric.get().procs.push(ProcMem {

@@ -80,6 +80,17 @@ pub enum Heard {
     Taken(usize),
 }
 
+/// Settings for a producer whose pool is GPU memory.
+#[cfg(feature = "gpu")]
+fn devices(spec: &Spec) -> Option<(&'static str, String)> {
+    spec.gpu.then(crate::gpu::settings_for_child).flatten()
+}
+
+#[cfg(not(feature = "gpu"))]
+fn devices(_: &Spec) -> Option<(&'static str, String)> {
+    None
+}
+
 /// The blocks of the offers that this process's producers made: names do not list them.
 static OFFERED: Mutex<BTreeMap<OfferId, Vec<u32>>> = Mutex::new(BTreeMap::new());
 
@@ -106,6 +117,7 @@ impl Producer {
         let mut child = Command::new(exe)
             .args(["--exact", "role", "--ignored", "--nocapture", "--test-threads=1"])
             .env(ROLE, serde_json::to_string(spec).expect("a spec is JSON"))
+            .envs(devices(spec))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

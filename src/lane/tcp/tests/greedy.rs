@@ -66,7 +66,8 @@ fn lookups_of_refused_requests_end_a_turn_like_bytes() {
     let mut turn = |turn_bytes| {
         let (key, is_full) = (|_| Some(KEY), |_| false);
         let (export, incarnation) = (&*rig.export, rig.incarnation);
-        let mut shared = Shared { export, incarnation, key: &key, is_full: &is_full, scratch: &mut scratch };
+        let scratch = &mut scratch;
+        let mut shared = Shared { export, incarnation, key: &key, is_full: &is_full, scratch, ahead: None, token: 0 };
         assert!(matches!(connection.turn(&mut shared, turn_bytes), Next::Wait(_)));
     };
     let (random, options, incarnation) = ([1; 32], Options::default(), rig.incarnation);

@@ -47,6 +47,7 @@ fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl
         lanes: vec![LaneKind::Verbs],
         host: String::new(),
         silence: 60 * SECOND,
+        gpu_uuid: None,
     };
     let mut it = Driver::new(layout, shard, BLOCKS as usize, Waits { first: SECOND, longest: SECOND });
     it.handle(Instant::now(), In::Peer(ADDR.into(), Arc::new(welcome)));

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
@@ -168,8 +169,11 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker.handshake() if self._worker is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """The step begins. Offers and pulls start here rather than after the forward pass, which may take long. Block zeroing
-        is done by now, and the forward pass touches no block that is being loaded."""
+        """The step begins. Offers and pulls start here rather than after the forward pass, which may take long. The forward pass
+        touches no block that is being offered or loaded.
+
+        On a GPU the compute stream now holds the earlier steps, their draft passes and this step's zeroing, but not this
+        forward pass. Offers and pulls wait for what it holds."""
         super().bind_connector_metadata(connector_metadata)
         self._start(connector_metadata)
 
@@ -225,17 +229,22 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         side = self._worker or self._side
         return side.stats.take() if side is not None else None
 
+    @never_raises(lambda: None)
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """This rank's new handshake, once after a restart."""
+        return self._worker.restarted() if self._worker is not None else None
+
     # ---- sleep and end ------------------------------------------------------------------------------------------------
 
     @never_raises(lambda: None)
     def unregister_kv_caches(self) -> None:
-        """Before sleep: stops all access to the KV memory."""
+        """Before sleep: stops all access to the KV memory, and ends the registration of GPU memory."""
         if self._worker is not None:
             self._worker.sleep()
 
     @never_raises(lambda: None)
     def restore_kv_caches(self) -> None:
-        """After the wake-up: allows offers and loads again."""
+        """After the wake-up: registers GPU memory again, and allows offers and loads."""
         if self._worker is not None:
             self._worker.wake()
 

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,15 @@ class Handshake(KVConnectorHandshakeMetadata):
     incarnation: str | None
     # Whether the rank can pull.
     pulls: bool
+
+
+@dataclass
+class Restarted(KVConnectorWorkerMetadata):
+    """The new handshakes of ranks that have restarted, for the scheduler side."""
+
+    handshakes: list[Handshake]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Restarted":
+        """Both ranks' handshakes."""
+        assert isinstance(other, Restarted)
+        return Restarted(self.handshakes + other.handshakes)

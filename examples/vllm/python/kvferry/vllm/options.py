@@ -58,6 +58,9 @@ class Options:
     engines: tuple[str, ...] = ()
     # Checksum the data of TCP lanes, if the other side does too.
     tcp_checksum: bool = False
+    # For a cache in GPU memory: how ranges are copied, and the bytes of the pinned ring in host memory.
+    gpu_copy: str | None = None
+    gpu_ring: int | None = None
 
     @classmethod
     def of(cls, config: "VllmConfig") -> "Options":
@@ -84,7 +87,7 @@ class Options:
             if values.get(name):
                 listed = values[name]
                 values[name] = tuple(listed.split(",") if isinstance(listed, str) else listed)
-        for name in ("port", "chunk_min", "chunk_max", "tcp_connections"):
+        for name in ("port", "chunk_min", "chunk_max", "tcp_connections", "gpu_ring"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
         for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience"):
@@ -121,6 +124,8 @@ class Options:
             dial=list(self.dial),
             engines=list(self.engines),
             tcp_checksum=bool(self.tcp_checksum),
+            gpu_copy=self.gpu_copy,
+            gpu_ring=self.gpu_ring,
         )
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

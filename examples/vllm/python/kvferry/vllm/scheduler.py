@@ -16,7 +16,7 @@ from kvferry import _native
 from kvferry.vllm import params as kv_params
 from kvferry.vllm import pool
 from kvferry.vllm.guard import logger
-from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, Offering
+from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, Offering, Restarted
 from kvferry.vllm.options import Options
 from kvferry.vllm.stats import KvFerryStats
 
@@ -74,7 +74,9 @@ class SchedulerSide:
         assert transfer is not None
         self._engine = str(transfer.engine_id)
         self._offers_here = transfer.kv_role in ("kv_producer", "kv_both")
-        self._pulls_here = transfer.kv_role in ("kv_consumer", "kv_both")
+        self._may_pull = transfer.kv_role in ("kv_consumer", "kv_both")
+        self._pulls_here = self._may_pull
+        self._handshakes: dict[int, Handshake] = {}
         self._tp_size = config.parallel_config.tensor_parallel_size
         self._group_ids = pool.transfer_groups(kv_cache_config)
         self._block_tokens = {g: kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._group_ids}
@@ -107,7 +109,13 @@ class SchedulerSide:
                 "list KvFerryConnector first in MultiConnector's connectors"
             )
             return
-        ours.sort(key=lambda h: h.rank)
+        self._shake_hands(ours)
+
+    def _shake_hands(self, new: list[Handshake]) -> None:
+        """Uses new handshakes in place of earlier ones of the same ranks."""
+        self._handshakes |= {h.rank: h for h in new}
+        ours = [self._handshakes[rank] for rank in sorted(self._handshakes)]
+        self._ranks, self._incarnation, self._pulls_here = [], None, self._may_pull
         if self._pulls_here and not all(h.pulls for h in ours):
             logger.error("kvferry: some ranks cannot pull, so all prompts are prefilled here; see the errors above")
             self._pulls_here = False
@@ -241,6 +249,8 @@ class SchedulerSide:
 
     def output(self, output: "KVConnectorOutput") -> None:
         """Receives the workers' reports before the engine acts on them. Tokens are counted here, once for all ranks."""
+        if isinstance(restarted := getattr(output, "kv_connector_worker_meta", None), Restarted):
+            self._shake_hands(restarted.handshakes)
         for waiting in self._waiting.values() if output.invalid_block_ids else ():
             bad = [waiting.blocks[b] for b in output.invalid_block_ids if b in waiting.blocks]
             if bad:

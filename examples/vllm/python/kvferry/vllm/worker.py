@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvferry import _native
 from kvferry.vllm import pool
 from kvferry.vllm.guard import ENDING, logger
-from kvferry.vllm.messages import Handshake, Load, Meta, Offering
+from kvferry.vllm.messages import Handshake, Load, Meta, Offering, Restarted
 from kvferry.vllm.options import Options
 from kvferry.vllm.stats import KvFerryStats
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 # Limit of `shutdown` in seconds, for the consumer and for the producer each.
 CLOSE = 0.4
+# The same before sleep. vLLM unmaps GPU memory afterwards, so a copy that is still running must end first.
+CLOSE_TO_SLEEP = 5.0
+# Missing before vLLM 0.33: the engine does not tell a connector that it is going to sleep.
+SLEEP_IS_ANNOUNCED = hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
 @dataclass
@@ -59,7 +64,12 @@ class WorkerSide:
         self._consumer: _native.Consumer | None = None
         self._rank = 0
         self._registered: dict[str, torch.Tensor] = {}
+        # The device of a cache in GPU memory.
+        self._gpu: torch.device | None = None
         self._asleep = False
+        # Why this rank must not start again.
+        self._lost: str | None = None
+        self._restarted = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
         self._offered: dict[str, str] = {}
@@ -74,10 +84,12 @@ class WorkerSide:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Starts the producer and the consumer on the engine's memory. If that fails, every prompt is prefilled here."""
         self._registered = dict(kv_caches)
-        if self._producer is not None or self._consumer is not None:
-            return
+        if self._producer is None and self._consumer is None:
+            self._start_or_say()
+
+    def _start_or_say(self) -> None:
         try:
-            self._start(kv_caches)
+            self._start(self._registered)
         except ENDING:
             raise
         except pool.Unsupported as e:
@@ -90,9 +102,15 @@ class WorkerSide:
 
         options = Options.of(self._config)
         settings = options.native()
-        segments, groups = pool.describe(kv_caches, self._kv_cache_config)
-        memory = _native.Pool(segments, groups, list(kv_caches.values()))
-        me = pool.identity(self._config, kv_caches, groups, options.model_id)
+        cache = pool.describe(kv_caches, self._kv_cache_config, pool.layout_name(self._config))
+        if cache.on_gpu and not SLEEP_IS_ANNOUNCED and getattr(self._config.model_config, "enable_sleep_mode", False):
+            raise pool.Unsupported(
+                "sleep mode unmaps GPU memory, and this version of vLLM does not tell connectors: use vLLM 0.33 or newer, or "
+                "start without --enable-sleep-mode"
+            )
+        memory = self._memory(cache, kv_caches)
+        self._gpu = cache.device if cache.on_gpu else None
+        me = pool.identity(self._config, kv_caches, cache, options.model_id)
         tp, pp = get_tp_group(), get_pp_group()
         self._rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
         if self._offers_here:
@@ -101,10 +119,25 @@ class WorkerSide:
             self._producer = _native.Producer(me, memory, settings, listen)
             self._addr = options.reached_at(self._producer.addr)
             logger.info(
-                "kvferry: rank %d offers at %s, incarnation %s", self._rank, self._addr, self._producer.incarnation
+                "kvferry: rank %d offers %s at %s, incarnation %s",
+                self._rank,
+                memory.place,
+                self._addr,
+                self._producer.incarnation,
             )
         if self._pulls_here:
             self._consumer = _native.Consumer(me, memory, settings)
+
+    def _memory(self, cache: pool.Cache, kv_caches: dict[str, torch.Tensor]) -> _native.Pool:
+        try:
+            return _native.Pool(cache.segments, cache.groups, list(kv_caches.values()), cache.on_gpu)
+        except RuntimeError as e:
+            # The driver cannot be used, or refuses the memory: the text says why.
+            raise pool.Unsupported(f"the cache is on {cache.device}: {e}") from e
+
+    def _stream(self) -> int | None:
+        """The compute stream of the calling thread, if the cache is in GPU memory."""
+        return None if self._gpu is None else torch.cuda.current_stream(self._gpu).cuda_stream
 
     def handshake(self) -> Handshake:
         """This rank's handshake for the scheduler side."""
@@ -136,7 +169,7 @@ class WorkerSide:
                 raise RuntimeError("this rank has no producer")
             self._offered[offering.offer_id] = offering.request
             groups = [(g.group, g.first_position, g.blocks) for g in offering.groups]
-            self._producer.enter(offering.offer, groups)
+            self._producer.enter(offering.offer, groups, self._stream())
         except ENDING:
             raise
         except BaseException as e:
@@ -152,7 +185,7 @@ class WorkerSide:
             if self._consumer is None or self._asleep or load.offer is None:
                 raise RuntimeError("there is no offer, or this rank has no consumer")
             groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
-            number = self._consumer.pull(load.offer, groups)
+            number = self._consumer.pull(load.offer, groups, self._stream())
         except ENDING:
             raise
         except BaseException as e:
@@ -294,7 +327,10 @@ class WorkerSide:
     # ---- sleep and end ------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """The memory is about to be freed: stops everything that reads or writes it."""
+        """The memory is about to be freed: stops everything that reads or writes it. GPU memory is then unmapped, so its
+        registrations and mappings in other processes end too."""
+        if self._asleep:
+            return
         self._asleep = True
         if self._producer is not None:
             for offer_id in list(self._offered):
@@ -305,19 +341,58 @@ class WorkerSide:
             # vLLM has drained the transfers. Remaining pulls become quiet within milliseconds.
             if not quiet(self._consumer):
                 logger.error("kvferry: a pull still writes KV memory that is about to be freed; restart this engine")
+                self._lost = "a pull did not stop before the engine went to sleep"
+        if self._gpu is not None:
+            self._deregister()
+
+    def _deregister(self) -> None:
+        """Closes the producer and the consumer, which releases the memory."""
+        self._poll_pulls()
+        until = time.monotonic() + CLOSE_TO_SLEEP
+        while self._offered and time.monotonic() < until:
+            self._poll_offers()
+            time.sleep(0.001)
+        if self._close(CLOSE_TO_SLEEP):
+            # Nothing reads the blocks of these offers any more.
+            for offer_id in list(self._offered):
+                self._freed(offer_id, "revoked")
+        else:
+            self._lost = "kvferry did not stop before the engine went to sleep"
 
     def wake(self) -> None:
         """The memory is back, at the same addresses."""
+        if not self._asleep:
+            return
         self._asleep = False
+        if self._gpu is None:
+            return
+        self._restarted = True
+        if self._lost is not None:
+            logger.error("kvferry is off on this engine: %s; restart it", self._lost)
+        elif self._producer is None and self._consumer is None:
+            self._start_or_say()
+
+    def restarted(self) -> Restarted | None:
+        """This rank's new handshake, once after a wake-up."""
+        if not self._restarted:
+            return None
+        self._restarted = False
+        return Restarted([self.handshake()])
 
     def shutdown(self) -> None:
         """Stops the consumer and the producer, within a second."""
+        self._close(CLOSE)
+
+    def _close(self, limit: float) -> bool:
+        """Stops the consumer and the producer, each within `limit` seconds; whether both have stopped."""
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
-        if consumer is not None and not consumer.close(CLOSE):
-            logger.warning("kvferry: the consumer is still stopping")
-        if producer is not None and not producer.close(CLOSE):
-            logger.warning("kvferry: the producer is still stopping")
+        stopped = True
+        for name, part in (("consumer", consumer), ("producer", producer)):
+            if part is not None and not part.close(limit):
+                logger.warning("kvferry: the %s is still stopping", name)
+                stopped = False
+        return stopped
 
 
 def quiet(consumer: _native.Consumer, limit: float = 5.0) -> bool:

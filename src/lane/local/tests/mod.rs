@@ -1,15 +1,16 @@
 //! The lane against producers in other processes, which run this test binary.
 
+#[cfg(feature = "cuda")]
+mod gpu;
+mod rig;
+
 use std::{
-    io::{BufRead, BufReader, Read as _, Write},
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    ptr::NonNull,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use kvferry_proto::{Attempt, Cause, FenceSlot, Grant, Incarnation, Lane, LaneEvent, Limits, Nonce, PoolLayout, Read};
@@ -21,232 +22,15 @@ use rustix::{
     net::{RecvFlags, SendFlags, SocketAddrUnix},
     thread::{CapabilitySet, capabilities, set_capabilities},
 };
-use tokio::runtime::{Handle, Runtime};
+use tokio::runtime::Handle;
 
-use super::{LocalLane, Server, connect, socket, wire};
+use self::rig::*;
+use super::{LocalLane, Server, connect::connect_host, socket, wire};
 use crate::{
     config::LocalConfig,
     lane::{LaneError, WakingLane},
     memory::{Export, FenceWords, Mapping, Memory},
 };
-
-const SLOT: u32 = 3;
-const LIMIT: Duration = Duration::from_secs(20);
-
-fn layout() -> Arc<PoolLayout> {
-    let mut layout = PoolLayout::uniform(64, 3, 20_000, 16);
-    layout.segments.push(5000);
-    Arc::new(layout)
-}
-
-fn stamp(segment: u16, i: u64) -> u8 {
-    (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8 ^ segment as u8
-}
-
-/// Memory that kvferry allocates, or memory of an engine.
-fn pool(layout: &PoolLayout, ours: bool) -> Memory {
-    let memory = if ours {
-        Memory::alloc(&layout.segments).unwrap()
-    } else {
-        let segments: Vec<_> = layout
-            .segments
-            .iter()
-            .map(|&len| (NonNull::from(Vec::leak(vec![0u8; len as usize])).cast::<u8>(), len))
-            .collect();
-        // SAFETY: the vectors are leaked, and nothing else refers to them.
-        unsafe { Memory::from_raw(&segments, None) }
-    };
-    for (segment, &len) in layout.segments.iter().enumerate() {
-        let bytes: Vec<u8> = (0..len).map(|i| stamp(segment as u16, i)).collect();
-        memory.write_from(segment as u16, 0, &bytes).unwrap();
-    }
-    memory
-}
-
-fn export(ours: bool) -> (Arc<Export>, Nonce) {
-    let layout = layout();
-    let memory = pool(&layout, ours);
-    let export = Arc::new(Export::new(layout, memory, Arc::new(FenceWords::new(8).unwrap())));
-    let nonce = Nonce::random();
-    export.publish(SLOT, nonce, Arc::default());
-    (export, nonce)
-}
-
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
-}
-
-/// A runtime on a thread of its own, until the sender is dropped.
-fn background() -> (Handle, tokio::sync::oneshot::Sender<()>) {
-    let runtime = runtime();
-    let handle = runtime.handle().clone();
-    let (until, gone) = tokio::sync::oneshot::channel::<()>();
-    std::thread::spawn(move || runtime.block_on(gone));
-    (handle, until)
-}
-
-/// Not a test by itself: [`Producer::start`] starts it as a process.
-#[expect(clippy::zombie_processes, reason = "the process that it starts outlives this one on purpose")]
-#[test]
-#[ignore = "a role: other tests start it"]
-fn as_a_producer() {
-    let Ok(kind) = std::env::var("KVFERRY_TEST_LOCAL_PRODUCER") else { return };
-    if kind.contains("undumpable") {
-        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).unwrap();
-    }
-    let (export, nonce) = export(kind.contains("memfd"));
-    let incarnation = Incarnation::random();
-    let (handle, _until) = background();
-    let server =
-        Server::start(export.clone(), incarnation, handle, &LocalConfig::default(), &Limits::default()).unwrap();
-    server.admit(1, KEY);
-    let hex: String = server.name().iter().map(|b| format!("{b:02x}")).collect();
-    println!("\nproducer {hex} {:x} {:x}", incarnation.get(), nonce.get());
-    for line in std::io::stdin().lines() {
-        match line.unwrap().as_str() {
-            "withdraw" => {
-                export.withdraw(SLOT);
-                export.memory.write_from(0, 0, &[0xee; 20_000]).unwrap();
-            }
-            "dismiss" => server.dismiss(1),
-            "leave a child" => {
-                for fd in 3..64 {
-                    // SAFETY: used for this one call, which fails when there is no such descriptor.
-                    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-                    let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty());
-                }
-                let (none, also) = (Stdio::null(), Stdio::null());
-                Command::new("sleep").arg("5").stdin(none).stdout(also).stderr(Stdio::null()).spawn().unwrap();
-            }
-            other => panic!("{other}"),
-        }
-        println!("\ndone");
-    }
-}
-
-struct Producer {
-    child: Child,
-    to: ChildStdin,
-    from: BufReader<ChildStdout>,
-    name: Vec<u8>,
-    incarnation: Incarnation,
-    nonce: u64,
-}
-
-impl Producer {
-    fn start(kind: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "lane::local::tests::as_a_producer", "--ignored", "--nocapture", "--test-threads=1"])
-            .env("KVFERRY_TEST_LOCAL_PRODUCER", kind)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let incarnation = Incarnation::random();
-        let mut it = Self { child, to, from, name: vec![], incarnation, nonce: 0 };
-        let said = it.hear("producer ");
-        let [name, incarnation, nonce] = said.split(' ').collect::<Vec<_>>()[..] else { panic!("{said}") };
-        let byte = |i: usize| u8::from_str_radix(&name[i..i + 2], 16).unwrap();
-        it.name = (0..name.len()).step_by(2).map(byte).collect();
-        it.incarnation = Incarnation::from_wire(u64::from_str_radix(incarnation, 16).unwrap()).unwrap();
-        it.nonce = u64::from_str_radix(nonce, 16).unwrap();
-        it
-    }
-
-    fn hear(&mut self, start: &str) -> String {
-        let mut lines = self.from.by_ref().lines().map_while(Result::ok);
-        lines.find_map(|l| l.strip_prefix(start).map(str::to_owned)).expect("the producer has ended")
-    }
-
-    fn tell(&mut self, what: &str) {
-        writeln!(self.to, "{what}").unwrap();
-        self.hear("done");
-    }
-
-    /// A lane to this producer, with attempt `A` begun.
-    fn lane(&self, memory: &Memory) -> LocalLane {
-        let mut lane = dial(&self.name, 1, self.incarnation, memory).unwrap();
-        lane.begin(A, Grant { slot: SLOT, nonce: Nonce::from_wire(self.nonce).unwrap() });
-        lane
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Producer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The key that every lane of these tests is admitted with.
-const KEY: [u8; 32] = [7; 32];
-
-fn dial(name: &[u8], lane: u64, incarnation: Incarnation, memory: &Memory) -> Result<LocalLane, LaneError> {
-    runtime().block_on(connect(name, (lane, KEY), incarnation, layout(), memory.clone(), &[]))
-}
-
-const A: Attempt = Attempt(7);
-
-/// Polls until `enough`, and returns all events.
-fn drive(lane: &mut LocalLane, mut enough: impl FnMut(&[LaneEvent]) -> bool) -> Vec<LaneEvent> {
-    let (start, mut events) = (Instant::now(), vec![]);
-    while !enough(&events) {
-        assert!(start.elapsed() < LIMIT, "nothing more came after {events:?}");
-        match lane.arm() {
-            Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock),
-            Ok(None) => panic!("the lane is over after {events:?}"),
-            Ok(Some(fd)) => {
-                poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
-            }
-        }
-        lane.poll(&mut events);
-    }
-    events
-}
-
-fn done(events: &[LaneEvent], of: u32) -> u32 {
-    let reads = events.iter().map(|e| match e {
-        LaneEvent::Done { chunk, reads, attempt } if *chunk == of && *attempt == A => *reads,
-        _ => 0,
-    });
-    reads.sum()
-}
-
-/// Posts reads as far as the window allows, and waits for all of them.
-fn pull(lane: &mut LocalLane, reads: &[Read]) -> Vec<LaneEvent> {
-    let (mut posted, mut all) = (0, vec![]);
-    while posted < reads.len() {
-        posted += lane.post(A, &reads[posted..]);
-        let before = all.len();
-        all.extend(drive(lane, |events| !events.is_empty()));
-        assert!(all.len() - before <= 2, "events are batched by chunk");
-    }
-    let of = reads[0].chunk;
-    if done(&all, of) < reads.len() as u32 {
-        let left = reads.len() as u32 - done(&all, of);
-        all.extend(drive(lane, |events| done(events, of) >= left));
-    }
-    all
-}
-
-fn fence(lane: &mut LocalLane) -> Vec<LaneEvent> {
-    assert!(lane.post_fence(A, FenceSlot { chunk: 5, slot: SLOT }));
-    drive(lane, |events| !events.is_empty())
-}
-
-fn word(word: u64) -> Vec<LaneEvent> {
-    vec![LaneEvent::Fence { attempt: A, chunk: 5, word }]
-}
-
-fn dead(cause: Cause) -> Vec<LaneEvent> {
-    vec![LaneEvent::Failed { attempt: A, cause }, LaneEvent::Down { cause }, LaneEvent::Quiet { attempt: A }]
-}
 
 #[test]
 fn every_byte_arrives_where_it_should_on_both_paths() {
@@ -500,7 +284,7 @@ fn malformed_requests_and_silent_connections_are_closed_and_harm_no_other() {
     limits.lanes = 4;
     let p = inside(&limits);
     let mut answer = vec![0; wire::MAX_REPLY];
-    let good = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY }.encode();
+    let good = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: None }.encode();
     let mut long = good.to_vec();
     long.push(0);
     for malformed in [&b"x"[..], &[0xff; 32], &good[..31], &long, &[0x55; 70_000]] {
@@ -529,7 +313,7 @@ fn a_wrong_key_gets_no_lane_and_spoils_it_for_nobody() {
     let mut wrong = KEY;
     wrong[31] ^= 1;
     let name = p.server.name();
-    let tried = runtime().block_on(connect(&name, (1, wrong), p.incarnation, layout(), p.memory.clone(), &[]));
+    let tried = runtime().block_on(connect_host(&name, (1, wrong), p.incarnation, layout(), p.memory.clone(), &[]));
     match tried {
         Err(LaneError::Refused { why }) => assert!(why.contains("the key"), "{why}"),
         other => panic!("{other:?}"),
@@ -542,7 +326,7 @@ fn the_files_of_pool_and_fence_table_cannot_be_written_in_any_way() {
     let p = inside(&Limits::default());
     p.server.admit(1, KEY);
     let fd = p.raw();
-    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: None };
     rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
     let mut answer = vec![0; wire::MAX_REPLY];
@@ -585,7 +369,7 @@ fn a_consumer_that_sends_on_an_open_lane_loses_it() {
     let p = inside(&Limits::default());
     p.server.admit(1, KEY);
     let fd = p.raw();
-    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY };
+    let request = wire::Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: None };
     rustix::net::send(&fd, &request.encode(), SendFlags::NOSIGNAL).unwrap();
     let mut answer = vec![0; wire::MAX_REPLY];
     let n = packet(&fd, &mut answer);
@@ -644,7 +428,8 @@ fn a_pool_with_more_segments_than_a_packet_has_files_is_read_without_files() {
         server.admit(1, KEY);
         let memory = Memory::alloc(&[64]).unwrap();
         let name = server.name();
-        let mut lane = runtime().block_on(connect(&name, (1, KEY), incarnation, layout, memory.clone(), &[])).unwrap();
+        let mut lane =
+            runtime().block_on(connect_host(&name, (1, KEY), incarnation, layout, memory.clone(), &[])).unwrap();
         assert_eq!(lane.mapped(), mapped);
         lane.begin(A, Grant { slot: SLOT, nonce: Nonce::random() });
         pull(&mut lane, &[Read::between(1, (last, 60), (0, 3), 4)]);
@@ -736,7 +521,7 @@ fn another_user_hears_why_it_gets_no_lane_however_its_request_and_the_close_meet
     let name = p.server.name();
     as_another_user(|| {
         for _ in 0..500 {
-            let dialled = connect(&name, (1, KEY), p.incarnation, layout(), p.memory.clone(), &here);
+            let dialled = connect_host(&name, (1, KEY), p.incarnation, layout(), p.memory.clone(), &here);
             match runtime().block_on(dialled) {
                 Err(LaneError::Refused { why }) => assert!(why.contains("local.uids"), "{why}"),
                 other => panic!("{other:?}"),

@@ -5,6 +5,7 @@ use std::{
     ffi::{OsStr, OsString},
     path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use kvferry_testkit::serve::Serve;
@@ -16,13 +17,20 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_kvferry");
 struct Standin {
     library: OsString,
     settings: OsString,
+    /// Processes that share it share the GPUs.
+    folder: PathBuf,
 }
 
 impl Standin {
     fn new(settings: &str) -> Self {
         let library = kvferry_cuda_standin::library();
         assert!(library.exists(), "{} is built with the tests", library.display());
-        Self { library: library.into(), settings: settings.into() }
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("kvferry-cli-gpu-{}-{n}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let settings = format!("dir={},{settings}", folder.display());
+        Self { library: library.into(), settings: settings.into(), folder }
     }
 
     /// The loader returns the preloaded library for every later `dlopen("libcuda.so")`, which is the name inside it.
@@ -42,6 +50,12 @@ impl Standin {
     /// The findings of the doctor, each as its check, status and text.
     fn doctor(&self) -> Vec<(String, String, String)> {
         findings(&self.kvferry(&["doctor", "--json"]))
+    }
+}
+
+impl Drop for Standin {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 
@@ -153,7 +167,7 @@ fn the_doctor_lists_each_gpu_and_pulls_into_it() {
         let words = [&format!("{i}: Stand-in GPU {i}, GPU-"), "PCI ", "compute capability 9.0", "4.00 GiB"];
         assert!(words.iter().all(|w| line.contains(*w)), "{line}");
     }
-    for check in ["GPU copies", "GPU sharing", "GPU pull"] {
+    for check in ["GPU copies", "GPU sharing", "GPU pull, local", "GPU pull, tcp"] {
         assert!(of(&found, check).iter().map(|f| f.0).eq(["OK", "OK"]), "{found:?}");
     }
     // The stand-in's GPUs are on no PCI bus, and export no dmabuf.
@@ -220,14 +234,15 @@ fn a_pull_into_gpu_memory_is_exact_over_every_lane_and_way_to_copy() {
 }
 
 #[test]
-#[ignore = "needs a producer that serves GPU memory over tcp"]
-fn a_pull_out_of_gpu_memory_is_exact_over_tcp() {
+fn a_pull_between_gpu_memory_is_exact_over_every_lane_and_way_to_copy() {
     let host = Standin::new("");
     for size in ["4K", "256K"] {
         let producer = host.serve(&["--block-size", size, "--memory", "gpu"]);
         for copy in ["auto", "copies", "batch", "kernel"] {
-            let from = pull_is_exact(&host, &producer, &["--lane", "tcp", "--gpu-copy", copy]);
-            assert_eq!((&from["place"], &from["name"]), (&"gpu".into(), &"Stand-in GPU 0".into()));
+            for lane in ["tcp", "local"] {
+                let from = pull_is_exact(&host, &producer, &["--lane", lane, "--gpu-copy", copy]);
+                assert_eq!((&from["place"], &from["name"]), (&"gpu".into(), &"Stand-in GPU 0".into()));
+            }
         }
     }
 }
@@ -244,26 +259,23 @@ fn an_offer_from_a_file_leaves_the_producers_place_unknown() {
 
 #[test]
 fn the_demo_holds_its_promises_with_the_consumer_in_gpu_memory() {
-    let args = ["demo", "--total-bytes", "128M", "--memory", "gpu", "--serve-memory", "host", "--json"];
+    demo_holds("host");
+}
+
+/// The demo with the consumer's pool in GPU memory, and the producer's there.
+fn demo_holds(served: &str) {
+    let args = ["demo", "--total-bytes", "128M", "--memory", "gpu", "--serve-memory", served, "--json"];
     let out = Standin::new("").kvferry(&args);
     let v: Value = serde_json::from_slice(&out.stdout).expect("only JSON");
     assert_eq!((out.status.code(), &v["held"]), (Some(0), &Value::Bool(true)), "{v}");
     for pull in v["pulls"].as_array().unwrap() {
-        assert_eq!((&pull["memory"]["place"], &pull["peer_memory"]["place"]), (&"gpu".into(), &"host".into()));
+        assert_eq!((&pull["memory"]["place"], &pull["peer_memory"]["place"]), (&"gpu".into(), &served.into()));
     }
 }
 
 #[test]
-#[ignore = "needs producers that serve GPU memory over tcp and local"]
 fn the_demo_holds_its_promises_with_both_pools_in_gpu_memory() {
-    // Processes that share the folder share the GPUs.
-    let folder = std::env::temp_dir().join(format!("kvferry-demo-gpu-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let host = Standin::new(&format!("dir={}", folder.display()));
-    let out = host.kvferry(&["demo", "--total-bytes", "128M", "--memory", "gpu", "--json"]);
-    let _ = std::fs::remove_dir_all(&folder);
-    let v: Value = serde_json::from_slice(&out.stdout).expect("only JSON");
-    assert_eq!((out.status.code(), &v["held"]), (Some(0), &Value::Bool(true)), "{v}");
+    demo_holds("gpu");
 }
 
 #[test]

@@ -153,8 +153,7 @@ fn connect(
     memory: &Memory,
     bound: Duration,
 ) -> Result<GpuLane, LaneError> {
-    let mut config = GpuConfig::default();
-    config.copy_bound = bound;
+    let config = GpuConfig { copy_bound: bound, ..GpuConfig::default() };
     let at = (memory.clone(), gpu(memory));
     runtime().block_on(connect_gpu(name, (lane, KEY), incarnation, layout(), at, &[], &config))
 }

@@ -92,7 +92,7 @@ fn kills_lose_no_descriptor_or_device_byte() {
 }
 
 #[test]
-#[ignore = "takes minutes"]
+#[ignore = "needs minutes"]
 fn a_thousand_kills_lose_no_descriptor_or_device_byte() {
     let _ = on_standin!("kills::a_thousand_kills_lose_no_descriptor_or_device_byte", &settings(), "gpu");
     kill(1000);

@@ -10,6 +10,7 @@
 mod alone;
 mod failures;
 mod kills;
+mod metrics;
 mod order;
 mod pair;
 mod pools;

@@ -279,7 +279,7 @@ fn lanes() -> Vec<Finding> {
         .collect()
 }
 
-/// A small pull from host memory into memory at `place`.
+/// A small pull between two pools at `place`.
 fn try_lane(lane: LaneKind, engine_memory: bool, place: PoolPlace) -> Result<String, Failure> {
     const BLOCKS: u32 = 64;
     let limit = Duration::from_secs(5);
@@ -288,6 +288,7 @@ fn try_lane(lane: LaneKind, engine_memory: bool, place: PoolPlace) -> Result<Str
     if engine_memory {
         flags.push("--engine-memory".into());
     }
+    flags.extend(["--memory".into(), place.to_string()]);
     let serve = Serve::start(std::env::current_exe()?, &flags)?;
     let addr = &serve.ready.listen;
     let model = ModelArgs::default().model();

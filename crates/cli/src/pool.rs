@@ -178,6 +178,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn flags_become_settings_and_the_flags_of_a_producer() {
+        let of = |memory, gpu_copy| PoolArgs { memory, gpu_copy };
+        let own = of(PoolPlace::Gpu(2), Some(GpuCopy::Batch));
+        assert_eq!(own.config().copy, CopyMethod::Batch);
+        assert_eq!(own.serve_flags(None), ["--memory", "gpu:2", "--gpu-copy", "batch"]);
+        assert_eq!(own.serve_flags(Some(PoolPlace::Host))[..2], ["--memory", "host"]);
+        assert_eq!(of(PoolPlace::Host, None).serve_flags(None), ["--memory", "host"]);
+        let methods =
+            [GpuCopy::Auto, GpuCopy::Copies, GpuCopy::Kernel].map(|c| of(PoolPlace::Host, Some(c)).config().copy);
+        assert_eq!(methods, [CopyMethod::Auto, CopyMethod::Copies, CopyMethod::Kernel]);
+    }
+
+    #[test]
     fn a_place_is_host_or_a_gpu_and_its_text_reads_back() {
         for (text, place) in [("host", PoolPlace::Host), ("gpu", PoolPlace::Gpu(0)), ("gpu:7", PoolPlace::Gpu(7))] {
             assert_eq!(text.parse(), Ok(place));

@@ -28,7 +28,17 @@ pub struct Ready {
 impl Serve {
     /// Starts `program serve FLAGS`, and returns when it serves.
     pub fn start(program: impl AsRef<OsStr>, flags: &[impl AsRef<OsStr>]) -> io::Result<Self> {
+        Self::start_with(program, flags, &[])
+    }
+
+    /// As [`Serve::start`], with these variables in its environment.
+    pub fn start_with(
+        program: impl AsRef<OsStr>,
+        flags: &[impl AsRef<OsStr>],
+        environment: &[(&str, &OsStr)],
+    ) -> io::Result<Self> {
         let mut child = Command::new(program)
+            .envs(environment.iter().copied())
             .args(["serve", "--json", "--exit-with-parent"])
             .args(flags)
             .stdin(Stdio::null())

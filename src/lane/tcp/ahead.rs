@@ -207,11 +207,6 @@ impl Ahead {
             self.give_back(slice);
         }
     }
-
-    #[cfg(test)]
-    pub(super) fn free(&self) -> (usize, usize) {
-        (self.free.len(), self.slots)
-    }
 }
 
 impl Slices {

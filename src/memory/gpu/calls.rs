@@ -39,6 +39,12 @@ impl Gpu {
         context::record(self.info().ordinal, stream)
     }
 
+    /// Bytes of its memory: free, and in total.
+    #[cfg(test)]
+    pub(crate) fn memory(&self) -> Result<(u64, u64), GpuError> {
+        self.call(super::Context::memory)
+    }
+
     /// Exports the segments of a pool for other processes of this host.
     pub(crate) async fn export(&self, segments: Vec<(u64, u64)>) -> Result<Exported, GpuError> {
         self.call_async(move |c| share::export(c, &segments)).await

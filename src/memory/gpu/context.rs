@@ -54,6 +54,15 @@ impl Context {
     pub(super) fn event(&self) -> Result<CUevent, GpuError> {
         new_event(self.lib)
     }
+
+    /// Bytes of device memory: free, and in total.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> Result<(u64, u64), GpuError> {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the context is current; the function writes two numbers.
+        self.lib.check("cuMemGetInfo", unsafe { (self.lib.cuMemGetInfo_v2)(&mut free, &mut total) })?;
+        Ok((free as u64, total as u64))
+    }
 }
 
 impl Drop for Context {

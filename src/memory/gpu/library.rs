@@ -33,6 +33,7 @@ macro_rules! functions {
         /// The functions that kvferry calls. NVIDIA's driver API reference defines their arguments.
         #[derive(Clone, Copy)]
         #[allow(non_snake_case)]
+        #[cfg_attr(not(test), allow(dead_code, reason = "tests ask for free memory"))]
         pub(super) struct Library {
             /// `1000 * major + 10 * minor` of the CUDA version that the driver supports.
             pub(super) version: i32,
@@ -102,6 +103,7 @@ functions! {
         cuMemHostUnregister: fn(*mut c_void);
         cuMemAlloc_v2: fn(*mut CUdeviceptr, usize);
         cuMemFree_v2: fn(CUdeviceptr);
+        cuMemGetInfo_v2: fn(*mut usize, *mut usize);
         cuPointerGetAttributes: fn(c_uint, *const CUpointer_attribute, *mut *mut c_void, CUdeviceptr);
         cuMemGetAddressRange_v2: fn(*mut CUdeviceptr, *mut usize, CUdeviceptr);
         cuIpcGetMemHandle: fn(*mut CUipcMemHandle, CUdeviceptr);

@@ -22,7 +22,7 @@ pub(super) fn findings() -> Vec<Finding> {
         }
     };
     let version = gpus.first().map_or(0, |g| g.driver);
-    let driver = format!("CUDA {}.{}, {} visible GPUs", version / 1000, version % 1000 / 10, gpus.len());
+    let driver = format!("CUDA {}.{}, visible GPUs: {}", version / 1000, version % 1000 / 10, gpus.len());
     let mut found = vec![Finding::new("GPU driver", Status::Ok, driver, "")];
     let sysfs = Sysfs::new("/sys");
     for gpu in &gpus {
@@ -59,7 +59,7 @@ fn one(gpu: &GpuInfo, sysfs: &Sysfs) -> Vec<Finding> {
     found.extend(translation(gpu, sysfs.is_translated(&gpu.pci)));
     #[cfg(feature = "verbs")]
     found.extend(registrations(gpu, &memory));
-    found.push(pull(gpu));
+    found.extend(pulls(gpu));
     found
 }
 
@@ -202,18 +202,19 @@ fn registrations(gpu: &GpuInfo, memory: &Memory) -> Vec<Finding> {
     }
 }
 
-/// A small pull into it.
-fn pull(gpu: &GpuInfo) -> Finding {
-    const CHECK: &str = "GPU pull";
-    match try_lane(LaneKind::Tcp, false, PoolPlace::Gpu(gpu.ordinal)) {
-        Ok(found) => {
-            Finding::new(CHECK, Status::Ok, format!("{}: {found}, from host memory over tcp", gpu.ordinal), "")
-        }
-        Err(e) => {
-            let advice = "see the log (KVFERRY_LOG=info), `nvidia-smi` and dmesg";
-            Finding::new(CHECK, Status::Fail, format!("{}: {}", gpu.ordinal, e.message), advice)
-        }
-    }
+/// Small pulls between two processes with pools on it.
+fn pulls(gpu: &GpuInfo) -> [Finding; 2] {
+    let one = |check, lane, bad, advice| {
+        let (status, found) = match try_lane(lane, false, PoolPlace::Gpu(gpu.ordinal)) {
+            Ok(found) => (Status::Ok, found),
+            Err(e) => (bad, e.message),
+        };
+        Finding::new(check, status, format!("{}: {found}", gpu.ordinal), advice)
+    };
+    [
+        one("GPU pull, local", LaneKind::Local, Status::Warn, "pulls use tcp instead; see the log (KVFERRY_LOG=info)"),
+        one("GPU pull, tcp", LaneKind::Tcp, Status::Fail, "see the log (KVFERRY_LOG=info), `nvidia-smi` and dmesg"),
+    ]
 }
 
 #[cfg(test)]

@@ -261,10 +261,16 @@ fn dropping_the_server_ends_its_lanes() {
     let name = p.server.name();
     drop(p.server);
     assert_eq!(drive(&mut lane, |e| !e.is_empty()), dead(Cause::LaneFailed));
-    match dial(&name, 1, p.incarnation, &p.memory) {
-        Err(LaneError::Elsewhere { what }) => assert!(what.contains("one host"), "{what}"),
-        other => panic!("{other:?}"),
-    }
+    let start = Instant::now();
+    let what = loop {
+        match dial(&name, 1, p.incarnation, &p.memory) {
+            Err(LaneError::Elsewhere { what }) => break what,
+            // A process that another test starts holds a copy of the socket until its exec.
+            Err(LaneError::Refused { .. } | LaneError::Silent { .. }) if start.elapsed() < LIMIT => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(what.contains("one host"), "{what}");
 }
 
 /// Waits for the next packet; 0 when the other end has closed.

@@ -4,6 +4,7 @@
 //! (rxb1, rxb2). The control plane uses loopback, so that a cut wire cuts the data only.
 
 mod failures;
+mod gpu;
 mod mishap;
 mod peers;
 mod pulls;

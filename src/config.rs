@@ -70,7 +70,8 @@ impl Default for PullConfig {
 #[non_exhaustive]
 pub struct LocalConfig {
     /// Users, beside this process's own, whose processes may share local lanes with it: as consumers they may read the whole
-    /// pool (and never write it), as producers their memory is read. Root is no exception.
+    /// pool, and write it if it is GPU memory (the driver's handles have no read-only form); as producers their memory is read.
+    /// Root is no exception.
     pub uids: Vec<u32>,
 }
 

@@ -65,7 +65,8 @@ pub(crate) struct StagedLane {
     /// The inner lane's descriptor, the queue's and the timer, in one.
     epoll: OwnedFd,
     timer: OwnedFd,
-    watched: bool,
+    /// The inner lane's descriptor, while it is in the set.
+    watched: Option<OwnedFd>,
     /// When copies that are still running are given up.
     give_up: Option<Instant>,
 }
@@ -77,7 +78,7 @@ impl StagedLane {
         epoll::add(&epoll, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         epoll::add(&epoll, copier.copies.queue.fd(), epoll::EventData::new_u64(1), epoll::EventFlags::IN)?;
         let staged = Staged::new(inner, copier, ring, bound);
-        Ok(Self { staged, epoll, timer, watched: false, give_up: None })
+        Ok(Self { staged, epoll, timer, watched: None, give_up: None })
     }
 }
 
@@ -139,11 +140,19 @@ impl WakingLane for StagedLane {
         }
         let inner = self.staged.inner_mut().arm()?;
         let idle = inner.is_none() && !outstanding;
-        if let Some(fd) = inner
-            && !self.watched
-        {
-            epoll::add(&self.epoll, fd, epoll::EventData::new_u64(2), epoll::EventFlags::IN)?;
-            self.watched = true;
+        match (inner, &self.watched) {
+            (Some(fd), None) => {
+                // A descriptor of its own for the same file: the lane's may be closed when it is to be removed.
+                let fd = rustix::io::fcntl_dupfd_cloexec(fd, 0)?;
+                epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(2), epoll::EventFlags::IN)?;
+                self.watched = Some(fd);
+            }
+            // A lane that is down stays readable: its owner would not sleep while copies are running.
+            (None, Some(fd)) => {
+                epoll::delete(&self.epoll, fd)?;
+                self.watched = None;
+            }
+            _ => {}
         }
         if outstanding && !self.staged.copier_mut().copies.queue.about_to_sleep() {
             return Err(io::ErrorKind::WouldBlock.into());

@@ -240,6 +240,10 @@ impl Core {
                         table::In::Revoke(offer)
                     }
                 });
+                if Arc::strong_count(&core) == 1 {
+                    // The producer was dropped meanwhile, and this thread must not wait for its servers.
+                    std::thread::spawn(move || drop(core));
+                }
             });
         }
         entered

@@ -206,11 +206,11 @@ impl GpuLane {
             && let Some(job) = self.jobs.pop_front()
         {
             self.bytes -= job.bytes;
-            stats::landed(stats::Landing::Ipc, job.bytes);
             let Some(i) = self.attempts.iter().position(|t| t.attempt == job.attempt) else { continue };
             let t = &mut self.attempts[i];
             t.jobs -= 1;
             if t.is_open() && self.down.is_none() {
+                stats::landed(stats::Landing::Ipc, job.bytes);
                 let (a, k, n) = (job.attempt, job.chunk, job.reads);
                 match out.last_mut() {
                     Some(LaneEvent::Done { attempt, chunk, reads }) if *attempt == a && *chunk == k => *reads += n,

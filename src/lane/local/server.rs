@@ -116,7 +116,7 @@ struct Shared {
     refusals: Mutex<LogLimit>,
     /// The pool's GPU memory and its descriptors, or the reason why it cannot be exported. Set by the first lane; the memory
     /// never changes.
-    exported: OnceCell<Result<(GpuPool, Vec<OwnedFd>), String>>,
+    exported: OnceCell<(GpuPool, Vec<OwnedFd>)>,
 }
 
 async fn accept(socket: AsyncFd<OwnedFd>, shared: Arc<Shared>, max: usize) {
@@ -279,7 +279,7 @@ impl Shared {
     }
 
     /// Exports the pool's GPU memory, the first time.
-    async fn exported(&self, gpu: &Gpu) -> &Result<(GpuPool, Vec<OwnedFd>), String> {
+    async fn exported(&self, gpu: &Gpu) -> Result<&(GpuPool, Vec<OwnedFd>), String> {
         let export = async || {
             let memory = &self.export.memory;
             let segments = memory.segments().iter().enumerate();
@@ -295,7 +295,8 @@ impl Shared {
                 why
             })
         };
-        self.exported.get_or_init(logged).await
+        // A failure may pass, such as a lack of descriptors: the next lane tries again.
+        self.exported.get_or_try_init(logged).await
     }
 
     /// Sends the consumer the handles and descriptors of the GPU memory.

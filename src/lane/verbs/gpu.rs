@@ -227,6 +227,10 @@ impl Flushes {
         {
             report(event);
         }
+        if failed {
+            self.fresh.clear();
+            self.held.clear();
+        }
         !failed
     }
 

@@ -1,6 +1,9 @@
 //! The primary context of a GPU, as the GPU's thread and an engine's thread use it.
 
-use std::ffi::{CStr, c_int};
+use std::{
+    cell::RefCell,
+    ffi::{CStr, c_int},
+};
 
 use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute as Attribute, CUevent, CUstream, CUuuid};
 
@@ -8,6 +11,7 @@ use super::{
     error::GpuError,
     handle::GpuInfo,
     library::{self, Library},
+    share::Opened,
     stream::CudaStream,
 };
 
@@ -25,6 +29,8 @@ pub(crate) struct Context {
     pub(super) lib: &'static Library,
     pub(super) device: CUdevice,
     pub(super) ordinal: u32,
+    /// Memory of other processes that its thread has opened.
+    pub(super) opened: RefCell<Opened>,
     raw: CUcontext,
 }
 
@@ -36,7 +42,7 @@ impl Context {
         let mut raw: CUcontext = std::ptr::null_mut();
         // SAFETY: the device exists; the function writes one handle.
         lib.check("cuDevicePrimaryCtxRetain", unsafe { (lib.cuDevicePrimaryCtxRetain)(&mut raw, device) })?;
-        let this = Self { lib, device, ordinal, raw };
+        let this = Self { lib, device, ordinal, opened: RefCell::default(), raw };
         // SAFETY: the context is retained until `this` is dropped.
         lib.check("cuCtxSetCurrent", unsafe { (lib.cuCtxSetCurrent)(raw) })?;
         let mut mode = RELAXED;
@@ -192,8 +198,8 @@ pub(super) fn in_active<T>(lib: &'static Library, work: impl FnOnce() -> Result<
     for ordinal in 0..count(lib)? {
         let (mut flags, mut active) = (0, 0);
         // SAFETY: the device exists; the function writes two numbers.
-        let code = unsafe { (lib.cuDevicePrimaryCtxGetState)(device(lib, ordinal)?, &mut flags, &mut active) };
-        if code == 0 && active != 0 {
+        let mut state = |d| unsafe { (lib.cuDevicePrimaryCtxGetState)(d, &mut flags, &mut active) };
+        if device(lib, ordinal).is_ok_and(|d| state(d) == 0) && active != 0 {
             let context = Context::borrow(lib, ordinal)?;
             // SAFETY: the context is retained.
             lib.check("cuCtxPushCurrent", unsafe { (lib.cuCtxPushCurrent_v2)(context.raw) })?;
@@ -214,6 +220,6 @@ impl Context {
         let mut raw: CUcontext = std::ptr::null_mut();
         // SAFETY: the device exists; the function writes one handle.
         lib.check("cuDevicePrimaryCtxRetain", unsafe { (lib.cuDevicePrimaryCtxRetain)(&mut raw, device) })?;
-        Ok(Self { lib, device, ordinal, raw })
+        Ok(Self { lib, device, ordinal, opened: RefCell::default(), raw })
     }
 }

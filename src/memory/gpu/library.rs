@@ -22,6 +22,9 @@ pub(super) type Code = u32;
 
 /// CUDA_ERROR_NOT_READY: the work is not done yet.
 pub(super) const NOT_READY: Code = 600;
+/// Errors after which the driver runs nothing more in the context: those that its reference calls the end of the process's
+/// use of CUDA, and those of a context or driver that is gone. Any other error concerns its call only.
+const FATAL: &[Code] = &[4, 46, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999];
 const STUB_LIBRARY: Code = 34;
 const NO_DEVICE: Code = 100;
 
@@ -150,15 +153,25 @@ pub(super) fn find() -> Result<&'static Library, GpuError> {
 /// Finds and initializes the driver, once. A child that is forked afterwards has no usable CUDA, so this is called only for
 /// a GPU pool.
 pub(super) fn init() -> Result<&'static Library, GpuError> {
-    static INITIALIZED: OnceLock<Result<(), GpuError>> = OnceLock::new();
+    static INITIALIZED: OnceLock<()> = OnceLock::new();
     let lib = find()?;
-    // SAFETY: 0 is the function's only valid argument.
-    let init = INITIALIZED.get_or_init(|| match unsafe { (lib.cuInit)(0) } {
-        STUB_LIBRARY => Err(GpuError::StubLibrary),
-        NO_DEVICE => Err(GpuError::NoDevice),
-        code => lib.check("cuInit", code),
-    });
-    init.clone().map(|()| lib)
+    if INITIALIZED.get().is_some() {
+        return Ok(lib);
+    }
+    // SAFETY: 0 is the function's only valid argument; a second call does nothing.
+    match unsafe { (lib.cuInit)(0) } {
+        STUB_LIBRARY => return Err(GpuError::StubLibrary),
+        NO_DEVICE => return Err(GpuError::NoDevice),
+        // Some failures pass, such as that of a machine whose fabric manager is still starting: it is tried again.
+        code => lib.check("cuInit", code)?,
+    }
+    let _ = INITIALIZED.set(());
+    Ok(lib)
+}
+
+/// Whether the context is unusable after this error.
+pub(super) fn is_fatal(error: &GpuError) -> bool {
+    matches!(error, GpuError::Call { code, .. } if FATAL.contains(code))
 }
 
 impl Library {

@@ -9,7 +9,7 @@ use std::{
     collections::VecDeque,
     ffi::{c_uint, c_void},
     rc::Rc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use cudarc::driver::sys::{
@@ -20,7 +20,7 @@ use cudarc::driver::sys::{
 use super::{
     context::Context,
     error::GpuError,
-    library::{Library, NOT_READY},
+    library::{Library, NOT_READY, is_fatal},
     queue::{CopyOrder, Direction, Piece, Ticket},
     stats,
     thread::DIRECTIONS,
@@ -72,6 +72,8 @@ pub(super) struct Pipes {
     pipes: Vec<Pipe>,
     kernel: Result<Kernel, String>,
     scratch: Scratch,
+    /// The context is unusable.
+    stopped: bool,
 }
 
 #[derive(Default)]
@@ -93,6 +95,8 @@ struct Pipe {
     events: Vec<CUevent>,
     /// Parts begun so far: selects the stream and the list.
     begun: usize,
+    /// Jobs of it may be written indefinitely, so no later one ends.
+    abandoned: bool,
     bounce: Bounce,
 }
 
@@ -145,6 +149,7 @@ impl Pipes {
             pipes: Vec::with_capacity(DIRECTIONS.len()),
             kernel: load(lib),
             scratch: Scratch::default(),
+            stopped: false,
         };
         for direction in DIRECTIONS {
             let mut pipe = Pipe {
@@ -154,6 +159,7 @@ impl Pipes {
                 running: VecDeque::with_capacity(MOST_RUNNING),
                 events: Vec::with_capacity(MOST_RUNNING),
                 begun: 0,
+                abandoned: false,
                 bounce: Bounce::Unused,
             };
             for stream in &mut pipe.streams {
@@ -189,18 +195,23 @@ impl Pipes {
         }
     }
 
-    /// Ends what is done and begins what there is room for. Returns whether anything moved. An error: the context is unusable.
-    pub(super) fn advance(&mut self, context: &Context) -> Result<bool, GpuError> {
-        let mut moved = false;
+    /// Ends what is done and begins what there is room for. Returns whether anything moved, and the error after which the
+    /// context is unusable. A part ends only when the driver says that its event is over, also then.
+    pub(super) fn advance(&mut self, context: &Context) -> (bool, Option<GpuError>) {
+        let (mut moved, mut fatal) = (false, None);
         for pipe in &mut self.pipes {
             while let Some(first) = pipe.running.front() {
                 // SAFETY: the event exists as long as the pipe does.
-                match unsafe { (context.lib.cuEventQuery)(first.event) } {
+                let over = match unsafe { (context.lib.cuEventQuery)(first.event) } {
                     NOT_READY => break,
-                    code => context.lib.check("cuEventQuery", code)?,
-                }
-                let Some(done) = pipe.running.pop_front() else { break };
+                    code => context.lib.check("cuEventQuery", code),
+                };
+                let Some(mut done) = pipe.running.pop_front() else { break };
                 pipe.events.push(done.event);
+                if let Err(error) = over {
+                    done.failed = true;
+                    fatal.get_or_insert(error);
+                }
                 if let Some((ticket, began)) = done.job {
                     stats::ended(pipe.direction, began.elapsed(), done.failed);
                     if done.failed {
@@ -209,27 +220,40 @@ impl Pipes {
                 }
                 moved = true;
             }
+            if self.stopped || fatal.is_some() {
+                // In order: a job's end tells that the earlier ones have ended.
+                if pipe.running.is_empty() && !pipe.waiting.is_empty() {
+                    moved = true;
+                    if pipe.abandoned {
+                        pipe.abandon();
+                    } else {
+                        pipe.fail_waiting();
+                    }
+                }
+                continue;
+            }
             while pipe.running.len() < MOST_RUNNING && !pipe.waiting.is_empty() {
-                pipe.begin(context, self.kernel.as_ref().ok(), &mut self.scratch)?;
-                moved = true;
+                match pipe.begin(context, self.kernel.as_ref().ok(), &mut self.scratch) {
+                    Ok(true) => moved = true,
+                    Ok(false) => break,
+                    Err(error) => {
+                        fatal.get_or_insert(error);
+                        break;
+                    }
+                }
             }
         }
-        Ok(moved)
+        (moved, fatal)
     }
 
-    /// Ends every job as failed. Only once the context runs nothing more.
-    pub(super) fn fail_all(&mut self) {
-        for pipe in &mut self.pipes {
-            pipe.take_all().for_each(Ticket::fail);
-        }
+    /// Begins nothing more: every job that has not begun fails once those before it are over.
+    pub(super) fn stop(&mut self) {
+        self.stopped = true;
     }
 
-    /// Leaves what runs unfinished for good: it may still be written. What has not begun has failed.
+    /// Leaves what runs unfinished for good: it may still be written.
     pub(super) fn abandon(&mut self) {
-        for pipe in &mut self.pipes {
-            // A job that has not begun may have a part in flight: it may be written too.
-            pipe.take_all().for_each(std::mem::forget);
-        }
+        self.pipes.iter_mut().for_each(Pipe::abandon);
     }
 }
 
@@ -319,9 +343,20 @@ impl Pipe {
         })
     }
 
-    /// Begins the next part of the first waiting job. An error: the context is unusable.
-    fn begin(&mut self, context: &Context, kernel: Option<&Kernel>, scratch: &mut Scratch) -> Result<(), GpuError> {
-        let Some(job) = self.waiting.front_mut() else { return Ok(()) };
+    /// Begins the next part of the first waiting job; `false`: not now. An error: the context is unusable.
+    fn begin(&mut self, context: &Context, kernel: Option<&Kernel>, scratch: &mut Scratch) -> Result<bool, GpuError> {
+        let event = match self.events.pop().map_or_else(|| context.event(), Ok) {
+            Ok(event) => event,
+            Err(error) if is_fatal(&error) => return Err(error),
+            // The events in flight come back.
+            Err(_) if !self.running.is_empty() => return Ok(false),
+            Err(error) => {
+                tracing::error!(gpu = context.ordinal, %error, direction = ?self.direction, "a copy was refused");
+                self.waiting.pop_front().into_iter().for_each(|job| job.ticket.fail());
+                return Ok(true);
+            }
+        };
+        let Some(job) = self.waiting.front_mut() else { return Ok(false) };
         let mut part = std::mem::take(&mut scratch.part);
         job.next_part(&mut part);
         let (method, over) = (job.method, job.is_over());
@@ -330,10 +365,6 @@ impl Pipe {
             stats::waited(self.direction, now.saturating_duration_since(job.submitted));
             now
         });
-        let event = match self.events.pop() {
-            Some(event) => event,
-            None => context.event()?,
-        };
         let stream = self.streams[self.begun % 2];
         let enqueued = self.enqueue(context, kernel, method, &part, scratch, stream);
         scratch.part = part;
@@ -348,7 +379,28 @@ impl Pipe {
         // SAFETY: the event and the stream are ours.
         let recorded = context.lib.check("cuEventRecord", unsafe { (context.lib.cuEventRecord)(event, stream) });
         self.running.push_back(Running { event, job, failed: enqueued.is_err() });
-        recorded
+        if let Err(error) = recorded {
+            if !is_fatal(&error) {
+                // Copies run, and no event tells when they end.
+                self.abandon();
+            }
+            return Err(error);
+        }
+        Ok(true)
+    }
+
+    /// Leaves what runs unfinished for good: it may still be written. A job that has not begun may have a part in flight, and
+    /// the end of a later one would tell that the earlier ones have ended.
+    fn abandon(&mut self) {
+        self.abandoned = true;
+        self.take_all().for_each(std::mem::forget);
+    }
+
+    fn fail_waiting(&mut self) {
+        for job in self.waiting.drain(..) {
+            stats::ended(self.direction, Duration::ZERO, true);
+            job.ticket.fail();
+        }
     }
 
     fn enqueue(

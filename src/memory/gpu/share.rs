@@ -14,7 +14,6 @@ use std::{
 use cudarc::driver::sys::{
     CUdeviceptr, CUipcMemHandle, CUmemAllocationHandleType, CUmemGenericAllocationHandle, CUmemRangeHandleType,
 };
-use parking_lot::Mutex;
 
 use super::{
     Context, Gpu, alloc,
@@ -98,9 +97,11 @@ pub(super) fn dmabuf(context: &Context, address: u64, len: u64) -> Result<(Owned
 }
 
 /// One allocation of another process, mapped here. Dropping it closes it, on the GPU's thread.
-struct Mapped {
+pub(super) struct Mapped {
     gpu: Gpu,
     at: CUdeviceptr,
+    /// Its bytes, by the driver.
+    has: u64,
     /// Bytes of a mapping of the virtual memory functions; `None`: opened by a legacy handle.
     size: Option<usize>,
 }
@@ -121,11 +122,9 @@ impl Drop for Mapped {
     }
 }
 
-/// Allocations that this process has opened by legacy handles. The driver refuses to open one twice.
-static OPENED: Mutex<Option<Opened>> = Mutex::new(None);
-
-/// By the GPU that opened it, and the handle.
-type Opened = HashMap<(u32, [u8; 64]), Weak<Mapped>>;
+/// Allocations that a GPU's thread has opened, by their legacy handles: each is opened once. Drivers count a second open or
+/// refuse it.
+pub(super) type Opened = HashMap<[u8; 64], Weak<Mapped>>;
 
 /// The pool of another process, mapped here. Keep it in a job's `keep` as well: it is closed when the last user is gone.
 pub(crate) struct Imported {
@@ -155,15 +154,16 @@ pub(super) fn import(context: &Context, gpu: &Gpu, exported: &Exported, lengths:
     }
     let mut segments = vec![Vec::new(); lengths.len()];
     for p in &exported.parts {
-        let base = mapped.get(p.allocation as usize).ok_or_else(|| malformed("a part names no allocation"))?.at;
-        let size = exported.allocations[p.allocation as usize].1;
+        let allocation = mapped.get(p.allocation as usize).ok_or_else(|| malformed("a part names no allocation"))?;
         let segment = segments.get_mut(usize::from(p.segment)).ok_or_else(|| malformed("a part names no segment"))?;
+        // The parts before this one end within the segment.
         let filled = segment.last().map_or(0, |(at, len, _): &(u64, u64, u64)| at + len);
-        let fits = p.offset.checked_add(p.len).is_some_and(|end| end <= size) && p.at == filled && p.len > 0;
-        if !fits {
+        let inside = |offset: u64, has: u64| offset.checked_add(p.len).is_some_and(|end| end <= has);
+        let len = lengths[usize::from(p.segment)];
+        if !inside(p.offset, allocation.has) || !inside(p.at, len) || p.at != filled || p.len == 0 {
             return Err(malformed("a part is out of bounds"));
         }
-        segment.push((p.at, p.len, base + p.offset));
+        segment.push((p.at, p.len, allocation.at + p.offset));
     }
     let full = |(parts, len): (&Vec<(u64, u64, u64)>, &u64)| parts.last().map_or(0, |(at, n, _)| at + n) == *len;
     if !segments.iter().zip(lengths).all(full) {
@@ -180,26 +180,28 @@ fn open(context: &Context, gpu: &Gpu, handle: &[u8; 64], size: u64) -> Result<Ar
     /// CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, for memory of another GPU.
     const LAZY_PEER_ACCESS: u32 = 1;
     let lib = context.lib;
-    let mut opened = OPENED.lock();
-    let opened = opened.get_or_insert_default();
+    let mut opened = context.opened.borrow_mut();
     opened.retain(|_, m| m.strong_count() > 0);
-    let key = (context.ordinal, *handle);
-    if let Some(mapped) = opened.get(&key).and_then(Weak::upgrade) {
-        return Ok(mapped);
+    // The peer says how long its allocation is; the driver knows.
+    let checked = |mapped: Arc<Mapped>| match mapped.has >= size {
+        true => Ok(mapped),
+        false => Err(malformed("an allocation is shorter than its owner says")),
+    };
+    if let Some(mapped) = opened.get(handle).and_then(Weak::upgrade) {
+        return checked(mapped);
     }
     let mut at = 0;
     let raw = CUipcMemHandle { reserved: handle.map(|b| b as c_char) };
     // SAFETY: the function reads the handle and writes one address; it refuses a malformed handle.
     lib.check("cuIpcOpenMemHandle", unsafe { (lib.cuIpcOpenMemHandle_v2)(&mut at, raw, LAZY_PEER_ACCESS) })?;
-    let mapped = Arc::new(Mapped { gpu: gpu.clone(), at, size: None });
+    let mut mapped = Mapped { gpu: gpu.clone(), at, size: None, has: 0 };
     let (mut start, mut has) = (0, 0);
     // SAFETY: the function writes an address and a size.
     lib.check("cuMemGetAddressRange", unsafe { (lib.cuMemGetAddressRange_v2)(&mut start, &mut has, at) })?;
-    if start != at || (has as u64) < size {
-        return Err(malformed("an allocation is shorter than its owner says"));
-    }
-    opened.insert(key, Arc::downgrade(&mapped));
-    Ok(mapped)
+    mapped.has = if start == at { has as u64 } else { 0 };
+    let mapped = Arc::new(mapped);
+    opened.insert(*handle, Arc::downgrade(&mapped));
+    checked(mapped)
 }
 
 fn map(context: &Context, gpu: &Gpu, fd: &OwnedFd, size: u64) -> Result<Mapped, GpuError> {
@@ -214,7 +216,8 @@ fn map(context: &Context, gpu: &Gpu, fd: &OwnedFd, size: u64) -> Result<Mapped, 
     let at = alloc::map(context, handle, size);
     // SAFETY: the handle is ours; the mapping keeps the memory.
     let _ = unsafe { (lib.cuMemRelease)(handle) };
-    Ok(Mapped { gpu: gpu.clone(), at: at?, size: Some(size) })
+    // The driver has refused to map more than the allocation has.
+    Ok(Mapped { gpu: gpu.clone(), at: at?, size: Some(size), has: size as u64 })
 }
 
 impl Imported {

@@ -20,7 +20,7 @@ use super::{
     context::{self, Context},
     error::GpuError,
     handle::{GpuInfo, State},
-    library::NOT_READY,
+    library::{NOT_READY, is_fatal},
     pipe::Pipes,
     queue::{Direction, Order, Then},
     stats,
@@ -53,8 +53,6 @@ struct Thread {
     /// When the events are looked at again.
     look_at: Instant,
     ending: bool,
-    /// It has panicked, and copies that it no longer knows may be running.
-    abandoned: bool,
 }
 
 /// The thread's function. Tells `opened` whether it could open the GPU.
@@ -75,7 +73,6 @@ pub(super) fn run(
     // A panic must not leave its jobs open: their pulls could not end. Copies in flight go on, so those stay open.
     while std::panic::catch_unwind(AssertUnwindSafe(|| thread.run())).is_err() {
         thread.pipes.abandon();
-        thread.abandoned = true;
         thread.become_unusable(GpuError::Os { what: "the GPU's thread", error: "it has panicked".into() });
     }
 }
@@ -87,8 +84,8 @@ impl Thread {
         let pipes = Pipes::new(&context)?;
         info.kernel = pipes.no_kernel();
         let (inbox, watched, look_at) = (VecDeque::new(), HashMap::new(), Instant::now());
-        let (ending, abandoned) = (false, false);
-        Ok((Self { context, state, orders, inbox, pipes, watched, look_at, ending, abandoned }, info))
+        let ending = false;
+        Ok((Self { context, state, orders, inbox, pipes, watched, look_at, ending }, info))
     }
 
     fn run(&mut self) {
@@ -99,13 +96,12 @@ impl Thread {
             while let Some(order) = self.inbox.pop_front() {
                 self.carry_out(order);
             }
-            moved |= match self.pipes.advance(&self.context) {
-                Ok(moved) => moved,
-                Err(e) => {
-                    self.become_unusable(e);
-                    true
-                }
-            };
+            let (advanced, fatal) = self.pipes.advance(&self.context);
+            moved |= advanced;
+            if let Some(error) = fatal {
+                self.become_unusable(error);
+                moved = true;
+            }
             moved |= self.look();
             if self.ending && self.pipes.is_idle() && self.watched.is_empty() {
                 return;
@@ -120,12 +116,6 @@ impl Thread {
 
     fn carry_out(&mut self, order: Order) {
         match order {
-            // Its end would tell that the earlier jobs of its queue have ended, and they may be running.
-            Order::Copy(job) if self.abandoned => std::mem::forget(job.ticket),
-            Order::Copy(job) if self.state.unusable.get().is_some() => {
-                stats::ended(job.direction, Duration::ZERO, true);
-                job.ticket.fail();
-            }
             Order::Copy(job) => self.pipes.add(job),
             Order::Flush(ticket) if self.state.unusable.get().is_some() => ticket.fail(),
             Order::Flush(ticket) => match self.flush() {
@@ -176,7 +166,8 @@ impl Thread {
                 let Some(first) = queue.pop_front() else { break };
                 // SAFETY: the event is ours, and nothing refers to it any more.
                 let _ = unsafe { (lib.cuEventDestroy_v2)(first.event) };
-                failed = failed.or_else(|| result.as_ref().err().cloned());
+                // An event may have become part of a graph capture, which concerns this event only.
+                failed = failed.or_else(|| result.as_ref().err().filter(|e| is_fatal(e)).cloned());
                 over.push((first.then, result));
             }
         }
@@ -192,13 +183,13 @@ impl Thread {
         moved
     }
 
-    /// The driver runs nothing more in this context.
+    /// The driver begins nothing more in this context. Jobs in flight end when their events are over.
     fn become_unusable(&mut self, error: GpuError) {
         if self.state.unusable.set(error.clone()).is_ok() {
             stats::unusable(self.context.ordinal);
             tracing::error!(gpu = self.context.ordinal, %error, "the GPU is unusable in this process: restart it");
         }
-        self.pipes.fail_all();
+        self.pipes.stop();
         for watched in std::mem::take(&mut self.watched).into_values().flatten() {
             (watched.then)(Err(error.clone()));
         }

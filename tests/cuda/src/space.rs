@@ -76,16 +76,15 @@ pub(crate) struct Piece {
 static SPACE: LazyLock<Mutex<Space>> = LazyLock::new(Mutex::default);
 
 static BASE: LazyLock<Option<u64>> = LazyLock::new(|| {
-    // SAFETY: a fresh reservation without access, at an address of the kernel's choice.
+    // Of an empty file: anonymous memory would be registered with a NIC, as pages of zeros, by kernels before 6.2, which pin
+    // memory for reads whatever its protection.
+    // SAFETY: a fresh file; a fresh reservation without access, at an address of the kernel's choice, which keeps the file.
     let at = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            ARENA as usize,
-            libc::PROT_NONE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-            -1,
-            0,
-        )
+        let empty = libc::memfd_create(c"kvferry-standin".as_ptr(), libc::MFD_CLOEXEC);
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let at = libc::mmap(std::ptr::null_mut(), ARENA as usize, libc::PROT_NONE, flags, empty, 0);
+        libc::close(empty);
+        at
     };
     (at != libc::MAP_FAILED).then_some(at as u64)
 });

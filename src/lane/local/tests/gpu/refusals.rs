@@ -152,3 +152,46 @@ fn malformed_replies_end_in_an_error_and_leave_nothing_mapped() {
         assert_eq!(control.counts().reservations, 2, "this process's own memory");
     });
 }
+
+/// The handles that a producer gives to a consumer.
+fn handles_of(p: &Producer) -> GpuPool {
+    let fd = socket::new().unwrap();
+    let name = SocketAddrUnix::new_abstract_name(&p.name[1..]).unwrap();
+    rustix::net::connect(&fd, &name).unwrap();
+    let request = Request { lane: 1, incarnation: p.incarnation.get(), key: KEY, gpu: Some([1; 16]) };
+    socket::send(fd.as_fd(), &request.encode(), &[]).unwrap();
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+    let mut bytes = vec![0; wire::MAX_REPLY];
+    let len = socket::receive(fd.as_fd(), &mut bytes).unwrap().len;
+    match Reply::decode(&bytes[..len]).unwrap() {
+        Reply::GrantedGpu { pool, .. } => pool,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_allocation_is_as_long_as_the_driver_says_however_often_its_handle_comes() {
+    let test = an_allocation_is_as_long_as_the_driver_says_however_often_its_handle_comes;
+    with_driver(test, "", |control| {
+        let p = Producer::start("gpu handles");
+        let memory = memory();
+        let incarnation = Incarnation::random();
+        let mut pool = handles_of(&p);
+        let (handle, size) = pool.allocations[0].clone();
+        assert!(matches!(handle, Handle::Legacy(_)));
+        // The second time the handle is known, and its owner claims more than there is.
+        let second = pool.allocations.len() as u32;
+        pool.allocations.push((handle, u64::MAX));
+        for offset in [size, u64::MAX - 6 * MIB, size - MIB] {
+            let mut pool = pool.clone();
+            (pool.parts[0].allocation, pool.parts[0].offset) = (second, offset);
+            let segments = 1 + u32::from(pool.parts.iter().map(|p| p.segment).max().unwrap());
+            let reply = Reply::GrantedGpu { incarnation, slots: 8, segments, pool }.encode();
+            let name = answering(reply, vec![file(64, SealFlags::SHRINK)]);
+            let e = connect(&name, 1, incarnation, &memory, LONG).map(drop).unwrap_err();
+            assert!(matches!(e, LaneError::Gpu { .. } | LaneError::Protocol { .. }), "{e:?}");
+        }
+        gpu(&memory).memory().unwrap();
+        assert_eq!(control.counts().imports, 0);
+    });
+}

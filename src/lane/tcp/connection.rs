@@ -3,28 +3,32 @@
 //! Owns the socket and the reply in progress. Serves one request at a time and receives no more than it can decode, so a
 //! consumer that requests more than it receives is slowed down by its own socket. Loads the fence word of a reply only after
 //! its last byte has been copied out of the pool, and before the trailer leaves (promise 2, Fresh). Never waits.
+//!
+//! Data of GPU memory is sent from the slices that [`ReadAhead`] copies; the replies to requests that have come are then copied
+//! ahead too.
 
 use std::{
+    collections::VecDeque,
     net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use kvferry_proto::Incarnation;
 use rustix::{
-    event::epoll::EventFlags,
+    event::{PollFd, PollFlags, Timespec, epoll::EventFlags, poll},
     io::Errno,
     net::{RecvFlags, SendFlags},
 };
 
 use super::{
-    ahead::{Ahead, Slices},
     frames::{Answer, Challenge, Entry, Proof, Reply, Request, SUM, Status, Trailer, Verdict, check_request},
     gather::gather,
     handshake::{Key, Keyed},
+    readahead::{MOST_SLICES, Place, ReadAhead, Slices},
     sum::DataSum,
     tls::{Sealer, blocks},
 };
-use crate::memory::{Export, Memory, Span};
+use crate::memory::{Export, Span};
 
 /// Buffer bytes that a connection keeps between requests; a rare large request's memory is freed.
 const KEEP: usize = 64 << 10;
@@ -45,9 +49,9 @@ pub(super) struct Shared<'a> {
     pub(super) is_full: &'a dyn Fn(u64) -> bool,
     /// The buffer that receives requests, before they go to their connection.
     pub(super) scratch: &'a mut [u8],
-    /// The ring, if the pool is GPU memory.
-    pub(super) ahead: Option<&'a mut Ahead>,
-    /// Names this connection to the ring.
+    /// If the pool is GPU memory.
+    pub(super) ahead: Option<&'a mut ReadAhead>,
+    /// The connection's token.
     pub(super) token: u64,
 }
 
@@ -56,6 +60,8 @@ pub(super) struct Shared<'a> {
 pub(super) enum Next {
     /// Go on when the socket is ready for this.
     Wait(EventFlags),
+    /// Go on when a copy of its data has ended, or when it is admitted to the ring.
+    WaitForCopies,
     /// Close it. The reason, if the peer broke a protocol.
     Close(Option<String>),
 }
@@ -69,6 +75,14 @@ enum Phase {
     Closing,
 }
 
+/// An answered request, before anything of the answer was sent.
+struct Resolved {
+    head: [u8; Reply::LEN],
+    /// `None`: a refusal.
+    serving: Option<Serving>,
+    spans: Vec<Span>,
+}
+
 /// The reply in progress.
 struct Serving {
     tag: u64,
@@ -78,8 +92,6 @@ struct Serving {
     nonce: u64,
     /// Bytes of data not sent yet.
     left: u64,
-    /// Of a pool in GPU memory: the word after the last byte was gathered.
-    word: Option<u64>,
 }
 
 /// One connection.
@@ -96,14 +108,13 @@ pub(super) struct Connection {
     serving: Option<Serving>,
     /// The checksum of the data that was sent of the reply in progress; `None` if the two sides have not agreed on it.
     sum: Option<DataSum>,
-    /// Data to send: from `spans[at]` on, without its first `skip` bytes.
+    /// Data to send, from `at` on.
     spans: Vec<Span>,
-    at: usize,
-    skip: u64,
-    /// Data that was gathered out of GPU memory.
+    at: Place,
+    /// Its part of the ring, if the pool is GPU memory.
     slices: Slices,
-    /// It waits for copies.
-    gathering: bool,
+    /// The replies after the one in progress, as far as they are copied ahead.
+    upcoming: VecDeque<Resolved>,
     /// Its requests that were out of bounds.
     out_of_bounds: u32,
     /// The socket holds back partial segments.
@@ -113,11 +124,11 @@ pub(super) struct Connection {
 }
 
 /// Why a connection stops for now.
-pub(super) enum Halt {
-    /// Its data is not gathered yet.
-    Copies,
+enum Halt {
     /// The socket has no room.
     Full,
+    /// No copy of its data has ended, or the ring has no slot for it.
+    Copies,
     /// The socket is empty.
     Empty,
     /// Its turn is over.
@@ -142,10 +153,9 @@ impl Connection {
             serving: None,
             sum: None,
             spans: Vec::new(),
-            at: 0,
-            skip: 0,
+            at: Place::default(),
             slices: Slices::default(),
-            gathering: false,
+            upcoming: VecDeque::new(),
             out_of_bounds: 0,
             corked: false,
             interest: EventFlags::empty(),
@@ -179,16 +189,6 @@ impl Connection {
         }
     }
 
-    /// Whether it waits for copies.
-    pub(super) fn is_gathering(&self) -> bool {
-        self.gathering
-    }
-
-    /// It is closed: gives what it has gathered back.
-    pub(super) fn drop_slices(&mut self, ahead: &mut Ahead) {
-        ahead.drop_all(&mut self.slices);
-    }
-
     /// Refuses the peer, then closes.
     pub(super) fn refuse(&mut self, verdict: Verdict) {
         self.head.extend_from_slice(&Answer { verdict, mac: [0; 32] }.encode());
@@ -197,20 +197,15 @@ impl Connection {
 
     /// Works until the socket blocks, or about `bytes` have moved, lookups included.
     pub(super) fn turn(&mut self, shared: &mut Shared<'_>, mut bytes: u64) -> Next {
-        self.gathering = false;
         loop {
             match self.step(shared, &mut bytes) {
                 Ok(()) => {}
-                Err(Halt::Turn) => return Next::Wait(EventFlags::OUT),
-                Err(Halt::Full) => {
-                    self.stall(shared.ahead.as_deref_mut());
+                Err(halt @ (Halt::Full | Halt::Turn)) => {
+                    self.yield_ring(shared, matches!(halt, Halt::Full));
                     return Next::Wait(EventFlags::OUT);
                 }
+                Err(Halt::Copies) => return Next::WaitForCopies,
                 Err(Halt::Empty) => return Next::Wait(EventFlags::IN),
-                Err(Halt::Copies) => {
-                    self.gathering = true;
-                    return Next::Wait(EventFlags::empty());
-                }
                 Err(Halt::Over) => return Next::Close(None),
                 Err(Halt::Broken(why)) => return Next::Close(Some(why)),
             }
@@ -225,6 +220,17 @@ impl Connection {
             tls.flush(self.fd.as_fd()).map_err(halt)?;
         }
         if self.serving.is_some() {
+            if shared.ahead.is_some() && !self.is_copied(shared, bytes)? {
+                if self.sent < self.head.len() {
+                    return self.send_head();
+                }
+                // What is in the socket leaves now, whenever the copies end.
+                self.cork(false);
+                return Err(Halt::Copies);
+            }
+            if *bytes == 0 {
+                return Err(Halt::Turn);
+            }
             self.cork(true);
             return self.send_data(shared, bytes);
         }
@@ -239,7 +245,12 @@ impl Connection {
                 }
             }
             Phase::Serving { .. } => {
-                if self.next_request(shared.export, bytes)? {
+                let next = match self.upcoming.pop_front() {
+                    Some(next) => Some(next),
+                    None => self.next_request(shared.export, bytes)?,
+                };
+                if let Some(next) = next {
+                    self.begin(next);
                     return Ok(());
                 }
             }
@@ -281,20 +292,22 @@ impl Connection {
         }
     }
 
-    /// Decodes the next request, if all of it has come. Its lookups are part of the turn.
-    fn next_request(&mut self, export: &Export, bytes: &mut u64) -> Result<bool, Halt> {
+    /// Resolves the next request, if all of it has come. Its lookups are part of the turn.
+    fn next_request(&mut self, export: &Export, bytes: &mut u64) -> Result<Option<Resolved>, Halt> {
         let input = &self.input[self.decoded..];
-        let Some(header) = input.first_chunk() else { return Ok(false) };
+        let Some(header) = input.first_chunk() else { return Ok(None) };
         let request = Request::decode(header).map_err(|e| Halt::Broken(e.to_string()))?;
         let end = Request::LEN + request.count as usize * Entry::LEN + SUM;
-        let Some(whole) = input.get(..end) else { return Ok(false) };
+        let Some(whole) = input.get(..end) else { return Ok(None) };
         let sum = check_request(whole).map_err(|e| Halt::Broken(e.to_string()))?;
         let entries = &whole[Request::LEN..end - SUM];
         let Request { tag, slot, nonce, .. } = request;
+        // The spans of the last reply, if it is over.
+        let mut spans = if self.serving.is_none() { std::mem::take(&mut self.spans) } else { Vec::new() };
         let mut blocks = 0;
         let result = match export.resolve(slot, nonce) {
             None => Err(Status::Stale),
-            Some(offered) => gather(&export.layout, &offered.groups, entries, &mut self.spans, &mut blocks)
+            Some(offered) => gather(&export.layout, &offered.groups, entries, &mut spans, &mut blocks)
                 .map_err(|_| Status::OutOfBounds),
         };
         *bytes = bytes.saturating_sub(blocks.saturating_mul(LOOKUP));
@@ -305,133 +318,128 @@ impl Connection {
                 return Err(Halt::Broken("it goes on requesting blocks that were not offered to it".into()));
             }
         }
-        match result {
-            Ok(left) => {
-                self.head.extend_from_slice(&Reply { status: Status::Ok, tag, total: left }.encode(sum));
-                self.serving = Some(Serving { tag, request: sum, slot, nonce, left, word: None });
-                (self.at, self.skip) = (0, 0);
-                self.slices.begin(0, 0, left);
-            }
-            Err(status) => self.head.extend_from_slice(&Reply { status, tag, total: 0 }.encode(sum)),
+        let (status, total) = (result.err().unwrap_or(Status::Ok), result.unwrap_or(0));
+        let serving = result.ok().map(|left| Serving { tag, request: sum, slot, nonce, left });
+        if serving.is_none() {
+            spans.clear();
         }
-        Ok(true)
+        Ok(Some(Resolved { head: Reply { status, tag, total }.encode(sum), serving, spans }))
+    }
+
+    /// Begins the reply to a request.
+    fn begin(&mut self, next: Resolved) {
+        self.head.extend_from_slice(&next.head);
+        (self.serving, self.spans, self.at) = (next.serving, next.spans, Place::default());
+        if self.serving.is_none() {
+            self.slices.next_reply();
+        }
+    }
+
+    /// Begins copies of what comes next. Whether something of the reply in progress can be sent.
+    fn is_copied(&mut self, shared: &mut Shared<'_>, bytes: &mut u64) -> Result<bool, Halt> {
+        let (Some(ahead), export) = (&mut shared.ahead, shared.export) else { return Ok(true) };
+        loop {
+            let fence = |s: &Option<Serving>| s.as_ref().map_or((0, 0), |s| (s.slot, s.nonce));
+            let first = (&self.spans[..], fence(&self.serving));
+            let others = self.upcoming.iter().map(|r| (&r.spans[..], fence(&r.serving)));
+            if !self.slices.fill(ahead, shared.token, std::iter::once(first).chain(others)) {
+                return Err(Halt::Over);
+            }
+            if *bytes == 0 || !self.slices.wants_reply(1 + self.upcoming.len()) {
+                break;
+            }
+            let Some(next) = self.next_request(export, bytes)? else { break };
+            self.upcoming.push_back(next);
+        }
+        self.slices.load_words(ahead, export);
+        Ok(self.slices.ready(ahead, &mut [Span::default(); MOST_SLICES]) > 0)
+    }
+
+    /// Loads the words of replies whose last byte has been copied.
+    pub(super) fn load_words(&mut self, ahead: &ReadAhead, export: &Export) {
+        self.slices.load_words(ahead, export);
+    }
+
+    /// Gives the ring back if others may need it, and the socket has no room. `full`: it is known to have none.
+    fn yield_ring(&mut self, shared: &mut Shared<'_>, full: bool) {
+        let Some(ahead) = &mut shared.ahead else { return };
+        if self.slices.is_empty() || !ahead.is_scarce() {
+            return;
+        }
+        // At the end of a turn the socket may be full too, and then no event would come.
+        let is_full = || {
+            let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
+            poll(&mut fds, Some(&Timespec::default())).is_ok_and(|n| n == 0)
+        };
+        if full || is_full() {
+            let at = if self.serving.is_some() { self.at } else { Place::default() };
+            self.slices.give_back(ahead, at);
+        }
+    }
+
+    /// The connection ends: its part of the ring is free once no copy writes it.
+    pub(super) fn leave_ring(&mut self, ahead: &mut ReadAhead, token: u64) {
+        self.slices.close(ahead, token);
     }
 
     /// Sends the head and data of the reply; after the last byte, queues the trailer.
     fn send_data(&mut self, shared: &mut Shared<'_>, bytes: &mut u64) -> Result<(), Halt> {
         let Some(serving) = &mut self.serving else { return Ok(()) };
-        let export = shared.export;
-        // Every byte of an empty reply has been copied.
-        if serving.left == 0 {
-            return self.end_reply(export);
-        }
-        let mut spans = std::mem::take(&mut self.spans);
-        let sent = match &mut shared.ahead {
-            None => {
-                let skip = self.skip;
-                self.send_spans(&export.memory, &mut spans[self.at..], skip, *bytes)
-            }
+        let head = &self.head[self.sent..];
+        let mut in_ring = [Span::default(); MOST_SLICES];
+        let (memory, rest, skip) = match &shared.ahead {
+            None => (&shared.export.memory, &mut self.spans[self.at.span..], self.at.skip),
             Some(ahead) => {
-                let still = || export.still(serving.slot, serving.nonce);
-                let word = &mut serving.word;
-                let next = ahead.next(shared.token, &spans, &mut self.slices, || {
-                    // Once: an offer that is live again under the same nonce is impossible.
-                    word.get_or_insert_with(still);
-                });
-                match next {
-                    Ok((ring, span)) => self.send_spans(ring, &mut [span], 0, *bytes),
-                    Err(halt) => Err(halt),
-                }
+                let n = self.slices.ready(ahead, &mut in_ring);
+                (ahead.ring(), &mut in_ring[..n], 0)
             }
         };
-        self.spans = spans;
-        if let Ok((data, _)) = sent {
-            *bytes = bytes.saturating_sub(data);
-            self.moved(data, shared.ahead.as_deref_mut());
-        }
-        let partial = matches!(sent, Ok((data, wanted)) if data < wanted) && self.tls.is_none();
-        sent?;
-        if self.serving.as_ref().is_some_and(|s| s.left == 0) {
-            self.end_reply(export)
-        } else if partial {
-            // The next call would only return that there is no room.
-            Err(Halt::Full)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Sends the head, and spans without their first `skip` bytes, up to `most` bytes of data. Returns how many bytes of data
-    /// were sent, and how many were tried.
-    fn send_spans(&mut self, memory: &Memory, spans: &mut [Span], skip: u64, most: u64) -> Result<(u64, u64), Halt> {
-        let head = &self.head[self.sent..];
         // As much as the turn allows: the last span is cut for the call, and restored afterwards.
         let (mut n, mut sum) = (0, 0);
-        while n < spans.len().min(MOST_SPANS) && sum < most + skip {
-            sum += spans[n].len;
+        while n < rest.len().min(MOST_SPANS) && sum < *bytes + skip {
+            sum += rest[n].len;
             n += 1;
         }
-        let cut = sum.saturating_sub(most + skip);
+        let cut = sum.saturating_sub(*bytes + skip);
         let Some(last) = n.checked_sub(1) else { return Err(Halt::Over) };
-        spans[last].len -= cut;
-        let wanted = sum - cut - skip;
+        rest[last].len -= cut;
         let sent = match &mut self.tls {
-            None => memory.writev_with(self.fd.as_fd(), head, &spans[..n], skip),
-            Some(tls) => tls.seal_spans(head, memory, &spans[..n], skip, wanted),
+            None => memory.writev_with(self.fd.as_fd(), head, &rest[..n], skip),
+            Some(tls) => tls.seal_spans(head, memory, &rest[..n], skip, sum - cut - skip),
         };
-        spans[last].len += cut;
+        rest[last].len += cut;
         let sent = sent.map_err(halt)?;
+        let wanted = head.len() as u64 + sum - cut - skip;
         let of_head = sent.min(head.len());
         self.sent += of_head;
         let data = (sent - of_head) as u64;
         if let Some(sum) = &mut self.sum {
             // The bytes are still in the cache.
-            sum.add(memory, spans, skip, data);
+            sum.add(memory, rest, skip, data);
         }
-        Ok((data, wanted))
-    }
-
-    /// The socket is full: gives what is gathered back if the ring is short of room.
-    fn stall(&mut self, ahead: Option<&mut Ahead>) {
-        if let (Some(serving), Some(ahead)) = (&mut self.serving, ahead)
-            && serving.left > 0
-            && ahead.stalled(&mut self.slices)
-        {
-            // The rest is copied again, so its word must be newer.
-            serving.word = None;
-            self.slices.begin(self.at, self.skip, serving.left);
+        *bytes = bytes.saturating_sub(data);
+        serving.left = serving.left.saturating_sub(data);
+        self.at.forward(data, &self.spans);
+        let copied = shared.ahead.as_mut().map(|ahead| self.slices.sent(ahead, data));
+        if serving.left == 0 {
+            // Every byte has been copied into the socket, and added to the checksum, so the word loaded now covers all of
+            // them: bytes that changed in between are stale. Bytes of the ring have a word since they left the pool.
+            let word =
+                copied.map_or_else(|| shared.export.still(serving.slot, serving.nonce), Option::unwrap_or_default);
+            let data = self.sum.as_mut().map_or(0, DataSum::finish);
+            let trailer = Trailer { tag: serving.tag, word, data }.encode(serving.request);
+            self.head.clear();
+            self.sent = 0;
+            self.head.extend_from_slice(&trailer);
+            self.serving = None;
+            self.slices.next_reply();
+            Ok(())
+        } else if (sent as u64) < wanted && self.tls.is_none() {
+            // A partial send: the next call would only return that there is no room.
+            Err(Halt::Full)
+        } else {
+            Ok(())
         }
-    }
-
-    /// Data of the reply was sent.
-    fn moved(&mut self, data: u64, ahead: Option<&mut Ahead>) {
-        if let Some(ahead) = ahead {
-            ahead.sent(&mut self.slices, data);
-        }
-        if let Some(serving) = &mut self.serving {
-            serving.left = serving.left.saturating_sub(data);
-        }
-        self.skip += data;
-        while let Some(s) = self.spans.get(self.at)
-            && self.skip >= s.len
-        {
-            self.skip -= s.len;
-            self.at += 1;
-        }
-    }
-
-    /// Every byte has been copied out of the pool, and added to the checksum, so a word loaded now, or after the last gather,
-    /// covers all of them: bytes that changed in between are stale.
-    fn end_reply(&mut self, export: &Export) -> Result<(), Halt> {
-        let Some(serving) = self.serving.take() else { return Ok(()) };
-        let word = serving.word.unwrap_or_else(|| export.still(serving.slot, serving.nonce));
-        let data = self.sum.as_mut().map_or(0, DataSum::finish);
-        let trailer = Trailer { tag: serving.tag, word, data }.encode(serving.request);
-        // The head of an empty reply is still there.
-        self.head.drain(..self.sent);
-        self.sent = 0;
-        self.head.extend_from_slice(&trailer);
-        Ok(())
     }
 
     fn send_head(&mut self) -> Result<(), Halt> {

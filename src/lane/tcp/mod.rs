@@ -2,7 +2,8 @@
 //! certificates.
 //!
 //! Owns the data connections of both sides: [`TcpLane`] is the consumer's, [`Server`] the producer's. Without TLS the kernel
-//! gathers from the pool and scatters into the blocks: no byte is copied in user space. Requests name blocks by offer, group and
+//! gathers from the pool and scatters into the blocks: no byte is copied in user space. A pool in GPU memory is copied into a
+//! pinned ring first, by the GPU ([`readahead`]). Requests name blocks by offer, group and
 //! position, never by address, so a peer can read only blocks that were offered to it (promise 7, Isolated). Each reply
 //! ends with the fence word as it was after the last byte had been copied out of the pool (promise 2, Fresh), and a stopped
 //! attempt writes nothing from that moment on (promise 4, Quiet).
@@ -38,7 +39,6 @@
 //! only. TCP's own checksum does not see two 16-bit words that changed places. A chunk whose data or trailer does not match is
 //! read again.
 
-mod ahead;
 mod client;
 mod connection;
 mod dial;
@@ -48,7 +48,9 @@ mod handshake;
 mod link;
 mod options;
 mod proving;
+mod readahead;
 mod server;
+mod slots;
 mod sum;
 mod tls;
 

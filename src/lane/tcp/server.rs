@@ -26,12 +26,12 @@ use rustix::{
 };
 
 use super::{
-    ahead::{self, Ahead},
     connection::{Connection, Next, Shared},
     frames::{Challenge, Options, Verdict},
     handshake::Key,
     options::tune,
     proving::Proving,
+    readahead::ReadAhead,
     tls::Sealer,
 };
 use crate::{
@@ -93,6 +93,9 @@ impl Common {
 
 impl Server {
     /// Listens on `bind` and serves `export`. Lanes may connect once they are admitted; `limits.lanes` bounds connections.
+    ///
+    /// # Errors
+    /// The system refuses a socket or a thread, or the pool is GPU memory and the export has no ring for it.
     pub(crate) fn start(
         bind: SocketAddr,
         export: Arc<Export>,
@@ -113,6 +116,7 @@ impl Server {
         tls: Option<Arc<TlsIdentity>>,
         (proof_timeout, most_proving): (Duration, usize),
     ) -> io::Result<Self> {
+        let ahead = ReadAhead::new(&export)?;
         let listener = TcpListener::bind(bind)?;
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
@@ -124,16 +128,10 @@ impl Server {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), EventFlags::IN)?;
         epoll::add(&epoll, &common.wake, epoll::EventData::new_u64(WAKE), EventFlags::IN)?;
-        let ahead = match (&export.ring, export.memory.gpu()) {
-            (None, Some(_)) => return Err(ahead::no_ring()),
-            (ring, _) => ahead::start(ring.as_ref())?,
-        };
         if let Some(ahead) = &ahead {
             epoll::add(&epoll, ahead.fd(), epoll::EventData::new_u64(COPIES), EventFlags::IN)?;
         }
         let mut round = Round {
-            ahead,
-            ready: Vec::new(),
             common: common.clone(),
             export,
             incarnation,
@@ -153,6 +151,9 @@ impl Server {
             accept_again: None,
             proof_timeout,
             scratch: vec![0; SCRATCH],
+            ahead,
+            ready: Vec::new(),
+            reported: false,
         };
         let thread = std::thread::Builder::new().name("kvferry-tcp".into()).spawn(move || round.run())?;
         Ok(Self { addr, common, thread: Some(thread) })
@@ -195,10 +196,6 @@ struct Round {
     common: Arc<Common>,
     export: Arc<Export>,
     incarnation: Incarnation,
-    /// Of a pool in GPU memory.
-    ahead: Option<Ahead>,
-    /// Connections that copies were missing to.
-    ready: Vec<u64>,
     options: Options,
     /// Certificates; with them, every connection is TLS.
     tls: Option<Arc<TlsIdentity>>,
@@ -219,6 +216,12 @@ struct Round {
     accept_again: Option<Instant>,
     proof_timeout: Duration,
     scratch: Vec<u8>,
+    /// If the pool is GPU memory.
+    ahead: Option<ReadAhead>,
+    /// Connections whose copies have ended.
+    ready: Vec<u64>,
+    /// That copies fail has been logged.
+    reported: bool,
 }
 
 #[derive(Default)]
@@ -232,7 +235,8 @@ impl Round {
     fn run(&mut self) {
         let mut events = Vec::with_capacity(256);
         while !self.common.end.load(Ordering::Acquire) {
-            let timeout = if self.may_sleep() { self.next_timeout() } else { Some(Timespec { tv_sec: 0, tv_nsec: 0 }) };
+            let copied = self.ahead.as_ref().is_some_and(|a| !a.about_to_sleep());
+            let timeout = if copied { Some(Timespec::default()) } else { self.next_timeout() };
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => {
@@ -242,43 +246,22 @@ impl Round {
                 }
             }
             self.handshakes = 0;
+            let mut woken = false;
             for event in events.drain(..) {
-                let flags = event.flags;
                 match event.data.u64() {
                     LISTENER => self.accept(),
                     WAKE => self.woken(),
-                    COPIES => {}
-                    // Without copies it has no other turn in which it would see the end of its socket.
-                    token if flags.intersects(EventFlags::HUP | EventFlags::ERR) && self.is_gathering(token) => {
+                    COPIES => woken = true,
+                    token if self.waits_for_copies(token) => {
+                        // It waits for no event of its socket, so the peer is gone.
                         self.close(token);
                     }
                     token => self.turn(token),
                 }
             }
-            self.gathered();
+            self.copied(woken);
             self.expire();
         }
-    }
-
-    /// Whether no copy has ended since the last look.
-    fn may_sleep(&self) -> bool {
-        self.ahead.as_ref().is_none_or(|a| !a.has_room_for_starved() && a.about_to_sleep())
-    }
-
-    fn is_gathering(&mut self, token: u64) -> bool {
-        find(&mut self.slots, token).is_some_and(|c| c.is_gathering())
-    }
-
-    /// Gives the connections a turn whose copies have ended, or for which there is room now.
-    fn gathered(&mut self) {
-        let Some(ahead) = &mut self.ahead else { return };
-        ahead.look();
-        ahead.ready(&mut self.ready);
-        let mut ready = std::mem::take(&mut self.ready);
-        for token in ready.drain(..) {
-            self.turn(token);
-        }
-        self.ready = ready;
     }
 
     fn next_timeout(&self) -> Option<Timespec> {
@@ -384,18 +367,59 @@ impl Round {
         }
     }
 
+    /// Gives a turn to connections whose copies have ended, and to those that have waited for a slot that is free now.
+    fn copied(&mut self, woken: bool) {
+        let Some(ahead) = &mut self.ahead else { return };
+        let mut ready = std::mem::take(&mut self.ready);
+        ahead.look(woken, &mut ready);
+        // First the words: they say what was true when the copies ended.
+        for &token in &ready {
+            if let Some(connection) = find(&mut self.slots, token) {
+                connection.load_words(ahead, &self.export);
+            }
+        }
+        for token in ready.drain(..) {
+            if self.waits_for_copies(token) {
+                self.turn(token);
+            }
+        }
+        self.ready = ready;
+        while let Some(token) = self.ahead.as_mut().and_then(ReadAhead::admit) {
+            self.turn(token);
+        }
+        if self.ahead.as_ref().is_some_and(ReadAhead::has_failed) {
+            self.close_all();
+        }
+    }
+
+    fn waits_for_copies(&mut self, token: u64) -> bool {
+        self.ahead.is_some() && find(&mut self.slots, token).is_some_and(|c| c.interest.is_empty())
+    }
+
+    /// There are no copies of the pool any more, so no request can be answered.
+    fn close_all(&mut self) {
+        if !std::mem::replace(&mut self.reported, true) {
+            let gpu = self.export.memory.gpu().map(|g| g.check());
+            let cause = gpu.and_then(Result::err).map_or_else(|| "a copy failed".into(), |e| e.to_string());
+            tracing::error!(cause, "the GPU is unusable: the tcp server closes its connections; restart the process");
+        }
+        self.close_lanes(|_| true);
+    }
+
+    fn close_lanes(&mut self, which: impl Fn(u64) -> bool) {
+        for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            if slot.connection.as_ref().and_then(|c| c.lane()).is_some_and(&which) {
+                self.close(token(index, slot.generation));
+            }
+        }
+    }
+
     fn woken(&mut self) {
         let _ = rustix::io::read(&self.common.wake, &mut [0; 8]);
         let dismissed = std::mem::take(&mut self.common.lanes().dismissed);
-        if dismissed.is_empty() {
-            return;
-        }
-        for index in 0..self.slots.len() {
-            let slot = &self.slots[index];
-            let lane = slot.connection.as_ref().and_then(|c| c.lane());
-            if lane.is_some_and(|l| dismissed.contains(&l)) {
-                self.close(token(index, slot.generation));
-            }
+        if !dismissed.is_empty() {
+            self.close_lanes(|lane| dismissed.contains(&lane));
         }
     }
 
@@ -432,11 +456,9 @@ impl Round {
                 }
                 false
             }
-            Next::Wait(interest) if interest == connection.interest => true,
-            Next::Wait(interest) => {
-                connection.interest = interest;
-                epoll::modify(&self.epoll, connection.fd(), epoll::EventData::new_u64(token), interest).is_ok()
-            }
+            Next::Wait(interest) => wait(&self.epoll, connection, token, interest),
+            // The epoll then reports only that the peer is gone.
+            Next::WaitForCopies => wait(&self.epoll, connection, token, EventFlags::empty()),
         };
         if !keep {
             self.close(token);
@@ -447,7 +469,7 @@ impl Round {
         let index = token as u32 as usize;
         let Some(connection) = find(&mut self.slots, token) else { return };
         if let Some(ahead) = &mut self.ahead {
-            connection.drop_slices(ahead);
+            connection.leave_ring(ahead, token);
         }
         if let Some(lane) = connection.lane()
             && let Entry::Occupied(mut n) = self.of_lane.entry(lane)
@@ -464,6 +486,12 @@ impl Round {
             self.count -= 1;
         }
     }
+}
+
+/// The connection's next turn comes with one of these events. `false`: the epoll refuses.
+fn wait(epoll: &OwnedFd, connection: &mut Connection, token: u64, interest: EventFlags) -> bool {
+    let changed = std::mem::replace(&mut connection.interest, interest) != interest;
+    !changed || epoll::modify(epoll, connection.fd(), epoll::EventData::new_u64(token), interest).is_ok()
 }
 
 /// The token of a connection's events.

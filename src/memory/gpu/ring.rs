@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvferry_proto::staging::Ring;
 
 use super::{CopyQueue, Direction, Gpu, GpuError, Piece, Pinned, queue::Keep};
-use crate::{StartError, config::GpuConfig, memory::Memory};
+use crate::{config::GpuConfig, memory::Memory};
 
 /// A rank's pinned ring, and the pool that it serves.
 #[derive(Clone)]
@@ -26,9 +26,9 @@ impl PinnedRing {
     /// The host has no memory for it, or the driver cannot pin it.
     pub(crate) fn new(pool: &Memory, config: &GpuConfig) -> Result<Option<Self>, GpuError> {
         let Some(gpu) = pool.gpu().cloned() else { return Ok(None) };
-        let failed = |e: StartError| GpuError::Os { what: "cannot allocate the ring", error: e.to_string() };
-        let memory = Memory::anonymous(&[config.ring]).map_err(failed)?;
-        let pinned = Arc::new(gpu.pin(&memory)?);
+        let failed = |error: String| GpuError::Os { what: "cannot pin the ring in host memory (gpu.ring)", error };
+        let memory = Memory::anonymous(&[config.ring]).map_err(|e| failed(e.to_string()))?;
+        let pinned = Arc::new(gpu.pin(&memory).map_err(|e| failed(e.to_string()))?);
         let slots = Arc::new(Ring::new(config.ring));
         Ok(Some(Self { gpu, pool: pool.clone(), memory, slots, config: config.clone(), pinned }))
     }

@@ -148,7 +148,7 @@ fn again(events: &[LaneEvent]) -> usize {
 }
 
 #[test]
-fn words_that_change_places_on_their_way_are_read_again_and_every_byte_is_right() {
+pub(super) fn words_that_change_places_on_their_way_are_read_again_and_every_byte_is_right() {
     let s = Setting::new(true);
     let (mut lane, memory) = s.lane(unchanged(), swap_words());
     let a = attempt();
@@ -174,7 +174,7 @@ fn the_checksum_is_in_force_only_if_both_sides_want_it() {
 }
 
 #[test]
-fn a_network_that_changes_every_chunk_fails_the_attempt_as_corrupt_and_nothing_is_fenced() {
+pub(super) fn a_network_that_changes_every_chunk_fails_the_attempt_as_corrupt_and_nothing_is_fenced() {
     let s = Setting::new(true);
     let (mut lane, _memory) = s.lane(unchanged(), flip(DATA + 1000, PERIOD));
     let (a, b) = (attempt(), attempt());

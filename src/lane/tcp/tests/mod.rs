@@ -2,6 +2,8 @@
 
 mod bad_peers;
 mod changed;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod greedy;
 mod pulls;
 mod rig;

@@ -17,12 +17,12 @@ use kvferry_proto::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
-    config::TcpConfig,
+    config::{GpuConfig, TcpConfig},
     lane::{
         LaneError, WakingLane,
         tcp::{Server, TcpLane},
     },
-    memory::{Export, FenceWords, Memory},
+    memory::{Export, FenceWords, Memory, gpu::PinnedRing},
     tls::{TlsIdentity, tests::Authority},
 };
 
@@ -34,6 +34,15 @@ pub(super) fn over_tls(work: impl FnOnce()) {
     IDENTITY.replace(Some(tls));
     work();
     IDENTITY.replace(None);
+}
+
+thread_local!(static GPU: RefCell<Option<GpuConfig>> = const { RefCell::new(None) });
+
+/// Runs `work` with pools of producers in GPU memory.
+pub(super) fn from_gpu(config: GpuConfig, work: impl FnOnce()) {
+    GPU.replace(Some(config));
+    work();
+    GPU.replace(None);
 }
 
 /// The certificates of both ends, if there are any.
@@ -61,7 +70,10 @@ pub(super) fn pattern(segment: u16, offset: u64) -> u8 {
 }
 
 pub(super) fn filled(layout: &PoolLayout) -> Memory {
-    let memory = Memory::alloc(&layout.segments).unwrap();
+    let memory = match GPU.with_borrow(Option::is_some) {
+        true => Memory::alloc_gpu(0, &layout.segments).unwrap(),
+        false => Memory::alloc(&layout.segments).unwrap(),
+    };
     for (i, &len) in layout.segments.iter().enumerate() {
         let bytes: Vec<u8> = (0..len).map(|offset| pattern(i as u16, offset)).collect();
         memory.write_from(i as u16, 0, &bytes).unwrap();
@@ -79,7 +91,8 @@ impl Rig {
     pub(super) fn with(layout: PoolLayout, start: impl FnOnce(Arc<Export>, Incarnation) -> Server) -> Self {
         let memory = filled(&layout);
         let words = Arc::new(FenceWords::new(8).unwrap());
-        let export = Arc::new(Export::new(Arc::new(layout), memory, words));
+        let ring = GPU.with_borrow(Clone::clone).and_then(|config| PinnedRing::new(&memory, &config).unwrap());
+        let export = Arc::new(Export::new(Arc::new(layout), memory, words).with_ring(ring));
         let incarnation = Incarnation::random();
         let server = start(export.clone(), incarnation);
         server.admit(LANE, KEY);

@@ -1,0 +1,117 @@
+//! Many connections, and few slots.
+
+use std::time::Duration;
+
+use kvferry_proto::PoolLayout;
+use rustix::net::{RecvFlags, sockopt};
+
+use super::{super::bad_peers::proven, *};
+use crate::config::TcpConfig;
+
+/// More than the buffers of two sockets hold.
+const LARGE: u64 = 24 * MIB;
+
+fn large() -> (Rig, Grant) {
+    let rig = Rig::new(PoolLayout::uniform(2, 1, LARGE, 16));
+    let grant = rig.offer(1, &[Some(0), Some(1)]).0;
+    (rig, grant)
+}
+
+/// Waits until there is something to receive.
+fn receives(stream: &TcpStream) {
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    assert_eq!(rustix::net::recv(stream, &mut [0; 1][..], RecvFlags::PEEK).unwrap().0, 1);
+}
+
+/// The slots of a small ring are all free: as many copies begin at once.
+fn ring_is_whole(control: Control, rig: &Rig, grant: Grant) {
+    // It has closed the connections that are gone.
+    server_sleeps();
+    control.hang(true);
+    let before = control.counts().device_to_host;
+    let streams: Vec<_> = (0..4).map(|_| proven(rig)).collect();
+    streams.iter().for_each(|s| ask(s, grant, KIB));
+    wait_for(control, |c| c.device_to_host == before + 4);
+    control.hang(false);
+    for s in &streams {
+        assert_eq!(reply(s, grant, KIB), grant.nonce.get());
+    }
+}
+
+#[test]
+fn more_stalled_connections_than_slots_do_not_stop_an_active_one() {
+    with_driver(more_stalled_connections_than_slots_do_not_stop_an_active_one, "", |control| {
+        from_gpu(small_ring(), || {
+            let (rig, grant) = large();
+            let stalled: Vec<_> = (0..12).map(|_| proven(&rig)).collect();
+            stalled.iter().for_each(|s| ask(s, grant, LARGE));
+            stalled.iter().for_each(receives);
+            for _ in 0..3 {
+                let active = proven(&rig);
+                ask(&active, grant, LARGE);
+                assert_eq!(reply(&active, grant, LARGE), grant.nonce.get());
+            }
+            // They go on where they stopped.
+            for s in &stalled[..6] {
+                assert_eq!(reply(s, grant, LARGE), grant.nonce.get());
+            }
+            drop(stalled);
+            ring_is_whole(control, &rig, grant);
+        });
+    });
+}
+
+#[test]
+fn slots_of_a_closed_connection_are_free_only_once_their_copies_have_ended() {
+    with_driver(slots_of_a_closed_connection_are_free_only_once_their_copies_have_ended, "", |control| {
+        from_gpu(small_ring(), || {
+            let (rig, grant) = large();
+            control.hang(true);
+            let before = control.counts().device_to_host;
+            let gone: Vec<_> = (0..4).map(|_| proven(&rig)).collect();
+            gone.iter().for_each(|s| ask(s, grant, MIB));
+            wait_for(control, |c| c.device_to_host == before + 4);
+            for s in gone {
+                // With a reset, so that the server sees the end at once.
+                sockopt::set_socket_linger(&s, Some(Duration::ZERO)).unwrap();
+            }
+            let (late, last) = (proven(&rig), proven(&rig));
+            ask(&late, grant, MIB);
+            // The server has read the request of `late` by the time it has answered one that came after it.
+            let stale = Grant { slot: 7, ..grant };
+            ask(&last, stale, KIB);
+            (&last).read_exact(&mut [0; Reply::LEN]).unwrap();
+            assert_eq!(control.counts().device_to_host, before + 4, "no slot is free");
+            control.hang(false);
+            assert_eq!(reply(&late, grant, MIB), grant.nonce.get());
+            ring_is_whole(control, &rig, grant);
+        });
+    });
+}
+
+#[test]
+fn connections_that_come_and_go_in_the_middle_of_copies_lose_no_slot() {
+    with_driver(connections_that_come_and_go_in_the_middle_of_copies_lose_no_slot, "delay=30us", |control| {
+        from_gpu(small_ring(), || {
+            let (rig, grant) = large();
+            let (mut lane, memory) = rig.lane(&TcpConfig { connections: 3, ..TcpConfig::default() });
+            for round in 0..100u64 {
+                let streams: Vec<_> = (0..3).map(|_| proven(&rig)).collect();
+                for (i, s) in streams.iter().enumerate() {
+                    let requests = request(grant, 1 + (round * 37_001 + i as u64 * 500_009) % LARGE).repeat(3);
+                    (&mut &*s).write_all(&requests).unwrap();
+                }
+                if round % 2 == 0 {
+                    receives(&streams[0]);
+                }
+            }
+            let blocks = [Some(0), Some(1)];
+            let (grant, offer) = rig.offer(2, &blocks);
+            let plan = rig.plan(&offer, &blocks, LARGE);
+            let a = attempt();
+            assert_eq!(fences(&pull(&mut lane, a, grant, &plan, MIB), a).len(), plan.chunks().len());
+            check(&rig.export.layout, &memory, &[(0, 0), (1, 1)], 0);
+            ring_is_whole(control, &rig, grant);
+        });
+    });
+}

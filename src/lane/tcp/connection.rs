@@ -355,6 +355,11 @@ impl Connection {
         Ok(self.slices.ready(ahead, &mut [Span::default(); MOST_SLICES]) > 0)
     }
 
+    /// It was admitted to the ring and could not take its slot.
+    pub(super) fn stop_waiting(&mut self) {
+        self.slices.stop_waiting();
+    }
+
     /// Loads the words of replies whose last byte has been copied.
     pub(super) fn load_words(&mut self, ahead: &ReadAhead, export: &Export) {
         self.slices.load_words(ahead, export);

@@ -14,7 +14,7 @@
 //! them back, also one that is partly sent, and copies the rest again when its socket has room. So connections that cannot
 //! send hold half of the ring at most, and the other half serves those that can.
 
-use std::{collections::VecDeque, io, os::fd::BorrowedFd};
+use std::{collections::VecDeque, io, os::fd::BorrowedFd, time::Duration};
 
 use super::slots::Slots;
 use crate::memory::{
@@ -27,6 +27,9 @@ use crate::memory::{
 const SLOT: u64 = 1 << 20;
 /// A ring of fewer bytes has this many smaller slots.
 const FEWEST_SLOTS: u64 = 4;
+/// How long a server that ends waits for its copies. They take milliseconds; a GPU that hangs must not keep an engine from
+/// ending.
+const LAST_COPIES: Duration = Duration::from_secs(1);
 /// Most slices of a connection: one is sent while others are copied.
 pub(super) const MOST_SLICES: usize = 4;
 /// Most pieces of a slice: more make a copy too long. The GPU's thread cuts jobs there too.
@@ -96,6 +99,16 @@ impl ReadAhead {
         self.failed |= failed;
         // After a failure, no copy writes any more.
         self.slots.finished(if failed { u64::MAX } else { finished }, ready);
+    }
+
+    /// Whether the connection is the one that was admitted last, and has taken no slot yet.
+    pub(super) fn is_admitted(&self, token: u64) -> bool {
+        self.slots.is_admitted(token)
+    }
+
+    /// Waits until every copy has ended, so that the engine may unmap its pool. `false`: one did not in time.
+    pub(super) fn wait(&mut self) -> bool {
+        self.copies.queue.wait(LAST_COPIES)
     }
 
     /// A copy has failed, or the GPU is unusable: there will be no more copies.
@@ -241,6 +254,11 @@ impl Slices {
             self.queue.push_back(slice);
         }
         true
+    }
+
+    /// It no longer waits to be admitted.
+    pub(super) fn stop_waiting(&mut self) {
+        self.waits = false;
     }
 
     /// Loads the words of replies whose last copy has ended.

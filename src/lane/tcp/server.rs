@@ -233,6 +233,15 @@ struct Slot {
 
 impl Round {
     fn run(&mut self) {
+        self.serve();
+        if let Some(ahead) = &mut self.ahead
+            && !ahead.wait()
+        {
+            tracing::error!("copies out of GPU memory do not end: the engine must not unmap its pool");
+        }
+    }
+
+    fn serve(&mut self) {
         let mut events = Vec::with_capacity(256);
         while !self.common.end.load(Ordering::Acquire) {
             let copied = self.ahead.as_ref().is_some_and(|a| !a.about_to_sleep());
@@ -386,6 +395,12 @@ impl Round {
         self.ready = ready;
         while let Some(token) = self.ahead.as_mut().and_then(ReadAhead::admit) {
             self.turn(token);
+            // Its socket was full before it could take its slot: it asks again when there is room.
+            if self.ahead.as_ref().is_some_and(|a| a.is_admitted(token))
+                && let Some(connection) = find(&mut self.slots, token)
+            {
+                connection.stop_waiting();
+            }
         }
         if self.ahead.as_ref().is_some_and(ReadAhead::has_failed) {
             self.close_all();

@@ -8,6 +8,7 @@
 )]
 
 mod alone;
+mod cost;
 mod failures;
 mod kills;
 mod metrics;

@@ -22,6 +22,7 @@ pub(crate) fn in_own_process(name: &str, standin: &str, place: Option<&str>) -> 
         .output()
         .expect("this binary can run");
     let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    out.lines().filter(|l| l.contains("figure ")).for_each(|l| println!("{l}"));
     assert!(done.status.success(), "{name} in its own process: {}\n{out}\n{err}", done.status);
     // A name that matches no test would pass otherwise.
     assert!(out.contains("1 passed"), "{name} is not a test: {out}");
@@ -58,6 +59,8 @@ macro_rules! on_standin {
     };
     (@ $name:expr, $standin:expr, $place:expr) => {{
         if kvferry_testkit::gpu::is_real() {
+            // tests/gpu/run lists them.
+            println!("left out on a real GPU: {}", $name);
             return;
         }
         alone!($name, $standin, $place);

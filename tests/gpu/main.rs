@@ -8,6 +8,7 @@
 )]
 
 mod alone;
+mod cost;
 mod failures;
 mod kills;
 mod metrics;
@@ -15,9 +16,10 @@ mod order;
 mod pair;
 mod pools;
 
-/// Not a test: the work of a producer process, which other tests start.
+/// Not a test: the work of a producer or consumer process, which other tests start.
 #[test]
 #[ignore = "a role: other tests start it"]
 fn role() {
+    kills::play_consumer();
     kvferry_testkit::rig::play();
 }

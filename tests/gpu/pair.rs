@@ -47,13 +47,18 @@ impl Pair {
     }
 
     pub(crate) fn with(theirs: Memory, ours: Memory, config: Config) -> Self {
-        let producer = Producer::builder("prefill".parse().unwrap(), model(), layout())
+        Self::of(&layout(), theirs, ours, config)
+    }
+
+    /// As [`Pair::with`], of pools with another layout of as many blocks.
+    pub(crate) fn of(layout: &PoolLayout, theirs: Memory, ours: Memory, config: Config) -> Self {
+        let producer = Producer::builder("prefill".parse().unwrap(), model(), layout.clone())
             .memory(theirs)
             .config(config.clone())
             .lanes(vec![LaneKind::Tcp])
             .build()
             .unwrap();
-        let consumer = Consumer::builder("decode".parse().unwrap(), model(), layout())
+        let consumer = Consumer::builder("decode".parse().unwrap(), model(), layout.clone())
             .memory(ours)
             .config(config)
             .build()

@@ -33,6 +33,8 @@ mod pointer;
 #[cfg(feature = "cuda")]
 mod share;
 #[cfg(all(test, feature = "cuda"))]
+mod speed;
+#[cfg(all(test, feature = "cuda"))]
 pub(crate) mod testing;
 #[cfg(feature = "cuda")]
 mod thread;

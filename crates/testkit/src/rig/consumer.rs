@@ -59,9 +59,11 @@ pub fn really(lane: LaneKind) -> LaneKind {
 }
 
 /// A deadline that leaves this much time for reading. Verbs need up to 1.2 s to become quiet, so they stop that much
-/// earlier; an emulated rail also takes time to connect.
+/// earlier; an emulated rail also takes time to connect. Copies into GPU memory have a quarter of a second to end.
 pub fn deadline(lane: LaneKind, reading: Duration) -> Duration {
-    reading + if really(lane) == LaneKind::Verbs { Duration::from_millis(2_000) } else { Duration::ZERO }
+    let quiet = if really(lane) == LaneKind::Verbs { 2_000 } else { 0 };
+    let copies = if on_gpu().1 { 250 } else { 0 };
+    reading + Duration::from_millis(quiet + copies)
 }
 
 /// A pull of everything over one lane.

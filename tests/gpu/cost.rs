@@ -142,7 +142,7 @@ fn keep_pulling(pair: &Pair, on: &AtomicBool, end: &AtomicBool, pulled: &AtomicU
 #[ignore = "a measurement, for a release build and a GPU"]
 fn products_beside_pulls() {
     alone!("cost::products_beside_pulls");
-    let (round, rounds) = if gpu::is_real() { (Duration::from_secs(1), 7) } else { (Duration::from_millis(100), 3) };
+    let (round, rounds) = if gpu::is_real() { (Duration::from_secs(1), 7) } else { (Duration::from_millis(500), 3) };
     let layout = many_layers();
     let memory = || gpu::memory(&layout);
     let pair = Pair::of(&layout, memory(), memory(), Config::default());

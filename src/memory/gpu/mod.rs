@@ -38,6 +38,8 @@ mod speed;
 pub(crate) mod testing;
 #[cfg(feature = "cuda")]
 mod thread;
+#[cfg(feature = "cuda")]
+mod way;
 
 #[cfg(not(feature = "cuda"))]
 pub(crate) use absent::{Allocation, Context, Imported, Pinned};

@@ -24,18 +24,12 @@ use super::{
     queue::{CopyOrder, Direction, Piece, Ticket},
     stats,
     thread::DIRECTIONS,
+    way::{KERNEL_RANGE, MOST_RANGES, Way, choose},
 };
 use crate::{config::CopyMethod, memory::mapping::Mapping};
 
-/// Length from which runs are copied one by one: the cost of a call is then a few percent of its copy (LMCache and vLLM
-/// measured gains of other ways only below it). Not measured by us on a GPU.
-const LONG: u64 = 256 << 10;
 /// Bytes of one part of a job: the size of a bounce buffer. A chunk fits.
 const PART: u64 = 8 << 20;
-/// Most ranges of a part.
-const MOST_RANGES: usize = 4096;
-/// The kernel gets ranges of at most this length, so that a few long ones keep all its blocks busy.
-const KERNEL_RANGE: u64 = 64 << 10;
 /// Thread blocks of a kernel, and their threads. Each thread has four loads of 16 bytes in flight, so 32 blocks keep 512 KiB in
 /// flight, and leave most multiprocessors to the engine. Not measured by us on a GPU.
 const BLOCKS: c_uint = 32;
@@ -44,8 +38,6 @@ const THREADS: c_uint = 256;
 const MOST_RUNNING: usize = 8;
 /// CUDA_ERROR_NOT_SUPPORTED.
 const NOT_SUPPORTED: u32 = 801;
-/// The kernel reads and writes vectors of this many bytes.
-const VECTOR: u64 = 16;
 
 /// An entry of the kernel's list, as the kernel reads it.
 #[repr(C)]
@@ -195,7 +187,7 @@ impl Pipes {
         }
     }
 
-    /// Ends what is done and begins what there is room for. Returns whether anything moved, and the error after which the
+    /// Ends finished parts, and begins waiting ones while there is room. Returns whether anything moved, and the error after which the
     /// context is unusable. A part ends only when the driver says that its event is over, also then.
     pub(super) fn advance(&mut self, context: &Context) -> (bool, Option<GpuError>) {
         let (mut moved, mut fatal) = (false, None);
@@ -294,42 +286,6 @@ impl Job {
     fn is_over(&self) -> bool {
         self.rest.is_none() && self.pieces.as_slice().is_empty()
     }
-}
-
-/// The way to copy a part.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Way {
-    Copies,
-    Batch,
-    Kernel,
-}
-
-/// Chooses the way for these runs.
-fn choose(method: CopyMethod, direction: Direction, runs: &[Piece], kernel: bool, batch: bool) -> Way {
-    let bytes: u64 = runs.iter().map(|r| r.len).sum();
-    let kernel = kernel && fits_kernel(direction, runs);
-    let short = runs.len() > 1 && bytes / (runs.len() as u64) < LONG;
-    match method {
-        CopyMethod::Copies => Way::Copies,
-        CopyMethod::Batch if batch => Way::Batch,
-        CopyMethod::Batch => Way::Copies,
-        CopyMethod::Kernel if kernel => Way::Kernel,
-        CopyMethod::Auto if short && kernel => Way::Kernel,
-        CopyMethod::Auto | CopyMethod::Kernel if short && batch => Way::Batch,
-        CopyMethod::Auto | CopyMethod::Kernel => Way::Copies,
-    }
-}
-
-/// Whether the kernel can copy these runs: all aligned, and without gaps on the host.
-fn fits_kernel(direction: Direction, runs: &[Piece]) -> bool {
-    let aligned = runs.iter().all(|r| (r.src | r.dst | r.len) % VECTOR == 0);
-    let ranges: u64 = runs.iter().map(|r| r.len.div_ceil(KERNEL_RANGE)).sum();
-    let without_gaps = match direction {
-        Direction::ToGpu => runs.windows(2).all(|w| w[0].src + w[0].len == w[1].src),
-        Direction::ToHost => runs.windows(2).all(|w| w[0].dst + w[0].len == w[1].dst),
-        Direction::Between => true,
-    };
-    aligned && without_gaps && ranges <= MOST_RANGES as u64
 }
 
 impl Pipe {
@@ -619,28 +575,5 @@ impl Drop for Pipes {
             // SAFETY: the module is ours, and nothing runs of it.
             unsafe { unload(kernel.module) };
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn runs(n: u64, len: u64, gap: u64) -> Vec<Piece> {
-        (0..n).map(|i| Piece { src: 4096 + i * len, dst: (1 << 30) + i * (len + gap), len }).collect()
-    }
-
-    #[test]
-    fn long_runs_are_copied_one_by_one_and_short_ones_by_the_kernel_or_in_a_batch() {
-        let way = |n, len, kernel, batch| choose(CopyMethod::Auto, Direction::ToGpu, &runs(n, len, 64), kernel, batch);
-        assert_eq!(way(512, 16 << 10, true, true), Way::Kernel);
-        assert_eq!(way(512, 16 << 10, false, true), Way::Batch);
-        assert_eq!(way(512, 16 << 10, false, false), Way::Copies);
-        assert_eq!(way(8, 1 << 20, true, true), Way::Copies);
-        assert_eq!(way(1, 4096, true, true), Way::Copies);
-        assert_eq!(way(512, 1000, true, true), Way::Batch, "the kernel copies vectors of 16 bytes only");
-        let gaps = choose(CopyMethod::Kernel, Direction::ToHost, &runs(512, 4096, 64), true, true);
-        assert_eq!(gaps, Way::Batch, "the host's side has gaps");
-        assert_eq!(choose(CopyMethod::Copies, Direction::ToGpu, &runs(512, 4096, 0), true, true), Way::Copies);
     }
 }

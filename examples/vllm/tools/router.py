@@ -5,6 +5,8 @@
 A request goes to a prefill engine first, which computes one token and returns `kv_transfer_params`. With these the request
 goes to a decode engine, and the router streams its answer to the client. If the prefill engine fails, the decode engine
 prefills the prompt itself. If a decode engine is unreachable, the router tries the next one.
+
+A client's own `kv_transfer_params` reach no engine: they could name an offer of another request, or another producer.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import logging
 import aiohttp
 from aiohttp import web
 
+KEY = "kv_transfer_params"
 PREFILL_PARAMS = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -27,6 +30,14 @@ PREFILL_PARAMS = {
 PREFILL_LIMIT = 120
 
 logger = logging.getLogger("router")
+
+
+def stripped(body: dict) -> dict:
+    """The client's request without `kv_transfer_params`. vLLM also takes them from `vllm_xargs`."""
+    body = {k: v for k, v in body.items() if k != KEY}
+    if isinstance(xargs := body.get("vllm_xargs"), dict):
+        body["vllm_xargs"] = {k: v for k, v in xargs.items() if k != KEY}
+    return body
 
 
 class Router:
@@ -55,7 +66,7 @@ class Router:
     async def _params(self, path: str, body: dict) -> dict | None:
         """Prefills the prompt and returns its `kv_transfer_params`; `None` if that fails."""
         assert self._session is not None
-        asked = {**body, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(PREFILL_PARAMS)}
+        asked = {**body, "stream": False, "max_tokens": 1, KEY: dict(PREFILL_PARAMS)}
         asked.pop("stream_options", None)
         asked.pop("min_tokens", None)
         if "max_completion_tokens" in asked:
@@ -65,7 +76,7 @@ class Router:
             timeout = aiohttp.ClientTimeout(total=PREFILL_LIMIT)
             async with self._session.post(url, json=asked, timeout=timeout) as response:
                 response.raise_for_status()
-                return (await response.json()).get("kv_transfer_params")
+                return (await response.json()).get(KEY)
         except (aiohttp.ClientError, TimeoutError, json.JSONDecodeError) as e:
             logger.warning("prefill at %s failed (%r): the decode engine prefills instead", url, e)
             return None
@@ -75,9 +86,12 @@ class Router:
             body = await request.json()
         except json.JSONDecodeError as e:
             raise web.HTTPBadRequest(text=f"the body is not JSON: {e}") from e
+        if not isinstance(body, dict):
+            raise web.HTTPBadRequest(text="the body is not a JSON object")
+        body = stripped(body)
         params = await self._params(request.path, body)
         if params:
-            body = {**body, "kv_transfer_params": params}
+            body = {**body, KEY: params}
         for _ in range(self._decodes):
             try:
                 return await self._pass_on(request, next(self._decode) + request.path, body)

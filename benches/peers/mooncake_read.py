@@ -3,12 +3,13 @@
 At most 64 MiB a transfer: 256 MiB in scattered blocks failed here with version 0.3.13.
 """
 import json
-import multiprocessing as mp
 import statistics
 import sys
 import time
 
 import numpy as np
+
+from server import Server
 
 
 def engine(port):
@@ -19,21 +20,17 @@ def engine(port):
     return e
 
 
-def target(out, stop, total):
+def serve(total):
     e = engine(12345)
     memory = np.random.randint(0, 255, total, dtype=np.uint8)
     e.register_memory(memory.ctypes.data, total)
-    out.put((f"127.0.0.1:{e.get_rpc_port()}", memory.ctypes.data))
-    stop.get()
+    return (f"127.0.0.1:{e.get_rpc_port()}", memory.ctypes.data), (e, memory)
 
 
 def main():
     total, sizes = min(int(sys.argv[1]), 64) << 20, [int(x) for x in sys.argv[2].split(",")]
-    ctx = mp.get_context("spawn")
-    out, stop = ctx.Queue(), ctx.Queue()
-    child = ctx.Process(target=target, args=(out, stop, total))
-    child.start()
-    session, base = out.get()
+    server = Server(serve, total)
+    session, base = server.ready()
     e = engine(12346)
     memory = np.zeros(total, dtype=np.uint8)
     e.register_memory(memory.ctypes.data, total)
@@ -52,9 +49,7 @@ def main():
         if len(times) > 1:
             rate = total / statistics.median(times[1:]) / 1e9
             print(json.dumps({"block_size": size, "gb_per_s": rate}), flush=True)
-    stop.put(1)
-    child.join(timeout=5)
-    child.kill()
+    server.stop()
 
 
 if __name__ == "__main__":

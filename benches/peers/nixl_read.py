@@ -1,6 +1,5 @@
 """READs of scattered blocks by NIXL's agent over UCX, from another process. One JSON line a block size."""
 import json
-import multiprocessing as mp
 import statistics
 import sys
 import time
@@ -8,26 +7,24 @@ import time
 import numpy as np
 from nixl_cu12._api import nixl_agent, nixl_agent_config
 
+from server import Server
+
 
 def agent(name):
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
 
 
-def target(out, stop, total):
+def serve(total):
     a = agent("target")
     memory = np.random.randint(0, 255, total, dtype=np.uint8)
     a.register_memory([(memory.ctypes.data, total, 0, "")], "DRAM")
-    out.put((a.get_agent_metadata(), memory.ctypes.data))
-    stop.get()
+    return (a.get_agent_metadata(), memory.ctypes.data), (a, memory)
 
 
 def main():
     total, sizes = int(sys.argv[1]) << 20, [int(x) for x in sys.argv[2].split(",")]
-    ctx = mp.get_context("spawn")
-    out, stop = ctx.Queue(), ctx.Queue()
-    child = ctx.Process(target=target, args=(out, stop, total))
-    child.start()
-    metadata, base = out.get()
+    server = Server(serve, total)
+    metadata, base = server.ready()
     a = agent("initiator")
     memory = np.zeros(total, dtype=np.uint8)
     a.register_memory([(memory.ctypes.data, total, 0, "")], "DRAM")
@@ -50,8 +47,7 @@ def main():
             times.append(time.perf_counter() - start)
             a.release_xfer_handle(handle)
         print(json.dumps({"block_size": size, "gb_per_s": total / statistics.median(times[1:]) / 1e9}), flush=True)
-    stop.put(1)
-    child.join()
+    server.stop()
 
 
 if __name__ == "__main__":

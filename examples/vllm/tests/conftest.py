@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import models
 import servers
+import versions
 from driver import Engine, Nursery
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvferry" / "vllm"
@@ -30,6 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "soak" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_report_header() -> str:
+    return f"vLLM {versions.running()} in {versions.package_directory()}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -32,6 +32,7 @@ def main() -> None:
     decode = servers.vllm("decode", model, logs, servers.kvferry_config("kv_consumer"))
     started = [prefill, decode]
     try:
+        print("starting a prefill server and a decode server", flush=True)
         for s in started:
             s.start()
         for s in started:
@@ -39,11 +40,11 @@ def main() -> None:
         router = servers.router([prefill.url], [decode.url], logs)
         started.append(router.start())
         print(f"router: {router.healthy().url}", flush=True)
-        ask(router, decode, args)
+        ask(router, decode, args, "first")
         if args.kill:
             prefill.kill()
-            print("killed the prefill server", flush=True)
-            ask(router, decode, args)
+            print("\nkilled the prefill server", flush=True)
+            ask(router, decode, args, "after the kill")
         if args.keep:
             print("press Ctrl-C to stop the servers", flush=True)
             while True:
@@ -55,14 +56,38 @@ def main() -> None:
             s.stop()
 
 
-def ask(router: servers.Process, decode: servers.Process, args: argparse.Namespace) -> None:
-    began = time.monotonic()
-    answer = servers.complete(router.url, args.prompt, args.max_tokens)
-    print(f"\n{args.prompt}{answer['choices'][0]['text']}\n\nanswered in {time.monotonic() - began:.2f} s", flush=True)
-    wanted = ("kvferry_loads_total", "kvferry_bytes_loaded_total", "kvferry_tokens_loaded_total")
-    for line in decode.get("/metrics").splitlines():
-        if line.startswith("vllm:") and any(w in line for w in wanted):
-            print(line, flush=True)
+def metrics(server: servers.Process) -> dict[str, float]:
+    """kvferry's metrics of a server, by name and labels."""
+    found = {}
+    for line in server.get("/metrics").splitlines():
+        if line.startswith("vllm:kvferry_"):
+            name, value = line.rsplit(" ", 1)
+            found[name] = float(value)
+    return found
+
+
+def source(before: dict[str, float], after: dict[str, float], prompt: int) -> str:
+    """Where a prompt's tokens came from, by the decode engine's metrics before and after it."""
+
+    def lanes(name: str) -> dict[str, float]:
+        """What a metric has grown by, by lane."""
+        grown = {k: v - before.get(k, 0) for k, v in after.items() if k.startswith(f"vllm:kvferry_{name}_total")}
+        return {k.partition('lane="')[2].partition('"')[0]: n for k, n in grown.items() if n > 0}
+
+    loaded = sum(lanes("tokens_loaded").values())
+    if not loaded:
+        return f"the decode engine prefilled all {prompt} prompt tokens itself: nothing came from a prefill engine"
+    over = " and ".join(sorted(lanes("bytes_loaded")))
+    return f"{loaded:.0f} of {prompt} prompt tokens came from the prefill engine, over {over}; the decode engine computed the rest"
+
+
+def ask(router: servers.Process, decode: servers.Process, args: argparse.Namespace, salt: str) -> None:
+    before, began = metrics(decode), time.monotonic()
+    # The salt keeps the decode engine from using its own cache of the same prompt.
+    answer = servers.complete(router.url, args.prompt, args.max_tokens, cache_salt=salt)
+    took = time.monotonic() - began
+    print(f"\n{args.prompt}{answer['choices'][0]['text']}\n\nanswered in {took:.2f} s", flush=True)
+    print(source(before, metrics(decode), answer["usage"]["prompt_tokens"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ class Run(unittest.TestCase):
         run.need_libraries({"libc.so.6": "libc6", "libnone.so.1": "libnone1"})
         self.assertEqual(named, ["libnone1"])
 
+    def test_only_chooses_by_parts_of_names(self):
+        systems = {name: lambda total_mib, sizes: {4096: 1.0} for name in ("kvferry tcp", "NIXL, UCX tcp", "Mooncake tcp")}
+        chosen = self.table("--only", "nixl,moon", **systems)
+        self.assertEqual([name in chosen for name in systems], [False, True, True])
+
     def test_a_figure_is_drawn_only_on_request(self):
         tracked = (HERE / "peers.svg").read_bytes()
         works = self.reader("return 1, None")

@@ -13,6 +13,7 @@ fn model() -> Model {
         name: "example".into(),
         dtype: "uint8".into(),
         scales: String::new(),
+        weights: String::new(),
         attention: "HND".into(),
         block_tokens: 16,
     }

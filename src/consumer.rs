@@ -20,9 +20,9 @@ use std::{
 };
 
 use kvferry_proto::{
-    BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Release, Shard, WaitError,
+    BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Shard, WaitError,
     pull::Retry,
-    puller::{Ended, In, PullId, Start},
+    puller::{Ended, In, PullId, Start, Wait},
 };
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -169,6 +169,25 @@ impl Consumer {
         self.tell(Mail::Puller(In::Cancel(pull, Cause::Cancelled)));
     }
 
+    /// Claims an offer whose pull starts later, so that its lease does not run out while the request waits in the engine's queue.
+    /// The claim is renewed until the pull starts, which takes it over, until [`Consumer::release`], and for
+    /// [`LeaseConfig::hard_cap`](crate::LeaseConfig::hard_cap) at most. It holds no local blocks. A claim that fails is not
+    /// reported: the pull claims again and reports the cause.
+    ///
+    /// # Errors
+    /// The name is malformed, its seal is missing or does not fit, or the consumer has shut down. No peer is contacted.
+    pub fn hold(&self, offer: &Offer) -> Result<(), PullError> {
+        if self.stopped.load(Ordering::Acquire) {
+            return Err(PullError::Shutdown);
+        }
+        offer.check()?;
+        offer.check_seal(&self.config.names.seal_keys)?;
+        let (sources, reader) = self.sources(offer);
+        let wait = Wait { offer: Arc::new(offer.clone()), sources, reader };
+        self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
+        Ok(())
+    }
+
     /// Releases an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the
     /// producer gets its blocks back at once. Sent again until it is acknowledged.
     ///
@@ -177,11 +196,7 @@ impl Consumer {
     pub fn release(&self, offer: &Offer) -> Result<(), BadOffer> {
         offer.check()?;
         offer.check_seal(&self.config.names.seal_keys)?;
-        let (id, token) = (offer.id, offer.token);
-        for rank in &offer.ranks {
-            let release = Release { claim: None, offer: id, token, reader: Reader::ONLY, all: true };
-            self.tell(Mail::Release(rank.addr.as_str().into(), rank.incarnation, release));
-        }
+        self.tell(Mail::Puller(In::Release(Arc::new(offer.clone()))));
         Ok(())
     }
 
@@ -238,6 +253,11 @@ impl Consumer {
     /// until this process restarts. While it is not zero, the gRPC health of this process is NOT_SERVING.
     pub fn wedged(&self) -> usize {
         self.pulls.wedged()
+    }
+
+    /// The pulls that [`Consumer::wedged`] counts.
+    pub fn wedged_pulls(&self) -> Vec<PullId> {
+        self.pulls.wedged_pulls()
     }
 
     /// Whether new pulls are accepted: not after [`Consumer::shutdown`], and not after the data thread has panicked.

@@ -22,7 +22,7 @@
 //! use kvferry::{BlockId, Consumer, GroupId, LocalBlocks, Model, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready};
 //! use std::time::Duration;
 //!
-//! let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), attention: "HND".into(), block_tokens: 16 };
+//! let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), weights: "".into(), attention: "HND".into(), block_tokens: 16 };
 //! let layout = PoolLayout::uniform(8, 2, 4096, 16);   // 8 blocks of 16 tokens, in 2 layers of 4096 bytes a block
 //!
 //! // The prefill side holds a request's KV in blocks 5 and 2, and offers them.
@@ -70,6 +70,7 @@ mod mailbox;
 mod memory;
 pub mod metrics;
 mod producer;
+mod repeats;
 pub mod scheduler;
 mod tls;
 

@@ -88,6 +88,11 @@ impl Producer {
         self.core.tell(table::In::Drain);
     }
 
+    /// Takes back every offer that nobody has claimed: for the end of an engine, after [`Producer::drain`].
+    pub fn revoke_unclaimed(&self) {
+        self.core.tell(table::In::RevokeUnclaimed);
+    }
+
     /// The next offer whose blocks may be used again, if there is one. Call it once an engine step: it never blocks, and
     /// it first ends every lease that has run out.
     pub fn poll_freed(&self) -> Option<Freed> {

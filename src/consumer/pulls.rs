@@ -8,18 +8,18 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kvferry_proto::{
-    Cause, LocalBlocks, Outcome, PoolLayout, PullError, WaitError,
+    Cause, EngineId, LocalBlocks, Outcome, PoolLayout, PullError, WaitError,
     puller::{Ended, Progress, PullId},
     quarantine::Quarantine,
 };
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
-use crate::{config::OnWedge, control::health, driver::thread::Reports, metrics::ConsumerMetrics};
+use crate::{config::OnWedge, control::health, driver::thread::Reports, metrics::ConsumerMetrics, repeats::Repeats};
 
 pub(super) struct Pulls {
     quarantine: Mutex<Quarantine>,
@@ -29,6 +29,8 @@ pub(super) struct Pulls {
     wedged: AtomicUsize,
     pub(super) metrics: ConsumerMetrics,
     on_wedge: OnWedge,
+    /// Peers and causes of pulls that ended with invalid blocks.
+    incomplete: Repeats<(EngineId, Option<Cause>)>,
 }
 
 #[derive(Default)]
@@ -49,6 +51,7 @@ struct Running {
     progress: Arc<Progress>,
     /// Its frozen sets, once it has decided.
     decided: Option<Outcome>,
+    wedged: bool,
 }
 
 impl Pulls {
@@ -61,6 +64,7 @@ impl Pulls {
             wedged: AtomicUsize::new(0),
             metrics: ConsumerMetrics::default(),
             on_wedge,
+            incomplete: Repeats::default(),
         }
     }
 
@@ -91,7 +95,7 @@ impl Pulls {
             self.quarantine.lock().give_back(id.0, wanted());
             return failed(error);
         }
-        state.running.insert(id, Running { progress: progress.clone(), decided: None });
+        state.running.insert(id, Running { progress: progress.clone(), decided: None, wedged: false });
         state.waiters.extend(waiter.map(|tx| (id, tx)));
         drop(state);
         self.metrics.running.inc();
@@ -137,9 +141,28 @@ impl Pulls {
         self.wedged.load(Ordering::Acquire)
     }
 
+    /// The wedged pulls, in the order of their ids. After a panic of the data thread, all that were running.
+    pub(super) fn wedged_pulls(&self) -> Vec<PullId> {
+        let state = self.state.lock();
+        let died = state.over == Some(WaitError::Died);
+        let mut found: Vec<_> = state.running.iter().filter(|(_, r)| died || r.wedged).map(|(id, _)| *id).collect();
+        found.sort_unstable();
+        found
+    }
+
     /// Whether the data thread has panicked.
     pub(super) fn died(&self) -> bool {
         self.state.lock().over == Some(WaitError::Died)
+    }
+
+    fn log_incomplete(&self, ended: &Ended) {
+        let (peer, cause) = (&ended.offer.engine, ended.outcome.cause());
+        let Some(unlogged) = self.incomplete.is_news(Instant::now(), (peer.clone(), cause)) else { return };
+        tracing::warn!(
+            request = %ended.offer.request, %peer, incarnation = %ended.offer.incarnation,
+            loaded = ended.outcome.loaded(), invalid = ended.outcome.invalid(),
+            cause = cause.map_or("none", Cause::as_str), unlogged, "pull ended with invalid blocks"
+        );
     }
 
     fn after_wedge(&self) {
@@ -164,11 +187,7 @@ impl Reports for Pulls {
         self.metrics.running.dec();
         self.metrics.ended(&ended.outcome);
         if !ended.outcome.complete() {
-            tracing::warn!(
-                request = %ended.offer.request, peer = %ended.offer.engine, incarnation = %ended.offer.incarnation,
-                loaded = ended.outcome.loaded(), invalid = ended.outcome.invalid(),
-                cause = ended.outcome.cause().map_or("none", Cause::as_str), "pull ended with invalid blocks"
-            );
+            self.log_incomplete(&ended);
         }
         let mut state = self.state.lock();
         state.running.remove(&ended.pull);
@@ -187,6 +206,9 @@ impl Reports for Pulls {
         self.metrics.wedged.inc();
         health::turn_bad();
         let mut state = self.state.lock();
+        if let Some(running) = state.running.get_mut(&pull) {
+            running.wedged = true;
+        }
         // The receiver of an asynchronous pull sees its sender dropped.
         if state.waiters.remove(&pull).is_none() {
             state.wedged.push_back(pull);

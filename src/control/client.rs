@@ -32,7 +32,7 @@ use super::{
     events::{Connected, Events},
     lanes::{LaneCall, LaneConnector, Skipped},
     proto,
-    wire::server_frame,
+    wire::{ReleaseWanted, server_frame},
 };
 use crate::{config::Config, tls::TlsIdentity};
 
@@ -325,6 +325,7 @@ impl PeerTask {
                         let _ = frames.send(frame.into());
                     }
                 }
+                Out::ReleaseAlone(expect, release) => self.release_alone(expect, &release),
                 Out::HangUp => {
                     self.stream = SessionStream::Closed;
                     self.frames = None;
@@ -364,6 +365,23 @@ impl PeerTask {
         let mut ferry = connection.ferry();
         let open = async move { ferry.session(UnboundedReceiverStream::new(rx)).await };
         self.stream = SessionStream::Opening(Box::pin(open));
+    }
+
+    fn release_alone(&self, expect: Incarnation, release: &Release) {
+        let wanted = ReleaseWanted { from: None, offer: release.offer, token: release.token, expect: Some(expect) };
+        let (dialer, timeout) = (self.dialer.clone(), self.config.session.hello_timeout);
+        let release = async move {
+            let connection = dialer.connect().await.map_err(|e| e.to_string())?;
+            connection.ferry().release(proto::ReleaseRequest::from(&wanted)).await.map_err(|s| said(&s))
+        };
+        let peer = self.addr.clone();
+        tokio::spawn(async move {
+            match tokio::time::timeout(timeout, release).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(%peer, error, "an offer was not released; its lease ends it"),
+                Err(_) => tracing::debug!(%peer, "an offer was not released in time; its lease ends it"),
+            }
+        });
     }
 
     fn connect_lane(&mut self, wish: LaneWish) {

@@ -53,6 +53,7 @@ impl From<&Model> for proto::Model {
             name: m.name.clone(),
             dtype: m.dtype.clone(),
             scales: m.scales.clone(),
+            weights: m.weights.clone(),
             attention: m.attention.clone(),
             block_tokens: m.block_tokens,
         }
@@ -69,6 +70,7 @@ impl TryFrom<proto::Model> for Model {
             name: text("name", m.name, Self::MAX_TEXT)?,
             dtype: text("dtype", m.dtype, Self::MAX_TEXT)?,
             scales: text("scales", m.scales, Self::MAX_TEXT)?,
+            weights: text("weights", m.weights, Self::MAX_TEXT)?,
             attention: text("attention", m.attention, Self::MAX_TEXT)?,
             block_tokens: m.block_tokens,
         })

@@ -27,8 +27,6 @@ pub(crate) type LanePuller = Puller<Box<dyn WakingLane>>;
 pub(crate) enum Mail {
     /// An event for the puller.
     Puller(In<Box<dyn WakingLane>>),
-    /// Release an offer without a pull.
-    Release(Addr, Incarnation, Release),
     /// Cancel everything, and end when all pulls have ended or this moment has come.
     Stop(Instant),
 }
@@ -120,7 +118,6 @@ impl Driver {
                     }
                 }
                 Mail::Puller(event) => self.puller.handle(now, event),
-                Mail::Release(peer, expect, release) => self.peers.release(&peer, expect, release),
                 Mail::Stop(until) => {
                     self.stop = Some(until);
                     self.puller.handle(now, In::Shutdown);

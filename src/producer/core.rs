@@ -31,6 +31,7 @@ use crate::{
     lane::{local, tcp, ticket::LaneTicket},
     memory::{Export, Mark, Place},
     metrics::ProducerMetrics,
+    repeats::Repeats,
 };
 use kvferry_proto::{
     BadOffer, ClaimId, ClientBody, ClientFrame, Contents, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer,
@@ -54,6 +55,8 @@ pub(super) struct Core {
     /// The offer table's next timeout may have changed.
     pub(super) rearm: Arc<Notify>,
     pub(super) metrics: ProducerMetrics,
+    /// Why offers ended without a release.
+    unreleased: Repeats<Gone>,
 }
 
 /// The data servers; `None`: that lane is not served.
@@ -172,6 +175,7 @@ impl Core {
             freed_now: Condvar::new(),
             freed_notify: Notify::new(),
             rearm: Arc::default(),
+            unreleased: Repeats::default(),
             metrics: ProducerMetrics::default(),
         }
     }
@@ -285,8 +289,13 @@ impl Core {
                 }
                 table::Out::Withdraw { slot, .. } => self.export.withdraw(slot),
                 table::Out::Freed(f) => {
-                    if !matches!(f.why, Gone::Released) {
-                        tracing::warn!(offer = %f.offer, why = ?f.why, "offer ended without a release; its blocks are freed");
+                    if !matches!(f.why, Gone::Released)
+                        && let Some(unlogged) = self.unreleased.is_news(Instant::now(), f.why)
+                    {
+                        tracing::warn!(
+                            offer = %f.offer, why = f.why.as_str(), unlogged,
+                            "offer ended without a release; its blocks are freed"
+                        );
                     }
                     self.metrics.freed(f.why);
                     self.freed.lock().push_back(f);
@@ -604,6 +613,7 @@ mod tests {
             name: "m".into(),
             dtype: "bfloat16".into(),
             scales: String::new(),
+            weights: String::new(),
             attention: "HND".into(),
             block_tokens: 16,
         };

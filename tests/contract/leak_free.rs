@@ -79,6 +79,57 @@ fn an_offer_released_without_a_pull_comes_back_at_once() {
 }
 
 #[test]
+fn an_offer_that_is_held_outlives_its_lease_and_is_loaded() {
+    let (unclaimed, claimed) = (Duration::from_millis(1500), Duration::from_millis(2500));
+    let spec =
+        Spec { unclaimed_ms: unclaimed.as_millis() as u64, claimed_ms: claimed.as_millis() as u64, ..Spec::default() };
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, Config::default());
+    let (pulled, refused) = (producer.offer(&[1, 2]), producer.offer(&[3]));
+    consumer.hold(&pulled).unwrap();
+    consumer.hold(&refused).unwrap();
+    // The request waits in the engine's queue for longer than either lease.
+    let freed = |h: &Heard| matches!(h, Heard::Freed { .. });
+    assert!(producer.silent_for(unclaimed + claimed, freed), "a held offer expired");
+    consumer.pull(pull_all(&pulled, LaneKind::Tcp, SOON)).unwrap();
+    let ended = ended(&consumer);
+    assert!(ended.outcome.complete(), "{:?}", ended.outcome);
+    assert_eq!(producer.freed(pulled.id).0, "Released");
+    consumer.release(&refused).unwrap();
+    assert_eq!(producer.freed(refused.id).0, "Released");
+    assert_eq!(producer.count(), (0, 0, 1), "no claim is left");
+}
+
+#[test]
+fn an_offer_held_by_a_consumer_that_shuts_down_is_released() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let consumer = consumer(&spec, Config::default());
+    let offer = producer.offer_all();
+    consumer.hold(&offer).unwrap();
+    let until = Instant::now() + SOON;
+    while producer.count().1 == 0 {
+        assert!(Instant::now() < until, "the consumer did not claim the offer");
+    }
+    drop(consumer);
+    assert_eq!(producer.freed(offer.id).0, "Released");
+}
+
+#[test]
+fn what_a_mismatched_consumer_refuses_is_freed_long_before_its_lease_ends() {
+    let spec = Spec::default();
+    let mut producer = Producer::start(&spec);
+    let other = consumer(&Spec { dtype: "bfloat16".into(), ..spec.clone() }, Config::default());
+    let offer = producer.offer_all();
+    other.pull(pull_all(&offer, LaneKind::Tcp, SOON)).unwrap();
+    assert_eq!(ended(&other).outcome.cause(), Some(Cause::Refused));
+    assert_eq!(producer.freed(offer.id).0, "Released");
+    let unpulled = producer.offer_all();
+    other.release(&unpulled).unwrap();
+    assert_eq!(producer.freed(unpulled.id).0, "Released");
+}
+
+#[test]
 fn a_loaded_a_cancelled_and_a_failed_pull_all_release_their_offer() {
     let spec = Spec::default();
     let mut producer = Producer::start(&spec);

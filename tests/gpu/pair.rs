@@ -23,7 +23,14 @@ pub(crate) fn layout() -> PoolLayout {
 }
 
 fn model() -> Model {
-    Model { name: "m".into(), dtype: "uint8".into(), scales: String::new(), attention: "HND".into(), block_tokens: 16 }
+    Model {
+        name: "m".into(),
+        dtype: "uint8".into(),
+        scales: String::new(),
+        weights: String::new(),
+        attention: "HND".into(),
+        block_tokens: 16,
+    }
 }
 
 /// Host memory whose pages are there.

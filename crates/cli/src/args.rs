@@ -189,6 +189,7 @@ impl ModelArgs {
             name: self.model.clone(),
             dtype: self.dtype.clone(),
             scales: String::new(),
+            weights: String::new(),
             attention: "pattern".into(),
             block_tokens: self.block_tokens,
         }

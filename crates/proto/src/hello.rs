@@ -96,6 +96,7 @@ mod tests {
             name: "m".into(),
             dtype: "float32".into(),
             scales: String::new(),
+            weights: String::new(),
             attention: "HND".into(),
             block_tokens: 16,
         }

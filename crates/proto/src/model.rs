@@ -6,12 +6,14 @@ use serde::{Deserialize, Serialize};
 /// The meaning of a block's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Model {
-    /// Model name or weights hash.
+    /// Model name.
     pub name: String,
     /// Data type of the cache, such as `bfloat16`.
     pub dtype: String,
     /// How quantisation scales are stored; empty for none.
     pub scales: String,
+    /// Fingerprint of the weights; empty: none was made. Two models of one name and shape may have other weights.
+    pub weights: String,
     /// Attention layout inside a block, such as `HND`.
     pub attention: String,
     /// Tokens in a block of the first group.
@@ -43,6 +45,7 @@ impl Model {
             ("model", &consumer.name, &producer.name),
             ("dtype", &consumer.dtype, &producer.dtype),
             ("scales", &consumer.scales, &producer.scales),
+            ("weights", &consumer.weights, &producer.weights),
             ("attention", &consumer.attention, &producer.attention),
         ];
         for (field, c, p) in text {
@@ -71,6 +74,7 @@ mod tests {
             name: "m".into(),
             dtype: "bfloat16".into(),
             scales: String::new(),
+            weights: String::new(),
             attention: "HND".into(),
             block_tokens: 16,
         };
@@ -78,6 +82,9 @@ mod tests {
         let b = Model { dtype: "fp8_e4m3".into(), ..a.clone() };
         let said = Model::matches(&a, &b).unwrap_err().to_string();
         assert!(["dtype", "bfloat16", "fp8_e4m3"].iter().all(|w| said.contains(w)), "{said}");
+        let retrained = Model { weights: "9f".into(), ..a.clone() };
+        let said = Model::matches(&a, &retrained).unwrap_err().to_string();
+        assert!(["weights", "9f"].iter().all(|w| said.contains(w)), "{said}");
         let c = Model { block_tokens: 32, ..a.clone() };
         let said = Model::matches(&a, &c).unwrap_err().to_string();
         assert!(["block_tokens", "16", "32"].iter().all(|w| said.contains(w)), "{said}");

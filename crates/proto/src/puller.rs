@@ -6,6 +6,7 @@
 
 pub mod better;
 mod event;
+mod holds;
 mod lanes;
 mod peers;
 mod pulls;
@@ -13,19 +14,23 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    Cause, Contents, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError,
+    Cause, Contents, Grant, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError,
     PoolLayout, Shard, Source,
     hello::Welcome,
     pull,
     sabotage::{Bug, planted},
 };
 
-pub use self::event::{Addr, Ended, In, LaneWish, Need, Out, Progress, PullId, Start};
 use self::{
     better::Waits,
+    holds::Holds,
     lanes::{LaneNo, Lanes},
     peers::Peers,
     pulls::{Pull, Pulls},
+};
+pub use self::{
+    event::{Addr, Ended, In, LaneWish, Need, Out, Progress, PullId, Start},
+    holds::Wait,
 };
 
 /// One source rank of a pull.
@@ -42,6 +47,7 @@ pub struct Puller<L> {
     shard: Shard,
     limit: usize,
     pulls: Pulls,
+    holds: Holds,
     peers: Peers,
     lanes: Lanes<L>,
     /// Scratch space of a turn, so that a turn allocates nothing.
@@ -59,6 +65,7 @@ impl<L: Lane> Puller<L> {
             shard,
             limit,
             pulls: Pulls::default(),
+            holds: Holds::default(),
             peers: Peers::new(waits),
             lanes: Lanes::default(),
             events: Vec::new(),
@@ -70,6 +77,11 @@ impl<L: Lane> Puller<L> {
     /// Number of pulls that have not ended.
     pub fn pulls(&self) -> usize {
         self.pulls.len()
+    }
+
+    /// Number of offers that are held for a later pull.
+    pub fn holds(&self) -> usize {
+        self.holds.len()
     }
 
     /// The frozen sets of a pull that has decided and not ended.
@@ -108,25 +120,35 @@ impl<L: Lane> Puller<L> {
     pub fn handle(&mut self, now: Instant, event: In<L>) {
         match event {
             In::Start(start) => {
-                let id = self.pulls.start(start, &mut self.out);
+                let taken = self.holds.take(&start);
+                let id = self.pulls.start(start, &taken, &mut self.out);
                 let Some(p) = self.pulls.get(id) else { return };
                 let silent: Vec<_> = p.ranks().map(|r| self.peers.is_silent(&r.addr)).collect();
                 for (source, _) in silent.into_iter().enumerate().filter(|(_, silent)| *silent) {
                     self.pulls.tell(now, id, pull::In::Silent { source, silent: true });
                 }
+                for (of, grant, contents) in holds::grants(taken, |source| PullSource { pull: id, source }) {
+                    self.granted(now, of, grant, contents);
+                }
                 self.plan(now, id);
             }
+            In::Hold(wait, limit) => {
+                let Self { holds, pulls, out, .. } = self;
+                holds.hold(now, *wait, limit, &mut || pulls.next_claim(), out);
+            }
+            In::Release(offer) => self.holds.release(&offer, &mut self.out),
             In::LocalReady(id) => self.pulls.tell(now, id, pull::In::LocalReady),
             In::Cancel(id, cause) => self.pulls.tell(now, id, pull::In::Cancel(cause)),
             In::Peer(addr, welcome) => self.met(now, addr, welcome),
             In::Granted(claim, grant, contents) => {
-                if let Some(of) = self.pulls.of_claim(claim) {
-                    self.pulls.granted(of, contents);
-                    self.pulls.tell(now, of.pull, pull::In::Granted { source: of.source, grant });
-                    self.plan(now, of.pull);
+                if !self.holds.granted(claim, grant, &contents)
+                    && let Some(of) = self.pulls.of_claim(claim)
+                {
+                    self.granted(now, of, grant, contents);
                 }
             }
             In::Lost(claim, cause) => {
+                self.holds.lost(claim);
                 if let Some(of) = self.pulls.of_claim(claim) {
                     self.pulls.tell(now, of.pull, pull::In::Lost { cause });
                 }
@@ -144,7 +166,10 @@ impl<L: Lane> Puller<L> {
                 self.lanes.retire(&addr, None);
                 self.lanes.remove_dead();
             }
-            In::Shutdown => self.pulls.tell_all(now, &pull::In::Cancel(Cause::Shutdown)),
+            In::Shutdown => {
+                self.holds.end_all(&mut self.out);
+                self.pulls.tell_all(now, &pull::In::Cancel(Cause::Shutdown));
+            }
         }
         self.settle(now);
     }
@@ -160,6 +185,7 @@ impl<L: Lane> Puller<L> {
             }
         }
         self.pulls.tick(now);
+        self.holds.tick(now, &mut self.out);
         self.settle(now);
         let mut numbers = std::mem::take(&mut self.numbers);
         numbers.extend(self.lanes.due());
@@ -180,7 +206,14 @@ impl<L: Lane> Puller<L> {
 
     /// The time of the next [`Puller::turn`] if no event comes before it.
     pub fn next_timeout(&self) -> Option<Instant> {
-        self.pulls.next_timeout()
+        [self.pulls.next_timeout(), self.holds.next_timeout()].into_iter().flatten().min()
+    }
+
+    /// A source granted a pull's claim.
+    fn granted(&mut self, now: Instant, of: PullSource, grant: Grant, contents: Arc<Contents>) {
+        self.pulls.granted(of, contents);
+        self.pulls.tell(now, of.pull, pull::In::Granted { source: of.source, grant });
+        self.plan(now, of.pull);
     }
 
     /// Plans a pull once all its peers are known and have granted their claims.

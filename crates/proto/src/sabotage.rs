@@ -49,6 +49,8 @@ pub enum Bug {
     FlushSkipped,
     /// A lane keeps the mapping of its peer's memory after it went down. Planted in the simulation's lane.
     MappedAfterDown,
+    /// A pull claims its offer anew and leaves the claims of the hold in place.
+    HoldKept,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]
@@ -59,7 +61,7 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 19] = [
+        pub const ALL: [Bug; 20] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
@@ -79,6 +81,7 @@ mod planting {
             Bug::ReadyBeforeEvent,
             Bug::FlushSkipped,
             Bug::MappedAfterDown,
+            Bug::HoldKept,
         ];
     }
 

@@ -87,6 +87,8 @@ pub enum Out {
     Open(u64),
     /// Send on the open stream.
     Send(ClientFrame),
+    /// Release an offer without a session, on behalf of all readers: the peer is of another model and opens none.
+    ReleaseAlone(Incarnation, Release),
     /// Drop the stream and the connection.
     HangUp,
     /// The peer is this process now. Everything cached of another incarnation is void.
@@ -264,7 +266,13 @@ impl PeerSession {
             // The peer is there and refuses this consumer: asking again soon changes nothing.
             error => {
                 self.claims.lose(error.cause(), &mut self.out, |c| c.dials < dials);
-                self.claims.drop_releases_before(dials);
+                // What this engine refuses must not fill the peer's memory until its leases run out.
+                let alone = matches!(error, HelloError::Mismatch(_));
+                for (expect, release) in self.claims.take_releases_before(dials) {
+                    if alone {
+                        self.out.push_back(Out::ReleaseAlone(expect, release));
+                    }
+                }
             }
         }
         if self.claims.any() {
@@ -385,7 +393,7 @@ impl PeerSession {
             self.out.push_back(Out::Expired);
             self.link.close();
             self.liveness.end_silence(&mut self.out);
-            self.claims.drop_releases_before(u64::MAX);
+            drop(self.claims.take_releases_before(u64::MAX));
             self.expired = true;
         }
     }

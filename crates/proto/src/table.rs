@@ -45,6 +45,8 @@ pub enum In {
     Release(Option<PeerId>, OfferId, Token),
     /// The engine takes the offer back, or the name if it never entered the offer.
     Revoke(OfferId),
+    /// The engine takes back every offer that nobody has claimed.
+    RevokeUnclaimed,
     /// No new offers.
     Drain,
 }
@@ -449,6 +451,13 @@ impl Machine for OfferTable {
                 self.release(now, from, &Release { claim: None, offer, token, reader: Reader::ONLY, all: true });
             }
             In::Revoke(id) => self.revoke(now, id),
+            In::RevokeUnclaimed => {
+                let unclaimed: Vec<_> =
+                    self.live.iter().filter(|(_, e)| e.claims().len() == 0).map(|(id, _)| *id).collect();
+                for id in unclaimed {
+                    self.end(now, id, Gone::Revoked);
+                }
+            }
             In::Drain => {
                 if !std::mem::replace(&mut self.draining, true) {
                     self.out.push_back(Out::Broadcast(ServerFrame { ack: 0, body: Some(ServerBody::Draining) }));

@@ -129,6 +129,7 @@ pub fn identity(model: &Llama) -> Model {
         name: model.config.name.clone(),
         dtype: "float16".into(),
         scales: String::new(),
+        weights: String::new(),
         attention: "HND".into(),
         block_tokens: BLOCK as u32,
     }

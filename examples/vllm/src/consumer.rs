@@ -57,6 +57,12 @@ impl Consumer {
         Ok(())
     }
 
+    /// Claims an offer (JSON) whose pull starts later, until its pull or its release.
+    fn hold(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+        let inner = self.inner.get()?;
+        py.detach(|| inner.hold(&offer(json)?).map_err(value_error))
+    }
+
     /// Releases an offer (JSON) without a pull.
     fn release(&self, py: Python<'_>, json: &str) -> PyResult<()> {
         let inner = self.inner.get()?;
@@ -77,6 +83,16 @@ impl Consumer {
     /// Number of pulls whose blocks are withheld until this process restarts.
     fn wedged(&self) -> PyResult<usize> {
         Ok(self.inner.get()?.wedged())
+    }
+
+    /// The numbers of those pulls.
+    fn wedged_pulls(&self) -> PyResult<Vec<u64>> {
+        Ok(self.inner.get()?.wedged_pulls().into_iter().map(|id| id.0).collect())
+    }
+
+    /// Whether it accepts pulls: not after the death of its data thread.
+    fn is_alive(&self) -> PyResult<bool> {
+        Ok(self.inner.get()?.is_alive())
     }
 
     /// Number of peers with an open session.
@@ -103,6 +119,8 @@ impl Consumer {
 pub struct Ended {
     /// The number that `pull` returned.
     pull: u64,
+    /// The engine that made the offer.
+    peer: String,
     /// Positions that did not arrive, with the local blocks meant for them: `(group, position, block)`.
     invalid: Vec<(u16, u32, u32)>,
     /// Number of blocks that arrived.
@@ -135,6 +153,7 @@ impl From<InnerEnded> for Ended {
         let invalid = e.blocks.invalid.iter().zip(positions).map(|(b, p)| (b.group.0, p, b.id.0)).collect();
         Self {
             pull: e.pull.0,
+            peer: e.offer.engine.to_string(),
             invalid,
             loaded: o.loaded(),
             bytes: o.bytes,

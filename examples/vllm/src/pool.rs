@@ -51,7 +51,7 @@ pub struct Identity {
 #[pymethods]
 impl Identity {
     #[new]
-    #[pyo3(signature = (*, engine, rank, tp, pp, heads, layers, model, dtype, scales, attention, block_tokens))]
+    #[pyo3(signature = (*, engine, rank, tp, pp, heads, layers, model, dtype, scales, weights, attention, block_tokens))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         engine: &str,
@@ -63,6 +63,7 @@ impl Identity {
         model: String,
         dtype: String,
         scales: String,
+        weights: String,
         attention: String,
         block_tokens: u32,
     ) -> PyResult<Self> {
@@ -74,7 +75,7 @@ impl Identity {
             engine: engine.parse().map_err(value_error)?,
             rank: Rank(rank),
             shard: Shard { tp_rank, tp_size, pp_rank, pp_size, first_head, heads, first_layer, layers },
-            model: Model { name: model, dtype, scales, attention, block_tokens },
+            model: Model { name: model, dtype, scales, weights, attention, block_tokens },
         })
     }
 }

@@ -94,6 +94,20 @@ impl Producer {
         Ok(())
     }
 
+    /// Makes no new offers.
+    fn drain(&self, py: Python<'_>) -> PyResult<()> {
+        let inner = self.inner.get()?;
+        py.detach(|| inner.drain());
+        Ok(())
+    }
+
+    /// Revokes every offer that nobody has claimed.
+    fn revoke_unclaimed(&self, py: Python<'_>) -> PyResult<()> {
+        let inner = self.inner.get()?;
+        py.detach(|| inner.revoke_unclaimed());
+        Ok(())
+    }
+
     /// Returns the offers whose blocks became free since the last call, as `(id, why)`. `why` is `released`, `expired`,
     /// `revoked`, `hard_cap`, …
     fn poll_freed(&self, py: Python<'_>) -> PyResult<Vec<(String, &'static str)>> {

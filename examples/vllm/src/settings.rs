@@ -117,6 +117,23 @@ impl Settings {
         config.check().map_err(value_error)?;
         Ok(Self { config, lanes })
     }
+
+    /// The allowed lanes, best first, each with the reason why it cannot work on this host, if there is one.
+    fn lanes(&self, py: Python<'_>) -> Vec<(&'static str, Option<String>)> {
+        py.detach(|| self.lanes.iter().map(|&kind| (kind.as_str(), self.reason(kind))).collect())
+    }
+}
+
+impl Settings {
+    fn reason(&self, kind: LaneKind) -> Option<String> {
+        match kind {
+            #[cfg(feature = "verbs")]
+            LaneKind::Verbs => kvferry::verbs::check(&self.config.verbs).err().map(|e| e.to_string()),
+            #[cfg(not(feature = "verbs"))]
+            LaneKind::Verbs => Some("not in this build".into()),
+            _ => None,
+        }
+    }
 }
 
 fn lane(name: &str) -> PyResult<LaneKind> {

@@ -149,10 +149,15 @@ class Engine:
             sampling = SamplingParams(
                 **greedy, max_tokens=c.get("max_tokens", 16), ignore_eos=True, extra_args=extra, n=n
             )
+            lora = None
+            if c.get("lora"):
+                from vllm.lora.request import LoRARequest
+
+                lora = LoRARequest(**c["lora"])
             prompt: dict[str, Any] = {"prompt_token_ids": c["tokens"]}
             if c.get("salt"):
                 prompt["cache_salt"] = c["salt"]
-            self.engine.add_request(c["id"], prompt, sampling)
+            self.engine.add_request(c["id"], prompt, sampling, lora_request=lora)
         elif op == "abort":
             self.engine.abort_request([c["id"]])
             emit(event="aborted", id=c["id"])

@@ -65,13 +65,27 @@ def gpu_tensors(tensors: dict[str, torch.Tensor], address: int, gpu: int = 0) ->
 def vllm_config(role: str, layout: str, *, sleep: bool = False, **extra: Any) -> Any:
     """The parts of a `VllmConfig` that the connector reads."""
     model = SimpleNamespace(
-        model="m", use_mla=False, enable_sleep_mode=sleep, get_total_num_kv_heads=lambda: 2, get_head_size=lambda: 8
+        model="m",
+        revision=None,
+        quantization=None,
+        dtype="float32",
+        seed=0,
+        use_mla=False,
+        enable_sleep_mode=sleep,
+        get_total_num_kv_heads=lambda: 2,
+        get_head_size=lambda: 8,
     )
+    load = SimpleNamespace(load_format="dummy")
     cache = SimpleNamespace(cache_dtype="auto", get_resolved_kv_cache_layout=lambda: KVCacheLayout[layout])
     transfer = SimpleNamespace(kv_role=role, engine_id=role, kv_connector_extra_config=extra)
     parallel = SimpleNamespace(data_parallel_index=0, tensor_parallel_size=1, pipeline_parallel_size=1)
     return SimpleNamespace(
-        model_config=model, cache_config=cache, kv_transfer_config=transfer, parallel_config=parallel
+        model_config=model,
+        cache_config=cache,
+        kv_transfer_config=transfer,
+        parallel_config=parallel,
+        load_config=load,
+        speculative_config=None,
     )
 
 

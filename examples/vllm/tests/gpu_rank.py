@@ -165,6 +165,7 @@ def identity(engine: str) -> Any:
         model="m",
         dtype="int8",
         scales="",
+        weights="",
         attention="",
         block_tokens=16,
     )
@@ -271,8 +272,8 @@ def pool_is_released() -> bool:
 
 def wake() -> Any:
     here.side.wake()
-    return restarted()
+    return news()
 
 
-def restarted() -> Any:
-    return here.side.restarted()
+def news() -> Any:
+    return here.side.news()

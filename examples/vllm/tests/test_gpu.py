@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 
 from kvferry import _native
 from kvferry.vllm import worker
-from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, Offering, Restarted
+from kvferry.vllm.guard import StartFailed
+from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
 from kvferry.vllm.scheduler import SchedulerSide
 from kvferry.vllm.worker import WorkerSide
 
@@ -198,14 +200,23 @@ def side(role: str, **more: Any) -> tuple[WorkerSide, dict[str, torch.Tensor]]:
     return WorkerSide(fakes.vllm_config(role, LAYOUT, **more), CONFIG), fakes.cpu_tensors(CONFIG, LAYOUT)
 
 
-def test_without_a_usable_driver_the_engine_runs_without_kvferry(log: list[str]) -> None:
+def test_without_a_usable_driver_the_engine_does_not_start(log: list[str]) -> None:
     it, host = side("kv_both")
+    with fakes.parallel_groups(), pytest.raises(StartFailed, match="kvferry cannot start: the cache is on cuda:0: "):
+        it.register(fakes.gpu_tensors(host, 1 << 40))
+    (line,) = log
+    assert "set on_start_failure to off" in line
+
+
+def test_without_a_usable_driver_the_engine_runs_without_kvferry_if_the_operator_wants_it(log: list[str]) -> None:
+    it, host = side("kv_both", on_start_failure="off")
     with fakes.parallel_groups():
         it.register(fakes.gpu_tensors(host, 1 << 40))
     # No driver, or a real one that knows no such memory.
     (line,) = log
-    assert line.startswith("kvferry is off on this engine: the cache is on cuda:0: ")
-    assert it.handshake() == Handshake(rank=0, addr=None, incarnation=None, pulls=False)
+    assert line.startswith("kvferry is off on this engine, which prefills every prompt itself: the cache is on cuda:0: ")
+    assert it.handshake() == Handshake(rank=0, addr=None, incarnation=None, pulls=False, off="unsupported_cache")
+    assert it.stats.data["up"] == {"0": "unsupported_cache"}
     it.start(Meta([Offering("r", "0" * 32, "{}", [])], [Load("s", "{}", [GroupBlocks(0, 0, [1])])], []))
     report = it.collect(set())
     assert (report.sent, report.received, it.invalid_blocks()) == ({"r"}, {"s"}, {1})
@@ -213,12 +224,12 @@ def test_without_a_usable_driver_the_engine_runs_without_kvferry(log: list[str])
 
 def test_sleep_mode_is_refused_where_vllm_does_not_announce_it(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "SLEEP_IS_ANNOUNCED", False)
-    it, host = side("kv_both", sleep=True)
+    it, host = side("kv_both", sleep=True, on_start_failure="off")
     with fakes.parallel_groups():
         it.register(fakes.gpu_tensors(host, 1 << 40))
     assert log == [
-        "kvferry is off on this engine: sleep mode unmaps GPU memory, and this version of vLLM does not tell connectors: use "
-        "vLLM 0.33 or newer, or start without --enable-sleep-mode"
+        "kvferry is off on this engine, which prefills every prompt itself: sleep mode unmaps GPU memory, and this version of "
+        "vLLM does not tell connectors: use vLLM 0.33 or newer, or start without --enable-sleep-mode"
     ]
 
 
@@ -313,7 +324,7 @@ def test_gpu_memory_is_released_for_sleep_and_registered_at_wake_up(new: New) ->
         assert d(rank.pool_is_released)
         assert d(rank.load, load("asleep", theirs.offer, 3)) == ({"asleep"}, {3})
         restarted = d(rank.wake)
-        assert isinstance(restarted, Restarted) and d(rank.restarted) is None
+        assert isinstance(restarted, News) and d(rank.news) is None
         (handshake,) = restarted.handshakes
         assert handshake.pulls and handshake.incarnation not in (None, own.incarnation)
         assert d(rank.count, "registrations") == registrations
@@ -338,7 +349,7 @@ def test_sleep_and_wake_up_are_idempotent_and_leave_host_memory_alone() -> None:
             it.sleep()
         for _ in range(2):
             it.wake()
-        assert it.handshake() == before and it.restarted() is None
+        assert it.handshake() == before and it.news() is None
     it.shutdown()
 
 
@@ -364,7 +375,8 @@ def test_a_rank_that_could_not_release_its_memory_does_not_start_again(log: list
         pass
     it.wake()
     assert log[-1] == "kvferry is off on this engine: it did not stop before the engine went to sleep; restart it"
-    assert it.restarted() == Restarted([Handshake(rank=0, addr=None, incarnation=None, pulls=False)])
+    gone = Handshake(rank=0, addr=None, incarnation=None, pulls=False, off="not_stopped_before_sleep")
+    assert it.news() == News([replace(gone, weights=it.handshake().weights)])
 
 
 def scheduler(ranks: int) -> SchedulerSide:
@@ -384,7 +396,7 @@ def output(restarted: Any) -> Any:
 def test_the_scheduler_names_offers_after_the_ranks_that_have_restarted() -> None:
     it = scheduler(2)
     before = it._incarnation
-    new = [Restarted([Handshake(r, f"h:{r + 10}", f"{r + 11:016x}", True)]) for r in range(2)]
+    new = [News([Handshake(r, f"h:{r + 10}", f"{r + 11:016x}", True)]) for r in range(2)]
     it.output(output(new[1].aggregate(new[0])))
     assert it._ranks == [(r, f"{r + 11:016x}", f"h:{r + 10}") for r in range(2)]
     assert it._incarnation not in (None, before)
@@ -395,7 +407,7 @@ def test_the_scheduler_names_offers_after_the_ranks_that_have_restarted() -> Non
 
 def test_the_scheduler_neither_offers_nor_loads_without_a_rank_that_did_not_restart() -> None:
     it = scheduler(2)
-    it.output(output(Restarted([Handshake(1, None, None, False)])))
+    it.output(output(News([Handshake(1, None, None, False)])))
     assert (it._ranks, it._incarnation, it._pulls_here) == ([], None, False)
-    it.output(output(Restarted([Handshake(1, "h:1", "00000000000000ff", True)])))
+    it.output(output(News([Handshake(1, "h:1", "00000000000000ff", True)])))
     assert it._pulls_here and it._incarnation is not None

@@ -91,7 +91,7 @@ def identity(layout: str, role: str, tp: int = 1, pp: int = 1) -> Side:
     tensors = fakes.cpu_tensors(config, layout)
     cache = pool.describe(tensors, config, layout)
     with fakes.parallel_groups(tp, pp):
-        me = pool.identity(fakes.vllm_config(role, layout), tensors, cache, None)
+        me = pool.identity(fakes.vllm_config(role, layout), tensors, cache, None, "")
     return me, _native.Pool(cache.segments, cache.groups, list(tensors.values())), tensors
 
 

@@ -28,9 +28,9 @@ def byte_tokenizer():
     )
 
 
-def tiny(out: Path, window: bool = False) -> None:
+def tiny(out: Path, window: bool = False, seed: int = 7) -> None:
     """A small model with random weights, large enough that greedy text depends on every earlier token. `window`: half of
-    the layers use a sliding window, so that the engine has two cache groups."""
+    the layers use a sliding window, so that the engine has two cache groups. Another `seed` gives other weights."""
     import torch
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
@@ -50,7 +50,7 @@ def tiny(out: Path, window: bool = False) -> None:
         tie_word_embeddings=False,
         initializer_range=0.2,
     )
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     if window:
         layers = ["sliding_attention", "full_attention"] * 2
         config = Gemma3TextConfig(**sizes, sliding_window=128, layer_types=layers, query_pre_attn_scalar=64)
@@ -60,6 +60,36 @@ def tiny(out: Path, window: bool = False) -> None:
     model = AutoModelForCausalLM.from_config(config).to(torch.float32)
     tokenizer.save_pretrained(out)
     model.save_pretrained(out, safe_serialization=True)
+
+
+def adapter(out: Path, seed: int) -> None:
+    """A LoRA adapter of the tiny model with random weights, large enough to change its answers."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    rank, hidden = 8, 256
+    shapes = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 32,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(shapes),
+    }
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    dice = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(4):
+        for name, width in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden, generator=dice)
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(width, rank, generator=dice)
+    save_file(weights, out / "adapter_model.safetensors")
 
 
 def smollm2(out: Path) -> None:
@@ -84,7 +114,12 @@ def smollm2(out: Path) -> None:
     model.save_pretrained(out, safe_serialization=True)
 
 
-MAKERS = {"tiny": tiny, "tiny-window": lambda out: tiny(out, window=True), "smollm2": smollm2}
+MAKERS = {
+    "tiny": tiny,
+    "tiny-retrained": lambda out: tiny(out, seed=8),
+    "tiny-window": lambda out: tiny(out, window=True),
+    "smollm2": smollm2,
+}
 
 
 def make(kind: str, out: Path) -> Path:

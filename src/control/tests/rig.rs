@@ -45,6 +45,7 @@ pub(super) fn model() -> Model {
         name: "m".into(),
         dtype: "bfloat16".into(),
         scales: String::new(),
+        weights: String::new(),
         attention: "HND".into(),
         block_tokens: 16,
     }

@@ -38,13 +38,16 @@ fn peers() -> impl Strategy<Value = PeerId> {
 }
 
 fn models() -> impl Strategy<Value = Model> {
-    (text(), text(), text(), text(), 1u32..).prop_map(|(name, dtype, scales, attention, block_tokens)| Model {
-        name,
-        dtype,
-        scales,
-        attention,
-        block_tokens,
-    })
+    (text(), text(), text(), text(), text(), 1u32..).prop_map(
+        |(name, dtype, scales, weights, attention, block_tokens)| Model {
+            name,
+            dtype,
+            scales,
+            weights,
+            attention,
+            block_tokens,
+        },
+    )
 }
 
 fn shards() -> impl Strategy<Value = Shard> {

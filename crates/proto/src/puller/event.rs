@@ -5,9 +5,10 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
+use super::Wait;
 use crate::{
     BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome,
     Reader, Release, hello::Welcome, pull::Retry, session::Want,
@@ -72,6 +73,11 @@ impl Progress {
 pub enum In<L> {
     /// The engine starts a pull.
     Start(Box<Start>),
+    /// The engine is going to pull this offer: it is claimed now, for the given time at most. [`In::Start`] takes the claims
+    /// over.
+    Hold(Box<Wait>, Duration),
+    /// The engine will not pull this offer: it is released on behalf of all readers, held or not.
+    Release(Arc<Offer>),
     /// Earlier work on a pull's destination blocks is done.
     LocalReady(PullId),
     /// The engine cancels a pull.

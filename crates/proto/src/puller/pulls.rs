@@ -9,9 +9,9 @@ use std::{
     time::Instant,
 };
 
-use super::{Out, PullId, PullSource, Start};
+use super::{Out, PullId, PullSource, Start, holds::Claimed};
 use crate::{
-    ClaimId, Contents, Machine, OfferRank, Release,
+    ClaimId, Contents, Machine, Offer, OfferRank, Reader, Release,
     pull::{self, PullTracker},
     session::Want,
 };
@@ -40,6 +40,21 @@ impl Pull {
 
     pub(super) fn rank(&self, source: usize) -> &OfferRank {
         &self.start.offer.ranks[self.start.sources[source]]
+    }
+}
+
+/// A claim of an offer at the rank with this index in it.
+pub(super) fn want(claim: ClaimId, offer: &Offer, at: usize, reader: Reader) -> Want {
+    let rank = &offer.ranks[at];
+    Want {
+        claim,
+        offer: offer.id,
+        token: offer.token,
+        number: offer.number,
+        engine: offer.engine.clone(),
+        rank: rank.rank,
+        expect: rank.incarnation,
+        reader,
     }
 }
 
@@ -86,7 +101,13 @@ impl Pulls {
     }
 
     /// Adds a pull and claims its offer at each source.
-    pub(super) fn start(&mut self, mut start: Box<Start>, out: &mut VecDeque<Out>) -> PullId {
+    /// Claims that a hold has made come in `taken`, by source.
+    pub(super) fn start(
+        &mut self,
+        mut start: Box<Start>,
+        taken: &HashMap<usize, Claimed>,
+        out: &mut VecDeque<Out>,
+    ) -> PullId {
         let id = start.id;
         let sources = start.sources.len();
         let wanted = std::mem::take(&mut start.wanted);
@@ -94,26 +115,25 @@ impl Pulls {
         let mut pull =
             Pull { tracker, start, claims: Vec::with_capacity(sources), granted: vec![None; sources], timer: None };
         for source in 0..sources {
-            self.last_claim += 1;
-            let claim = ClaimId(self.last_claim);
+            let held = taken.get(&source).map(|c| c.claim);
+            let claim = held.unwrap_or_else(|| self.next_claim());
             self.by_claim.insert(claim, PullSource { pull: id, source });
             pull.claims.push(claim);
-            let (offer, rank) = (&pull.start.offer, pull.rank(source));
-            let want = Want {
-                claim,
-                offer: offer.id,
-                token: offer.token,
-                number: offer.number,
-                engine: offer.engine.clone(),
-                rank: rank.rank,
-                expect: rank.incarnation,
-                reader: pull.start.reader,
-            };
-            out.push_back(Out::Claim(rank.addr.as_str().into(), want));
+            if held.is_none() {
+                let at = pull.start.sources[source];
+                let want = want(claim, &pull.start.offer, at, pull.start.reader);
+                out.push_back(Out::Claim(pull.rank(source).addr.as_str().into(), want));
+            }
         }
         self.by_id.insert(id, pull);
         self.touched.insert(id);
         id
+    }
+
+    /// A claim's id that was never used.
+    pub(super) fn next_claim(&mut self) -> ClaimId {
+        self.last_claim += 1;
+        ClaimId(self.last_claim)
     }
 
     /// Notes what a source granted. The first grant counts: while an offer lives, its contents stay as they are.

@@ -184,9 +184,12 @@ impl Claims {
         self.unacked.remove(&seq);
     }
 
-    /// Drops the releases that were queued before this number of dials.
-    pub(super) fn drop_releases_before(&mut self, dials: u64) {
-        self.unacked.retain(|_, u| u.dials >= dials);
+    /// Removes the releases that were queued before this number of dials.
+    pub(super) fn take_releases_before(&mut self, dials: u64) -> Vec<(Incarnation, Release)> {
+        let (taken, kept): (BTreeMap<_, _>, _) =
+            std::mem::take(&mut self.unacked).into_iter().partition(|(_, u)| u.dials < dials);
+        self.unacked = kept;
+        taken.into_values().map(|u| (u.expect, u.release)).collect()
     }
 
     /// Whether a claim was made after the last dial began.

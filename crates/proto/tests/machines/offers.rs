@@ -514,6 +514,19 @@ fn a_draining_producer_takes_no_offers_and_grants_what_it_has() {
     b.granted(&peer("a", 1), 1, 1);
 }
 
+#[test]
+fn only_offers_that_nobody_claimed_are_revoked_together() {
+    let mut b = Table::new(Limits::default());
+    b.offer(1);
+    b.offer(2);
+    b.granted(&peer("a", 1), 1, 1);
+    b.outs();
+    b.tell(In::RevokeUnclaimed);
+    let freed: Vec<_> = b.outs().into_iter().filter(|o| matches!(o, Out::Freed(_))).collect();
+    assert_eq!(freed, [Out::Freed(Freed { offer: id(2), why: Gone::Revoked })]);
+    assert_eq!((b.table.live(), b.table.claims()), (1, 1));
+}
+
 fn unknown(claim: u64) -> ServerBody {
     gone(claim, Gone::Unknown)
 }

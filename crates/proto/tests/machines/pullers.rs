@@ -9,12 +9,13 @@ use std::{
 };
 
 use kvferry_proto::{
-    Attempt, BlockId, Cause, ChunkSize, Contents, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps, LaneEvent,
-    LaneKind, LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank, Read, Reader,
-    Shard,
+    Attempt, BlockId, Cause, ChunkSize, ClaimId, Contents, FenceKind, Grant, GroupId, Incarnation, Lane, LaneCaps,
+    LaneEvent, LaneKind, LocalBlocks, Model, Nonce, Offer, OfferGroup, OfferId, OfferRank, PeerId, PoolLayout, Rank,
+    Read, Reader, Shard, Token,
     hello::Welcome,
     pull::Retry,
-    puller::{In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
+    puller::{In, Need, Out, Progress, PullId, Puller, Start, Wait, better::Waits},
+    session::Want,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -100,6 +101,7 @@ impl Rig {
                 name: "m".into(),
                 dtype: "uint8".into(),
                 scales: String::new(),
+                weights: String::new(),
                 attention: "HND".into(),
                 block_tokens: 16,
             },
@@ -119,6 +121,41 @@ impl Rig {
 
     /// A granted pull of four blocks. Returns the kinds that it wants connected.
     fn pull(&mut self) -> Option<Vec<LaneKind>> {
+        let (start, contents) = self.start();
+        self.puller.handle(self.now, In::Start(start));
+        let want = self.claimed();
+        self.grant(want.claim, contents);
+        self.wish()
+    }
+
+    /// The claim that is made next.
+    fn claimed(&mut self) -> Want {
+        let Some(Out::Claim(_, want)) = self.puller.poll() else { panic!("it claims first") };
+        want
+    }
+
+    fn grant(&mut self, claim: ClaimId, contents: Arc<Contents>) {
+        let grant = Grant { slot: 0, nonce: Nonce::from_wire(7).unwrap() };
+        self.puller.handle(self.now, In::Granted(claim, grant, contents));
+    }
+
+    /// Holds the offer of a pull for up to a minute. Returns its claim.
+    fn hold(&mut self, start: &Start) -> ClaimId {
+        let wait = Wait { offer: start.offer.clone(), sources: vec![0], reader: start.reader };
+        self.puller.handle(self.now, In::Hold(Box::new(wait), 60 * SECOND));
+        let want = self.claimed();
+        assert_eq!((want.offer, want.token), (start.offer.id, start.offer.token));
+        want.claim
+    }
+
+    /// The claim and the reach of the release that is made next.
+    fn released(&mut self) -> (Option<ClaimId>, bool) {
+        let Some(Out::Release(_, _, release)) = self.puller.poll() else { panic!("it releases") };
+        (release.claim, release.all)
+    }
+
+    /// A pull of four blocks that has not started, and what its offer contains.
+    fn start(&mut self) -> (Box<Start>, Arc<Contents>) {
         self.pulls += 1;
         let blocks: Vec<_> = (0..4).map(|b| Some(BlockId(b))).collect();
         let offer = Offer::new(
@@ -144,11 +181,7 @@ impl Rig {
             local_ready: true,
             progress: Arc::<Progress>::default(),
         };
-        self.puller.handle(self.now, In::Start(Box::new(start)));
-        let Some(Out::Claim(_, want)) = self.puller.poll() else { panic!("it claims first") };
-        let grant = Grant { slot: 0, nonce: Nonce::from_wire(7).unwrap() };
-        self.puller.handle(self.now, In::Granted(want.claim, grant, contents));
-        self.wish()
+        (Box::new(start), contents)
     }
 
     /// The kinds of the next wish.
@@ -317,4 +350,83 @@ fn silence_of_a_peer_reaches_its_running_pulls_and_those_that_start_meanwhile() 
     rig.pull();
     rig.puller.turn(rig.now + 20 * SECOND);
     assert_eq!(rig.puller.pulls(), 1);
+}
+
+#[test]
+fn a_pull_takes_over_the_claim_and_the_grant_of_its_hold() {
+    let mut rig = Rig::new();
+    let (start, contents) = rig.start();
+    let claim = rig.hold(&start);
+    rig.grant(claim, contents);
+    rig.puller.handle(rig.now, In::Start(start));
+    assert_eq!(rig.wish().unwrap(), BOTH, "it is granted already: no second claim");
+    assert_eq!(rig.puller.holds(), 0);
+    rig.puller.handle(rig.now, In::Cancel(PullId(1), Cause::Cancelled));
+    assert_eq!(rig.released(), (Some(claim), false), "the claim ends with the pull");
+}
+
+#[test]
+fn a_pull_waits_for_the_grant_of_a_hold_that_has_none_yet() {
+    let mut rig = Rig::new();
+    let (start, contents) = rig.start();
+    let claim = rig.hold(&start);
+    rig.puller.handle(rig.now, In::Start(start));
+    assert!(rig.puller.poll().is_none());
+    rig.grant(claim, contents);
+    assert_eq!(rig.wish().unwrap(), BOTH);
+}
+
+#[test]
+fn a_pull_claims_again_after_its_hold_was_lost() {
+    let mut rig = Rig::new();
+    let (start, contents) = rig.start();
+    let lost = rig.hold(&start);
+    rig.puller.handle(rig.now, In::Lost(lost, Cause::PeerDown));
+    assert_eq!(rig.puller.holds(), 0);
+    rig.puller.handle(rig.now, In::Start(start));
+    let want = rig.claimed();
+    assert_ne!(want.claim, lost);
+    rig.grant(want.claim, contents);
+    assert_eq!(rig.wish().unwrap(), BOTH);
+}
+
+#[test]
+fn a_name_with_another_token_leaves_the_hold_alone() {
+    let mut rig = Rig::new();
+    let (start, contents) = rig.start();
+    let claim = rig.hold(&start);
+    let mut forged = Offer::clone(&start.offer);
+    forged.token = Token::from_bytes([9; 16]);
+    rig.puller.handle(rig.now, In::Release(Arc::new(forged.clone())));
+    assert_eq!(rig.released(), (None, true), "the producer refuses this one");
+    let wrong = Wait { offer: Arc::new(forged), sources: vec![0], reader: Reader::ONLY };
+    rig.puller.handle(rig.now, In::Hold(Box::new(wrong), 60 * SECOND));
+    assert_ne!(rig.claimed().claim, claim, "a hold of its own, which the producer refuses");
+    rig.grant(claim, contents);
+    rig.puller.handle(rig.now, In::Start(start));
+    assert_eq!(rig.wish().unwrap(), BOTH, "the right pull has the right hold");
+}
+
+#[test]
+fn a_hold_ends_with_its_release_its_time_or_the_shutdown() {
+    let mut rig = Rig::new();
+    let (start, _) = rig.start();
+    let claim = rig.hold(&start);
+    rig.puller.handle(rig.now, In::Release(start.offer.clone()));
+    assert_eq!(rig.released(), (Some(claim), true));
+
+    let (start, _) = rig.start();
+    let claim = rig.hold(&start);
+    rig.now += 59 * SECOND;
+    rig.puller.turn(rig.now);
+    assert!(rig.puller.poll().is_none());
+    assert_eq!(rig.puller.next_timeout(), Some(rig.now + SECOND));
+    rig.now += SECOND;
+    rig.puller.turn(rig.now);
+    assert_eq!(rig.released(), (Some(claim), false));
+
+    let (start, _) = rig.start();
+    let claim = rig.hold(&start);
+    rig.puller.handle(rig.now, In::Shutdown);
+    assert_eq!((rig.released(), rig.puller.holds()), ((Some(claim), false), 0));
 }

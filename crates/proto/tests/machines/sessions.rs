@@ -6,8 +6,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, ClientBody, ClientFrame, Gone, Grant, HelloError, Incarnation, Machine, Nonce, OfferId, PeerId,
-    Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
+    Cause, ClaimId, ClientBody, ClientFrame, Gone, Grant, HelloError, Incarnation, Machine, Mismatch, Nonce, OfferId,
+    PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     session::{Health, In, Out, PeerSession, Want},
 };
 
@@ -385,6 +385,24 @@ fn releases_are_resent_until_they_are_acknowledged() {
     s.ack(first[0].0);
     assert_eq!(s.machine.unacked(), 0);
     assert_eq!(releases(&s.wait_answered(Duration::from_secs(5))), []);
+}
+
+#[test]
+fn what_a_mismatched_pair_claimed_is_released_without_a_session() {
+    let mut s = Session::new();
+    s.claim(1, 2);
+    assert_eq!(s.outs(), [Out::Dial]);
+    let mismatch =
+        || HelloError::Mismatch(Mismatch { field: "weights".into(), consumer: "a".into(), producer: "b".into() });
+    s.tell(In::DialFailed(mismatch()));
+    assert_eq!(losses(s.outs()), [lost(1, Cause::Refused)]);
+    s.release(1, 2);
+    s.wait(Duration::from_secs(1));
+    s.tell(In::DialFailed(mismatch()));
+    let outs = s.outs();
+    let alone = |o: &Out| matches!(o, Out::ReleaseAlone(expect, r) if *expect == incarnation(2) && r.offer == id(1));
+    assert_eq!(outs.iter().filter(|o| alone(o)).count(), 1, "{outs:?}");
+    assert_eq!(s.machine.unacked(), 0);
 }
 
 #[test]

@@ -207,8 +207,15 @@ impl World {
             self.broken(Promise::LeakFree, format!("process {q} frees {id} ({why:?}) {wrong}: {lease:?}"));
         }
         // A live consumer's lease does not run out. An expiry excuses a loss only if frames were lost.
+        // A hold's claim may have run out while the storm's last faults still kept its session down.
+        let held = || self.consumers.iter().filter_map(|c| c.process.as_ref()).any(|p| p.holds(&self.requests, id));
         let explains = match why {
-            Gone::Expired => !lease.claimed_ever || !self.weather.sure_network() || !self.all_awake(),
+            Gone::Expired => {
+                !lease.claimed_ever
+                    || !self.weather.sure_network()
+                    || !self.all_awake()
+                    || (self.unsure.is_some() && held())
+            }
             Gone::Released => false,
             _ => true,
         };
@@ -242,6 +249,7 @@ impl World {
         let cap = self.weather.lease.hard_cap.as_micros() as Micros;
         for c in 0..self.consumers.len() {
             self.check_deadlines(c);
+            self.check_holds(c);
         }
         let mut late = None;
         let mut live = 0;
@@ -274,6 +282,18 @@ impl World {
         }
         if self.calm.is_some() && self.healing == 0 {
             self.check_end(live);
+        }
+    }
+
+    /// Whether a hold outlived the start of its pull.
+    fn check_holds(&mut self, c: usize) {
+        let Some(process) = &self.consumers[c].process else { return };
+        let (holds, waiting) = (process.puller.holds(), process.waiting.len());
+        if holds > waiting {
+            self.broken(
+                Promise::LeakFree,
+                format!("consumer {c} holds {holds} offers, and {waiting} wait for their pulls"),
+            );
         }
     }
 

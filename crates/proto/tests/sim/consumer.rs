@@ -3,13 +3,13 @@
 mod drive;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
 use kvferry_proto::{
-    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, Lane, LaneKind, LocalBlocks, Offer, PeerId, Rank, Reader,
-    Release, Shard, Token,
+    Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, Lane, LaneKind, LocalBlocks, Offer, OfferId, PeerId,
+    Rank, Reader, Release, Shard, Token,
     hello::Welcome,
     puller::{self, PullId, Puller, Start},
     quarantine::Quarantine,
@@ -20,6 +20,7 @@ use kvferry_proto::{
 use crate::{
     fabric::Fabric,
     memory::{Layout, LocalMem, Part},
+    producer::Request,
     trace::{Micros, Promise},
     world::{Event, World, say},
 };
@@ -49,6 +50,10 @@ pub(crate) struct Process {
     free: Vec<Vec<u32>>,
     pub pulls: BTreeMap<u64, Pull>,
     next_pull: u64,
+    /// Requests whose offers were held before their pulls.
+    pub held: BTreeSet<usize>,
+    /// Those that still wait for their pulls.
+    pub waiting: BTreeSet<usize>,
     drive_sessions: VecDeque<puller::Out>,
     drive_puller: VecDeque<puller::In<Box<dyn Lane>>>,
     sessions_due: bool,
@@ -115,6 +120,13 @@ impl Process {
 impl Consumer {
     pub(crate) fn session(&mut self, p: usize) -> Option<&mut Session> {
         self.process.as_mut()?.sessions.get_mut(&p)
+    }
+}
+
+impl Process {
+    /// Whether it has ever held this offer.
+    pub(crate) fn holds(&self, requests: &[Request], id: OfferId) -> bool {
+        self.held.iter().any(|&r| requests[r].offer.id == id)
     }
 }
 
@@ -197,6 +209,8 @@ impl World {
             free: shape.groups.iter().map(|_| (0..64).rev().collect()).collect(),
             pulls: BTreeMap::new(),
             next_pull: 1,
+            held: BTreeSet::new(),
+            waiting: BTreeSet::new(),
             drive_sessions: VecDeque::new(),
             drive_puller: VecDeque::new(),
             sessions_due: false,
@@ -239,6 +253,9 @@ impl World {
         for p in process.pulls.values_mut() {
             p.excused.get_or_insert("its consumer shut down");
         }
+        for &r in &process.held {
+            self.requests[r].excused.get_or_insert("a consumer that held it shut down");
+        }
         process.puller.handle(now, puller::In::Shutdown);
         self.drain_puller(c);
         let all: Vec<usize> =
@@ -271,12 +288,19 @@ impl World {
         if process.closing {
             return;
         }
+        // A name with another token leaves the hold alone.
+        if mangled != Some("token") {
+            process.waiting.remove(&r);
+        }
         if mangled.is_some_and(|what| what != "token") {
             self.requests[r].excused.get_or_insert("a changed name of it was used");
         }
         if !pull {
             if mangled.is_none() {
                 self.requests[r].excused.get_or_insert("it was released without a pull");
+            }
+            if process.held.contains(&r) {
+                return self.puller(c, puller::In::Release(offer));
             }
             for rank in &offer.ranks {
                 let release = Release {
@@ -290,6 +314,25 @@ impl World {
                 process.drive_sessions.push_back(out);
             }
             return self.schedule_sessions(c);
+        }
+        let sources: Vec<usize> = (0..offer.ranks.len())
+            .filter(|&k| self.procs[self.requests[r].ranks[k].proc].id.rank == offer.ranks[k].rank)
+            .filter(|&k| {
+                let p = self.procs[self.requests[r].ranks[k].proc].producer;
+                self.producers[p].shard.common_heads(&shard).is_some()
+            })
+            .collect();
+        if !heal && mangled.is_none() && self.rng.chance(games.hold) && process.held.insert(r) {
+            process.waiting.insert(r);
+            say!(self, "consumer {c}: holds {}", offer.id);
+            let limit = self.weather.lease.hard_cap;
+            self.puller(c, puller::In::Hold(Box::new(puller::Wait { offer, sources, reader }), limit));
+            let most = 4 * self.weather.lease.unclaimed.as_micros() as Micros;
+            let t = self.now + self.rng.below(most);
+            if t >= self.now + limit.as_micros() as Micros {
+                self.requests[r].excused.get_or_insert("it waits longer than offers are held");
+            }
+            return self.at(t, Event::Handover { r, c, pull: true });
         }
         let mut wanted = Vec::new();
         for (g, o) in self.requests[r].contents.groups.iter().enumerate() {
@@ -310,13 +353,6 @@ impl World {
         if self.rng.chance(200) {
             wanted.reverse();
         }
-        let sources: Vec<usize> = (0..offer.ranks.len())
-            .filter(|&k| self.procs[self.requests[r].ranks[k].proc].id.rank == offer.ranks[k].rank)
-            .filter(|&k| {
-                let p = self.procs[self.requests[r].ranks[k].proc].producer;
-                self.producers[p].shard.common_heads(&shard).is_some()
-            })
-            .collect();
         let id = process.next_pull;
         process.next_pull += 1;
         let blocks: Vec<Block> = wanted.iter().flat_map(LocalBlocks::wanted_blocks).collect();

@@ -92,6 +92,8 @@ pub(crate) struct Games {
     pub unpulled: u64,
     pub short_deadline: u64,
     pub late_local: u64,
+    /// A request waits in the decode engine's queue: its offer is held first.
+    pub hold: u64,
     /// The producer's steps stall between one and the next.
     pub stall: u64,
 }
@@ -256,6 +258,7 @@ impl Weather {
             w.games.short_deadline = some!(500);
             w.games.late_local = some!(300);
             w.games.stall = some!(600);
+            w.games.hold = some!(400);
         }
         if games && rng.chance(150) {
             w.lease.hard_cap = micros(rng.between(10, 100) * MS);

@@ -184,6 +184,7 @@ impl World {
             name: "m".into(),
             dtype: "u64".into(),
             scales: String::new(),
+            weights: String::new(),
             attention: "HND".into(),
             block_tokens: shape.groups[0].tokens,
         };

@@ -10,7 +10,14 @@ pub const SOON: Duration = Duration::from_secs(20);
 
 /// The model of all tests: blocks of 16 tokens, whose bytes have no meaning.
 pub fn model(name: &str, dtype: &str) -> Model {
-    Model { name: name.into(), dtype: dtype.into(), scales: String::new(), attention: "HND".into(), block_tokens: 16 }
+    Model {
+        name: name.into(),
+        dtype: dtype.into(),
+        scales: String::new(),
+        weights: String::new(),
+        attention: "HND".into(),
+        block_tokens: 16,
+    }
 }
 
 /// Environment variables that make tests of the TCP lane use verbs instead: the rails of the consumers and of the

@@ -38,6 +38,7 @@ fn driver(r: Rig) -> (Driver, Vec<Arc<Mutex<Control>>>, Grant, Incarnation, impl
             name: "m".into(),
             dtype: "uint8".into(),
             scales: String::new(),
+            weights: String::new(),
             attention: "HND".into(),
             block_tokens: 16,
         },

@@ -161,6 +161,12 @@ impl World {
                     }
                 }
                 session::Out::HangUp => self.hang_up(c, p),
+                session::Out::ReleaseAlone(..) => {
+                    self.broken(
+                        Promise::Sound,
+                        format!("consumer {c} releases beside a session with a peer of its model"),
+                    );
+                }
                 session::Out::Peer(peer) => {
                     let Some((_, welcome)) = self.consumers[c].session(p).and_then(|s| s.welcome.clone()) else {
                         self.broken(Promise::Sound, format!("consumer {c} knows {peer:?}, which never answered"));

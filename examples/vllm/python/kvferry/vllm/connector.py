@@ -1,4 +1,4 @@
-"""The connector that vLLM loads. It translates vLLM's calls and raises no exception.
+"""The connector that vLLM loads. It translates vLLM's calls and raises no exception, unless it cannot start.
 
 Loads are asynchronous. A method that fails returns a neutral value (no tokens matched, no blocks kept, nothing ended), so
 that the engine prefills the prompt itself.
@@ -18,16 +18,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvferry.vllm import pool
-from kvferry.vllm.guard import ENDING, logger, never_raises
+from kvferry.vllm.guard import ENDING, StartFailed, logger, never_raises
 from kvferry.vllm.messages import Meta
 from kvferry.vllm.scheduler import SchedulerSide
 from kvferry.vllm.stats import KvFerryPromMetrics, KvFerryStats
-from kvferry.vllm.worker import Report, WorkerSide
+from kvferry.vllm.worker import Report, WorkerSide, start_failed
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -51,14 +51,21 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._orphans: set[str] = set()
         self._unsent: set[str] = set()
+        # The metrics of a side that could not start.
+        self._failed = KvFerryStats()
         self._begin(vllm_config, role, kv_cache_config)
 
-    @never_raises(lambda: None)
     def _begin(self, config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
-        if role == KVConnectorRole.SCHEDULER:
-            self._side = SchedulerSide(config, kv_cache_config)
-        else:
-            self._worker = WorkerSide(config, kv_cache_config)
+        try:
+            if role == KVConnectorRole.SCHEDULER:
+                self._side = SchedulerSide(config, kv_cache_config)
+            else:
+                self._worker = WorkerSide(config, kv_cache_config)
+        except (StartFailed, *ENDING):
+            raise
+        except BaseException as e:
+            start_failed(config, e)
+            self._failed.up(role.name.lower(), "start_failed")
 
     # ---- class methods ------------------------------------------------------------------------------------------------
 
@@ -108,6 +115,24 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         if self._side is not None:
             self._side.ranks(metadata)
 
+    def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
+        """Receives the scheduler's cache manager. See `SchedulerSide.kept_tokens`."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        side, remove = self._side, getattr(kv_cache_manager, "remove_skipped_blocks", None)
+        if side is None or remove is None or not side.windows:
+            return
+
+        def removing(request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
+            remove(request_id, side.kept_tokens(request_id, processed_computed_tokens), *args, **kwargs)
+
+        kv_cache_manager.remove_skipped_blocks = removing  # type: ignore[method-assign]
+
+    @never_raises(lambda: None)
+    def on_new_request(self, request: "Request") -> None:
+        """The scheduler has heard of a request."""
+        if self._side is not None:
+            self._side.arrived(request)
+
     @never_raises(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """The number of prompt tokens that can be loaded, and whether the load is asynchronous."""
@@ -131,7 +156,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     @never_raises(Meta)
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         """The offers, loads and releases that the workers start in this step."""
-        return self._side.meta() if self._side is not None else Meta()
+        return self._side.meta(scheduler_output.total_num_scheduled_tokens) if self._side is not None else Meta()
 
     @never_raises(lambda: None)
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -227,12 +252,12 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> "KVConnectorStats | None":
         """The metrics since the last step, of the worker or the scheduler side."""
         side = self._worker or self._side
-        return side.stats.take() if side is not None else None
+        return (side.stats if side is not None else self._failed).take()
 
     @never_raises(lambda: None)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """This rank's new handshake, once after a restart."""
-        return self._worker.restarted() if self._worker is not None else None
+        """This rank's new state, once after a change."""
+        return self._worker.news() if self._worker is not None else None
 
     # ---- sleep and end ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Keeps exceptions away from vLLM: an exception in a worker's method kills the whole server."""
+"""Keeps exceptions away from vLLM: an exception in a worker's method kills the whole server. Only an error at the start may, if
+the operator wants that."""
 
 import functools
 from collections.abc import Callable
@@ -15,6 +16,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 ENDING = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
+class StartFailed(RuntimeError):
+    """kvferry cannot start, and the operator wants the engine to stop then."""
+
+
 def never_raises(otherwise: Callable[[], Any]) -> Callable[[F], F]:
     """Makes a method log its exceptions and return `otherwise()` instead.
 
@@ -26,7 +31,7 @@ def never_raises(otherwise: Callable[[], Any]) -> Callable[[F], F]:
         def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
-            except ENDING:
+            except (StartFailed, *ENDING):
                 raise
             except BaseException:
                 logger.exception("kvferry: %s failed; the engine continues without its result", method.__name__)

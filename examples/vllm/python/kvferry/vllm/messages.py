@@ -47,6 +47,10 @@ class Meta(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     # Names of offers (JSON) to release without a pull.
     releases: list[str] = field(default_factory=list, repr=False)
+    # Names of offers (JSON) to claim now; their pulls start later.
+    holds: list[str] = field(default_factory=list, repr=False)
+    # Whether the engine stops: no new offers, and those that nobody has claimed end.
+    stopping: bool = False
 
 
 @dataclass
@@ -59,15 +63,22 @@ class Handshake(KVConnectorHandshakeMetadata):
     incarnation: str | None
     # Whether the rank can pull.
     pulls: bool
+    # Fingerprint of its model's weights.
+    weights: str = ""
+    # Why the rank does not work; empty: it does.
+    off: str = ""
 
 
 @dataclass
-class Restarted(KVConnectorWorkerMetadata):
-    """The new handshakes of ranks that have restarted, for the scheduler side."""
+class News(KVConnectorWorkerMetadata):
+    """The new state of ranks, for the scheduler side."""
 
+    # Of ranks that have restarted, or do not work any more.
     handshakes: list[Handshake]
+    # Requests whose loads will never be reported, since their lane is wedged.
+    wedged: list[str] = field(default_factory=list)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Restarted":
-        """Both ranks' handshakes."""
-        assert isinstance(other, Restarted)
-        return Restarted(self.handshakes + other.handshakes)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "News":
+        """Both ranks' news."""
+        assert isinstance(other, News)
+        return News(self.handshakes + other.handshakes, self.wedged + other.wedged)

@@ -38,6 +38,8 @@ class Options:
     chunk_max: int | None = None
     tcp_connections: int | None = None
     on_wedge: str | None = None
+    # After an error at the start: `exit` stops the engine; `off` lets it prefill every prompt itself.
+    on_start_failure: str = "exit"
     # Faults to inject: `throttle=20M,down@64M`.
     fault: str | None = None
     # The model's name, equal on both sides; by default vLLM's `--model`.
@@ -93,6 +95,8 @@ class Options:
         for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience"):
             if values.get(name) is not None:
                 values[name] = float(values[name])
+        if values.get("on_start_failure", "exit") not in ("exit", "off"):
+            raise ValueError(f"unknown on_start_failure {values['on_start_failure']!r}: use exit or off")
         return cls(**values)
 
     def keys(self) -> list[bytes]:

@@ -17,13 +17,21 @@ from kvferry import _native
 
 # The key of kvferry's part. Routers pass on unknown keys.
 KEY = "kvferry"
-# The fingerprint of the prompt's tokens in a name. The consumer compares it with the producer's own, so a client that changes
-# it gets nothing loaded.
-PROMPT = "prompt"
+# The keys of a name's fingerprints: of the prompt's tokens, of the weights, and of the LoRA adapter. The consumer compares them
+# with the producer's own, so a client that changes one gets nothing loaded.
+PROMPT, WEIGHTS, ADAPTER = "prompt", "weights", "adapter"
 
 
 class BadParams(ValueError):
     """Params that this connector cannot use."""
+
+
+class Refused(BadParams):
+    """An offer that this engine must not load. `what`: the part that does not fit."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(why)
+        self.what = what
 
 
 def fingerprint(tokens: Sequence[int], *more: str) -> str:
@@ -47,8 +55,10 @@ class Remote:
     offer: str = field(repr=False)
     # Number of prompt tokens in its blocks.
     tokens: int
-    # Fingerprint of those tokens. `None`: the producer has no token ids (a prompt of embeddings).
-    prompt: str | None
+    # What its KV was computed from. Without `PROMPT`, the producer has no token ids (a prompt of embeddings).
+    fingerprints: dict[str, str]
+    # The engine that made it.
+    engine: str
 
 
 def wants_decode(params: dict[str, Any] | None) -> bool:
@@ -69,7 +79,7 @@ def response(
     ranks: list[tuple[int, str, str]],
     incarnation: str,
     tokens: int,
-    prompt: str | None,
+    fingerprints: dict[str, str],
     tp_size: int,
     seal_keys: list[bytes],
     number: int = 0,
@@ -81,7 +91,7 @@ def response(
         ranks=ranks,
         tokens=tokens,
         request=request[:256],
-        fingerprints={PROMPT: prompt} if prompt is not None else {},
+        fingerprints=fingerprints,
         seal_keys=seal_keys,
         number=number,
     )
@@ -113,5 +123,10 @@ def remote(params: dict[str, Any], seal_keys: list[bytes]) -> Remote:
         _native.check_offer(text, seal_keys)
     except (TypeError, ValueError, RecursionError) as e:
         raise BadParams(f"the kvferry offer is unusable: {e}") from e
-    prompt = offer.get("fingerprints", {}).get(PROMPT)
-    return Remote(offer_id=offer["id"], offer=text, tokens=offer["tokens"], prompt=prompt)
+    return Remote(
+        offer_id=offer["id"],
+        offer=text,
+        tokens=offer["tokens"],
+        fingerprints=dict(offer.get("fingerprints", {})),
+        engine=str(offer["engine"]),
+    )

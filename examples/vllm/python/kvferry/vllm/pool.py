@@ -31,7 +31,15 @@ Group = tuple[int, str, int, int, list[Region]]
 
 
 class Unsupported(ValueError):
-    """A cache that kvferry cannot transfer."""
+    """A cache that kvferry cannot transfer. `reason`: the value of the gauge `kvferry_up`'s label."""
+
+    reason = "unsupported_cache"
+
+
+class UnsupportedKind(Unsupported):
+    """A kind of cache that kvferry does not transfer, whatever the settings."""
+
+    reason = "unsupported_cache_kind"
 
 
 def transfer_groups(config: KVCacheConfig) -> tuple[int, ...]:
@@ -51,7 +59,7 @@ def group_kind(spec: KVCacheSpec) -> str:
         return "sliding_window"
     if isinstance(spec, FullAttentionSpec):
         return "full"
-    raise Unsupported(
+    raise UnsupportedKind(
         f"{type(spec).__name__} caches are not supported (full and sliding window attention are): "
         "the decode engine prefills this model's prompts"
     )
@@ -196,7 +204,7 @@ def layout_name(config: "VllmConfig") -> str:
 
 
 def identity(
-    config: "VllmConfig", kv_caches: dict[str, torch.Tensor], cache: Cache, model_id: str | None
+    config: "VllmConfig", kv_caches: dict[str, torch.Tensor], cache: Cache, model_id: str | None, weights: str
 ) -> _native.Identity:
     """The identity of a rank. Peers with another meaning of the KV bytes refuse each other."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -228,6 +236,7 @@ def identity(
         model=model_id or str(model.model),
         dtype=f"{tensor.dtype}".removeprefix("torch."),
         scales="" if cache_dtype == "auto" else cache_dtype,
+        weights=weights,
         attention=" ".join(attention),
         block_tokens=groups[0][2],
     )

@@ -5,6 +5,7 @@ A prompt that cannot be loaded is prefilled here.
 """
 
 import itertools
+import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvferry import _native
+from kvferry.vllm import core, pool
 from kvferry.vllm import params as kv_params
-from kvferry.vllm import pool
 from kvferry.vllm.guard import logger
-from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, Offering, Restarted
+from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
 from kvferry.vllm.options import Options
+from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
+from kvferry.vllm.weights import Unknown
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 REMEMBERED = 1 << 16
 # The block id that means "no block".
 NULL_BLOCK = 0
+# Offers of one engine that are refused for the same cause before an ERROR line tells the operator.
+MISMATCHES = 3
 # Only prefills with these statuses are offered.
 OFFERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
@@ -54,16 +59,20 @@ class Todo:
     offerings: list[Offering] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
+    holds: list[str] = field(default_factory=list)
+
+    def any(self) -> bool:
+        """Whether there is a message."""
+        return bool(self.offerings or self.loads or self.releases or self.holds)
 
 
 def _fingerprint(request: "Request", tokens: int) -> str | None:
     """The fingerprint of the first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
     if request.prompt_token_ids is None:
         return None
-    lora = getattr(request.lora_request, "lora_name", None)
     # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
     seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
-    return kv_params.fingerprint(request.prompt_token_ids[:tokens], *([lora] if lora else []), *seen)
+    return kv_params.fingerprint(request.prompt_token_ids[:tokens], *seen)
 
 
 class SchedulerSide:
@@ -83,9 +92,16 @@ class SchedulerSide:
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         parallel = config.parallel_config
         self._world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        self._windows = any(pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec) for g in self._group_ids)
+        self.windows = any(pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec) for g in self._group_ids)
         self._ranks: list[tuple[int, str, str]] = []
         self._seal_keys = Options.of(config).keys()
+        self._core = core.Core(core.find())
+        self._weights = ""
+        # Why nothing is transferred; empty: transfers work.
+        self._off = ""
+        self._repeats = Repeats()
+        # Refused offers, by engine and cause.
+        self._refusals: dict[tuple[str, str], int] = {}
         self._incarnation: str | None = None
         self._todo = Todo()
         # Names are numbered as they are minted, and the workers enter them in this order. From the clock in milliseconds, so
@@ -96,6 +112,10 @@ class SchedulerSide:
         self._local: dict[str, int] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
+        # What the weights were when each request for a remote decode arrived, and the number of its prompt tokens.
+        self._prefills: dict[str, tuple[dict[str, str] | None, int]] = {}
+        # The gauges of this side and of the ranks are sent with a step. One is made after the start.
+        self._unsent_gauges = False
         self.stats = KvFerryStats()
 
     # ---- the handshake ------------------------------------------------------------------------------------------------
@@ -113,9 +133,18 @@ class SchedulerSide:
 
     def _shake_hands(self, new: list[Handshake]) -> None:
         """Uses new handshakes in place of earlier ones of the same ranks."""
+        self._unsent_gauges = True
         self._handshakes |= {h.rank: h for h in new}
         ours = [self._handshakes[rank] for rank in sorted(self._handshakes)]
         self._ranks, self._incarnation, self._pulls_here = [], None, self._may_pull
+        self._weights = next((h.weights for h in ours), "")
+        self._off = next((h.off for h in ours if h.off), "")
+        self.stats.up("scheduler", self._off)
+        if self._off:
+            # The rank's own line says more.
+            logger.warning("kvferry: nothing is transferred (%s): all prompts are prefilled here", self._off)
+            self._pulls_here = False
+            return
         if self._pulls_here and not all(h.pulls for h in ours):
             logger.error("kvferry: some ranks cannot pull, so all prompts are prefilled here; see the errors above")
             self._pulls_here = False
@@ -132,6 +161,36 @@ class SchedulerSide:
         self._incarnation = _native.engine_incarnation([str(h.incarnation) for h in ours])
         logger.info("kvferry: engine %s offers, incarnation %s, %d ranks", self._engine, self._incarnation, len(ours))
 
+    # ---- arrival ------------------------------------------------------------------------------------------------------
+
+    def arrived(self, request: "Request") -> None:
+        """The engine has heard of a request, which may wait in its queue for long. An offer is claimed now, so that its lease
+        does not run out meanwhile."""
+        params = request.kv_transfer_params
+        if kv_params.wants_decode(params):
+            try:
+                weights = self._what_weights(request)
+            except Unknown as e:
+                self._repeats.log(logger.warning, "unknown", f"kvferry: request {request.request_id} is not offered: {e}")
+                weights = None
+            self._prefills[request.request_id] = (weights, request.num_prompt_tokens)
+        elif kv_params.wants_prefill(params) and (remote := self._remote(request)) is not None:
+            self._todo.holds.append(remote.offer)
+
+    def _what_weights(self, request: "Request") -> dict[str, str]:
+        """The fingerprints of the weights that a request's KV is computed from. Raises `Unknown`."""
+        updates = self._core.updates
+        weights = {kv_params.WEIGHTS: f"{self._weights}+{updates}" if updates else self._weights}
+        if request.lora_request is not None:
+            weights[kv_params.ADAPTER] = self._core.adapters.fingerprint(request.lora_request)
+        return weights
+
+    def kept_tokens(self, request_id: str, processed: int) -> int:
+        """The engine frees the blocks that no token after the first `processed` ones attends to. The decode side computes a
+        prompt's last token itself, and its window starts one token earlier than the next token's: that block stays."""
+        prefill = self._prefills.get(request_id)
+        return processed if prefill is None else min(processed, max(prefill[1] - 1, 0))
+
     # ---- the decode side ----------------------------------------------------------------------------------------------
 
     def matched(self, request: "Request", computed: int) -> tuple[int, bool]:
@@ -144,9 +203,9 @@ class SchedulerSide:
             return 0, False
         self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
-        if tokens == request.num_prompt_tokens and self._windows:
-            # The last token is computed here, and its window starts one token earlier than the next token's. Both sides would
-            # leave out the block of that earlier token. Without the last token in the load, the block is requested.
+        if tokens == request.num_prompt_tokens and self.windows:
+            # The last token is computed here, and its window starts one token earlier than the next token's (see
+            # `kept_tokens`). Without the last token in the load, the engine wants the block of that earlier token.
             return (tokens - 1 - computed, True) if tokens - 1 > computed else (0, False)
         more = tokens - computed
         # The engine computes a prompt's last token itself, to sample from it. A load of that token alone is useless.
@@ -156,30 +215,81 @@ class SchedulerSide:
 
     def _remote(self, request: "Request") -> kv_params.Remote | None:
         """The request's offer, parsed once. An unusable offer is refused once, and the prompt is prefilled here."""
-        known = self._remotes.get(request.request_id)
-        if known is not None:
-            return known
-        params = request.kv_transfer_params
+        params, known = request.kv_transfer_params, self._remotes.get(request.request_id)
         assert params is not None
+        remote = known
         try:
-            remote = kv_params.remote(params, self._seal_keys)
-            tokens = request.prompt_token_ids
+            if remote is None:
+                remote = kv_params.remote(params, self._seal_keys)
+                self._check_prompt(request, remote)
             if not self._pulls_here:
-                raise kv_params.BadParams("this engine does not pull (kv_role, or see the errors above)")
+                raise kv_params.Refused("off", f"this engine does not pull ({self._off or 'see kv_role'})")
             if remote.offer_id in self._used:
                 raise kv_params.BadParams("another request of this engine has used its offer")
-            if remote.prompt is not None and tokens is not None:
-                if len(tokens) < remote.tokens or _fingerprint(request, remote.tokens) != remote.prompt:
-                    raise kv_params.BadParams("its offer belongs to another prompt")
-            elif tokens is not None:
-                raise kv_params.BadParams("its offer has no prompt fingerprint")
+            self._check_weights(request, remote)
         except kv_params.BadParams as e:
-            logger.warning("kvferry: request %s is prefilled here: %s", request.request_id, e)
             params["do_remote_prefill"] = False
-            self.stats.refused()
+            self._remotes.pop(request.request_id, None)
+            self._local.pop(request.request_id, None)
+            self._refuse(request, remote, e)
             return None
         self._remotes[request.request_id] = remote
         return remote
+
+    def _check_prompt(self, request: "Request", remote: kv_params.Remote) -> None:
+        tokens, prompt = request.prompt_token_ids, remote.fingerprints.get(kv_params.PROMPT)
+        if tokens is None:
+            return
+        if prompt is None:
+            raise kv_params.Refused("prompt", "its offer has no prompt fingerprint")
+        if len(tokens) < remote.tokens or _fingerprint(request, remote.tokens) != prompt:
+            raise kv_params.Refused("prompt", "its offer belongs to another prompt")
+
+    def _check_weights(self, request: "Request", remote: kv_params.Remote) -> None:
+        try:
+            here = self._what_weights(request)
+        except Unknown as e:
+            raise kv_params.Refused(kv_params.ADAPTER, str(e)) from e
+        there = remote.fingerprints
+        if there.get(kv_params.WEIGHTS) != here[kv_params.WEIGHTS]:
+            raise kv_params.Refused(
+                "weights",
+                f"its KV was computed with other weights ({there.get(kv_params.WEIGHTS)} there, "
+                f"{here[kv_params.WEIGHTS]} here); start both engines with the same weights",
+            )
+        if there.get(kv_params.ADAPTER) != here.get(kv_params.ADAPTER):
+            raise kv_params.Refused(
+                "adapter", "its KV was computed with another LoRA adapter, or with other weights of it, or without one"
+            )
+
+    def _refuse(self, request: "Request", remote: kv_params.Remote | None, error: kv_params.BadParams) -> None:
+        """Counts and logs a refused offer, and releases it, so that it does not fill the prefill engine's memory."""
+        self.stats.refused()
+        line = f"kvferry: request {request.request_id} is prefilled here: {error}"
+        if remote is None or not isinstance(error, kv_params.Refused):
+            # Quoted input of a client would make each line a kind of its own.
+            kind = re.split(r"[\"'`0-9]", str(error), maxsplit=1)[0]
+            return self._repeats.log(logger.warning, kind, line)
+        engine, what = remote.engine, error.what
+        self.stats.mismatch(what)
+        self._repeats.log(logger.warning, (engine, what), f"{line} (from engine {engine})")
+        if remote.offer_id not in self._used:
+            self._use(remote)
+            self._todo.releases.append(remote.offer)
+        if what not in (kv_params.WEIGHTS, kv_params.ADAPTER):
+            # Clients and routers cause the others one by one.
+            return
+        if len(self._refusals) >= REMEMBERED:
+            self._refusals.clear()
+        refused = self._refusals[engine, what] = self._refusals.get((engine, what), 0) + 1
+        if refused == MISMATCHES:
+            logger.error(
+                "kvferry: the last %d offers of engine %s were refused (%s): each of their prompts is prefilled twice until "
+                "both engines run with the same weights",
+                refused,
+                engine,
+                what,
+            )
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
         """The engine has allocated the request's blocks. If `external` is positive, the request waits from now on until its
@@ -198,6 +308,8 @@ class SchedulerSide:
             groups = self._wanted(blocks, first, first + external)
             self._remotes.pop(request_id)
             self._use(remote)
+            for what in (kv_params.WEIGHTS, kv_params.ADAPTER):
+                self._refusals.pop((remote.engine, what), None)
             self._waiting[request_id] = self._wait(groups, first, first + external)
             self._todo.loads.append(Load(request_id, remote.offer, groups))
         elif remote is not None:
@@ -249,8 +361,12 @@ class SchedulerSide:
 
     def output(self, output: "KVConnectorOutput") -> None:
         """Receives the workers' reports before the engine acts on them. Tokens are counted here, once for all ranks."""
-        if isinstance(restarted := getattr(output, "kv_connector_worker_meta", None), Restarted):
-            self._shake_hands(restarted.handshakes)
+        if isinstance(news := getattr(output, "kv_connector_worker_meta", None), News):
+            if news.handshakes:
+                self._shake_hands(news.handshakes)
+            if wedged := [r for r in news.wedged if self._waiting.pop(r, None) is not None]:
+                logger.error("kvferry: %s end with an error: their loads will never be quiet", ", ".join(wedged))
+                self._core.fail(wedged)
         for waiting in self._waiting.values() if output.invalid_block_ids else ():
             bad = [waiting.blocks[b] for b in output.invalid_block_ids if b in waiting.blocks]
             if bad:
@@ -272,6 +388,7 @@ class SchedulerSide:
         self._waiting.pop(request_id, None)
         remote = self._remotes.pop(request_id, None)
         self._local.pop(request_id, None)
+        prefill = self._prefills.pop(request_id, None)
         if kv_params.wants_prefill(params):
             assert params is not None
             self._release(remote, params)
@@ -281,7 +398,29 @@ class SchedulerSide:
             return False, None
         if request.status.name not in OFFERED:
             return False, None
-        return self._offer(request, blocks)
+        if self._core.stopping():
+            # The decode engine prefills it again. Otherwise the offer would hold this process back.
+            return False, None
+        weights = self._offered_weights(request, prefill[0] if prefill is not None else None)
+        return self._offer(request, blocks, weights) if weights is not None else (False, None)
+
+    def _offered_weights(self, request: "Request", before: dict[str, str] | None) -> dict[str, str] | None:
+        """The fingerprints of the weights that a finished prefill was computed from; `None`: it is not known which."""
+        try:
+            now = self._what_weights(request)
+        except Unknown as e:
+            why = str(e)
+        else:
+            lora = request.lora_request
+            stale = self._core.stale or (lora is not None and self._core.adapters.is_stale(lora))
+            if now != before:
+                why = "weights were replaced while it was computed"
+            elif stale and request.num_cached_tokens > 0:
+                why = "it begins with blocks of the prefix cache, which may be of weights that were replaced; reset the cache"
+            else:
+                return now
+        self._repeats.log(logger.warning, "weights", f"kvferry: request {request.request_id} is not offered: {why}")
+        return None
 
     def _release(self, remote: kv_params.Remote | None, params: dict[str, Any]) -> None:
         """The request ended before its admission: releases its offer, so that its blocks are free before the lease ends."""
@@ -294,12 +433,15 @@ class SchedulerSide:
             self._use(remote)
             self._todo.releases.append(remote.offer)
 
-    def _offer(self, request: "Request", blocks: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
+    def _offer(
+        self, request: "Request", blocks: tuple[list[int], ...], weights: dict[str, str]
+    ) -> tuple[bool, dict[str, Any] | None]:
         if self._incarnation is None:
-            logger.warning(
-                "kvferry: request %s asks for a remote decode, but this engine does not offer (see kv_role, or the errors "
-                "above); the decode engine will prefill it again",
-                request.request_id,
+            self._repeats.log(
+                logger.warning,
+                "no offers",
+                f"kvferry: request {request.request_id} asks for a remote decode, but this engine does not offer (see kv_role, "
+                "or the errors above); the decode engine will prefill it again",
             )
             return False, None
         tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
@@ -310,6 +452,8 @@ class SchedulerSide:
             if len(ids) != count:
                 raise RuntimeError(f"group {gid} has {len(ids)} blocks for {count} positions")
             groups.append(GroupBlocks(gid, 0, [None if b == NULL_BLOCK else b for b in ids]))
+        prompt = _fingerprint(request, tokens)
+        fingerprints = weights | ({kv_params.PROMPT: prompt} if prompt is not None else {})
         offer_id, offer, response = kv_params.response(
             engine=self._engine,
             request=request.request_id,
@@ -317,7 +461,7 @@ class SchedulerSide:
             ranks=self._ranks,
             incarnation=self._incarnation,
             tokens=tokens,
-            prompt=_fingerprint(request, tokens),
+            fingerprints=fingerprints,
             tp_size=self._tp_size,
             seal_keys=self._seal_keys,
             number=next(self._numbers),
@@ -327,11 +471,15 @@ class SchedulerSide:
 
     # ---- the step -----------------------------------------------------------------------------------------------------
 
-    def meta(self) -> Meta:
-        """The offers, loads and releases that the workers start in this step."""
+    def meta(self, scheduled: int) -> Meta:
+        """The offers, loads and releases that the workers start in this step, which computes `scheduled` tokens."""
+        stopping = self._core.stopping()
+        if not scheduled and not self._todo.any() and not self._unsent_gauges and not stopping:
+            self._core.wait()
+        self._unsent_gauges = False
         todo, self._todo = self._todo, Todo()
-        return Meta(todo.offerings, todo.loads, todo.releases)
+        return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping)
 
     def pending(self) -> bool:
         """Whether a message waits for a step; there may be no request that causes one."""
-        return bool(self._todo.releases or self._todo.offerings)
+        return bool(self._todo.releases or self._todo.offerings or self._unsent_gauges)

@@ -10,6 +10,8 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from kvferry.vllm import health
+
 # From 100 us (one small block inside a host) to 30 s (a long prompt over a slow link).
 SECONDS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
@@ -24,7 +26,8 @@ COUNTERS: dict[str, tuple[str, str, str | None]] = {
     "tokens_salvaged": ("tokens_salvaged", "Prompt tokens taken from incomplete loads.", None),
     "tokens_recomputed": ("tokens_recomputed", "Prompt tokens that loads did not deliver.", None),
     "offers": ("offers_ended", "Offers whose blocks are free again, by reason.", "why"),
-    "refused": ("params_refused", "Requests with unusable kv_transfer_params.", None),
+    "refused": ("params_refused", "Requests whose kv_transfer_params were refused.", None),
+    "mismatches": ("mismatches", "Offers that did not fit the request or this engine, by the part that differs.", "what"),
 }
 
 # Gauges, summed over the ranks that report them.
@@ -40,7 +43,7 @@ GAUGES: tuple[tuple[str, str], ...] = (
 def empty() -> dict[str, Any]:
     """A container without observations: plain numbers, lists and dicts, so that it can be sent."""
     data: dict[str, Any] = {key: {} if label else 0 for key, (_, _, label) in COUNTERS.items()}
-    return data | {"seconds": [], "gauges": {}}
+    return data | {"seconds": [], "gauges": {}, "up": {}}
 
 
 @dataclass
@@ -74,7 +77,8 @@ class KvFerryStats(KVConnectorStats):
                 mine[key] += more[key]
         mine["seconds"] = [*mine["seconds"], *more["seconds"]]
         # By rank: a later value replaces an earlier one.
-        mine["gauges"] = {**mine["gauges"], **more["gauges"]}
+        for key in ("gauges", "up"):
+            mine[key] = {**mine[key], **more[key]}
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -130,8 +134,16 @@ class KvFerryStats(KVConnectorStats):
         self._add("offers", why)
 
     def refused(self) -> None:
-        """Counts a request with unusable params."""
+        """Counts a request whose params were refused."""
         self.data["refused"] += 1
+
+    def mismatch(self, what: str) -> None:
+        """Counts an offer that does not fit: its prompt, its weights, …"""
+        self._add("mismatches", what)
+
+    def up(self, part: str, off: str) -> None:
+        """Sets whether a part works, the scheduler side or a rank. `off`: why not; empty: it works."""
+        self.data["up"][part] = off
 
     def gauges(self, rank: int, values: tuple[int, ...]) -> None:
         """Sets a rank's gauges, in the order of `GAUGES`."""
@@ -159,6 +171,15 @@ class KvFerryPromMetrics(KVConnectorPromMetrics):
         }
         # The last gauges of each engine's ranks. A rank reports its gauges when they change.
         self._known: dict[int, dict[str, list[int]]] = {}
+        # Why the parts of each engine do not work, and the reason that its gauge shows.
+        self._off: dict[int, dict[str, str]] = {}
+        self._shown: dict[int, str] = {}
+        self._up = self._gauge_cls(
+            name="vllm:kvferry_up",
+            documentation="1 while KV is transferred; 0, with the reason, while every prompt is prefilled where it is decoded.",
+            labelnames=[*labelnames, "reason"],
+            multiprocess_mode="mostrecent",
+        )
         self._gauges = [
             self._gauge_cls(name=f"vllm:kvferry_{name}", documentation=text, labelnames=labelnames, multiprocess_mode="mostrecent")
             for name, text in GAUGES
@@ -190,8 +211,21 @@ class KvFerryPromMetrics(KVConnectorPromMetrics):
                 counter.labels(*values).inc(data[key])
         for s in data["seconds"]:
             self._seconds.labels(*values).observe(s)
+        if data["up"]:
+            self._observe_up(engine_idx, data["up"])
         if data["gauges"]:
             known = self._known.setdefault(engine_idx, {})
             known.update(data["gauges"])
             for i, gauge in enumerate(self._gauges):
                 gauge.labels(*values).set(sum(rank[i] for rank in known.values()))
+
+    def _observe_up(self, engine_idx: int, parts: dict[str, str]) -> None:
+        known = self._off.setdefault(engine_idx, {})
+        known.update(parts)
+        reason = next((off for off in known.values() if off), "")
+        values, shown = self.per_engine_labelvalues[engine_idx], self._shown.get(engine_idx)
+        if shown is not None and shown != reason:
+            self._up.remove(*values, shown)
+        self._up.labels(*values, reason).set(0 if reason else 1)
+        self._shown[engine_idx] = reason
+        health.set_bad(engine_idx, reason if reason in health.BAD else "")

@@ -14,10 +14,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvferry import _native
-from kvferry.vllm import pool
-from kvferry.vllm.guard import ENDING, logger
-from kvferry.vllm.messages import Handshake, Load, Meta, Offering, Restarted
+from kvferry.vllm import pool, weights
+from kvferry.vllm.guard import ENDING, StartFailed, logger
+from kvferry.vllm.messages import Handshake, Load, Meta, News, Offering
 from kvferry.vllm.options import Options
+from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ CLOSE = 0.4
 CLOSE_TO_SLEEP = 5.0
 # Missing before vLLM 0.33: the engine does not tell a connector that it is going to sleep.
 SLEEP_IS_ANNOUNCED = hasattr(KVConnectorBase_V1, "unregister_kv_caches")
+
+
+def start_failed(config: "VllmConfig", error: BaseException) -> None:
+    """Handles an error at the start as the operator wants. Raises `StartFailed`, or logs."""
+    given = getattr(config.kv_transfer_config, "kv_connector_extra_config", None) or {}
+    if given.get("on_start_failure", "exit") == "off":
+        logger.error("kvferry is off on this engine, which prefills every prompt itself: %s", error)
+        return
+    line = (
+        f"kvferry cannot start: {error}. Correct this, or set on_start_failure to off in kv_connector_extra_config: the engine "
+        "then prefills every prompt itself"
+    )
+    logger.error(line)
+    raise StartFailed(line) from error
 
 
 @dataclass
@@ -69,7 +84,7 @@ class WorkerSide:
         self._asleep = False
         # Whether something may still use the memory of before a sleep: this rank must not start again.
         self._lost = False
-        self._restarted = False
+        self._changed = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
         self._offered: dict[str, str] = {}
@@ -77,12 +92,20 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self.stats = KvFerryStats()
         self._last_gauges: tuple[int, ...] = ()
-        self._logged: set[str] = set()
+        # Why this rank does not work; empty: it does.
+        self._off = ""
+        self._weights = ""
+        self._draining = False
+        # Wedged pulls that the scheduler side knows of.
+        self._told: set[int] = set()
+        self._repeats = Repeats()
 
     # ---- registration -------------------------------------------------------------------------------------------------
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Starts the producer and the consumer on the engine's memory. If that fails, every prompt is prefilled here."""
+        """Starts the producer and the consumer on the engine's memory.
+
+        Raises `StartFailed`, unless the operator wants the engine to prefill every prompt itself then."""
         self._registered = dict(kv_caches)
         if self._producer is None and self._consumer is None:
             self._start_or_say()
@@ -92,10 +115,20 @@ class WorkerSide:
             self._start(self._registered)
         except ENDING:
             raise
-        except pool.Unsupported as e:
-            logger.error("kvferry is off on this engine: %s", e)
-        except BaseException:
-            logger.exception("kvferry is off on this engine: it failed to start")
+        except pool.UnsupportedKind as e:
+            # No setting can change that.
+            self._turn_off(e.reason)
+            logger.warning("kvferry is off on this engine, which prefills every prompt itself: %s", e)
+        except BaseException as e:
+            self._turn_off(getattr(e, "reason", "start_failed"))
+            self._close(CLOSE)
+            start_failed(self._config, e)
+        else:
+            self.stats.up(str(self._rank), "")
+
+    def _turn_off(self, reason: str) -> None:
+        self._off = reason
+        self.stats.up(str(self._rank), reason)
 
     def _start(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -110,7 +143,8 @@ class WorkerSide:
             )
         memory = self._memory(cache, kv_caches)
         self._gpu = cache.device if cache.on_gpu else None
-        me = pool.identity(self._config, kv_caches, cache, options.model_id)
+        self._weights = weights.of_engine(self._config)
+        me = pool.identity(self._config, kv_caches, cache, options.model_id, self._weights)
         tp, pp = get_tp_group(), get_pp_group()
         self._rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
         if self._offers_here:
@@ -118,15 +152,16 @@ class WorkerSide:
             listen = options.listen(self._rank, tp.world_size * pp.world_size, replica)
             self._producer = _native.Producer(me, memory, settings, listen)
             self._addr = options.reached_at(self._producer.addr)
-            logger.info(
-                "kvferry: rank %d offers %s at %s, incarnation %s",
-                self._rank,
-                memory.place,
-                self._addr,
-                self._producer.incarnation,
-            )
         if self._pulls_here:
             self._consumer = _native.Consumer(me, memory, settings)
+        logger.info(
+            "kvferry: rank %d is up: lanes %s; %s; memory: %s; weights: %s",
+            self._rank,
+            ", ".join(f"{lane} ({why})" if why else lane for lane, why in settings.lanes()),
+            f"offers at {self._addr}, incarnation {self._producer.incarnation}" if self._producer else "offers nothing",
+            memory.place,
+            self._weights,
+        )
 
     def _memory(self, cache: pool.Cache, kv_caches: dict[str, torch.Tensor]) -> _native.Pool:
         try:
@@ -147,15 +182,22 @@ class WorkerSide:
             addr=self._addr if producer else None,
             incarnation=producer.incarnation if producer else None,
             pulls=self._consumer is not None,
+            weights=self._weights,
+            off=self._off,
         )
 
     # ---- the start of a step ------------------------------------------------------------------------------------------
 
     def start(self, meta: Meta) -> None:
         """Starts the scheduler side's offers, loads and releases, once."""
-        offerings, loads, releases = meta.offerings, meta.loads, meta.releases
+        offerings, loads, releases, holds = meta.offerings, meta.loads, meta.releases, meta.holds
         # In one process this may be the scheduler's own object. It is emptied, so that nothing is started twice.
-        meta.offerings, meta.loads, meta.releases = [], [], []
+        meta.offerings, meta.loads, meta.releases, meta.holds = [], [], [], []
+        if meta.stopping:
+            self._drain()
+        # Before the loads, which may be of the same offers.
+        for offer in holds:
+            self._hold(offer)
         for offering in offerings:
             self._offer(offering)
         for load in loads:
@@ -173,7 +215,7 @@ class WorkerSide:
         except ENDING:
             raise
         except BaseException as e:
-            logger.warning("kvferry: request %s is not offered: %s", offering.request, e)
+            self._repeats.log(logger.warning, "enter", f"kvferry: request {offering.request} is not offered: {e}")
             self._offered.pop(offering.offer_id, None)
             self._report.sent.add(offering.request)
             if self._producer is not None:
@@ -182,14 +224,14 @@ class WorkerSide:
 
     def _load(self, load: Load) -> None:
         try:
-            if self._consumer is None or self._asleep or load.offer is None:
-                raise RuntimeError("there is no offer, or this rank has no consumer")
+            if self._consumer is None or self._asleep or self._off or load.offer is None:
+                raise RuntimeError(f"there is no offer, or this rank does not pull {self._off}".rstrip())
             groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
             number = self._consumer.pull(load.offer, groups, self._stream())
         except ENDING:
             raise
         except BaseException as e:
-            logger.warning("kvferry: request %s is prefilled here: %s", load.request, e)
+            self._repeats.log(logger.warning, "pull", f"kvferry: request {load.request} is prefilled here: {e}")
             self._fail(load, [b for g in load.groups for b in g.blocks if b is not None])
             blocks = sum(b is not None for g in load.groups for b in g.blocks)
             self.stats.load("failed", causes={"not_started": blocks})
@@ -200,32 +242,55 @@ class WorkerSide:
         self._pulls[number] = Running(load)
         self._by_request[load.request] = number
 
+    def _hold(self, offer: str) -> None:
+        if self._consumer is None or self._asleep:
+            return
+        try:
+            self._consumer.hold(offer)
+        except ENDING:
+            raise
+        except BaseException as e:
+            # The pull reports it.
+            self._repeats.log(logger.warning, "hold", f"kvferry: an offer is not claimed before its load: {e}")
+
     def _release(self, offer: str) -> None:
-        # One call is enough: it reaches each rank of the offer.
-        if self._rank != 0 or self._consumer is None:
+        # Each rank releases: it may hold a claim of its own.
+        if self._consumer is None:
             return
         try:
             self._consumer.release(offer)
         except ENDING:
             raise
         except BaseException as e:
-            logger.warning("kvferry: an offer was not released and ends with its lease: %s", e)
+            self._repeats.log(
+                logger.warning, "release", f"kvferry: an offer was not released and ends with its lease: {e}"
+            )
+
+    def _drain(self) -> None:
+        """The engine stops: no new offers, and those that nobody has claimed end. Claimed ones end with their pulls."""
+        if self._producer is None:
+            return
+        if not self._draining:
+            self._draining = True
+            logger.info("kvferry: rank %d makes no new offers: the engine stops", self._rank)
+            self._producer.drain()
+        self._producer.revoke_unclaimed()
 
     # ---- the end of a step --------------------------------------------------------------------------------------------
 
     def collect(self, finished: set[str]) -> Report:
         """Reports the loads and offers that have ended since the last step. `finished`: requests that have ended."""
         # Each part runs even if another one fails: without its report, a request would wait indefinitely.
-        for part in (lambda: self._abort(finished), self._poll_pulls, self._poll_offers, self._gauges):
+        for part in (lambda: self._abort(finished), self._poll_pulls, self._poll_offers, self._check, self._gauges):
             try:
                 part()
             except ENDING:
                 raise
             except BaseException as e:
-                # This runs in every step: log each error once.
-                if repr(e) not in self._logged:
-                    self._logged.add(repr(e))
-                    logger.exception("kvferry: rank %d failed to collect its reports", self._rank)
+                # This runs in every step.
+                self._repeats.log(
+                    logger.exception, repr(e), f"kvferry: rank {self._rank} failed to collect its reports"
+                )
         report, self._report = self._report, Report(set(), set(), set())
         return report
 
@@ -273,12 +338,13 @@ class WorkerSide:
         else:
             self._fail(load, [block for _, _, block in ended.invalid])
             result = "partial" if ended.loaded and self._one_group else "failed"
-            logger.warning(
-                "kvferry: request %s: %d blocks arrived, %d did not (%s)",
-                load.request,
-                ended.loaded,
-                len(ended.invalid),
-                ended.cause,
+            if ended.cause == "refused":
+                self.stats.mismatch("handshake")
+            self._repeats.log(
+                logger.warning,
+                (ended.peer, ended.cause),
+                f"kvferry: request {load.request}: {ended.loaded} blocks arrived from engine {ended.peer}, "
+                f"{len(ended.invalid)} did not ({ended.cause})",
             )
         self.stats.load(
             result,
@@ -305,12 +371,35 @@ class WorkerSide:
         self._report.sent.add(request)
         self.stats.offer_ended(why)
         if why != "released":
-            logger.warning("kvferry: request %s: its offer ended before a decode engine had all of it (%s)", request, why)
+            self._repeats.log(
+                logger.warning,
+                ("offer", why),
+                f"kvferry: request {request}: its offer ended before a decode engine had all of it ({why})",
+            )
 
     def invalid_blocks(self) -> set[int]:
         """The invalid blocks of the loads that `collect` has just reported."""
         invalid, self._invalid = self._invalid, set()
         return invalid
+
+    def _check(self) -> None:
+        """After a wedge, or the death of the data thread, this rank starts no new pull: it may hang as well."""
+        if self._off or self._consumer is None:
+            return
+        if not self._consumer.is_alive():
+            self._fall("died")
+        elif self._consumer.wedged():
+            self._fall("wedged")
+
+    def _fall(self, reason: str) -> None:
+        logger.error(
+            "kvferry: rank %d loads nothing any more (%s): blocks are withheld until this engine is restarted; it prefills "
+            "every prompt itself",
+            self._rank,
+            reason,
+        )
+        self._turn_off(reason)
+        self._changed = True
 
     def _gauges(self) -> None:
         """Reports the gauges if they have changed."""
@@ -369,19 +458,34 @@ class WorkerSide:
         self._asleep = False
         if self._gpu is None:
             return
-        self._restarted = True
+        self._changed = True
         if self._lost:
             logger.error("kvferry is off on this engine: it did not stop before the engine went to sleep; restart it")
+            self._turn_off("not_stopped_before_sleep")
             self._close(CLOSE)
-        else:
+            return
+        try:
             self._start_or_say()
+        except StartFailed:
+            # The engine serves already: it goes on without kvferry, whatever the operator wants at the start.
+            pass
 
-    def restarted(self) -> Restarted | None:
-        """This rank's new handshake, once after a wake-up."""
-        if not self._restarted:
+    def news(self) -> News | None:
+        """This rank's new handshake, once after a wake-up or a failure, and the requests whose loads have wedged since the last
+        call."""
+        wedged = self._newly_wedged()
+        if not self._changed and not wedged:
             return None
-        self._restarted = False
-        return Restarted([self.handshake()])
+        handshakes = [self.handshake()] if self._changed else []
+        self._changed = False
+        return News(handshakes, wedged)
+
+    def _newly_wedged(self) -> list[str]:
+        if self._consumer is None or self._off not in ("wedged", "died"):
+            return []
+        new = [n for n in self._consumer.wedged_pulls() if n in self._pulls and n not in self._told]
+        self._told.update(new)
+        return [self._pulls[n].load.request for n in new]
 
     def shutdown(self) -> None:
         """Stops the consumer and the producer, within a second."""

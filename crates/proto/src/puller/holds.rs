@@ -1,0 +1,202 @@
+//! Claims of offers whose pulls have not started yet: the request waits in the engine's queue.
+//!
+//! A hold claims an offer at each of its source ranks, and the sessions renew the claims. The pull of the offer takes the
+//! claims over, with the grants that have come. A hold ends with its pull, its release, the loss of all its claims, the
+//! shutdown, or after a bounded time.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{Out, PullSource, Start, pulls::want};
+use crate::{
+    ClaimId, Contents, Grant, Offer, OfferId, Reader, Release,
+    sabotage::{Bug, planted},
+};
+
+/// An offer to hold.
+#[derive(Debug)]
+pub struct Wait {
+    /// The offer.
+    pub offer: Arc<Offer>,
+    /// The source ranks: indices into the offer's ranks.
+    pub sources: Vec<usize>,
+    /// This rank's place among the offer's readers.
+    pub reader: Reader,
+}
+
+/// A claim of a hold.
+#[derive(Debug)]
+pub(super) struct Claimed {
+    pub(super) claim: ClaimId,
+    pub(super) granted: Option<(Grant, Arc<Contents>)>,
+}
+
+#[derive(Debug)]
+struct Hold {
+    wait: Wait,
+    /// One for each source; `None`: it was lost.
+    claims: Vec<Option<Claimed>>,
+    /// Which hold of this consumer it is.
+    number: u64,
+}
+
+impl Hold {
+    /// The releases of its claims. `all`: on behalf of all readers.
+    fn releases(&self, all: bool) -> impl Iterator<Item = Out> + '_ {
+        let Wait { offer, sources, reader } = &self.wait;
+        sources.iter().zip(&self.claims).filter_map(move |(&at, claimed)| {
+            let rank = &offer.ranks[at];
+            let claim = Some(claimed.as_ref()?.claim);
+            let release = Release { claim, offer: offer.id, token: offer.token, reader: *reader, all };
+            Some(Out::Release(rank.addr.as_str().into(), rank.incarnation, release))
+        })
+    }
+}
+
+/// An offer and its token. A name with another token must not touch the hold of the right one.
+type Key = (OfferId, [u8; 16]);
+
+fn key(offer: &Offer) -> Key {
+    (offer.id, offer.token.to_bytes())
+}
+
+/// The holds of a consumer rank.
+#[derive(Default)]
+pub(super) struct Holds {
+    by_offer: HashMap<Key, Hold>,
+    by_claim: HashMap<ClaimId, (Key, usize)>,
+    /// When each hold ends, oldest first. A hold that ended before stays listed until then.
+    ends: VecDeque<(Instant, Key, u64)>,
+    made: u64,
+}
+
+impl Holds {
+    pub(super) fn len(&self) -> usize {
+        self.by_offer.len()
+    }
+
+    /// Claims an offer, for `limit` at most. Without effect if the offer is held already.
+    pub(super) fn hold(
+        &mut self,
+        now: Instant,
+        wait: Wait,
+        limit: Duration,
+        next_claim: &mut impl FnMut() -> ClaimId,
+        out: &mut VecDeque<Out>,
+    ) {
+        let id = key(&wait.offer);
+        if self.by_offer.contains_key(&id) {
+            return;
+        }
+        let mut claims = Vec::with_capacity(wait.sources.len());
+        for (source, &at) in wait.sources.iter().enumerate() {
+            let claim = next_claim();
+            self.by_claim.insert(claim, (id, source));
+            claims.push(Some(Claimed { claim, granted: None }));
+            out.push_back(Out::Claim(
+                wait.offer.ranks[at].addr.as_str().into(),
+                want(claim, &wait.offer, at, wait.reader),
+            ));
+        }
+        self.made += 1;
+        self.ends.push_back((now + limit, id, self.made));
+        self.by_offer.insert(id, Hold { wait, claims, number: self.made });
+    }
+
+    /// A claim was granted. `false`: it belongs to no hold.
+    pub(super) fn granted(&mut self, claim: ClaimId, grant: Grant, contents: &Arc<Contents>) -> bool {
+        let Some(&(id, source)) = self.by_claim.get(&claim) else { return false };
+        if let Some(claimed) = self.by_offer.get_mut(&id).and_then(|h| h.claims[source].as_mut()) {
+            claimed.granted = Some((grant, contents.clone()));
+        }
+        true
+    }
+
+    /// A claim was lost: the pull claims again and hears why.
+    pub(super) fn lost(&mut self, claim: ClaimId) {
+        let Some((id, source)) = self.by_claim.remove(&claim) else { return };
+        let Some(hold) = self.by_offer.get_mut(&id) else { return };
+        hold.claims[source] = None;
+        if hold.claims.iter().all(Option::is_none) {
+            self.by_offer.remove(&id);
+        }
+    }
+
+    /// The claims that a pull takes over, by source. None if its offer is not held, or for other ranks.
+    pub(super) fn take(&mut self, start: &Start) -> HashMap<usize, Claimed> {
+        let id = key(&start.offer);
+        let fits = |Wait { offer, sources, reader }: &Wait| {
+            offer.ranks == start.offer.ranks && *sources == start.sources && *reader == start.reader
+        };
+        if !self.by_offer.get(&id).is_some_and(|h| fits(&h.wait)) || planted(Bug::HoldKept) {
+            return HashMap::new();
+        }
+        let Some(hold) = self.remove(id) else { return HashMap::new() };
+        hold.claims.into_iter().enumerate().filter_map(|(source, claimed)| Some((source, claimed?))).collect()
+    }
+
+    /// Ends the hold of an offer that will not be pulled, on behalf of all readers. The other ranks of the offer hear of it
+    /// without a claim.
+    pub(super) fn release(&mut self, offer: &Offer, out: &mut VecDeque<Out>) {
+        let held = self.remove(key(offer)).filter(|h| h.wait.offer.ranks == offer.ranks);
+        for (at, rank) in offer.ranks.iter().enumerate() {
+            let source = held.as_ref().and_then(|h| h.wait.sources.iter().position(|s| *s == at).map(|s| (h, s)));
+            let (claim, reader) = match source {
+                Some((h, s)) => (h.claims[s].as_ref().map(|c| c.claim), h.wait.reader),
+                None => (None, Reader::ONLY),
+            };
+            let release = Release { claim, offer: offer.id, token: offer.token, reader, all: true };
+            out.push_back(Out::Release(rank.addr.as_str().into(), rank.incarnation, release));
+        }
+    }
+
+    /// Ends all holds.
+    pub(super) fn end_all(&mut self, out: &mut VecDeque<Out>) {
+        for hold in self.by_offer.values() {
+            out.extend(hold.releases(false));
+        }
+        *self = Self { made: self.made, ..Self::default() };
+    }
+
+    /// Ends the holds whose time is over.
+    pub(super) fn tick(&mut self, now: Instant, out: &mut VecDeque<Out>) {
+        while let Some(&(end, id, number)) = self.ends.front()
+            && end <= now
+        {
+            self.ends.pop_front();
+            if self.by_offer.get(&id).is_some_and(|h| h.number == number)
+                && let Some(hold) = self.remove(id)
+            {
+                out.extend(hold.releases(false));
+            }
+        }
+    }
+
+    pub(super) fn next_timeout(&self) -> Option<Instant> {
+        self.ends.front().map(|e| e.0)
+    }
+
+    fn remove(&mut self, id: Key) -> Option<Hold> {
+        let hold = self.by_offer.remove(&id)?;
+        for claimed in hold.claims.iter().flatten() {
+            self.by_claim.remove(&claimed.claim);
+        }
+        Some(hold)
+    }
+}
+
+/// Tells a new pull what its claims have been granted before.
+pub(super) fn grants(
+    taken: HashMap<usize, Claimed>,
+    of: impl Fn(usize) -> PullSource,
+) -> Vec<(PullSource, Grant, Arc<Contents>)> {
+    let mut grants: Vec<_> = taken
+        .into_iter()
+        .filter_map(|(source, c)| c.granted.map(|(grant, contents)| (of(source), grant, contents)))
+        .collect();
+    grants.sort_by_key(|(of, ..)| of.source);
+    grants
+}

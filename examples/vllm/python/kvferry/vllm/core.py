@@ -1,0 +1,150 @@
+"""What a connector must know of the engine core and has no hook for: whether it shuts down, whether a request has arrived, and
+whether weights or LoRA adapters were replaced.
+
+vLLM makes the scheduler's connector inside the engine core's constructor, so the core is found on the call stack. Its methods
+for weights and adapters are wrapped on that one object. In another version of vLLM a missing part turns its use off, and a line
+in the log says so.
+"""
+
+import functools
+import queue
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from kvferry.vllm.guard import ENDING, logger
+from kvferry.vllm.weights import Adapters
+
+# Longest wait in an idle step, in seconds. An offer that is freed meanwhile is noticed that late, while nothing else happens.
+IDLE_WAIT = 0.05
+
+
+def find() -> Any:
+    """The engine core whose constructor is running; `None` if there is none."""
+    try:
+        from vllm.v1.engine.core import EngineCore
+    except ImportError:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, EngineCore):
+            return candidate
+        frame = frame.f_back
+    return None
+
+
+class Core:
+    """The engine core of this process."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.adapters = Adapters()
+        # Number of times that weights were replaced in place.
+        self.updates = 0
+        # Whether the prefix cache may hold KV of earlier weights.
+        self.stale = False
+        if core is None:
+            logger.warning("kvferry: the engine core was not found, so weights that are replaced in place go unnoticed")
+            return
+        self._after("collective_rpc", self._called_workers)
+        self._after("reset_prefix_cache", self._cache_reset)
+        self._before("add_lora", lambda adapter, *_, **__: self.adapters.loading(adapter))
+        self._before("remove_lora", lambda adapter_id, *_, **__: self.adapters.removing(adapter_id))
+
+    def _wrap(self, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        method = getattr(self._core, name, None)
+        if method is None:
+            logger.warning("kvferry: this version of vLLM has no EngineCore.%s; what it changes goes unnoticed", name)
+            return
+        setattr(self._core, name, functools.wraps(method)(make(method)))
+
+    def _before(self, name: str, note: Callable[..., None]) -> None:
+        def make(method: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                _quietly(name, note, *args, **kwargs)
+                return method(*args, **kwargs)
+
+            return noted
+
+        self._wrap(name, make)
+
+    def _after(self, name: str, note: Callable[..., None]) -> None:
+        def make(method: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                result = None
+                try:
+                    result = method(*args, **kwargs)
+                    return result
+                finally:
+                    _quietly(name, note, result, *args, **kwargs)
+
+            return noted
+
+        self._wrap(name, make)
+
+    def _called_workers(self, _result: Any, method: Any, *_args: Any, **_kwargs: Any) -> None:
+        # A function has a name too. Some frameworks for reinforcement learning send their own.
+        name = method if isinstance(method, str) else getattr(method, "__name__", "")
+        if replaces_weights(name):
+            self.updates += 1
+            self.stale = True
+            logger.info("kvferry: the weights were replaced in place (%s), for the %d. time", name, self.updates)
+
+    def _cache_reset(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
+        # vLLM refuses while requests run.
+        if result:
+            self.stale = False
+            self.adapters.cache_reset()
+
+    # ---- state --------------------------------------------------------------------------------------------------------
+
+    def stopping(self) -> bool:
+        """Whether the engine was told to stop, and finishes its requests."""
+        state = getattr(self._core, "shutdown_state", None)
+        return state is not None and state.value > 0
+
+    def unfinished(self) -> bool:
+        """Whether there is a request that is not finished."""
+        scheduler = getattr(self._core, "scheduler", None)
+        return scheduler is None or scheduler.get_num_unfinished_requests() > 0
+
+    def wait(self) -> None:
+        """Waits for the next request or command, for `IDLE_WAIT` at most. For a step in which nothing runs or waits: without
+        this, vLLM's loop makes a thousand such steps a second while finished requests are held for a decode engine."""
+        # A rank of a data-parallel engine must keep pace with the others.
+        arriving = getattr(self._core, "input_queue", None)
+        if not isinstance(arriving, queue.Queue) or getattr(self._core, "engines_running", False) or self.unfinished():
+            return
+        with arriving.not_empty:
+            if not arriving._qsize():
+                arriving.not_empty.wait(IDLE_WAIT)
+
+    def fail(self, requests: list[str]) -> None:
+        """Ends requests with an error. Their blocks stay withheld until their loads are reported."""
+        from vllm.v1.engine import FinishReason
+        from vllm.v1.request import RequestStatus
+
+        if self._core is None:
+            return
+        scheduler, send = self._core.scheduler, getattr(self._core, "_send_finish_outputs_to_client", None)
+        for request in scheduler.finish_requests(requests, RequestStatus.FINISHED_ERROR):
+            if send is not None:
+                send([request.request_id], request.client_index, FinishReason.ERROR)
+
+
+def replaces_weights(method: str) -> bool:
+    """Whether a call of all workers with this name may change weights: `reload_weights`, `update_weights`,
+    `finish_weight_update`, a framework's `update_weight`, …"""
+    name = method.lower()
+    reads = name.startswith(("get", "check", "compute", "dump", "save", "init", "start", "report"))
+    return "weight" in name and not reads
+
+
+def _quietly(name: str, note: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    try:
+        note(*args, **kwargs)
+    except ENDING:
+        raise
+    except BaseException:
+        logger.exception("kvferry: EngineCore.%s could not be followed", name)

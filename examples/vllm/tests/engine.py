@@ -98,8 +98,8 @@ class Engine:
             return
         offer = side._offer
 
-        def leaving_out(request: Any, blocks: Any) -> Any:
-            made = offer(request, blocks)
+        def leaving_out(request: Any, blocks: Any, *more: Any) -> Any:
+            made = offer(request, blocks, *more)
             # The engine appends eight random digits to a request's id.
             lost = self.lost.pop(request.request_id, None) or self.lost.pop(request.request_id[:-9], None)
             for group, position in lost or ():

@@ -25,16 +25,16 @@ def test_several_cache_groups_load_completely_or_not_at_all(start: Start, tiny_w
     # tokens.
     blocks = d.metrics()["kvferry_blocks_loaded"]
     assert blocks < 2 * (2 + 4 + 22)
-    # If a window begins at the end of a block, the prefill engine has freed a block that holds the first key of the last
-    # token's window. Computing that token without the block would be wrong, even if the text does not always show it.
+    # If a window begins at the end of a block, the engine would free a block that holds the first key of the last token's
+    # window. Computing that token without the block would be wrong, even if the text does not always show it.
     for length in (159, 703):
         tokens = prompt(length, length)
         done = d.generate(f"edge-{length}", tokens, params=p.prefill(f"edge-{length}", tokens))
         assert done["tokens"] == mono.generate(f"edge-{length}", tokens)["tokens"]
-        assert done["computed"] == length
-    failed = d.metrics()["kvferry_loads{result=failed}"]
+        assert done["computed"] == 1
+    failed = d.metrics().get("kvferry_loads{result=failed}", 0)
     recomputed = d.metrics()["kvferry_tokens_recomputed"]
-    assert failed == 2
+    assert failed == 0
     for group, lost in ((0, 21), (1, 21)):
         tokens = prompt(900 + group, 700)
         params = p.prefill(f"lost-{group}", tokens, lost=[[group, lost]])

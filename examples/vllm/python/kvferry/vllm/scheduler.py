@@ -53,6 +53,18 @@ class Waiting:
 
 
 @dataclass
+class Prefill:
+    """A request for a remote decode."""
+
+    # What the weights were when it arrived; `None`: not known.
+    weights: dict[str, str] | None
+    # Number of its prompt tokens.
+    tokens: int
+    # Number of its tokens that were in the prefix cache at its first look-up; `None` before.
+    cached: int | None = None
+
+
+@dataclass
 class Todo:
     """Messages for the workers in the next step."""
 
@@ -112,8 +124,7 @@ class SchedulerSide:
         self._local: dict[str, int] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
-        # What the weights were when each request for a remote decode arrived, and the number of its prompt tokens.
-        self._prefills: dict[str, tuple[dict[str, str] | None, int]] = {}
+        self._prefills: dict[str, Prefill] = {}
         # The gauges of this side and of the ranks are sent with a step. One is made after the start.
         self._unsent_gauges = False
         self.stats = KvFerryStats()
@@ -173,7 +184,7 @@ class SchedulerSide:
             except Unknown as e:
                 self._repeats.log(logger.warning, "unknown", f"kvferry: request {request.request_id} is not offered: {e}")
                 weights = None
-            self._prefills[request.request_id] = (weights, request.num_prompt_tokens)
+            self._prefills[request.request_id] = Prefill(weights, request.num_prompt_tokens)
         elif kv_params.wants_prefill(params) and (remote := self._remote(request)) is not None:
             self._todo.holds.append(remote.offer)
 
@@ -189,13 +200,15 @@ class SchedulerSide:
         """The engine frees the blocks that no token after the first `processed` ones attends to. The decode side computes a
         prompt's last token itself, and its window starts one token earlier than the next token's: that block stays."""
         prefill = self._prefills.get(request_id)
-        return processed if prefill is None else min(processed, max(prefill[1] - 1, 0))
+        return processed if prefill is None else min(processed, max(prefill.tokens - 1, 0))
 
     # ---- the decode side ----------------------------------------------------------------------------------------------
 
     def matched(self, request: "Request", computed: int) -> tuple[int, bool]:
         """The number of prompt tokens that can be loaded after the first `computed`, which are here. The engine may call it
         several times for one request."""
+        if (prefill := self._prefills.get(request.request_id)) is not None and prefill.cached is None:
+            prefill.cached = computed
         if not kv_params.wants_prefill(request.kv_transfer_params):
             return 0, False
         remote = self._remote(request)
@@ -401,10 +414,10 @@ class SchedulerSide:
         if self._core.stopping():
             # The decode engine prefills it again. Otherwise the offer would hold this process back.
             return False, None
-        weights = self._offered_weights(request, prefill[0] if prefill is not None else None)
+        weights = self._offered_weights(request, prefill)
         return self._offer(request, blocks, weights) if weights is not None else (False, None)
 
-    def _offered_weights(self, request: "Request", before: dict[str, str] | None) -> dict[str, str] | None:
+    def _offered_weights(self, request: "Request", prefill: Prefill | None) -> dict[str, str] | None:
         """The fingerprints of the weights that a finished prefill was computed from; `None`: it is not known which."""
         try:
             now = self._what_weights(request)
@@ -413,9 +426,9 @@ class SchedulerSide:
         else:
             lora = request.lora_request
             stale = self._core.stale or (lora is not None and self._core.adapters.is_stale(lora))
-            if now != before:
+            if prefill is None or now != prefill.weights:
                 why = "weights were replaced while it was computed"
-            elif stale and request.num_cached_tokens > 0:
+            elif stale and prefill.cached != 0:
                 why = "it begins with blocks of the prefix cache, which may be of weights that were replaced; reset the cache"
             else:
                 return now

@@ -3,6 +3,7 @@
 //! A state machine takes events and the time, and returns actions. Sockets, threads and memory are in another crate, so a
 //! failure is a unit test, and the simulation runs these machines through thousands of seeded failures a second.
 
+mod address;
 mod block;
 mod config;
 mod contents;
@@ -31,7 +32,7 @@ mod token;
 use std::time::Instant;
 
 pub use self::{
-    block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*,
+    address::*, block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*,
     shard::*, token::*,
 };
 

@@ -1,35 +1,17 @@
 //! The command line from the outside: exit codes, one-line errors, stable JSON.
 
+mod common;
+
 use std::{
     net::{TcpListener, TcpStream},
-    process::{Command, Output, Stdio},
+    process::Output,
     thread,
     time::{Duration, Instant},
 };
 
-use kvferry_testkit::serve::Serve;
 use serde_json::Value;
 
-fn kvferry(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_kvferry")).args(args).stdin(Stdio::null()).output().expect("it runs")
-}
-
-fn serve(flags: &[&str]) -> Serve {
-    let flags = [&["--listen", "127.0.0.1:0"], flags].concat();
-    Serve::start(env!("CARGO_BIN_EXE_kvferry"), &flags).expect("it serves")
-}
-
-/// The command failed with this exit code, and printed one line with these words on standard error.
-fn assert_one_line(out: &Output, code: i32, words: &[&str]) {
-    let text = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{text}");
-    assert_eq!(text.trim_end().lines().count(), 1, "{text}");
-    assert!(text.starts_with("error: "), "{text}");
-    assert!(!text.contains("panicked") && !text.contains("backtrace"), "{text}");
-    for w in words {
-        assert!(text.contains(w), "{w:?} is missing in {text:?}");
-    }
-}
+use self::common::{assert_one_line, kvferry, serve};
 
 #[test]
 fn wrong_flags_are_usage_errors_of_one_line() {
@@ -357,6 +339,9 @@ fn a_benchmark_row_has_the_documented_fields() {
             "lat_us",
             "prep_us",
             "post_us",
+            "version",
+            "host",
+            "date",
         ] {
             assert!(r.get(field).is_some(), "{field} is missing in {r}");
         }

@@ -169,7 +169,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         let pairs = pairs.chain(args.verbs.serve_flags(&args.serve_rails));
         pairs.chain(args.pool.serve_flags(args.serve_memory)).collect()
     };
-    let mut producer = Serve::start(args::program(), &flags(&args.listen))?;
+    // The producer's log would warn of what the demo does on purpose.
+    let log = std::env::var_os("KVFERRY_LOG").unwrap_or_else(|| "error".into());
+    let start = |listen: &str| Serve::start_with(args::program(), &flags(listen), &[("KVFERRY_LOG", &log)]);
+    let mut producer = start(&args.listen)?;
     let addr = producer.ready.listen.clone();
     let layout = PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let mut config = Config::default();
@@ -212,7 +215,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     demo.say("act 3: the producer returns at the same address");
     producer.wait()?;
     let before = producer.ready.incarnation.clone();
-    let producer = Serve::start(args::program(), &flags(&addr))?;
+    let producer = start(&addr)?;
     demo.say(format!("producer {} is process {} on {addr}", producer.ready.incarnation, producer.ready.pid));
     let healed = demo.pull(&addr, far)?;
     demo.observe(

@@ -31,6 +31,9 @@ pub enum BadAddress {
 /// # Errors
 /// It is malformed, or means another host, or none, elsewhere.
 pub fn check_address(addr: &str) -> Result<(), BadAddress> {
+    if addr.contains('%') {
+        return Err(BadAddress::Zone);
+    }
     let (host, port) = addr.rsplit_once(':').ok_or(BadAddress::Port)?;
     let digits = port.bytes().all(|b| b.is_ascii_digit());
     if !digits || port.parse::<u16>().unwrap_or(0) == 0 {
@@ -44,10 +47,11 @@ pub fn check_address(addr: &str) -> Result<(), BadAddress> {
 /// # Errors
 /// As for [`check_address`].
 pub fn check_host(host: &str) -> Result<(), BadAddress> {
+    if host.contains('%') {
+        return Err(BadAddress::Zone);
+    }
     let ip = match host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
-        Some(v6) if v6.contains('%') => return Err(BadAddress::Zone),
         Some(v6) => Some(IpAddr::V6(v6.parse::<Ipv6Addr>().map_err(|_| BadAddress::Host)?)),
-        None if host.contains(':') && host.contains('%') => return Err(BadAddress::Zone),
         None => host.parse::<IpAddr>().ok().filter(IpAddr::is_ipv4),
     };
     match ip.map(|ip| ip.to_canonical()) {
@@ -95,7 +99,7 @@ mod tests {
             ("[fd00::1:7400", BadAddress::Host),
             ("[10.0.0.1]:7400", BadAddress::Host),
             ("[fe80::1%eth0]:1", BadAddress::Zone),
-            ("fe80::1%eth0:1", BadAddress::Zone),
+            ("fe80::1%eth0", BadAddress::Zone),
             ("[fe80::1]:1", BadAddress::LinkLocal),
             ("0.0.0.0:1", BadAddress::Unspecified),
             ("[::]:1", BadAddress::Unspecified),

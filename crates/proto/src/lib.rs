@@ -32,8 +32,8 @@ mod token;
 use std::time::Instant;
 
 pub use self::{
-    address::*, block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*,
-    shard::*, token::*,
+    address::*, block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*,
+    outcome::*, plan::*, shard::*, token::*,
 };
 
 /// A state machine that is fed events and asked for actions.

@@ -164,7 +164,9 @@ impl Ended {
     pub fn lost(&self) -> impl Iterator<Item = (Block, Cause)> {
         // Both lists are in the order of the groups, and ascend by position within a group.
         let causes = self.outcome.groups.iter().flat_map(|g| {
-            g.invalid.iter().map(|p| g.causes.iter().find(|(_, s)| s.contains(p)).map_or(Cause::LaneFailed, |(c, _)| *c))
+            g.invalid
+                .iter()
+                .map(|p| g.causes.iter().find(|(_, s)| s.contains(p)).map_or(Cause::LaneFailed, |(c, _)| *c))
         });
         self.blocks.invalid.iter().copied().zip(causes)
     }

@@ -275,6 +275,7 @@ mod tests {
             name: "m".into(),
             dtype: "uint8".into(),
             scales: String::new(),
+            weights: String::new(),
             attention: "HND".into(),
             block_tokens: 16,
         };

@@ -60,7 +60,7 @@ impl<R: Eq + Hash> Report<R> {
     /// use kvferry::scheduler::invalid::{Policy, Report, resolve};
     /// use kvferry::scheduler::table::{GroupSpec, Held, Request};
     /// # use kvferry::{BlockId, Consumer, GroupId, LocalBlocks, Model, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready};
-    /// # let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), attention: "HND".into(), block_tokens: 16 };
+    /// # let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), weights: "".into(), attention: "HND".into(), block_tokens: 16 };
     /// # let layout = PoolLayout::uniform(8, 1, 4096, 16);
     /// # let producer = Producer::builder("prefill".parse()?, model.clone(), layout.clone()).build()?;
     /// # let blocks = vec![Some(BlockId(0))];

@@ -24,12 +24,18 @@ pub struct Faults {
     pub lanes: Option<u32>,
 }
 
-/// An unknown fault.
+/// A text that names no faults.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadFault(String);
+
+/// A text that is not a number of bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is not a fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, panic@BYTES, noquiet, wedge, lanes=N"
+    "{0:?} is not a size: write a whole number of bytes, or one with K, M, G or T for powers of 1024, such as 65536, 64K or \
+     1536K"
 )]
-pub struct BadFault(String);
+pub struct BadSize(String);
 
 impl FromStr for Faults {
     type Err = BadFault;
@@ -37,19 +43,30 @@ impl FromStr for Faults {
     fn from_str(text: &str) -> Result<Self, BadFault> {
         let mut f = Self::default();
         for part in text.split(',').map(str::trim) {
-            let bad = || BadFault(part.into());
             let (name, value) = part.split_once(['@', '=']).map_or((part, None), |(n, v)| (n, Some(v)));
-            let number = || value.and_then(parse_bytes).ok_or_else(bad);
+            let bytes = || parse_bytes(value.unwrap_or_default()).map_err(|e| BadFault(format!("{part}: {e}")));
+            let bad = |why: &str| BadFault(format!("{part:?} {why}"));
             match name {
-                "throttle" => f.throttle = Some(number()?.max(1)),
-                "down" => f.down_at = Some(number()?),
-                "silent" => f.silent_at = Some(number()?),
-                "stale" => f.stale_at = Some(number()?),
-                "panic" => f.panic_at = Some(number()?),
-                "lanes" => f.lanes = Some(u32::try_from(number()?).map_err(|_| bad())?),
+                "throttle" => {
+                    f.throttle = Some(bytes()?).filter(|n| *n > 0);
+                    f.throttle.ok_or_else(|| bad("lets no byte pass: write a positive number of bytes a second"))?;
+                }
+                "down" => f.down_at = Some(bytes()?),
+                "silent" => f.silent_at = Some(bytes()?),
+                "stale" => f.stale_at = Some(bytes()?),
+                "panic" => f.panic_at = Some(bytes()?),
+                "lanes" => {
+                    let number = value.and_then(|v| v.parse().ok());
+                    f.lanes = Some(number.ok_or_else(|| bad("has no number of lanes: write lanes=1"))?);
+                }
                 "noquiet" if value.is_none() => f.no_quiet = true,
                 "wedge" if value.is_none() => (f.no_quiet, f.wedge) = (true, true),
-                _ => return Err(bad()),
+                _ => {
+                    return Err(bad(
+                        "is not a fault: use throttle=BYTES, down@BYTES, silent@BYTES, stale@BYTES, panic@BYTES, noquiet, \
+                         wedge, lanes=N",
+                    ));
+                }
             }
         }
         Ok(f)
@@ -58,7 +75,11 @@ impl FromStr for Faults {
 
 /// A number of bytes: digits, then nothing or `K`, `M`, `G` or `T`, in either case, for powers of 1024. `B` or `iB` may
 /// follow the letter. The one rule for sizes in faults and on the command line.
-pub fn parse_bytes(text: &str) -> Option<u64> {
+///
+/// # Errors
+/// The text is none, or the number is over 2^64 - 1.
+pub fn parse_bytes(text: &str) -> Result<u64, BadSize> {
+    let bad = || BadSize(text.into());
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let shift = match unit.to_ascii_lowercase().as_str() {
         "" => 0,
@@ -66,9 +87,9 @@ pub fn parse_bytes(text: &str) -> Option<u64> {
         "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
         "t" | "tb" | "tib" => 40,
-        _ => return None,
+        _ => return Err(bad()),
     };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+    digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).ok_or_else(bad)
 }
 
 impl fmt::Display for Faults {
@@ -102,8 +123,20 @@ mod tests {
             assert_eq!(f.to_string(), text);
         }
         assert_eq!("down@2M".parse::<Faults>().unwrap().down_at, Some(2 << 20));
-        for bad in ["", "down", "down@", "down@x", "noquiet=1", "explode", "throttle=1Q"] {
+        for bad in ["", "down", "noquiet=1", "explode", "throttle=0", "throttle=0K", "lanes=1K", "lanes=", "lanes=-1"] {
             assert!(bad.parse::<Faults>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_bad_size_in_a_fault_gets_the_same_sentence_as_elsewhere() {
+        for bad in ["", "x", "1Q", "64Kbib", "1.5M", "-1", "99999999999T"] {
+            let sentence = parse_bytes(bad).unwrap_err().to_string();
+            for fault in ["throttle=", "down@", "silent@", "stale@", "panic@"] {
+                let text = format!("{fault}{bad}");
+                assert_eq!(text.parse::<Faults>().unwrap_err().to_string(), format!("{text}: {sentence}"));
+            }
+        }
+        assert_eq!(parse_bytes("200MiB"), Ok(200 << 20));
     }
 }

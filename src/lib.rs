@@ -80,12 +80,13 @@ pub use config::{
 pub use consumer::{Builder as ConsumerBuilder, Consumer, Pull};
 pub use control::call::{CallError, Caller, probe, release};
 pub use error::StartError;
-pub use faults::{BadFault, Faults, parse_bytes};
+pub use faults::{BadFault, BadSize, Faults, parse_bytes};
 pub use kvferry_proto::{
-    BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId, Fingerprints, Gone,
-    Group, GroupId, GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig, Limits, LocalBlocks,
-    Mismatch, Model, Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId, PlanError, PoolLayout,
-    PositionSet, PullError, Rank, Region, Seal, SealKey, SecretBytes, SessionConfig, Shard, Times, Token, WaitError,
+    BadAddress, BadEngineId, BadLayout, BadOffer, Block, BlockId, BlockReport, Cause, ChunkSize, EngineId,
+    Fingerprints, Gone, Group, GroupId, GroupKind, GroupOutcome, HelloError, Incarnation, LaneKind, LeaseConfig,
+    Limits, LocalBlocks, Mismatch, Model, Offer, OfferError, OfferGroup, OfferId, OfferRank, Outcome, PeerId,
+    PlanError, PoolLayout, PositionSet, PullError, Rank, Region, Seal, SealKey, SecretBytes, SessionConfig, Shard,
+    Times, Token, WaitError, check_address,
     hello::{Hello, Welcome},
     puller::{Ended, PullId},
     table::Freed,

@@ -137,6 +137,11 @@ impl Producer {
         self.core.lock().sessions.len()
     }
 
+    /// The consumers whose sessions are open, one entry for each session.
+    pub fn consumers(&self) -> Vec<PeerId> {
+        self.core.consumers()
+    }
+
     /// See [`Server::refusals`].
     #[cfg(test)]
     pub(crate) fn refused(&self, from: std::net::IpAddr, kind: &'static str) -> Option<u64> {

@@ -236,14 +236,7 @@ pub(crate) fn random() -> u64 {
 
 fn endpoint(addr: &str, config: &Config) -> Result<Endpoint, String> {
     // An address comes with an offer, from an untrusted source: only HOST:PORT may get into the URI.
-    let well_formed = addr.rsplit_once(':').is_some_and(|(host, port)| {
-        port.parse::<u16>().is_ok_and(|p| p != 0)
-            && !host.is_empty()
-            && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._:[]".contains(c))
-    });
-    if !well_formed {
-        return Err("this is not a HOST:PORT".into());
-    }
+    kvferry_proto::check_address(addr).map_err(|e| e.to_string())?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let endpoint = Endpoint::from_shared(format!("{scheme}://{addr}"))
         .map_err(|e| with_sources(&e))?

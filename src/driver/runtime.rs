@@ -7,7 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::event::{EventfdFlags, eventfd};
 use tokio::{runtime::Handle, sync::oneshot};
+
+/// Descriptors that must be free before a runtime is built. tokio needs six: epoll and its copy, a waker, two sockets for
+/// signals and a copy.
+const SPARE: usize = 8;
 
 /// A running runtime. Dropping it ends all its tasks.
 #[derive(Debug)]
@@ -20,6 +25,9 @@ pub(crate) struct Runtime {
 impl Runtime {
     /// Starts a runtime on a thread of this name.
     pub(crate) fn start(name: &str) -> io::Result<Self> {
+        // tokio panics if it gets no descriptor for its signal sockets.
+        let spare = (0..SPARE).map(|_| eventfd(0, EventfdFlags::CLOEXEC)).collect::<Result<Vec<_>, _>>()?;
+        drop(spare);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();

@@ -1,11 +1,15 @@
 //! How a producer is configured and started.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    io,
+    net::{SocketAddr, TcpListener, ToSocketAddrs as _},
     sync::Arc,
 };
 
-use kvferry_proto::{EngineId, Incarnation, LaneKind, Model, PeerId, PoolLayout, Rank, Shard};
+use kvferry_proto::{
+    BadAddress, EngineId, Incarnation, LaneKind, Model, PeerId, PoolLayout, Rank, Shard, check_address, check_host,
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with, sockopt};
 
 use super::{
     Producer,
@@ -33,8 +37,11 @@ pub struct Builder {
     advertise: Option<String>,
     lanes: Vec<LaneKind>,
     services: Option<Extra>,
+    fill: Option<Fill>,
     config: Config,
 }
+
+type Fill = Box<dyn FnOnce(&PeerId, &Memory) -> io::Result<()> + Send>;
 
 impl Producer {
     /// Starts building a producer: the engine, what its KV means, and how its memory is laid out.
@@ -50,6 +57,7 @@ impl Producer {
             advertise: None,
             lanes: lane::built().to_vec(),
             services: None,
+            fill: None,
             config: Config::default(),
         }
     }
@@ -68,13 +76,14 @@ impl Builder {
         self
     }
 
-    /// Sets `HOST:PORT` of the control plane; port 0 selects a free port. Default: `127.0.0.1:0`.
+    /// Sets `HOST:PORT` of the control plane; port 0 selects a free port. Default: `127.0.0.1:0`. An address that other hosts
+    /// cannot use, such as `0.0.0.0`, needs [`Builder::advertise`] too.
     pub fn listen(mut self, addr: impl Into<String>) -> Self {
         self.listen = addr.into();
         self
     }
 
-    /// Sets the `HOST:PORT` that offers name, if it differs from the listening address.
+    /// Sets the `HOST:PORT` that offers name, if it differs from the listening address. Port 0 stands for the listening port.
     pub fn advertise(mut self, addr: impl Into<String>) -> Self {
         self.advertise = Some(addr.into());
         self
@@ -93,19 +102,31 @@ impl Builder {
         self
     }
 
+    /// Fills the memory with content that must be there before the first peer is answered. The function gets this rank's
+    /// identity and the memory. If it fails, nothing is started.
+    pub fn fill(mut self, fill: impl FnOnce(&PeerId, &Memory) -> io::Result<()> + Send + 'static) -> Self {
+        self.fill = Some(Box::new(fill));
+        self
+    }
+
     /// Replaces the default settings.
     pub fn config(mut self, config: Config) -> Self {
         self.config = config;
         self
     }
 
-    /// Starts the control plane, the data servers and their threads.
+    /// Starts the control plane, the data servers and their threads. Until it returns, connections to its port are refused.
+    ///
+    /// # Errors
+    /// A setting is wrong, consumers could not use the address that offers would name, or the system refuses the address,
+    /// memory, a thread or a descriptor.
     pub fn build(self) -> Result<Producer, StartError> {
         self.layout.check()?;
         self.shard.check().map_err(|why| StartError::Config { field: "shard", why: why.into() })?;
         self.config.check()?;
-        let listener = listen(&self.listen)?;
+        let listener = reserve(&self.listen)?;
         let bound = listener.local_addr().map_err(StartError::os("cannot read the listening address"))?;
+        let addr = advertised(bound, self.advertise.as_deref())?;
         let memory = Memory::for_layout(self.memory, &self.layout)?;
         // When a process dies, the kernel closes its files from the newest to the oldest, and freeing a pool of a gigabyte
         // takes 0.2 s. The listening socket is duplicated after the pool is allocated, so that peers notice the death first.
@@ -116,8 +137,11 @@ impl Builder {
         let layout = Arc::new(self.layout);
         let tls = self.config.tls.as_ref().map(|t| TlsIdentity::new(t, Some(&self.engine))).transpose()?;
         let ring = PinnedRing::new(&memory, &self.config.gpu)?;
-        let export = Arc::new(Export::new(layout, memory, Arc::new(words)).with_ring(ring));
         let me = PeerId { engine: self.engine, rank: self.rank, incarnation: Incarnation::random() };
+        if let Some(fill) = self.fill {
+            fill(&me, &memory).map_err(StartError::os("cannot fill the memory"))?;
+        }
+        let export = Arc::new(Export::new(layout, memory, Arc::new(words)).with_ring(ring));
         let runtime = Runtime::start("kvferry-control").map_err(StartError::os("cannot start the control thread"))?;
         let serves = |kind| self.lanes.contains(&kind);
         let limits = &self.config.limits;
@@ -151,9 +175,9 @@ impl Builder {
             #[cfg(feature = "verbs")]
             verbs,
         };
-        let addr = self.advertise.unwrap_or_else(|| advertised(bound));
         let core = Arc::new(Core::new(me, addr, self.model, self.shard, export, servers, self.config));
         runtime.handle().spawn(keep_time(Arc::downgrade(&core), core.rearm.clone()));
+        listen(&listener, BACKLOG).map_err(|e| refused(&self.listen, e.into()))?;
         let server = Server::start(runtime.handle(), listener, core.clone(), &core.config, tls, self.services)?;
         Ok(Producer { core, server: Some(server), _runtime: runtime })
     }
@@ -173,7 +197,7 @@ fn start_verbs(
     let reached = lane::verbs::Rails::reach(&config.verbs, &export.memory, &role);
     match reached.and_then(|()| lane::verbs::Server::start(export, incarnation, &config.verbs, &config.limits)) {
         Ok(server) => return Ok(Some(server)),
-        Err(e) if only => return Err(StartError::os("cannot serve verbs")(std::io::Error::other(e))),
+        Err(e) if only => return Err(StartError::os("cannot serve verbs")(io::Error::other(e))),
         // Not worth a warning: this host has no device, and the configuration names none.
         Err(error @ (VerbsError::NoDevice | VerbsError::NoLibrary { .. })) if config.verbs.rails.is_empty() => {
             tracing::info!(%error, "verbs are not served");
@@ -183,20 +207,108 @@ fn start_verbs(
     Ok(None)
 }
 
-/// Binds `HOST:PORT`.
-fn listen(addr: &str) -> Result<TcpListener, StartError> {
-    let failed = |source| StartError::Listen { addr: addr.into(), source };
-    let listener = TcpListener::bind(addr).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(listener)
+/// Most connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`, 4096 by default.
+const BACKLOG: i32 = 4096;
+
+fn refused(addr: &str, source: io::Error) -> StartError {
+    StartError::Listen { addr: addr.into(), source }
 }
 
-/// The address that offers name for a bound address. For the unspecified address it is loopback: a producer that listens on
-/// all addresses for other hosts sets `advertise`.
-fn advertised(bound: SocketAddr) -> String {
-    let ip = match bound.ip() {
-        ip if !ip.is_unspecified() => ip,
-        _ => IpAddr::V4(Ipv4Addr::LOCALHOST),
+/// Binds `HOST:PORT` and does not listen yet: until [`listen`], the kernel refuses connections.
+fn reserve(addr: &str) -> Result<TcpListener, StartError> {
+    let mut last = io::Error::new(io::ErrorKind::InvalidInput, "the name has no address");
+    for at in addr.to_socket_addrs().map_err(|e| refused(addr, e))? {
+        match reserve_at(at) {
+            Ok(listener) => return Ok(listener),
+            Err(e) => last = e,
+        }
+    }
+    Err(refused(addr, last))
+}
+
+fn reserve_at(at: SocketAddr) -> io::Result<TcpListener> {
+    let family = if at.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &at)?;
+    Ok(socket.into())
+}
+
+/// The address that offers name: `advertise`, or the bound address. It must be of use to consumers on other hosts.
+fn advertised(bound: SocketAddr, advertise: Option<&str>) -> Result<String, StartError> {
+    let Some(addr) = advertise else {
+        let addr = bound.to_string();
+        let why = |e: BadAddress| {
+            format!("{addr} cannot be the address in offers, since {e}; or set `advertise` to such a HOST:PORT")
+        };
+        check_address(&addr).map_err(|e| StartError::Config { field: "listen", why: why(e) })?;
+        return Ok(addr);
     };
-    SocketAddr::new(ip, bound.port()).to_string()
+    let bad = |e: BadAddress| StartError::Config { field: "advertise", why: format!("{addr:?} is unusable: {e}") };
+    match addr.rsplit_once(':') {
+        Some((host, "0")) => check_host(host).map(|()| format!("{host}:{}", bound.port())).map_err(bad),
+        _ => check_address(addr).map(|()| addr.to_owned()).map_err(bad),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[test]
+    fn a_reserved_port_refuses_connections_until_the_producer_is_ready() {
+        let listener = reserve("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        assert_eq!(TcpStream::connect(at).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        listen(&listener, BACKLOG).unwrap();
+        TcpStream::connect(at).unwrap();
+        assert_eq!(reserve_at(at).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn memory_is_filled_before_the_port_answers() {
+        let port = reserve("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let model = Model {
+            name: "m".into(),
+            dtype: "uint8".into(),
+            scales: String::new(),
+            weights: String::new(),
+            attention: "HND".into(),
+            block_tokens: 16,
+        };
+        let producer = Producer::builder("p".parse().unwrap(), model, PoolLayout::uniform(1, 1, 4096, 16))
+            .listen(port.to_string())
+            .fill(move |_, memory| {
+                assert_eq!(TcpStream::connect(port).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+                memory.write_from(0, 0, b"KV")
+            })
+            .build()
+            .unwrap();
+        TcpStream::connect(port).unwrap();
+        let mut bytes = [0; 2];
+        producer.memory().read_into(0, 0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"KV");
+    }
+
+    #[test]
+    fn offers_name_an_address_that_other_hosts_can_use() {
+        let of = |bound: &str, advertise: Option<&str>| {
+            advertised(bound.parse().unwrap(), advertise).map_err(|e| e.to_string())
+        };
+        assert_eq!(of("127.0.0.1:7400", None).unwrap(), "127.0.0.1:7400");
+        assert_eq!(of("[fd00::1]:7400", None).unwrap(), "[fd00::1]:7400");
+        assert_eq!(of("0.0.0.0:7400", Some("prefill-0:80")).unwrap(), "prefill-0:80");
+        assert_eq!(of("0.0.0.0:7400", Some("[fd00::1]:0")).unwrap(), "[fd00::1]:7400");
+        for bound in ["0.0.0.0:7400", "[::]:7400", "[fe80::1%2]:7400", "[fe80::1]:7400"] {
+            let error = of(bound, None).unwrap_err();
+            assert!(error.starts_with("listen: ") && error.contains("`advertise`"), "{error}");
+        }
+        for addr in ["foo", "a@host:1", "[fe80::1%eth0]:1", "fe80::1%eth0", "0.0.0.0:0", "host:x"] {
+            let error = of("127.0.0.1:7400", Some(addr)).unwrap_err();
+            assert!(error.starts_with("advertise: ") && error.contains(addr), "{error}");
+        }
+    }
 }

@@ -184,6 +184,10 @@ impl Core {
         self.state.lock()
     }
 
+    pub(super) fn consumers(&self) -> Vec<PeerId> {
+        self.lock().sessions.values().map(|s| s.from.clone()).collect()
+    }
+
     /// The name of an offer, sealed if there is a key, and its blocks.
     pub(super) fn name(&self, spec: OfferSpec) -> (Offer, Vec<OfferGroup>) {
         let rank = OfferRank { rank: self.me.rank, incarnation: self.me.incarnation, addr: self.addr.clone() };

@@ -10,7 +10,7 @@ use std::{
     hash::Hash,
 };
 
-use kvferry_proto::{Block, Cause};
+use kvferry_proto::{Block, Cause, puller::Ended};
 
 use super::{
     sabotage::{self, Bug},
@@ -51,6 +51,44 @@ impl<R: Eq + Hash> Report<R> {
     #[must_use]
     pub fn lost(mut self, block: Block, cause: Cause) -> Self {
         self.blocks.insert(block, cause);
+        self
+    }
+
+    /// Adds the invalid blocks of a pull that has ended, each with its cause. Adds nothing if all were loaded.
+    ///
+    /// ```
+    /// use kvferry::scheduler::invalid::{Policy, Report, resolve};
+    /// use kvferry::scheduler::table::{GroupSpec, Held, Request};
+    /// # use kvferry::{BlockId, Consumer, GroupId, LocalBlocks, Model, OfferGroup, OfferSpec, PoolLayout, Producer, Pull, Ready};
+    /// # let model = Model { name: "m".into(), dtype: "uint8".into(), scales: "".into(), weights: "".into(), attention: "HND".into(), block_tokens: 16 };
+    /// # let layout = PoolLayout::uniform(8, 1, 4096, 16);
+    /// # let producer = Producer::builder("prefill".parse()?, model.clone(), layout.clone()).build()?;
+    /// # let blocks = vec![Some(BlockId(0))];
+    /// # let offered = OfferGroup { group: GroupId(0), first_position: 0, blocks };
+    /// # let offer = producer.offer(OfferSpec::new(16, vec![offered]), Ready::Now)?;
+    /// # let consumer = Consumer::builder("decode".parse()?, model, layout).build()?;
+    ///
+    /// // A request wants two blocks, and the offer has only the first.
+    /// let table = vec![vec![Some(BlockId(4)), Some(BlockId(5))]];
+    /// let wanted = LocalBlocks { group: GroupId(0), first_position: 0, blocks: table[0].clone() };
+    /// consumer.pull(Pull::new(offer, vec![wanted]))?;
+    /// let mut report = Report::new();
+    /// // An engine polls once a step.
+    /// while report.is_empty() {
+    ///     while let Some(ended) = consumer.poll() {
+    ///         report = report.ended(&ended);
+    ///     }
+    /// }
+    /// let held = Held { cached: 0, loaded: 32, computed: 0 };
+    /// let request = Request { id: "request-1", blocks: &table, held, loading: false, scheduled: 0 };
+    /// let outcome = resolve(&[GroupSpec::full(GroupId(0), 16).unwrap()], &[request], &report, Policy::Recompute);
+    /// assert_eq!(outcome.affected[0].held.loaded, 16);
+    /// assert_eq!(outcome.affected[0].first.cause, kvferry::Cause::NotOffered);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn ended(mut self, ended: &Ended) -> Self {
+        self.blocks.extend(ended.lost());
         self
     }
 

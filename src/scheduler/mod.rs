@@ -17,7 +17,8 @@
 //! 1. Before scheduling, if a load failed recently: call [`turn::turns`]. Adopt the blocks that other requests computed,
 //!    skip requests that must wait, and let no request run beyond its limit.
 //! 2. Run the step.
-//! 3. If blocks were reported: call [`invalid::resolve`] first, with *all* requests that hold blocks. Then drop
+//! 3. If pulls ended: collect them with [`Report::ended`](invalid::Report::ended). Unless the report is empty, call
+//!    [`invalid::resolve`] first, with *all* requests that hold blocks. Then drop
 //!    [`Outcome::uncache`](invalid::Outcome::uncache) from the prefix cache, set the new lengths, fail the failed requests,
 //!    and update the [`Ledger`](ledger::Ledger). Count the tokens that the other requests computed only after that.
 //!

@@ -4,7 +4,10 @@ use std::{path::PathBuf, time::Duration};
 
 use kvferry::{LaneKind, Model, SealKey, TcpConfig, VerbsConfig};
 
-use crate::report::Failure;
+use crate::{
+    out::{self, say},
+    report::Failure,
+};
 
 /// The lanes of a pull or a producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -204,17 +207,37 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 
 /// A positive number of bytes, such as `4096`, `64K` or `2GiB`.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
-    let parsed = kvferry::parse_bytes(text).filter(|n| *n > 0);
-    parsed.ok_or_else(|| "not a positive number of bytes: write 65536, 64K, 1M or 2G".into())
+    match kvferry::parse_bytes(text) {
+        Ok(0) => Err("the size must be positive: write one such as 65536, 64K or 1M".into()),
+        parsed => parsed.map_err(|e| e.to_string()),
+    }
+}
+
+/// The address of a producer.
+pub(crate) fn address(text: &str) -> Result<String, String> {
+    kvferry::check_address(text).map(|()| text.into()).map_err(|e| e.to_string())
+}
+
+/// An address for offers: port 0 stands for the port that is listened on.
+pub(crate) fn advertised(text: &str) -> Result<String, String> {
+    address(&text.strip_suffix(":0").map_or(text.into(), |host| format!("{host}:1"))).map(|_| text.into())
+}
+
+/// This program, to start it again. Without /proc it is the name under which it was started.
+pub(crate) fn program() -> PathBuf {
+    std::env::current_exe().unwrap_or_else(|_| std::env::args_os().next().unwrap_or_default().into())
+}
+
+/// Bytes of memory that are available; `None`: unknown.
+pub(crate) fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 /// Refuses a pool that does not fit into memory: otherwise the kernel would kill a process.
 pub(crate) fn check_memory(bytes: u64) -> Result<(), Failure> {
-    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
-    });
-    match available {
+    match available_memory() {
         Some(has) if bytes > has => Err(Failure::failed(format!(
             "a pool of {bytes} bytes does not fit: {has} bytes of memory are available; ask for fewer blocks or regions"
         ))),
@@ -236,14 +259,23 @@ impl JsonArg {
         !matches!(self.json, Some(None))
     }
 
+    /// Fails if the file cannot be written.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        self.file().map_or(Ok(()), |path| out::check_file(path))
+    }
+
+    /// The file to write.
+    pub(crate) fn file(&self) -> Option<&PathBuf> {
+        self.json.as_ref()?.as_ref()
+    }
+
     /// Writes a record as `--json` says.
     pub(crate) fn write(&self, record: &impl serde::Serialize) -> Result<(), Failure> {
         let Some(to) = &self.json else { return Ok(()) };
         let text = serde_json::to_string(record).map_err(|e| Failure::failed(e.to_string()))?;
         match to {
-            None => println!("{text}"),
-            Some(path) => std::fs::write(path, text + "\n")
-                .map_err(|e| Failure::failed(format!("cannot write {}: {e}; the folder must exist", path.display())))?,
+            None => say!("{text}"),
+            Some(path) => out::write_file(path, &(text + "\n"))?,
         }
         Ok(())
     }
@@ -264,8 +296,19 @@ mod tests {
         for (text, n) in [("4096", 4096), ("64K", 65536), ("1m", 1 << 20), ("2GiB", 2 << 30), ("3tb", 3 << 40)] {
             assert_eq!(bytes(text), Ok(n));
         }
-        for bad in ["", "0", "-1", "+1", "1X", "K", "1.5K", "99999999999T"] {
+        for bad in ["", "0", "0K", "-1", "+1", "1X", "K", "1.5K", "64Kbib", "99999999999T"] {
             assert!(bytes(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_advertised_address_may_leave_the_port_open() {
+        for good in ["prefill-0:0", "10.0.0.1:7400", "[fd00::1]:0"] {
+            assert_eq!(advertised(good).as_deref(), Ok(good));
+        }
+        for bad in ["foo", "a@host:1", "a@host:0", "fe80::1%eth0", "[fe80::1]:0", "0.0.0.0:0", "host:00"] {
+            assert!(advertised(bad).is_err(), "{bad}");
+        }
+        assert!(address("prefill-0:0").is_err());
     }
 }

@@ -3,7 +3,11 @@
 //! Each iteration is a complete pull of a new offer: claim, read, fence, decide, release. With `--vs-raw`, pulls alternate
 //! with bare copies of the same blocks, so that a drift of the machine's speed affects both.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kvferry::{ChunkSize, Config, Consumer, LaneKind, Offer, PoolLayout, Times};
@@ -11,13 +15,14 @@ use kvferry_testkit::serve::Serve;
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, TcpArgs, VerbsArgs},
+    out,
     peer::{self, Peer},
     perftest::Perftest,
     plot,
     pool::{MemoryRecord, PoolArgs, PoolPlace},
     raw::Raw,
-    report::{Failure, us},
-    row::{self, Latency, OneAtATime, Row},
+    report::{Failure, FailureRecord, us},
+    row::{self, FailedRows, Latency, OneAtATime, Row},
     serve,
 };
 
@@ -25,7 +30,7 @@ use crate::{
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Address of a `kvferry serve --views SIZES` on another machine. By default bench starts a producer here.
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = args::address)]
     connect: Option<String>,
     /// Lanes to measure. `auto` measures every lane that works.
     #[arg(long, value_enum, default_value = "auto")]
@@ -81,16 +86,36 @@ const ROUNDS: usize = 7;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Runs the benchmark.
-pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
+/// Runs the benchmark, if the command can run at all. The file of `--json` has every finished row at any time.
+pub(crate) fn run(args: Args, ready: Result<(), Failure>) -> Result<ExitCode, Failure> {
+    let mut rows = Vec::new();
+    match ready.and_then(|()| measure_all(&args, &mut rows)) {
+        Ok(()) => {
+            if args.json.file().is_none() || rows.is_empty() {
+                args.json.write(&rows)?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(failure) => {
+            // If that fails too, the first failure is the one to report.
+            let _ = args.json.write(&FailedRows { failure: FailureRecord::from(&failure), rows: &rows });
+            Err(failure)
+        }
+    }
+}
+
+fn measure_all(args: &Args, rows: &mut Vec<Row>) -> Result<(), Failure> {
     args.verbs.check(args.lane, false)?;
-    let sizes = sizes(&args)?;
+    let sizes = sizes(args)?;
     let total = args.total_bytes / args.max_block_size * args.max_block_size;
-    let places = check_places(&args)?;
+    let places = check_places(args)?;
     PoolPlace::check_sizes(&places, total)?;
-    let mut child = match &args.connect {
+    if let Some(path) = &args.plot {
+        out::check_file(path)?;
+    }
+    let child = match &args.connect {
         Some(_) => None,
-        None => Some(Serve::start(std::env::current_exe()?, &serve_flags(&args, &sizes, total))?),
+        None => Some(Serve::start(args::program(), &serve_flags(args, &sizes, total))?),
     };
     let addr = match (&args.connect, &child) {
         (Some(addr), _) => addr.clone(),
@@ -106,17 +131,15 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         .transpose()?;
     let ready = child.as_ref().map(|c| c.ready.clone());
     let mut raw = args.vs_raw.then(|| Raw::new(&memory, ready, perftest)).transpose()?;
-    let mut bench = Bench { args: &args, peer, total, rows: Vec::new() };
-    let lanes: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.peer.welcome.lanes.contains(l)).collect();
-    if lanes.is_empty() {
+    let mut bench = Bench { args, peer, total };
+    let served: Vec<_> = args.lane.lanes().into_iter().filter(|l| bench.peer.welcome.lanes.contains(l)).collect();
+    if served.is_empty() {
         return Err(Failure::failed("the peer serves none of these lanes: choose another one with --lane"));
     }
-    let bar = bench.bar(lanes.len() * sizes.len());
-    if args.json.text() {
-        row::header(args.vs_raw);
-    }
-    for lane in lanes {
-        // Each lane has its own consumer, so that no lane profits from another one's warm-up.
+    // Each lane has its own consumer, so that no lane profits from another one's warm-up. All lanes are tried before the table
+    // begins: the log says why one does not work.
+    let mut lanes = Vec::new();
+    for lane in served {
         let mut config = Config::default();
         config.verbs = args.verbs.config();
         config.tcp = args.tcp.config();
@@ -126,28 +149,33 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
             .memory(memory.clone())
             .config(config)
             .build()?;
+        if bench.works(&consumer, lane, sizes[0])? {
+            lanes.push((lane, consumer));
+        } else if args.lane != LaneChoice::Auto {
+            return Err(Failure::failed(format!("the {lane} lane does not work here: see `kvferry doctor`")));
+        }
+    }
+    if lanes.is_empty() {
+        return Err(Failure::failed("no lane to this peer works: see `kvferry doctor` on both sides"));
+    }
+    let bar = bench.bar(lanes.len() * sizes.len());
+    if args.json.text() {
+        row::header(args.vs_raw);
+    }
+    for (lane, consumer) in lanes {
         for &size in &sizes {
-            match bench.measure(&consumer, lane, size, raw.as_mut(), &bar)? {
-                Some(row) => {
-                    if args.json.text() {
-                        bar.suspend(|| row::print(&row));
-                    }
-                    bench.rows.push(row);
-                }
-                None if args.lane == LaneChoice::Auto => break,
-                None => {
-                    return Err(Failure::failed(format!("the {lane} lane does not work here: see `kvferry doctor`")));
-                }
+            let row = bench.measure(&consumer, lane, size, raw.as_mut(), &bar)?;
+            if args.json.text() {
+                bar.suspend(|| row::print(&row));
+            }
+            rows.push(row);
+            if args.json.file().is_some() {
+                args.json.write(rows)?;
             }
         }
     }
     bar.finish_and_clear();
-    if let Some(path) = &args.plot {
-        plot::draw(path, &bench.rows)?;
-    }
-    args.json.write(&bench.rows)?;
-    drop(child.take());
-    Ok(ExitCode::SUCCESS)
+    args.plot.as_ref().map_or(Ok(()), |path| plot::draw(path, rows))
 }
 
 /// The block sizes in ascending order.
@@ -207,7 +235,6 @@ struct Bench<'a> {
     args: &'a Args,
     peer: Peer,
     total: u64,
-    rows: Vec<Row>,
 }
 
 impl Bench<'_> {
@@ -270,7 +297,14 @@ impl Bench<'_> {
         })
     }
 
-    /// Measures one row. `None` if the lane does not work here.
+    /// Whether a lane to the peer works: pulls one block.
+    fn works(&mut self, consumer: &Consumer, lane: LaneKind, size: u64) -> Result<bool, Failure> {
+        peer::pull(consumer, (self.offer(1, size)?, size), 1, vec![lane], LIMIT)?;
+        let ended = consumer.wait(LIMIT * 2).map_err(|e| Failure::waiting(&e))?;
+        Ok(!ended.outcome.lanes.is_empty())
+    }
+
+    /// Measures one row.
     fn measure(
         &mut self,
         consumer: &Consumer,
@@ -278,7 +312,7 @@ impl Bench<'_> {
         size: u64,
         mut raw: Option<&mut Raw>,
         bar: &ProgressBar,
-    ) -> Result<Option<Row>, Failure> {
+    ) -> Result<Row, Failure> {
         bar.set_message(format!("{lane} {size}"));
         let blocks = u32::try_from(self.total / size).map_err(|_| Failure::usage("too many blocks"))?;
         let mut lat = Vec::new();
@@ -290,9 +324,6 @@ impl Bench<'_> {
             let o = &ended.outcome;
             if !o.complete() {
                 let cause = o.cause().map_or("none", |c| c.as_str());
-                if o.lanes.is_empty() {
-                    return Ok(None);
-                }
                 return Err(Failure::failed(format!("a pull over {lane} lost {} blocks: {cause}", o.invalid())));
             }
             if self.args.check_consistency {
@@ -328,7 +359,7 @@ impl Bench<'_> {
             _ => None,
         };
         let rate = |t: Duration| self.total as f64 / t.as_secs_f64().max(1e-9) / 1e9;
-        Ok(Some(Row {
+        Ok(Row {
             lane: lane.as_str(),
             op: "pull",
             memory: MemoryRecord::from(consumer.memory()),
@@ -346,7 +377,10 @@ impl Bench<'_> {
             one_at_a_time: one,
             prep_us: us(percentile(&prep, 50).unwrap_or_default()),
             post_us: us(percentile(&post, 50).unwrap_or_default()),
-        }))
+            version: env!("CARGO_PKG_VERSION"),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        })
     }
 }
 

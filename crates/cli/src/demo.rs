@@ -1,5 +1,7 @@
 //! `kvferry demo`: a good day and a bad day with real processes on this machine, in less than half a minute.
 
+mod leaks;
+
 use std::{
     process::ExitCode,
     time::{Duration, Instant},
@@ -11,6 +13,7 @@ use serde::Serialize;
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, VerbsArgs},
+    out::say,
     peer::{self, Peer},
     pool::{MemoryRecord, PoolArgs, PoolPlace},
     report::{Failure, PullRecord, ranges, size, us},
@@ -23,7 +26,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = args::bytes)]
     total_bytes: u64,
     /// Listening address of the producer. Port 0 selects a free port.
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0", value_parser = args::advertised)]
     listen: String,
     /// The lane between hosts that the demo uses beside local: tcp or verbs.
     #[arg(long, value_enum, default_value = "tcp")]
@@ -83,7 +86,7 @@ struct Demo {
 impl Demo {
     fn say(&self, text: impl AsRef<str>) {
         if self.text {
-            println!("{:8.3} s  {}", self.started.elapsed().as_secs_f64(), text.as_ref());
+            say!("{:8.3} s  {}", self.started.elapsed().as_secs_f64(), text.as_ref());
         }
     }
 
@@ -133,7 +136,7 @@ impl Demo {
     }
 }
 
-/// Runs the three acts.
+/// Runs the four acts.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let started = Instant::now();
     let blocks = u32::try_from(args.total_bytes / (BLOCK * u64::from(REGIONS)))
@@ -158,6 +161,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
             ("--block-size", BLOCK.to_string()),
             ("--engine", "prefill-0".to_owned()),
             ("--model", m.model.clone()),
+            ("--unclaimed-lease", leaks::UNCLAIMED.to_owned()),
             ("--dtype", m.dtype.clone()),
             ("--block-tokens", m.block_tokens.to_string()),
         ];
@@ -165,7 +169,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         let pairs = pairs.chain(args.verbs.serve_flags(&args.serve_rails));
         pairs.chain(args.pool.serve_flags(args.serve_memory)).collect()
     };
-    let mut producer = Serve::start(std::env::current_exe()?, &flags(&args.listen))?;
+    // The producer's log would warn of what the demo does on purpose.
+    let log = std::env::var_os("KVFERRY_LOG").unwrap_or_else(|| "error".into());
+    let start = |listen: &str| Serve::start_with(args::program(), &flags(listen), &[("KVFERRY_LOG", &log)]);
+    let mut producer = start(&args.listen)?;
     let addr = producer.ready.listen.clone();
     let layout = PoolLayout::uniform(blocks, REGIONS, BLOCK, args.model.block_tokens);
     let mut config = Config::default();
@@ -208,7 +215,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     demo.say("act 3: the producer returns at the same address");
     producer.wait()?;
     let before = producer.ready.incarnation.clone();
-    let producer = Serve::start(std::env::current_exe()?, &flags(&addr))?;
+    let producer = start(&addr)?;
     demo.say(format!("producer {} is process {} on {addr}", producer.ready.incarnation, producer.ready.pid));
     let healed = demo.pull(&addr, far)?;
     demo.observe(
@@ -220,6 +227,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
             healed.loaded.len()
         ),
     );
+    demo.say("act 4: consumers come, break off and forget offers; the producer gets everything back");
+    leaks::show(&mut demo, &addr, producer.ready.pid)?;
     let held_blocks = demo.consumer.blocks_held();
     demo.observe(
         "quiet",
@@ -228,11 +237,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     );
     let held = demo.observations.iter().all(|s| s.held);
     if text {
-        println!("\n{:<10} {:<6} observation", "promise", "held");
+        say!("\n{:<10} {:<6} observation", "promise", "held");
         for s in &demo.observations {
-            println!("{:<10} {:<6} {}", s.promise, if s.held { "yes" } else { "NO" }, s.seen);
+            say!("{:<10} {:<6} {}", s.promise, if s.held { "yes" } else { "NO" }, s.seen);
         }
-        println!(
+        say!(
             "\n{} in {:.1} s",
             if held { "all promises held" } else { "NOT all promises held" },
             started.elapsed().as_secs_f64()

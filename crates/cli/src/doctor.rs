@@ -1,6 +1,7 @@
 //! `kvferry doctor`: checks this machine. Where possible, a check tries the real operation.
 
 mod gpu;
+mod host;
 mod pci;
 
 use std::{process::ExitCode, time::Duration};
@@ -10,7 +11,8 @@ use kvferry_testkit::serve::Serve;
 use serde::Serialize;
 
 use crate::{
-    args::{JsonArg, ModelArgs},
+    args::{self, JsonArg, ModelArgs},
+    out::say,
     peer::{self, Peer},
     pool::PoolPlace,
     report::{Failure, size},
@@ -19,6 +21,10 @@ use crate::{
 /// Flags of `doctor`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
+    /// The line "local lane, this side" that `kvferry doctor` prints in another container: says whether the local lane can work
+    /// between the two.
+    #[arg(long, value_name = "IDS", value_parser = host::parse)]
+    other: Option<String>,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }
@@ -51,15 +57,16 @@ impl Finding {
 /// Runs all checks. The exit code is 1 if one failed.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut findings = vec![cores(), memory(), files(), memfd(), huge_pages(), shared_huge_pages(), ptrace(), pidfd()];
+    findings.extend(host::findings(args.other.as_deref()));
     findings.extend(lanes());
     findings.extend(verbs());
     findings.extend(gpu::findings());
     if args.json.text() {
         for f in &findings {
             let status = format!("{:?}", f.status).to_uppercase();
-            println!("{status:<5} {:<22} {}", f.check, f.found);
+            say!("{status:<5} {:<22} {}", f.check, f.found);
             if !f.advice.is_empty() {
-                println!("      {:<22} -> {}", "", f.advice);
+                say!("      {:<22} -> {}", "", f.advice);
             }
         }
     }
@@ -79,20 +86,18 @@ fn cores() -> Finding {
     )
 }
 
+/// A setting of the system that cannot be read, so that there is nothing to advise but that.
+fn unreadable(check: &'static str, path: &str) -> Finding {
+    let mount = if path.starts_with("/proc") { "mount -t proc proc /proc" } else { "mount -t sysfs sysfs /sys" };
+    let advice = format!("if this kernel has the setting, make it readable: {mount}");
+    Finding::new(check, Status::Warn, format!("unknown: cannot read {path}"), &advice)
+}
+
 fn memory() -> Finding {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))
-        .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
-        .unwrap_or(0);
-    let status = if kib >= 1 << 20 { Status::Ok } else { Status::Warn };
-    Finding::new(
-        "memory",
-        status,
-        format!("{} available", size(kib << 10)),
-        "the demo needs 2 GiB: use --total-bytes 100M",
-    )
+    let Some(available) = args::available_memory() else { return unreadable("memory", "/proc/meminfo") };
+    let status = if available >= 1 << 30 { Status::Ok } else { Status::Warn };
+    let found = format!("{} available", size(available));
+    Finding::new("memory", status, found, "the demo needs 2 GiB: use --total-bytes 100M")
 }
 
 fn files() -> Finding {
@@ -119,32 +124,32 @@ fn memfd() -> Finding {
     }
 }
 
-/// The selected word of a setting such as `always [madvise] never`.
-fn selected(path: &str) -> String {
+/// Compares the selected word of a setting such as `always [madvise] never` with good ones.
+fn setting(check: &'static str, path: &str, good: &[&str], advice: &str) -> Finding {
     let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.split(['[', ']']).nth(1).unwrap_or("unknown").to_owned()
+    let Some(word) = text.split(['[', ']']).nth(1) else { return unreadable(check, path) };
+    let status = if good.contains(&word) { Status::Ok } else { Status::Warn };
+    Finding::new(check, status, word, &format!("{advice} > {path}"))
 }
 
 fn huge_pages() -> Finding {
-    let path = "/sys/kernel/mm/transparent_hugepage/enabled";
-    let set = selected(path);
-    let status = if ["always", "madvise"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
-    let advice = format!("small blocks are copied up to twice as fast from huge pages: echo madvise > {path}");
-    Finding::new("huge pages", status, set, &advice)
+    let advice = "small blocks are copied up to twice as fast from huge pages: echo madvise";
+    setting("huge pages", "/sys/kernel/mm/transparent_hugepage/enabled", &["always", "madvise"], advice)
 }
 
 fn shared_huge_pages() -> Finding {
     let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let set = selected(path);
-    let status =
-        if ["always", "within_size", "advise", "force"].contains(&set.as_str()) { Status::Ok } else { Status::Warn };
-    let advice = format!("pools that kvferry allocates get no huge pages: echo advise > {path}");
-    Finding::new("huge pages in pools", status, set, &advice)
+    let advice = "pools that kvferry allocates get no huge pages: echo advise";
+    setting("huge pages in pools", path, &["always", "within_size", "advise", "force"], advice)
 }
 
 fn ptrace() -> Finding {
     let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") else {
-        return Finding::new("ptrace scope", Status::Ok, "not restricted", "");
+        // A kernel without Yama has the folder, and not the file.
+        return match std::path::Path::new("/proc/sys/kernel").is_dir() {
+            true => Finding::new("ptrace scope", Status::Ok, "not restricted", ""),
+            false => unreadable("ptrace scope", "/proc/sys/kernel"),
+        };
     };
     let scope = text.trim().to_owned();
     let status = if scope == "0" { Status::Ok } else { Status::Warn };
@@ -271,6 +276,9 @@ fn lanes() -> Vec<Finding> {
         .into_iter()
         .map(|(check, lane, engine_memory, advice)| {
             let bad = if lane == LaneKind::Tcp { Status::Fail } else { Status::Warn };
+            if lane == LaneKind::Local && !std::path::Path::new("/proc/self/ns").is_dir() {
+                return unreadable(check, "/proc/self/ns");
+            }
             match try_lane(lane, engine_memory, PoolPlace::Host) {
                 Ok(found) => Finding::new(check, Status::Ok, found, ""),
                 Err(e) => Finding::new(check, bad, e.message, advice),
@@ -289,7 +297,7 @@ fn try_lane(lane: LaneKind, engine_memory: bool, place: PoolPlace) -> Result<Str
         flags.push("--engine-memory".into());
     }
     flags.extend(["--memory".into(), place.to_string()]);
-    let serve = Serve::start(std::env::current_exe()?, &flags)?;
+    let serve = Serve::start(args::program(), &flags)?;
     let addr = &serve.ready.listen;
     let model = ModelArgs::default().model();
     let mut peer = Peer::probe(addr, &"doctor".parse()?, &model, limit)?;

@@ -1,18 +1,23 @@
 //! The Bench service, which makes offers of the pattern on demand, and its client.
 
 use std::{
-    sync::{Arc, OnceLock, Weak},
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use kvferry::{BlockId, Offer, OfferGroup, OfferSpec, Producer, Ready};
+use kvferry::{BlockId, Freed, Gone, Offer, OfferError, OfferGroup, OfferId, OfferSpec, Producer, Ready};
+use tokio::sync::SetOnce;
 use tonic::{
     Request, Response, Status,
     service::Routes,
     transport::{Channel, Endpoint},
 };
 
-use self::proto::{MakeOfferReply, MakeOfferRequest, bench_client::BenchClient, bench_server::BenchServer};
+pub(crate) use self::proto::GetUsageReply as Usage;
+use self::proto::{
+    GetUsageRequest, MakeOfferReply, MakeOfferRequest, bench_client::BenchClient, bench_server::BenchServer,
+};
 use crate::{
     pool::MemoryRecord,
     report::{Ending, Failure},
@@ -28,9 +33,26 @@ const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("kvferry.v1.bench
 /// Largest message: an offer of 1,048,576 blocks takes about 11 MB of JSON.
 const FRAME_BYTES: usize = 32 << 20;
 
-/// Makes offers of a producer, which is set when it serves.
+/// Makes offers of a producer, which is set when it serves, and keeps account of them.
 #[derive(Clone, Default)]
-pub(crate) struct Bench(Arc<OnceLock<(Weak<Producer>, MemoryRecord)>>);
+pub(crate) struct Bench(Arc<State>);
+
+#[derive(Default)]
+struct State {
+    serving: SetOnce<(Weak<Producer>, MemoryRecord)>,
+    account: Mutex<Account>,
+}
+
+/// The offers of this producer.
+#[derive(Default)]
+struct Account {
+    /// Blocks and bytes of each live offer.
+    live: HashMap<OfferId, (u64, u64)>,
+    released: u64,
+    ended: u64,
+    /// Bytes of the offers that consumers released.
+    bytes: u64,
+}
 
 impl Bench {
     /// The service, and its descriptors for reflection.
@@ -42,29 +64,82 @@ impl Bench {
     /// From now on, the service offers blocks of this producer.
     pub(crate) fn set(&self, producer: &Arc<Producer>) {
         // `serve` sets it once.
-        let _ = self.0.set((Arc::downgrade(producer), MemoryRecord::from(producer.memory())));
+        let _ = self.0.serving.set((Arc::downgrade(producer), MemoryRecord::from(producer.memory())));
+    }
+
+    fn account(&self) -> MutexGuard<'_, Account> {
+        self.0.account.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes an offer, and enters it into the account.
+    pub(crate) fn offer(&self, producer: &Producer, spec: OfferSpec) -> Result<Offer, OfferError> {
+        let layout = producer.layout();
+        let size = |g: &OfferGroup| {
+            let bytes = layout.group(g.group).map_or(0, |l| l.block_bytes() * l.regions.len() as u64);
+            (g.blocks.len() as u64, g.blocks.len() as u64 * bytes)
+        };
+        let size = spec.groups.iter().map(size).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        // Under the lock, so that the offer is not freed before it is entered.
+        let mut account = self.account();
+        let offer = producer.offer(spec, Ready::Now)?;
+        account.live.insert(offer.id, size);
+        Ok(offer)
+    }
+
+    /// Takes a freed offer out of the account.
+    pub(crate) fn freed(&self, freed: &Freed) {
+        let mut account = self.account();
+        let (_, bytes) = account.live.remove(&freed.offer).unwrap_or_default();
+        if freed.why == Gone::Released {
+            account.released += 1;
+            account.bytes += bytes;
+        } else {
+            account.ended += 1;
+        }
+    }
+
+    /// What consumers hold now, and the bytes of all offers that they have released.
+    pub(crate) fn usage(&self, producer: &Producer) -> (Usage, u64) {
+        let account = self.account();
+        let usage = Usage {
+            offers: account.live.len() as u64,
+            blocks: account.live.values().map(|(blocks, _)| blocks).sum(),
+            claims: producer.live().1 as u64,
+            released: account.released,
+            ended: account.ended,
+        };
+        (usage, account.bytes)
+    }
+
+    async fn serving(&self) -> Result<(Arc<Producer>, MemoryRecord), Status> {
+        // The port answers a moment before the producer is set.
+        let (producer, memory) = self.0.serving.wait().await;
+        let stopping = || Status::unavailable("this producer is stopping: start it again");
+        Ok((producer.upgrade().ok_or_else(stopping)?, memory.clone()))
     }
 }
 
 #[tonic::async_trait]
 impl proto::bench_server::Bench for Bench {
     async fn make_offer(&self, request: Request<MakeOfferRequest>) -> Result<Response<MakeOfferReply>, Status> {
-        let serving = self.0.get().and_then(|(producer, memory)| Some((producer.upgrade()?, memory)));
-        let (producer, memory) =
-            serving.ok_or_else(|| Status::unavailable("this producer is starting or stopping: try again"))?;
-        let offer = make(&producer, request.into_inner()).map_err(Status::failed_precondition)?;
+        let (producer, memory) = self.serving().await?;
+        let offer = make(self, &producer, request.into_inner()).map_err(Status::failed_precondition)?;
         let memory = proto::Memory {
-            place: memory.place.clone(),
-            name: memory.name.clone().unwrap_or_default(),
-            uuid: memory.uuid.clone().unwrap_or_default(),
+            place: memory.place,
+            name: memory.name.unwrap_or_default(),
+            uuid: memory.uuid.unwrap_or_default(),
         };
         let (offer, pattern) = (offer.to_json(), producer.me().incarnation.get());
         Ok(Response::new(MakeOfferReply { offer, pattern, memory: Some(memory) }))
     }
+
+    async fn get_usage(&self, _: Request<GetUsageRequest>) -> Result<Response<Usage>, Status> {
+        Ok(Response::new(self.usage(&self.serving().await?.0).0))
+    }
 }
 
 /// Offers blocks of the group whose blocks have `block_bytes` bytes (0: the first group), in pool order or scattered.
-fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
+fn make(bench: &Bench, producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
     let layout = producer.layout();
     let group = match r.block_bytes {
         0 => layout.groups.first(),
@@ -85,7 +160,18 @@ fn make(producer: &Producer, r: MakeOfferRequest) -> Result<Offer, String> {
     let blocks = ids[..count as usize].iter().map(|b| Some(BlockId(*b))).collect();
     let groups = vec![OfferGroup { group: group.id, first_position: 0, blocks }];
     let spec = OfferSpec::new(u64::from(count) * u64::from(group.block_tokens), groups).request("bench");
-    producer.offer(spec, Ready::Now).map_err(|e| e.to_string())
+    bench.offer(producer, spec).map_err(|e| e.to_string())
+}
+
+/// Asks the `kvferry serve` at `addr` what consumers hold.
+pub(crate) async fn usage(addr: &str, limit: Duration) -> Result<Usage, Failure> {
+    let call = async {
+        let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|e| e.to_string())?;
+        let mut bench = BenchClient::new(endpoint.connect().await.map_err(|e| e.to_string())?);
+        bench.get_usage(GetUsageRequest {}).await.map_err(|s| s.message().to_owned())
+    };
+    let reply = tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")));
+    Ok(reply.map_err(|why| Failure::failed(format!("{addr} does not say what it holds: {why}")))?.into_inner())
 }
 
 /// Requests an offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of the first group) from `addr`. Also

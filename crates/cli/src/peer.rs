@@ -51,8 +51,18 @@ impl Peer {
     pub(crate) fn offer(&mut self, blocks: u32, block_bytes: u32, limit: Duration) -> Result<Offer, Failure> {
         let made = self.runtime.block_on(offers::make_offer(&self.addr, blocks, block_bytes, limit));
         let (offer, memory) = made?;
+        if offer.incarnation != self.welcome.peer.incarnation {
+            // The pattern and the layout of this one are unknown.
+            let why = format!("{} restarted after its Hello: run the command again", self.addr);
+            return Err(Failure::of(Ending::Unreachable, why));
+        }
         self.memory = memory;
         Ok(offer)
+    }
+
+    /// What consumers hold of the producer.
+    pub(crate) fn usage(&self, limit: Duration) -> Result<offers::Usage, Failure> {
+        self.runtime.block_on(offers::usage(&self.addr, limit))
     }
 
     /// A layout for `blocks` blocks of the shape that the producer's group has.

@@ -10,6 +10,7 @@ use kvferry::{BadOffer, Config, Consumer, EngineId, Faults, Offer};
 
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, SealArgs, TcpArgs, VerbsArgs},
+    out::say,
     peer::{self, Peer},
     pool::{MemoryRecord, PoolArgs, PoolPlace},
     report::{Ending, Failure, PullRecord, ranges, size, us},
@@ -19,7 +20,7 @@ use crate::{
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Args {
     /// Address of the `kvferry serve`.
-    #[arg(long, value_name = "HOST:PORT", required_unless_present = "offer")]
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "offer", value_parser = args::address)]
     from: Option<String>,
     /// Number of blocks. The default is all blocks of the peer.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
@@ -54,7 +55,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    json: JsonArg,
+    pub(crate) json: JsonArg,
 }
 
 /// Reads an offer from a file.
@@ -65,18 +66,19 @@ fn read_offer(path: &PathBuf) -> Result<Offer, Failure> {
     Offer::from_json(&text).map_err(|e| bad(format!("{}: {e}", path.display())))
 }
 
-/// Pulls once.
-pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
+/// Pulls once, if the command can run at all.
+pub(crate) fn run(args: Args, ready: Result<(), Failure>) -> Result<ExitCode, Failure> {
     let mut record = PullRecord::new(args.deadline);
-    let done = pull(&args, &mut record);
+    let done = ready.and_then(|()| pull(&args, &mut record));
     if let Err(failure) = &done {
         record.failed(failure);
     }
     if args.json.text() && record.decided_us.is_some() {
         print(&record);
     }
-    args.json.write(&record)?;
+    let written = args.json.write(&record);
     done?;
+    written?;
     Ok(match record.result {
         Ending::Complete => ExitCode::SUCCESS,
         Ending::Incomplete => ExitCode::from(3),
@@ -149,7 +151,7 @@ fn pull(args: &Args, record: &mut PullRecord) -> Result<(), Failure> {
 
 fn print(r: &PullRecord) {
     let seconds = r.data_us.or(r.decided_us).unwrap_or(0) as f64 / 1e6;
-    println!(
+    say!(
         "{} of {} blocks loaded, {} over {} into {}; verified {} bytes, mismatched {}",
         r.loaded.len(),
         r.blocks,
@@ -159,13 +161,13 @@ fn print(r: &PullRecord) {
         r.verified_bytes,
         r.mismatched_bytes
     );
-    println!("loaded  {}", ranges(&r.loaded));
-    println!("invalid {}", ranges(&r.invalid));
+    say!("loaded  {}", ranges(&r.loaded));
+    say!("invalid {}", ranges(&r.invalid));
     for (cause, set) in &r.causes {
-        println!("  {cause}: {}", ranges(set));
+        say!("  {cause}: {}", ranges(set));
     }
     let ms = |t: Option<u64>| t.map_or("-".into(), |t| format!("{:.3} ms", t as f64 / 1e3));
-    println!(
+    say!(
         "claimed {} | data {} | decided {} | ended {} | {:.2} GB/s",
         ms(r.claim_us),
         ms(r.data_us),

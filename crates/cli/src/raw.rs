@@ -11,7 +11,7 @@ use std::{
 use kvferry::{LaneKind, Memory, Span};
 use kvferry_testkit::serve::Ready;
 
-use crate::{bare, perftest::Perftest, report::Failure};
+use crate::{args, bare, perftest::Perftest, report::Failure};
 
 /// The sources and the destination of bare copies.
 pub(crate) struct Raw {
@@ -78,10 +78,8 @@ impl Raw {
         if self.stream.is_none() {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             let port = listener.local_addr()?.port();
-            let child = Command::new(std::env::current_exe()?)
-                .args(["raw-send", &port.to_string()])
-                .stdin(Stdio::null())
-                .spawn()?;
+            let child =
+                Command::new(args::program()).args(["raw-send", &port.to_string()]).stdin(Stdio::null()).spawn()?;
             self.stream = Some((listener.accept()?.0, child));
         }
         let Some((stream, _)) = &mut self.stream else { return Err(Failure::failed("no connection")) };

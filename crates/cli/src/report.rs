@@ -1,7 +1,7 @@
 //! The reports of the commands, as text and as JSON. The JSON's field names are stable: a minor version may add fields, but
 //! it renames and removes none.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::OnceLock, time::Duration};
 
 use kvferry::{Cause, HelloError, Offer, Outcome, PositionSet, WaitError};
 use serde::Serialize;
@@ -32,6 +32,19 @@ pub(crate) enum Ending {
     Usage,
     /// Anything else.
     Failed,
+}
+
+/// The command that runs, such as `pull`.
+static COMMAND: OnceLock<String> = OnceLock::new();
+
+/// Sets the command that [`help`] names.
+pub(crate) fn set_command(name: Option<&str>) {
+    let _ = COMMAND.set(name.map_or(String::new(), |n| format!(" {n}")));
+}
+
+/// Where the flags of the command are explained.
+pub(crate) fn help() -> String {
+    format!("see `kvferry{} --help`", COMMAND.get().map_or("", String::as_str))
 }
 
 /// The failure of a command.
@@ -85,8 +98,8 @@ impl Failure {
     }
 
     /// The flags are wrong.
-    pub(crate) fn usage(message: impl Into<String>) -> Self {
-        Self { code: 2, ending: Ending::Usage, message: message.into() }
+    pub(crate) fn usage(message: impl std::fmt::Display) -> Self {
+        Self { code: 2, ending: Ending::Usage, message: format!("{message}; {}", help()) }
     }
 }
 

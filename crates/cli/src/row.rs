@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::pool::MemoryRecord;
+use crate::{out::say, pool::MemoryRecord, report::FailureRecord};
 
 /// Latencies of a pull, in microseconds.
 #[derive(Debug, Clone, Serialize)]
@@ -45,6 +45,20 @@ pub(crate) struct Row {
     pub prep_us: u64,
     /// Median from the last fence to the end.
     pub post_us: u64,
+    /// Version of kvferry.
+    pub version: &'static str,
+    /// Name of this machine.
+    pub host: String,
+    /// When the row was finished, such as `2026-11-27T08:00:00Z`.
+    pub date: String,
+}
+
+/// The failure of a benchmark, with the rows that were finished before it.
+#[derive(Debug, Serialize)]
+pub(crate) struct FailedRows<'a> {
+    #[serde(flatten)]
+    pub failure: FailureRecord,
+    pub rows: &'a [Row],
 }
 
 /// READ and fence of one block at a time, compared with one bare READ at a time. Medians over the rounds.
@@ -71,7 +85,7 @@ impl OneAtATime {
 /// Prints the names of the columns.
 pub(crate) fn header(raw: bool) {
     let more = if raw { format!(" {:>13} {:>6}", "Raw (GB/Sec)", "ratio") } else { String::new() };
-    println!(
+    say!(
         "{:<6} {:>15} {:>10} {:>12}{more} {:>14} {:>14} {:>14} {:>14}",
         "Lane",
         "Block Size (B)",
@@ -88,14 +102,25 @@ pub(crate) fn header(raw: bool) {
 pub(crate) fn print(r: &Row) {
     let raw = r.raw_gb_per_s.zip(r.raw_ratio);
     let more = raw.map_or(String::new(), |(raw, ratio)| format!(" {raw:>13.2} {ratio:>6.2}"));
-    println!(
+    say!(
         "{:<6} {:>15} {:>10} {:>12.2}{more} {:>14.1} {:>14} {:>14} {:>14}",
-        r.lane, r.block_size, r.blocks, r.gb_per_s, r.lat_us.avg, r.lat_us.p99, r.prep_us, r.post_us
+        r.lane,
+        r.block_size,
+        r.blocks,
+        r.gb_per_s,
+        r.lat_us.avg,
+        r.lat_us.p99,
+        r.prep_us,
+        r.post_us
     );
     if let Some(o) = r.one_at_a_time {
-        println!(
+        say!(
             "       one block at a time, READ and fence: {:.0} us; ib_read_lat: {:.0} us; ratio {:.2}; first of a pull: {:.0} us, {:.2}",
-            o.block_us, o.raw_us, o.ratio, o.first_block_us, o.first_ratio
+            o.block_us,
+            o.raw_us,
+            o.ratio,
+            o.first_block_us,
+            o.first_ratio
         );
     }
 }

@@ -1,9 +1,16 @@
 //! `kvferry serve`: a producer whose pool holds a pattern, with a service that makes offers of it.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvferry::{
     BlockId, Config, EngineId, Group, GroupId, GroupKind, OfferGroup, OfferSpec, PoolLayout, Producer, Region,
+    StartError,
 };
 use kvferry_testkit::pattern;
 use serde::Serialize;
@@ -11,6 +18,7 @@ use serde::Serialize;
 use crate::{
     args::{self, JsonArg, LaneChoice, ModelArgs, SealArgs, TcpArgs, VerbsArgs},
     offers::Bench,
+    out::{self, say},
     pool::{MemoryRecord, PoolArgs, PoolPlace},
     report::{Failure, size},
 };
@@ -21,8 +29,9 @@ pub(crate) struct Args {
     /// Listening address of the control plane. Port 0 selects a free port.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7400")]
     listen: String,
-    /// HOST:PORT in offers, if consumers need another address than the listening one.
-    #[arg(long, value_name = "HOST:PORT")]
+    /// HOST:PORT in offers, if consumers need another address than the listening one: always with 0.0.0.0 and [::]. Port 0
+    /// stands for the listening port.
+    #[arg(long, value_name = "HOST:PORT", value_parser = args::advertised)]
     advertise: Option<String>,
     /// Blocks in the pool.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
@@ -134,6 +143,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let bytes = args.block_size.saturating_mul(u64::from(args.blocks)).saturating_mul(u64::from(args.regions));
     PoolPlace::check_sizes(&[args.pool.memory], bytes)?;
+    if let Some(path) = &args.offer {
+        out::check_file(path)?;
+    }
     let layout = layout(args.blocks, args.regions, args.block_size, args.model.block_tokens, &args.views)?;
     let memory = args.pool.memory.allocate(&layout, args.engine_memory)?;
     let mut config = Config::default();
@@ -150,19 +162,18 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         .memory(memory)
         .listen(args.listen)
         .lanes(args.lane.lanes())
+        .fill(|me, memory| pattern::write(me.incarnation.get(), memory))
         .config(config)
         .services(routes, described);
     if let Some(addr) = args.advertise {
         builder = builder.advertise(addr);
     }
-    let producer = Arc::new(builder.build()?);
+    let producer = Arc::new(builder.build().map_err(not_started)?);
     let me = producer.me().clone();
-    pattern::write(me.incarnation.get(), producer.memory())?;
     bench.set(&producer);
     if let Some(path) = &args.offer {
-        let offer = producer.offer(all_blocks(args.blocks, args.model.block_tokens), kvferry::Ready::Now)?;
-        std::fs::write(path, offer.to_json() + "\n")
-            .map_err(|e| Failure::failed(format!("cannot write {}: {e}; the folder must exist", path.display())))?;
+        let offer = bench.offer(&producer, all_blocks(args.blocks, args.model.block_tokens))?;
+        out::write_file(path, &(offer.to_json() + "\n"))?;
     }
     let ready = Ready {
         listen: producer.addr(),
@@ -177,7 +188,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         memory: MemoryRecord::from(producer.memory()),
     };
     if args.json.text() {
-        println!(
+        say!(
             "serving {} of {} ({} blocks, {} regions of {} each) as {:?} on {}; pull with: kvferry pull --from {}",
             size(bytes),
             ready.memory.text(),
@@ -190,15 +201,75 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
         );
     }
     args.json.write(&ready)?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-        loop {
-            tokio::select! {
-                freed = producer.freed() => tracing::info!(offer = %freed.offer, reason = ?freed.why, "offer freed"),
-                _ = term.recv() => return Ok(()),
-                stop = tokio::signal::ctrl_c() => return stop,
-            }
-        }
-    })?;
+    // Whoever started it waits for this line.
+    out::check()?;
+    let shown = (args.json.text() && out::is_live()).then(|| Rate::new(&bench, &producer));
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(stay(&producer, &bench, shown))?;
+    out::end_live();
     Ok(ExitCode::SUCCESS)
+}
+
+/// Serves until SIGTERM or Ctrl-C. On a terminal, shows each second what it serves.
+async fn stay(producer: &Producer, bench: &Bench, mut shown: Option<Rate>) -> std::io::Result<()> {
+    let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut second = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tokio::select! {
+            freed = producer.freed() => {
+                bench.freed(&freed);
+                tracing::info!(offer = %freed.offer, reason = ?freed.why, "offer freed");
+            }
+            _ = second.tick(), if shown.is_some() => {
+                if let Some(rate) = &mut shown {
+                    out::live(&rate.next(bench, producer));
+                }
+            }
+            _ = term.recv() => return Ok(()),
+            stop = tokio::signal::ctrl_c() => return stop,
+        }
+    }
+}
+
+/// The rate at which consumers release bytes. A producer does not see the reads of `local` and `verbs` lanes themselves.
+struct Rate {
+    at: Instant,
+    bytes: u64,
+}
+
+impl Rate {
+    fn new(bench: &Bench, producer: &Producer) -> Self {
+        Self { at: Instant::now(), bytes: bench.usage(producer).1 }
+    }
+
+    /// What is served now, to whom, and at which rate since the last call.
+    fn next(&mut self, bench: &Bench, producer: &Producer) -> String {
+        let (usage, bytes) = bench.usage(producer);
+        let (passed, new) = (self.at.elapsed().as_secs_f64(), bytes - self.bytes);
+        *self = Self { at: Instant::now(), bytes };
+        let mut sessions = BTreeMap::<_, usize>::new();
+        for consumer in producer.consumers() {
+            *sessions.entry(consumer.engine.as_str().to_owned()).or_default() += 1;
+        }
+        let to: Vec<_> = sessions.iter().map(|(e, n)| if *n == 1 { e.clone() } else { format!("{e} x{n}") }).collect();
+        format!(
+            "{} | {} offers with {} blocks, {} claims | {:.2} GB/s | {} offers released, {} ended otherwise",
+            if to.is_empty() { "no consumers".into() } else { format!("to {}", to.join(", ")) },
+            usage.offers,
+            usage.blocks,
+            usage.claims,
+            if passed > 0.0 { new as f64 / passed / 1e9 } else { 0.0 },
+            usage.released,
+            usage.ended
+        )
+    }
+}
+
+/// The failure of a start, with the names of flags.
+fn not_started(e: StartError) -> Failure {
+    match e {
+        StartError::Config { field: field @ ("listen" | "advertise"), why } => {
+            Failure::usage(format!("--{field}: {}", why.replace("`advertise`", "--advertise")))
+        }
+        e => Failure::from(e),
+    }
 }

@@ -3,6 +3,7 @@
 //! A state machine takes events and the time, and returns actions. Sockets, threads and memory are in another crate, so a
 //! failure is a unit test, and the simulation runs these machines through thousands of seeded failures a second.
 
+mod address;
 mod block;
 mod config;
 mod contents;
@@ -31,8 +32,8 @@ mod token;
 use std::time::Instant;
 
 pub use self::{
-    block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*, outcome::*, plan::*,
-    shard::*, token::*,
+    address::*, block::*, config::*, contents::*, error::*, frame::*, group::*, lane::*, model::*, offer::*,
+    outcome::*, plan::*, shard::*, token::*,
 };
 
 /// A state machine that is fed events and asked for actions.

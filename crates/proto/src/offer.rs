@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{EngineId, Incarnation, OfferId, Rank, Seal, Token};
+use crate::{EngineId, Incarnation, OfferId, Rank, Seal, Token, check_address};
 
 /// What an offer's KV was computed from, by the name of each thing: `prompt`, `weights`, … The values are hashes that both
 /// engines compute in the same way; kvferry only compares them.
@@ -215,16 +215,10 @@ impl Offer {
             return bad(format!("rank {} has no address, or one longer than {} bytes", r.rank, Self::MAX_ADDR));
         }
         // Refuse a bad address here: otherwise the pull fails only at its deadline.
-        let reachable = |a: &str| {
-            a.rsplit_once(':').is_some_and(|(host, port)| {
-                let bracketed = host.starts_with('[') && host.ends_with(']');
-                let plain = !host.contains([':', '[', ']', ' ']) && !host.is_empty();
-                let plain = plain && !host.contains(char::is_control);
-                (bracketed || plain) && port.parse::<u16>().is_ok_and(|p| p > 0)
-            })
-        };
-        if let Some(r) = self.ranks.iter().find(|r| !reachable(&r.addr)) {
-            return bad(format!("the address {1:?} of rank {0} is not a HOST:PORT", r.rank, r.addr));
+        for r in &self.ranks {
+            if let Err(why) = check_address(&r.addr) {
+                return bad(format!("the address {:?} of rank {} is unusable: {why}", r.addr, r.rank));
+            }
         }
         // One process is one rank: else its part of each block would be read as another rank's.
         let (mut addrs, mut incarnations) = (HashSet::new(), HashSet::new());
@@ -299,7 +293,7 @@ mod tests {
             let ranks = vec![OfferRank { rank: Rank(0), incarnation, addr: addr.into() }];
             Offer::new(OfferId::random(), "prefill".parse().unwrap(), incarnation, ranks, 1)
         };
-        for good in ["10.0.0.1:7400", "prefill-3.rack:1", "[fe80::1]:65535"] {
+        for good in ["10.0.0.1:7400", "prefill-3.rack:1", "[fd00::1]:65535"] {
             assert_eq!(offer(good).check(), Ok(()), "{good}");
         }
         for bad in [
@@ -378,7 +372,7 @@ mod tests {
     }
 
     fn offers() -> impl Strategy<Value = Offer> {
-        let ranks = vec((any::<u64>(), "[a-z0-9.]{1,20}:[1-9][0-9]{0,3}"), 1..4);
+        let ranks = vec((any::<u64>(), "[a-z][a-z0-9]{0,9}([.][a-z]{1,9})?:[1-9][0-9]{0,3}"), 1..4);
         let prints = proptest::collection::btree_map("[a-z]{1,8}", "[0-9a-f]{0,32}", 0..4);
         ("[a-z0-9-]{1,20}", ranks, any::<u64>(), "[a-z0-9 ]{0,20}", prints).prop_map(
             |(engine, ranks, tokens, request, prints)| {

@@ -10,7 +10,7 @@ use std::{
 
 use super::Wait;
 use crate::{
-    BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome,
+    Block, BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome,
     Reader, Release, hello::Welcome, pull::Retry, session::Want,
 };
 
@@ -157,4 +157,64 @@ pub struct Ended {
     pub outcome: Outcome,
     /// The result, by local block.
     pub blocks: BlockReport,
+}
+
+impl Ended {
+    /// The local blocks that are invalid, each with its cause.
+    pub fn lost(&self) -> impl Iterator<Item = (Block, Cause)> {
+        // Both lists are in the order of the groups, and ascend by position within a group.
+        let causes = self.outcome.groups.iter().flat_map(|g| {
+            g.invalid
+                .iter()
+                .map(|p| g.causes.iter().find(|(_, s)| s.contains(p)).map_or(Cause::LaneFailed, |(c, _)| *c))
+        });
+        self.blocks.invalid.iter().copied().zip(causes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BlockId, EngineId, GroupId, GroupOutcome, OfferId, PositionSet, Times};
+
+    #[test]
+    fn each_lost_block_has_the_cause_of_its_own_position() {
+        let set = |positions: &[u32]| {
+            let mut set = PositionSet::new();
+            positions.iter().for_each(|p| set.insert(*p));
+            set
+        };
+        let group = |group, loaded: &[u32], causes: Vec<(Cause, PositionSet)>| {
+            let mut invalid = PositionSet::new();
+            causes.iter().flat_map(|(_, s)| s.iter()).for_each(|p| invalid.insert(p));
+            GroupOutcome { group: GroupId(group), loaded: set(loaded), invalid, causes }
+        };
+        let groups = vec![
+            group(0, &[4], vec![(Cause::PeerDown, set(&[7])), (Cause::NotOffered, set(&[5, 9]))]),
+            group(1, &[], vec![(Cause::Deadline, set(&[0]))]),
+        ];
+        let block = |group, id| Block { group: GroupId(group), id: BlockId(id) };
+        let engine: EngineId = "e".parse().unwrap();
+        let ended = Ended {
+            pull: PullId(1),
+            offer: Arc::new(Offer::new(OfferId::random(), engine, Incarnation::random(), vec![], 1)),
+            contents: None,
+            outcome: Outcome { groups, bytes: 0, lanes: vec![], retries: 0, times: Times::default() },
+            blocks: BlockReport {
+                loaded: vec![block(0, 1)],
+                // Of positions 5, 7, 9, and of position 0 of the second group.
+                invalid: vec![block(0, 30), block(0, 2), block(0, 8), block(1, 2)],
+            },
+        };
+        let lost: Vec<_> = ended.lost().collect();
+        assert_eq!(
+            lost,
+            [
+                (block(0, 30), Cause::NotOffered),
+                (block(0, 2), Cause::PeerDown),
+                (block(0, 8), Cause::NotOffered),
+                (block(1, 2), Cause::Deadline),
+            ]
+        );
+    }
 }

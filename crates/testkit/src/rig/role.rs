@@ -64,15 +64,17 @@ pub fn play() {
     config.tcp.checksum = spec.checksum;
     config.tls = tls();
     let lanes = [(spec.local, LaneKind::Local), (spec.tcp, LaneKind::Tcp), (!spec.rails.is_empty(), LaneKind::Verbs)];
-    let producer = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
+    let mut builder = Producer::builder(spec.engine.parse().expect("an id"), spec.kv_model(), layout.clone())
         .memory(memory.expect("memory"))
         .listen(spec.listen.clone())
         .lanes(lanes.iter().filter(|(on, _)| *on).map(|(_, l)| *l).collect())
-        .config(config)
-        .build()
-        .expect("a producer starts");
+        .fill(|me, memory| pattern::write(me.incarnation.get(), memory))
+        .config(config);
+    if spec.listen.starts_with("0.0.0.0:") {
+        builder = builder.advertise("127.0.0.1:0");
+    }
+    let producer = builder.build().expect("a producer starts");
     let seed = producer.me().incarnation.get();
-    pattern::write(seed, producer.memory()).expect("the pool can be filled");
     let tell = |h: &Heard| println!("@@{}", serde_json::to_string(h).expect("JSON"));
     tell(&Heard::Up { addr: producer.addr().into(), incarnation: producer.me().incarnation.to_string(), seed });
     let mut offered: HashMap<OfferId, Vec<u32>> = HashMap::new();

@@ -131,11 +131,8 @@ impl Engine {
 
     /// Reports the blocks that did not arrive, and applies the outcome.
     fn report(&mut self, ends: &[Ended], refused: &[(Id, Cause)]) {
-        let mut report = refused.iter().fold(Report::new(), |r, (id, cause)| r.load_failed(*id, *cause));
-        for e in ends {
-            let cause = e.outcome.cause().unwrap_or(Cause::LaneFailed);
-            report.extend(e.blocks.invalid.iter().map(|b| (*b, cause)));
-        }
+        let report = refused.iter().fold(Report::new(), |r, (id, cause)| r.load_failed(*id, *cause));
+        let report = ends.iter().fold(report, Report::ended);
         let failed: Vec<Id> =
             ends.iter().filter(|e| !e.outcome.complete()).filter_map(|e| Some(self.pulls.get(&e.pull)?.0)).collect();
         ends.iter().for_each(|e| drop(self.pulls.remove(&e.pull)));

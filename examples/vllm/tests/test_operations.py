@@ -35,7 +35,7 @@ def test_an_error_at_the_start_stops_the_engine_with_a_line_that_says_what_to_do
         assert "ERROR" in log and "kvferry cannot start: " in log and "set on_start_failure to off" in log
 
 
-@pytest.mark.parametrize("wrong", ["port", "tls", "lanes", "seal"])
+@pytest.mark.parametrize("wrong", ["port", "tls", "lanes", "seal", "wildcard"])
 def test_with_on_start_failure_off_the_engine_runs_and_the_gauge_says_that_kvferry_does_not(
     start: Start, tiny: str, tiny_fleet: Fleet, wrong: str
 ) -> None:
@@ -48,12 +48,25 @@ def test_with_on_start_failure_off_the_engine_runs_and_the_gauge_says_that_kvfer
             "tls": {name: "/nonexistent.pem" for name in ("tls_cert", "tls_key", "tls_ca")},
             "lanes": {"lanes": "pigeon"},
             "seal": {"seal_keys": ["/nonexistent"]},
+            "wildcard": {"host": "0.0.0.0"},
         }[wrong]
         p = start(f"off-{wrong}", tiny, "kv_both", on_start_failure="off", **more).ready()
     tokens = f.prompt(100)
     assert p.generate("off", tokens, params={"do_remote_decode": True})["tokens"] == f.alone(tokens)
     assert p.metrics()["kvferry_up{reason=start_failed}"] == 0
     assert "kvferry is off on this engine, which prefills every prompt itself: " in p.log.read_text()
+
+
+def test_a_rank_that_listens_on_every_address_names_the_one_that_it_is_told(
+    start: Start, tiny: str, tiny_fleet: Fleet
+) -> None:
+    f = tiny_fleet
+    p = start("everywhere", tiny, "kv_producer", host="0.0.0.0", advertise="127.0.0.1").ready()
+    tokens = f.prompt(100)
+    params = p.prefill("everywhere", tokens)
+    assert params["remote_host"] == "127.0.0.1" and params["remote_port"] > 0
+    assert f.d.generate("everywhere", tokens, params=params)["computed"] == 1
+    p.settled()
 
 
 def test_the_start_is_one_line_and_the_gauge_is_set(tiny_fleet: Fleet) -> None:

@@ -137,9 +137,9 @@ class Options:
         port = self.port + replica * ranks + rank if self.port else 0
         return join(self.host, port)
 
-    def reached_at(self, bound: str) -> str:
-        """`HOST:PORT` in offers of a rank that listens on `bound`."""
-        return join(self.advertise, int(bound.rsplit(":", 1)[1])) if self.advertise else bound
+    def reached_at(self) -> str | None:
+        """`HOST:PORT` in offers, if it differs from the listening address. Port 0 stands for the port that a rank listens on."""
+        return join(self.advertise, 0) if self.advertise else None
 
 
 def join(host: str, port: int) -> str:

@@ -150,8 +150,8 @@ class WorkerSide:
         if self._offers_here:
             replica = getattr(self._config.parallel_config, "data_parallel_index", 0)
             listen = options.listen(self._rank, tp.world_size * pp.world_size, replica)
-            self._producer = _native.Producer(me, memory, settings, listen)
-            self._addr = options.reached_at(self._producer.addr)
+            self._producer = _native.Producer(me, memory, settings, listen, options.reached_at())
+            self._addr = self._producer.addr
         if self._pulls_here:
             self._consumer = _native.Consumer(me, memory, settings)
         logger.info(

@@ -92,22 +92,25 @@ fn server_end(client: &TcpStream) -> TcpStream {
     ends.into_iter().find(|end| end.peer_addr().is_ok_and(|addr| addr == peer)).unwrap()
 }
 
-/// Sends zeros until the socket has no room, and gets none. Returns their number.
-fn fill(end: &TcpStream) -> usize {
-    sockopt::set_socket_send_buffer_size(end, 16 << 10).unwrap();
-    let (mut sent, mut full) = (0, false);
-    loop {
-        match rustix::net::send(end, &[0; 4096], SendFlags::NOSIGNAL) {
-            Ok(n) => (sent, full) = (sent + n, false),
-            Err(Errno::AGAIN) if full => return sent,
+/// Sends zeros until the sockets have no room, and get none for a second. Returns their number.
+fn fill(client: &TcpStream) -> usize {
+    let end = server_end(client);
+    sockopt::set_socket_recv_buffer_size(client, 4 << 10).unwrap();
+    sockopt::set_socket_send_buffer_size(&end, 4 << 10).unwrap();
+    let (mut sent, mut looks) = (0, 0);
+    while looks < 20 {
+        match rustix::net::send(&end, &[0; 4096], SendFlags::NOSIGNAL) {
+            Ok(n) => (sent, looks) = (sent + n, 0),
             Err(Errno::AGAIN) => {
-                // Longer than an acknowledgement takes, which makes room.
-                let wait = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-                full = rustix::event::poll(&mut [PollFd::new(end, PollFlags::OUT)], Some(&wait)).unwrap() == 0;
+                // Acknowledgements make room, and a receiver that packs its buffer does.
+                let wait = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+                rustix::event::poll(&mut [PollFd::new(&end, PollFlags::OUT)], Some(&wait)).unwrap();
+                looks += 1;
             }
             Err(e) => panic!("{e}"),
         }
     }
+    sent
 }
 
 #[test]
@@ -118,7 +121,7 @@ fn a_connection_over_tls_that_waits_for_a_slot_with_a_full_socket_goes_on_when_t
         let grant = rig.offer(1, &[Some(0)]).0;
         let (mut others, mut late) = ([(); 4].map(|()| sealed(&rig)), sealed(&rig));
         let mut waits = sealed(&rig);
-        let zeros = fill(&server_end(&waits.sock));
+        let zeros = fill(&waits.sock);
         control.hang(true);
         let before = control.counts().device_to_host;
         others.iter_mut().for_each(|s| ask(s, grant, KIB));

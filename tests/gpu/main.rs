@@ -9,6 +9,7 @@
 
 mod alone;
 mod cost;
+mod errors;
 mod failures;
 mod kills;
 mod metrics;

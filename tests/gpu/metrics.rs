@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// The value of a metric, by its name with labels.
-fn value(of: &str) -> f64 {
+pub(crate) fn value(of: &str) -> f64 {
     let (mut registry, mut text) = (Registry::default(), String::new());
     GpuMetrics.register(&mut registry);
     encode(&mut text, &registry).unwrap();

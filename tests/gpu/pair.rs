@@ -108,6 +108,12 @@ pub(crate) fn pull(offer: &Offer) -> Pull {
     Pull::new(offer.clone(), vec![wanted]).lanes(vec![LaneKind::Tcp]).deadline(SOON)
 }
 
+/// A pull of one block into the block of the same number: one chunk, so one job of four copies.
+pub(crate) fn pull_block(offer: &Offer, block: u32) -> Pull {
+    let wanted = LocalBlocks { group: GroupId(0), first_position: block, blocks: vec![Some(BlockId(block))] };
+    Pull::new(offer.clone(), vec![wanted]).lanes(vec![LaneKind::Tcp]).deadline(SOON)
+}
+
 /// A stream of the engine, in the primary context of GPU 0, which it makes current in this thread.
 pub(crate) struct Engine {
     pub(crate) stream: sys::CUstream,

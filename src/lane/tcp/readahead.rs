@@ -29,7 +29,7 @@ const SLOT: u64 = 1 << 20;
 const FEWEST_SLOTS: u64 = 4;
 /// How long a server that ends waits for its copies. They take milliseconds; a GPU that hangs must not keep an engine from
 /// ending.
-const LAST_COPIES: Duration = Duration::from_secs(1);
+pub(super) const LAST_COPIES: Duration = Duration::from_secs(1);
 /// Most slices of a connection: one is sent while others are copied.
 pub(super) const MOST_SLICES: usize = 4;
 /// Most pieces of a slice: more make a copy too long. The GPU's thread cuts jobs there too.

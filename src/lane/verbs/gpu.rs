@@ -5,14 +5,15 @@
 //! Writes of a NIC into GPU memory are visible to the GPU's kernels once they are flushed, unless the GPU orders them.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     io,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
-    sync::{Arc, OnceLock},
+    sync::Arc,
 };
 
 use kvferry_proto::LaneEvent;
+use parking_lot::Mutex;
 
 use super::{
     error::VerbsError,
@@ -32,23 +33,22 @@ const PROBE: u64 = 2 << 20;
 /// The dmabufs of a GPU pool: one for each segment, for all rails. A second one of the same memory would take room in the
 /// GPU's address window on the bus again.
 #[derive(Debug, Default)]
-pub(super) struct Dmabufs(OnceLock<Result<Vec<Option<Exported>>, String>>);
+pub(super) struct Dmabufs(Mutex<HashMap<usize, Arc<Exported>>>);
 
 /// A dmabuf, and the segment's offset in it, in bytes.
 type Exported = (OwnedFd, u64);
 
 impl Dmabufs {
-    /// The dmabuf of a segment, and the segment's offset in it.
-    fn of(&self, gpu: &Gpu, memory: &Memory, segment: usize) -> Result<&Exported, String> {
-        let all = self.0.get_or_init(|| {
-            let one = |(i, &len): (usize, &u64)| match len {
-                0 => Ok(None),
-                len => gpu.dmabuf(memory.base(i as u16), len).map(Some).map_err(|e| e.to_string()),
-            };
-            memory.segments().iter().enumerate().map(one).collect()
-        });
-        let all = all.as_ref().map_err(Clone::clone)?;
-        all.get(segment).and_then(Option::as_ref).ok_or_else(|| "the segment is empty".into())
+    /// The dmabuf of a part, and the part's offset in it. A failed export is tried again by the next registration.
+    fn of(&self, part: Part<'_>) -> Result<Arc<Exported>, String> {
+        let mut known = self.0.lock();
+        if let Some(dmabuf) = known.get(&part.segment) {
+            return Ok(dmabuf.clone());
+        }
+        let exported = part.gpu.dmabuf(part.memory.base(part.segment as u16), part.len);
+        let dmabuf = Arc::new(exported.map_err(|e| e.to_string())?);
+        known.insert(part.segment, dmabuf.clone());
+        Ok(dmabuf)
     }
 }
 
@@ -84,8 +84,9 @@ fn as_dmabuf(pd: &Arc<Pd>, part: Part<'_>, access: Access, dmabufs: &Dmabufs) ->
     if !gpu.info().dmabuf {
         return Err("the GPU or its driver exports no dmabuf".into());
     }
-    let (fd, offset) = dmabufs.of(gpu, memory, segment)?;
-    let source = Source::Dmabuf { fd: fd.as_fd(), offset: *offset, len, address: memory.base(segment as u16) };
+    let dmabuf = dmabufs.of(part)?;
+    let (fd, offset) = (dmabuf.0.as_fd(), dmabuf.1);
+    let source = Source::Dmabuf { fd, offset, len, address: memory.base(segment as u16) };
     // SAFETY: the dmabuf holds the GPU memory of the segment, which stays mapped as long as a clone of the memory lives.
     unsafe { Region::register(pd, source, access, memory.clone()) }.map_err(|e| e.to_string())
 }
@@ -104,26 +105,16 @@ fn peermem_is_loaded() -> bool {
     ["nvidia_peermem", "nv_peer_mem"].iter().any(|m| std::path::Path::new("/sys/module").join(m).exists())
 }
 
-/// The first bytes of a pool, with a dmabuf of no more than these: exporting all of a large pool takes longer. `None`: an
-/// empty pool.
-fn probed<'a>(gpu: &'a Gpu, memory: &'a Memory) -> Option<(Part<'a>, Dmabufs)> {
+/// The first bytes of a pool: exporting all of a large one takes longer. `None`: an empty pool.
+fn probed<'a>(gpu: &'a Gpu, memory: &'a Memory) -> Option<Part<'a>> {
     let (segment, len) = memory.segments().iter().enumerate().find(|(_, len)| **len > 0)?;
-    let part = Part { gpu, memory, segment, len: PROBE.min(*len) };
-    let dmabuf = gpu.dmabuf(memory.base(segment as u16), part.len).map_err(|e| e.to_string());
-    let dmabufs = Dmabufs::default();
-    let mut all: Vec<_> = memory.segments().iter().map(|_| None).collect();
-    let filled = dmabuf.map(|dmabuf| {
-        all[segment] = Some(dmabuf);
-        all
-    });
-    let _ = dmabufs.0.set(filled);
-    Some((part, dmabufs))
+    Some(Part { gpu, memory, segment, len: PROBE.min(*len) })
 }
 
 /// Whether a device can write, or be read from, GPU memory, tried with the first bytes of the pool.
 pub(super) fn probe(pd: &Arc<Pd>, gpu: &Gpu, memory: &Memory, access: Access) -> Result<(), VerbsError> {
-    let Some((part, dmabufs)) = probed(gpu, memory) else { return Ok(()) };
-    register(pd, part, access, &dmabufs).map(drop)
+    let Some(part) = probed(gpu, memory) else { return Ok(()) };
+    register(pd, part, access, &Dmabufs::default()).map(drop)
 }
 
 /// How one rail reaches GPU memory: each way was tried, for READs by peers and for landing.
@@ -160,7 +151,8 @@ impl GpuReach {
     /// Tries each way with the first bytes of the pool.
     pub(super) fn of(rail: &str, pd: &Arc<Pd>, gpu: &Gpu, memory: &Memory) -> Self {
         let unordered = unordered(gpu).err();
-        let Some((part, dmabufs)) = probed(gpu, memory) else {
+        let dmabufs = Dmabufs::default();
+        let Some(part) = probed(gpu, memory) else {
             return Self { rail: rail.into(), dmabuf: Ok(()), address: Ok(()), unordered };
         };
         let uses = [Access::Exported { relaxed: false }, Access::Landing { relaxed: false }];

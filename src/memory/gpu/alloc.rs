@@ -8,9 +8,9 @@ use cudarc::driver::sys::{
     CUmemAllocationProp, CUmemAllocationType, CUmemGenericAllocationHandle, CUmemLocation, CUmemLocationType, CUstream,
 };
 
-use super::{Context, Gpu, error::GpuError, library::NOT_READY, queue::Order};
+use super::{Context, Gpu, error::GpuError, library::NOT_READY};
 
-/// One allocation for each segment. Dropping it frees them, on the GPU's thread.
+/// One allocation for each segment. Dropping it frees them, on the GPU's set-up thread.
 pub(crate) struct Allocation {
     gpu: Gpu,
     ranges: Vec<(CUdeviceptr, usize)>,
@@ -41,11 +41,11 @@ impl Allocation {
 impl Drop for Allocation {
     fn drop(&mut self) {
         let ranges = std::mem::take(&mut self.ranges);
-        self.gpu.send(Order::Run(Box::new(move |context| {
+        self.gpu.set_up(move |context| {
             for (at, size) in ranges.into_iter().filter(|r| r.1 > 0) {
                 unmap(context, at, size);
             }
-        })));
+        });
     }
 }
 

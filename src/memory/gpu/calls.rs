@@ -1,12 +1,11 @@
-//! What pools and lanes ask of a GPU's thread, beside copies.
+//! What pools and lanes ask of a GPU's set-up thread.
 
 use std::ffi::{c_uint, c_void};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{
-    CudaStream, Gpu, alloc::Allocation, context, error::GpuError, exchange::Exported, pointer, queue::Order, share,
-    share::Imported,
+    CudaStream, Gpu, alloc::Allocation, context, error::GpuError, exchange::Exported, pointer, share, share::Imported,
 };
 use crate::memory::Memory;
 
@@ -91,7 +90,7 @@ impl Gpu {
     }
 }
 
-/// Pinned host memory. Dropping it unpins the memory, on the GPU's thread.
+/// Pinned host memory. Dropping it unpins the memory, on the GPU's set-up thread.
 pub(crate) struct Pinned {
     gpu: Gpu,
     addresses: Vec<u64>,
@@ -101,13 +100,13 @@ pub(crate) struct Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let (addresses, memory) = (std::mem::take(&mut self.addresses), self.memory.clone());
-        self.gpu.send(Order::Run(Box::new(move |c| {
+        self.gpu.set_up(move |c| {
             for at in addresses {
                 let start: *mut c_void = std::ptr::with_exposed_provenance_mut(at as usize);
                 // SAFETY: the range was registered, and no copy touches it any more: jobs keep what they touch.
                 let _ = unsafe { (c.lib.cuMemHostUnregister)(start) };
             }
             drop(memory);
-        })));
+        });
     }
 }

@@ -1,4 +1,4 @@
-//! The primary context of a GPU, as the GPU's thread and an engine's thread use it.
+//! The primary context of a GPU, as the GPU's threads and an engine's thread use it.
 
 use std::{
     cell::RefCell,
@@ -24,7 +24,7 @@ const ORDERED_FOR_OWNER: c_int = 100;
 /// The host's bit of GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS.
 const FLUSH_BY_HOST: c_int = 1;
 
-/// A GPU's primary context, retained. Belongs to the GPU's thread, where it is current.
+/// A GPU's primary context, retained. Belongs to one of the GPU's threads, where it is current.
 pub(crate) struct Context {
     pub(super) lib: &'static Library,
     pub(super) device: CUdevice,

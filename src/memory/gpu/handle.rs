@@ -9,7 +9,11 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Context, error::GpuError, queue::Order};
+use super::{
+    Context,
+    error::GpuError,
+    queue::{Order, Setup},
+};
 use crate::mailbox::Mailbox;
 
 /// How long a caller waits for a call that sets something up. Creating a context takes up to a second, and drivers were seen
@@ -75,13 +79,15 @@ pub fn survey() -> Result<Vec<GpuInfo>, GpuError> {
     Err(GpuError::NotBuilt)
 }
 
-/// A GPU whose thread runs. A clone is another handle; the thread ends with the last one.
+/// A GPU whose threads run. A clone is another handle; the threads end with the last one.
 #[derive(Clone)]
 pub(crate) struct Gpu(Arc<Shared>);
 
 struct Shared {
     info: GpuInfo,
     orders: Mailbox<Order>,
+    /// To the set-up thread.
+    setup: mpsc::Sender<Setup>,
     state: Arc<State>,
 }
 
@@ -94,12 +100,12 @@ pub(super) struct State {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The thread is not joined: it may be inside a driver that hangs.
+        // The threads are not joined: they may be inside a driver that hangs.
         self.orders.send(Order::End);
     }
 }
 
-/// The GPUs that are open: one thread each.
+/// The GPUs that are open.
 static OPEN: Mutex<Option<HashMap<u32, Weak<Shared>>>> = Mutex::new(None);
 
 impl Gpu {
@@ -123,17 +129,23 @@ impl Gpu {
     #[cfg(feature = "cuda")]
     fn start(ordinal: u32) -> Result<Self, GpuError> {
         super::library::init()?;
+        let spawn = |name: String, work: Box<dyn FnOnce() + Send>| {
+            let spawned = std::thread::Builder::new().name(name).spawn(work);
+            spawned.map(drop).map_err(GpuError::os("cannot start the GPU's thread"))
+        };
+        let (setup, calls) = mpsc::channel();
+        let (tx, rx) = mpsc::sync_channel(1);
+        let work = move || super::thread::set_up(ordinal, &calls, &tx);
+        spawn(format!("kvferry-setup{ordinal}"), Box::new(work))?;
+        answer(&rx)??;
         let orders = Mailbox::new().map_err(GpuError::os("cannot create an eventfd"))?;
         let state = Arc::<State>::default();
         let (tx, rx) = mpsc::sync_channel(1);
-        let work = {
-            let (orders, state) = (orders.clone(), state.clone());
-            move || super::thread::run(ordinal, orders, state, &tx)
-        };
-        let name = format!("kvferry-gpu{ordinal}");
-        std::thread::Builder::new().name(name).spawn(work).map_err(GpuError::os("cannot start the GPU's thread"))?;
+        let (theirs, told) = (orders.clone(), state.clone());
+        let work = move || super::thread::run(ordinal, theirs, told, &tx);
+        spawn(format!("kvferry-gpu{ordinal}"), Box::new(work))?;
         let info = answer(&rx)??;
-        Ok(Self(Arc::new(Shared { info, orders, state })))
+        Ok(Self(Arc::new(Shared { info, orders, setup, state })))
     }
 
     /// Its description.
@@ -157,7 +169,13 @@ impl Gpu {
         self.0.orders.send(order);
     }
 
-    /// Runs `work` on the GPU's thread and waits for its result. Only to set something up; never from a lane.
+    /// Runs `call` on the set-up thread, after those that were given before. It is given up without a result if the thread has
+    /// ended, which it does with the last handle.
+    pub(super) fn set_up(&self, call: impl FnOnce(&Context) + Send + 'static) {
+        let _ = self.0.setup.send(Box::new(call));
+    }
+
+    /// Runs `work` on the set-up thread and waits for its result. Never from a lane.
     pub(super) fn call<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Context) -> Result<T, GpuError> + Send + 'static,
@@ -165,7 +183,7 @@ impl Gpu {
         self.check()?;
         let (tx, rx) = mpsc::sync_channel(1);
         // The receiver is gone if it has given up.
-        self.send(Order::Run(Box::new(move |context| drop(tx.send(work(context))))));
+        self.set_up(move |context| drop(tx.send(work(context))));
         answer(&rx)?
     }
 
@@ -176,10 +194,10 @@ impl Gpu {
     ) -> Result<T, GpuError> {
         self.check()?;
         let (tx, rx) = tokio::sync::oneshot::channel();
-        self.send(Order::Run(Box::new(move |context| drop(tx.send(work(context))))));
+        self.set_up(move |context| drop(tx.send(work(context))));
         match tokio::time::timeout(CALL_TIMEOUT, rx).await {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(GpuError::Os { what: "the GPU's thread", error: "it has panicked".into() }),
+            Ok(Err(_)) => Err(GpuError::Os { what: "the GPU's set-up thread", error: "it has panicked".into() }),
             Err(_) => Err(GpuError::Hung { seconds: CALL_TIMEOUT.as_secs() }),
         }
     }
@@ -189,7 +207,7 @@ fn answer<T>(rx: &mpsc::Receiver<T>) -> Result<T, GpuError> {
     rx.recv_timeout(CALL_TIMEOUT).map_err(|e| match e {
         mpsc::RecvTimeoutError::Timeout => GpuError::Hung { seconds: CALL_TIMEOUT.as_secs() },
         mpsc::RecvTimeoutError::Disconnected => {
-            GpuError::Os { what: "the GPU's thread", error: "it has panicked".into() }
+            GpuError::Os { what: "the GPU's set-up thread", error: "it has panicked".into() }
         }
     })
 }

@@ -1,7 +1,8 @@
-//! GPU memory: what the CUDA driver offers, and the one thread per GPU that talks to it.
+//! GPU memory: what the CUDA driver offers, and the threads of each GPU that talk to it.
 //!
 //! A driver may block for milliseconds to minutes, so lanes never call it: they submit copies and flushes to the GPU's thread,
-//! get tickets, and sleep on a descriptor (promise *timely*). The thread shares the engine's context, where a fault would
+//! get tickets, and sleep on a descriptor (promise *timely*). Pools are set up and taken down on a thread of their own. The
+//! threads share the engine's context, where a fault would
 //! poison the engine's own work: every range is checked before it is submitted.
 //!
 //! Without the feature `cuda` the types exist and no GPU does: [`Gpu::open`] fails with [`GpuError::NotBuilt`].

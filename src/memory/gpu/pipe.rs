@@ -198,6 +198,15 @@ impl Pipes {
                     NOT_READY => break,
                     code => context.lib.check("cuEventQuery", code),
                 };
+                if let Err(error) = &over
+                    && !is_fatal(error)
+                {
+                    // The copies may still run, and the event does not tell.
+                    fatal.get_or_insert(error.clone());
+                    pipe.abandon();
+                    moved = true;
+                    break;
+                }
                 let Some(mut done) = pipe.running.pop_front() else { break };
                 pipe.events.push(done.event);
                 if let Err(error) = over {

@@ -64,11 +64,12 @@ pub(super) enum Order {
     Flush(Ticket),
     /// Call `then` when the event has completed, or with the error that keeps it from completing.
     After { event: usize, stream: usize, then: Then },
-    /// A call that sets something up or takes it down.
-    Run(Box<dyn FnOnce(&Context) + Send>),
     /// No handle is left: end when everything is done.
     End,
 }
+
+/// Calls that set something up or take it down, for the GPU's set-up thread.
+pub(super) type Setup = Box<dyn FnOnce(&Context) + Send>;
 
 /// Called on the GPU's thread when an event is over; it must not block.
 pub(super) type Then = Box<dyn FnOnce(Result<(), GpuError>) + Send>;

@@ -20,7 +20,7 @@ use super::{
     error::GpuError,
     exchange::{Exported, Handle, Part},
     pointer,
-    queue::{Order, Piece},
+    queue::Piece,
 };
 use crate::memory::Memory;
 
@@ -96,7 +96,7 @@ pub(super) fn dmabuf(context: &Context, address: u64, len: u64) -> Result<(Owned
     Ok((unsafe { OwnedFd::from_raw_fd(fd) }, address - start))
 }
 
-/// One allocation of another process, mapped here. Dropping it closes it, on the GPU's thread.
+/// One allocation of another process, mapped here. Dropping it closes it, on the GPU's set-up thread.
 pub(super) struct Mapped {
     gpu: Gpu,
     at: CUdeviceptr,
@@ -109,7 +109,7 @@ pub(super) struct Mapped {
 impl Drop for Mapped {
     fn drop(&mut self) {
         let (at, size) = (self.at, self.size);
-        self.gpu.send(Order::Run(Box::new(move |context| match size {
+        self.gpu.set_up(move |context| match size {
             Some(size) => alloc::unmap(context, at, size),
             None => {
                 // SAFETY: the mapping is ours, and no copy touches it any more: jobs keep what they touch.
@@ -118,11 +118,11 @@ impl Drop for Mapped {
                     tracing::warn!(gpu = context.ordinal, %error, "a peer's GPU memory cannot be closed");
                 }
             }
-        })));
+        });
     }
 }
 
-/// Allocations that a GPU's thread has opened, by their legacy handles: each is opened once. Drivers count a second open or
+/// Allocations that a GPU's set-up thread has opened, by their legacy handles: each is opened once. Drivers count a second open or
 /// refuse it.
 pub(super) type Opened = HashMap<[u8; 64], Weak<Mapped>>;
 

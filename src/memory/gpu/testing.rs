@@ -1,11 +1,38 @@
-//! GPU memory as engines allocate it, for tests. It is never freed, and its context is kept.
+//! Tests on the stand-in for libcuda, and GPU memory as engines allocate it: never freed, with a context that is kept.
+
+use std::process::{Command, Stdio};
 
 use cudarc::driver::sys::{
     CUmemAccess_flags, CUmemAccessDesc, CUmemAllocationHandleType, CUmemAllocationProp, CUmemAllocationType,
     CUmemLocation, CUmemLocationType,
 };
 
+use kvferry_cuda_standin::Control;
+
 use super::Gpu;
+
+const ROLE: &str = "KVFERRY_TEST_STANDIN";
+
+/// Runs `body` in a process of its own, as the test with this function, and with a driver with these settings: a process has
+/// one driver, whose settings and counts are its own.
+pub(crate) fn with_driver<T: Fn()>(_: T, settings: &str, body: impl FnOnce(Control)) {
+    let test = std::any::type_name::<T>().trim_start_matches("kvferry::");
+    if std::env::var(ROLE).is_ok_and(|role| role == test) {
+        return body(Control::new().expect("the stand-in is built with the tests"));
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1", "--include-ignored"])
+        .env(ROLE, test)
+        .env("KVFERRY_STANDIN", settings)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    // A wrong name would run nothing, and succeed.
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    print!("{text}");
+}
 
 /// A GPU whose context outlives every pool, as an engine's does.
 fn engine(ordinal: u32) -> &'static Gpu {

@@ -1,15 +1,19 @@
-//! The thread of one GPU. It makes every CUDA call of this process's kvferry, except that an engine's own thread records the
-//! event of a stream.
+//! The two threads of one GPU. They make every CUDA call of this process's kvferry, except that an engine's own thread records
+//! the event of a stream. The second one, [`set_up`], makes the calls that set something up or take it down: a driver that is
+//! slow in one of them delays no copy, and no pull is wedged for it.
 //!
-//! Owns the context, the streams and the jobs. When a call or an event reports an error that makes the context unusable, it
-//! ends every job as failed: after such an error the driver runs nothing more in the context.
+//! The first one, [`run`], owns the context, the streams and the jobs. When a call or an event reports an error that makes the
+//! context unusable, it begins nothing more, and ends each job when its event is over.
 
 use std::{
     collections::{HashMap, VecDeque},
     num::NonZeroU64,
     panic::AssertUnwindSafe,
     rc::Rc,
-    sync::{Arc, mpsc::SyncSender},
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender},
+    },
     time::{Duration, Instant},
 };
 
@@ -22,7 +26,7 @@ use super::{
     handle::{GpuInfo, State},
     library::{NOT_READY, is_fatal},
     pipe::Pipes,
-    queue::{Direction, Order, Then},
+    queue::{Direction, Order, Setup, Then},
     stats,
 };
 use crate::mailbox::Mailbox;
@@ -74,6 +78,19 @@ pub(super) fn run(
     while std::panic::catch_unwind(AssertUnwindSafe(|| thread.run())).is_err() {
         thread.pipes.abandon();
         thread.become_unusable(GpuError::Os { what: "the GPU's thread", error: "it has panicked".into() });
+    }
+}
+
+/// The function of the set-up thread: ends with the last handle. Tells `opened` whether it could open the GPU.
+pub(super) fn set_up(ordinal: u32, calls: &Receiver<Setup>, opened: &SyncSender<Result<(), GpuError>>) {
+    let context = match Context::open(ordinal) {
+        Ok(context) => context,
+        Err(e) => return drop(opened.send(Err(e))),
+    };
+    let _ = opened.send(Ok(()));
+    for call in calls {
+        // After a panic, its caller finds its channel closed.
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| call(&context)));
     }
 }
 
@@ -130,7 +147,6 @@ impl Thread {
                 self.watched.entry(stream).or_default().push_back(watched);
                 self.look_at = Instant::now();
             }
-            Order::Run(work) => work(&self.context),
             Order::End => self.ending = true,
         }
     }

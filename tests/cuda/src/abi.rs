@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::control::tally;
 use crate::error::{Error, Result};
-use crate::{capture, context, device};
+use crate::{capture, context, device, faults};
 
 /// A pointer that a C caller passes for a result. It exists only as a parameter of an exported function, or inside an
 /// array that such a parameter points to, so it is null or points to writable memory for `T`s: that is the driver's
@@ -169,9 +169,9 @@ impl Rule {
 }
 
 /// Runs the body of an exported function.
-pub(crate) fn enter(rule: Rule, body: impl FnOnce() -> Result) -> i32 {
+pub(crate) fn enter(name: &str, rule: Rule, body: impl FnOnce() -> Result) -> i32 {
     tally().calls.fetch_add(1, Relaxed);
-    match catch_unwind(AssertUnwindSafe(|| rule.check().and_then(|()| body()))) {
+    match catch_unwind(AssertUnwindSafe(|| faults::call(name).and_then(|()| rule.check()).and_then(|()| body()))) {
         Ok(Ok(())) => 0,
         Ok(Err(error)) => error.0,
         Err(_) => Error::UNKNOWN.0,
@@ -183,7 +183,7 @@ macro_rules! api {
     ($($rule:ident fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block)*) => {$(
         #[unsafe(no_mangle)]
         extern "C" fn $name($($arg: $type),*) -> i32 {
-            crate::abi::enter(crate::abi::Rule::$rule, || -> crate::error::Result { $body })
+            crate::abi::enter(stringify!($name), crate::abi::Rule::$rule, || -> crate::error::Result { $body })
         }
     )*};
 }

@@ -4,11 +4,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use crate::abi::Out;
+use crate::abi::{In, Out};
 use crate::device::driver;
 use crate::error::Error;
 use crate::settings::{Settings, settings};
-use crate::{space, stream};
+use crate::{faults, space, stream};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -177,6 +177,27 @@ extern "C" fn kvferry_standin_hang_calls(on: i32) -> i32 {
         stream::hang_calls(on != 0);
         Ok(())
     })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn kvferry_standin_fail_calls(name: In<libc::c_char>, error: i32, after: u64, count: u64) -> i32 {
+    guarded(|| {
+        faults::fail(&name.text()?, error, after, count);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn kvferry_standin_block_calls(name: In<libc::c_char>, on: i32) -> i32 {
+    guarded(|| {
+        faults::block(&name.text()?, on != 0);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn kvferry_standin_caught(name: In<libc::c_char>, calls: Out<u64>) -> i32 {
+    guarded(|| calls.put(faults::caught(&name.text()?)))
 }
 
 #[unsafe(no_mangle)]

@@ -18,6 +18,7 @@ mod device;
 mod dmabuf;
 mod error;
 mod event;
+mod faults;
 mod host;
 mod ipc;
 mod kernel;

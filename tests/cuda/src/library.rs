@@ -1,6 +1,6 @@
 //! Opens the stand-in for a test process, and controls it.
 
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -124,6 +124,31 @@ impl Control {
         let call = symbol!(self, c"kvferry_standin_hang_calls", fn(i32));
         // SAFETY: no pointers.
         unsafe { call(on.into()) };
+    }
+
+    /// After `after` more calls of a function, by the name of its symbol, `count` calls of it fail with `error`, and do
+    /// nothing.
+    pub fn fail_calls(self, symbol: &CStr, error: i32, after: u64, count: u64) {
+        let call = symbol!(self, c"kvferry_standin_fail_calls", fn(*const c_char, i32, u64, u64));
+        // SAFETY: a string that ends with a zero.
+        unsafe { call(symbol.as_ptr(), error, after, count) };
+    }
+
+    /// While on, calls of a function, by the name of its symbol, block.
+    pub fn block_calls(self, symbol: &CStr, on: bool) {
+        let call = symbol!(self, c"kvferry_standin_block_calls", fn(*const c_char, i32));
+        // SAFETY: a string that ends with a zero.
+        unsafe { call(symbol.as_ptr(), on.into()) };
+    }
+
+    /// Number of calls of a function that [`Control::fail_calls`] and [`Control::block_calls`] have met so far.
+    #[must_use]
+    pub fn caught(self, symbol: &CStr) -> u64 {
+        let mut calls = 0;
+        let call = symbol!(self, c"kvferry_standin_caught", fn(*const c_char, *mut u64));
+        // SAFETY: a string that ends with a zero, and a pointer to a number.
+        unsafe { call(symbol.as_ptr(), &mut calls) };
+        calls
     }
 
     /// Reads device memory behind the driver's back, now, without a stream.

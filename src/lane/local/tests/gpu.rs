@@ -5,49 +5,31 @@ mod copies;
 mod endings;
 mod refusals;
 
-use std::{
-    path::PathBuf,
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use kvferry_cuda_standin::{Control, Counts};
 
 use super::*;
 use crate::{
     config::GpuConfig,
-    lane::local::{connect::connect_gpu, gpu::GpuLane},
-    memory::gpu::{Gpu, testing},
+    lane::{
+        local::{connect::connect_gpu, gpu::GpuLane},
+        staged::stage,
+    },
+    memory::gpu::{Gpu, PinnedRing, testing},
 };
 
 const MIB: u64 = 1 << 20;
-const ROLE: &str = "KVFERRY_TEST_LOCAL_GPU";
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Long enough for every copy that is not kept from ending.
 const LONG: Duration = Duration::from_secs(60);
 
-/// Runs `body` in a process of its own, as the test with this function, and with a driver with these settings. Producers
-/// that it starts have the same GPUs.
-fn with_driver<T: Fn()>(_: T, settings: &str, body: impl FnOnce(Control)) {
-    let test = std::any::type_name::<T>().trim_start_matches("kvferry::");
-    if std::env::var(ROLE).is_ok_and(|role| role == test) {
-        return body(driver());
-    }
+/// As [`testing::with_driver`]. Producers that `body` starts have the same GPUs.
+fn with_driver<T: Fn()>(test: T, settings: &str, body: impl FnOnce(Control)) {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let folder = Folder(PathBuf::from(format!("/dev/shm/kvferry-test-{}-{number}", std::process::id())));
-    std::fs::create_dir_all(&folder.0).unwrap();
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(ROLE, test)
-        .env("KVFERRY_STANDIN", format!("dir={},{settings}", folder.0.display()))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text);
-    // A wrong name would run nothing, and succeed.
-    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    testing::with_driver(test, &format!("dir={},{settings}", folder.0.display()), body);
 }
 
 struct Folder(PathBuf);

@@ -1,7 +1,7 @@
 //! Peers that break the protocol, as a consumer and as a producer.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{TcpListener, TcpStream},
     thread::JoinHandle,
     time::Duration,
@@ -28,7 +28,7 @@ pub(super) fn rest(mut s: &TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
     match s.read_to_end(&mut all) {
         Ok(_) => {}
-        Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::ConnectionReset, "it must close"),
+        Err(e) => assert_eq!(e.kind(), io::ErrorKind::ConnectionReset, "it must close"),
     }
     all
 }
@@ -36,6 +36,12 @@ pub(super) fn rest(mut s: &TcpStream) -> Vec<u8> {
 /// Proves itself on a fresh connection, as a consumer does.
 pub(super) fn proven(rig: &Rig) -> TcpStream {
     let mut s = connect_raw(rig);
+    prove(&mut s, rig);
+    s
+}
+
+/// Proves itself on a connection, as a consumer does.
+pub(super) fn prove(s: &mut (impl io::Read + io::Write), rig: &Rig) {
     let mut b = [0; Challenge::LEN];
     s.read_exact(&mut b).unwrap();
     let challenge = Challenge::decode(&b).unwrap();
@@ -45,7 +51,6 @@ pub(super) fn proven(rig: &Rig) -> TcpStream {
     let mut b = [0; Answer::LEN];
     s.read_exact(&mut b).unwrap();
     assert_eq!(Answer::decode(&b).unwrap().verdict, Verdict::Welcome);
-    s
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! A fake device: the functions of libibverbs and a context's operations table, over memory of this process. READs are copies,
-//! made when the test says so. The test decides how posts, completions, destruction and closing fail.
+//! made when the test says so. The test decides how posts, completions, registration, destruction and closing fail.
+//!
+//! Memory of the stand-in for libcuda can be registered too, and is reached behind the driver's back, as by a network card.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -58,6 +60,11 @@ pub(super) struct Control {
     pub close: i32,
     /// The value of undefined fields.
     pub undefined: u32,
+    /// Error of registering a dmabuf, and of registering GPU memory by address.
+    pub refuse_dmabuf: i32,
+    pub refuse_gpu: i32,
+    /// Dmabufs that were registered.
+    pub dmabufs: u32,
     pub destroyed: u32,
     pub closed: u32,
     pub posts: u32,
@@ -101,10 +108,7 @@ impl Control {
                     .iter()
                     .any(|&(k, at, len)| k == op.rkey && op.remote >= at && op.remote + u64::from(op.len) <= at + len)
             );
-            // SAFETY: the source lies in a registered region, and the lane checked the local end; the tests keep both.
-            unsafe {
-                ptr::copy_nonoverlapping(op.remote as *const u8, op.local as *mut u8, op.len as usize);
-            }
+            read(op);
             if op.signaled {
                 self.push(cq, Completion::new(op.wr_id, 0, number, self.undefined));
             }
@@ -158,6 +162,29 @@ impl Control {
     pub(super) fn in_flight(&self) -> usize {
         self.pairs.values().map(|p| p.ops.len()).sum()
     }
+}
+
+/// Copies the bytes of a READ.
+fn read(op: Op) {
+    let mut bytes = vec![0; op.len as usize];
+    match gpu(op.remote) {
+        Some(gpu) => gpu.read(op.remote, &mut bytes).unwrap(),
+        // SAFETY: the source lies in a registered region, which the tests keep.
+        None => unsafe { ptr::copy_nonoverlapping(op.remote as *const u8, bytes.as_mut_ptr(), bytes.len()) },
+    }
+    match gpu(op.local) {
+        Some(gpu) => gpu.write(op.local, &bytes).unwrap(),
+        // SAFETY: the lane checked the local end, which the tests keep.
+        None => unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), op.local as *mut u8, bytes.len()) },
+    }
+}
+
+/// The stand-in for libcuda, in a test with GPU memory.
+pub(super) static CUDA: std::sync::OnceLock<kvferry_cuda_standin::Control> = std::sync::OnceLock::new();
+
+/// The stand-in, if this address is GPU memory.
+fn gpu(address: u64) -> Option<kvferry_cuda_standin::Control> {
+    CUDA.get().copied().filter(|c| c.read(address, &mut [0]).is_ok())
 }
 
 /// Registered regions of all fake devices: a READ crosses from one to another.
@@ -225,7 +252,7 @@ pub(super) static LIBRARY: Library = Library {
     get_async_event,
     ack_async_event,
     reg_mr_iova2: Some(reg_mr_iova2),
-    reg_dmabuf_mr: None,
+    reg_dmabuf_mr: Some(reg_dmabuf_mr),
     fork_init: None,
     query_gid_table: None,
 };
@@ -279,13 +306,40 @@ unsafe extern "C" fn reg_mr_iova2(
     unsafe { reg_mr(pd, at, len, access as c_int) }
 }
 unsafe extern "C" fn reg_mr(pd: *mut ibv_pd, at: *mut c_void, len: usize, access: c_int) -> *mut ibv_mr {
+    // SAFETY: the domain is alive.
+    let error = control(unsafe { (*pd).context }).refuse_gpu;
+    if error != 0 && gpu(at as u64).is_some() { refused(error) } else { region(pd, at as u64, len, access) }
+}
+unsafe extern "C" fn reg_dmabuf_mr(
+    pd: *mut ibv_pd,
+    _: u64,
+    len: usize,
+    iova: u64,
+    _: c_int,
+    access: c_int,
+) -> *mut ibv_mr {
+    // SAFETY: the domain is alive.
+    let mut c = control(unsafe { (*pd).context });
+    if c.refuse_dmabuf != 0 {
+        return refused(c.refuse_dmabuf);
+    }
+    c.dmabufs += 1;
+    drop(c);
+    region(pd, iova, len, access)
+}
+fn refused(error: i32) -> *mut ibv_mr {
+    // SAFETY: the place of this thread's error.
+    unsafe { *libc::__errno_location() = error };
+    ptr::null_mut()
+}
+fn region(pd: *mut ibv_pd, at: u64, len: usize, access: c_int) -> *mut ibv_mr {
     let key = NEXT.fetch_add(1, Ordering::Relaxed);
-    REGIONS.lock().unwrap().push((key, at as u64, len as u64));
+    REGIONS.lock().unwrap().push((key, at, len as u64));
     // SAFETY: the domain is alive.
     let context = unsafe { (*pd).context };
     let mut c = control(context);
-    c.regions.insert(key, (at as u64, len as u64));
-    c.registered.push((at as u64, len as u64, access as u32));
+    c.regions.insert(key, (at, len as u64));
+    c.registered.push((at, len as u64, access as u32));
     drop(c);
     Box::into_raw(Box::new(ibv_mr { context, pd, lkey: key, rkey: key, ..Default::default() }))
 }

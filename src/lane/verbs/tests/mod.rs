@@ -2,6 +2,8 @@
 
 mod fake;
 mod fences;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod rails;
 mod reads;
 pub(crate) mod rig;

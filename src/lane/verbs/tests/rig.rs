@@ -24,6 +24,9 @@ use crate::{
 pub(super) const BLOCK: u64 = 512;
 pub(super) const BLOCKS: u64 = 256;
 
+/// The second segment is empty.
+pub(super) const SEGMENTS: [u64; 2] = [BLOCK * BLOCKS, 0];
+
 pub(super) struct Rig {
     pub(super) lane: VerbsLane,
     /// The reader's devices.
@@ -61,9 +64,11 @@ pub(super) const A: Attempt = Attempt(1);
 
 impl Rig {
     pub(super) fn new(rails: usize, config: VerbsConfig) -> Self {
-        // The second segment is empty.
-        let segments = [BLOCK * BLOCKS, 0];
-        let (here, there) = (Memory::alloc(&segments).unwrap(), Memory::alloc(&segments).unwrap());
+        Self::between(Memory::alloc(&SEGMENTS).unwrap(), Memory::alloc(&SEGMENTS).unwrap(), rails, config)
+    }
+
+    /// Between pools of [`SEGMENTS`].
+    pub(super) fn between(here: Memory, there: Memory, rails: usize, config: VerbsConfig) -> Self {
         for b in 0..BLOCKS {
             there.write_from(0, b * BLOCK, &pattern(b)).unwrap();
         }

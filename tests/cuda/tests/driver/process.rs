@@ -55,6 +55,30 @@ fn an_unknown_setting_fails_the_start() {
 }
 
 #[test]
+fn calls_of_one_function_fail_or_block_as_a_test_wants_it() {
+    alone("process::calls_of_one_function_fail_or_block_as_a_test_wants_it", "memory=1M", || {
+        let control = begin();
+        control.fail_calls(c"cuMemAlloc_v2", 719, 1, 1);
+        let at = alloc(4096);
+        cu!(cuMemAlloc_v2(&mut 0, 8) => 719);
+        assert_eq!(control.caught(c"cuMemAlloc_v2"), 1);
+        alloc(8);
+        control.block_calls(c"cuMemFree_v2", true);
+        let freed = std::thread::spawn(move || {
+            set_context(0);
+            cu!(cuMemFree_v2(at));
+        });
+        while control.caught(c"cuMemFree_v2") == 0 {
+            std::thread::yield_now();
+        }
+        alloc(8);
+        assert!(!freed.is_finished());
+        control.block_calls(c"cuMemFree_v2", false);
+        freed.join().expect("it goes on");
+    });
+}
+
+#[test]
 fn a_released_context_frees_its_resources() {
     alone("process::a_released_context_frees_its_resources", "memory=1M", || {
         let control = begin();

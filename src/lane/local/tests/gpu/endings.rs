@@ -51,6 +51,35 @@ fn a_killed_owner_leaves_no_memory_behind_once_its_copies_are_done() {
 }
 
 #[test]
+fn a_staged_lane_sleeps_while_its_copies_run_after_its_owners_death() {
+    with_driver(a_staged_lane_sleeps_while_its_copies_run_after_its_owners_death, "", |control| {
+        let mut p = Producer::start("memfd");
+        let config = GpuConfig { copy_bound: LONG, ..GpuConfig::default() };
+        let pool = memory();
+        let ring = PinnedRing::new(&pool, &config).unwrap().unwrap();
+        let inner = dial(&p.name, 1, p.incarnation, ring.memory()).unwrap();
+        let mut lane = stage(&ring, Box::new(inner)).unwrap();
+        lane.begin(A, grant(&p));
+        control.hang(true);
+        let before = control.counts().host_to_device;
+        assert_eq!(lane.post(A, &[Read::between(5, (0, 0), (0, 0), 20_000)]), 1);
+        let (start, mut events) = (Instant::now(), vec![]);
+        while control.counts().host_to_device == before {
+            lane.poll(&mut events);
+            assert!(start.elapsed() < LIMIT, "no copy after {events:?}");
+        }
+        assert!(lane.arm().unwrap().is_some(), "it waits for the copies and for its owner");
+        p.kill();
+        drive(&mut lane, |e| e.iter().any(|e| matches!(e, LaneEvent::Down { .. })));
+        let fd = lane.arm().unwrap().expect("it waits for the copies");
+        assert_eq!(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&NOW)), Ok(0), "and lets its thread sleep");
+        control.hang(false);
+        drive(&mut lane, |e| e.contains(&quiet()));
+        assert!(lane.arm().unwrap().is_none());
+    });
+}
+
+#[test]
 fn a_dead_owners_fence_fails() {
     with_driver(a_dead_owners_fence_fails, "", |control| {
         let mut p = Producer::start("gpu handles");

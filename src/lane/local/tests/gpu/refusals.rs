@@ -71,6 +71,28 @@ fn a_lane_to_memory_of_the_same_process_fails_with_the_drivers_reason() {
     });
 }
 
+#[test]
+fn a_pool_that_could_not_be_exported_is_exported_for_the_next_lane() {
+    with_driver(a_pool_that_could_not_be_exported_is_exported_for_the_next_lane, "", |control| {
+        let (export, _) = export("gpu handles");
+        let incarnation = Incarnation::random();
+        let (handle, _until) = background();
+        let server = Server::start(export, incarnation, handle, &LocalConfig::default(), &Limits::default()).unwrap();
+        let memory = memory();
+        let lane = |number| {
+            server.admit(number, KEY);
+            connect(&server.name(), number, incarnation, &memory, LONG).map(drop).unwrap_err()
+        };
+        const OUT_OF_MEMORY: i32 = 2;
+        control.fail_calls(c"cuIpcGetMemHandle", OUT_OF_MEMORY, 0, 1);
+        let refused = lane(1);
+        assert!(refused.to_string().contains("cuIpcGetMemHandle"), "{refused}");
+        // It has the handles now, which a process cannot open itself.
+        let refused = lane(2);
+        assert!(matches!(refused, LaneError::Gpu { source: GpuError::Call { code: 201, .. }, .. }), "{refused:?}");
+    });
+}
+
 /// Answers one request on a socket, with these bytes and files. Returns the socket's name.
 fn answering(reply: Vec<u8>, files: Vec<OwnedFd>) -> Vec<u8> {
     static NEXT: AtomicU64 = AtomicU64::new(0);

@@ -4,7 +4,7 @@ use kvferry_proto::{Cause, Lane, LaneEvent, PoolLayout};
 
 use super::{
     super::{
-        super::handshake::Keyed,
+        super::{handshake::Keyed, readahead::LAST_COPIES},
         bad_peers::{connect_raw, proven, rest},
     },
     *,
@@ -92,6 +92,26 @@ fn an_unusable_gpu_closes_connections_and_the_server_goes_on() {
             rest(&late);
             assert_eq!(verdict(&rig, [1; 32]), Verdict::Refused, "the server goes on");
             server_sleeps();
+        });
+    });
+}
+
+#[test]
+fn a_server_that_ends_waits_for_its_last_copy() {
+    with_driver(a_server_that_ends_waits_for_its_last_copy, "", |control| {
+        from_gpu(small_ring(), || {
+            let rig = Rig::new(PoolLayout::uniform(1, 1, MIB, 16));
+            let grant = rig.offer(1, &[Some(0)]).0;
+            let stream = proven(&rig);
+            // Less than the time that a server waits.
+            control.set_delay(LAST_COPIES / 5);
+            let before = control.counts();
+            ask(&stream, grant, MIB);
+            wait_for(control, |c| c.device_to_host > before.device_to_host);
+            drop(rig.server);
+            let now = control.counts();
+            let (queued, run) = (now.device_to_host - before.device_to_host, now.operations - before.operations);
+            assert_eq!(run, queued, "no copy reads the pool any more");
         });
     });
 }

@@ -7,9 +7,8 @@ mod shares;
 mod words;
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{Read, Write},
     net::TcpStream,
-    process::{Command, Stdio},
     time::Instant,
 };
 
@@ -17,31 +16,13 @@ use kvferry_cuda_standin::{Control, Counts};
 use kvferry_proto::Grant;
 
 use super::{super::frames::*, rig::*};
-use crate::config::{CopyMethod, GpuConfig};
+use crate::{
+    config::{CopyMethod, GpuConfig},
+    memory::gpu::testing::with_driver,
+};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
-const ROLE: &str = "KVFERRY_TEST_TCP_GPU";
-
-/// Runs `body` in a process of its own, as the test with this function, and with a driver with these settings.
-fn with_driver<T: Fn()>(_: T, settings: &str, body: impl FnOnce(Control)) {
-    let test = std::any::type_name::<T>().trim_start_matches("kvferry::");
-    if std::env::var(ROLE).is_ok_and(|role| role == test) {
-        return body(Control::new().expect("the stand-in is built with the tests"));
-    }
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads=1", "--include-ignored"])
-        .env(ROLE, test)
-        .env("KVFERRY_STANDIN", settings)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text);
-    // A wrong name would run nothing, and succeed.
-    assert!(output.status.success() && text.contains("1 passed"), "{text}");
-    print!("{text}");
-}
 
 /// A ring of four slots of 256 KiB, and one copy for each range, so that the copies are counted one by one.
 fn small_ring() -> GpuConfig {
@@ -58,7 +39,7 @@ fn request(grant: Grant, bytes: u64) -> Vec<u8> {
 }
 
 /// Receives the reply to [`request`], checks its data, and returns its word.
-fn reply(mut stream: &TcpStream, grant: Grant, bytes: u64) -> u64 {
+fn reply(mut stream: impl Read, grant: Grant, bytes: u64) -> u64 {
     let sum = check_request(&request(grant, bytes)).unwrap();
     let mut head = [0; Reply::LEN];
     stream.read_exact(&mut head).unwrap();
@@ -75,7 +56,7 @@ fn reply(mut stream: &TcpStream, grant: Grant, bytes: u64) -> u64 {
     word
 }
 
-fn ask(mut stream: &TcpStream, grant: Grant, bytes: u64) {
+fn ask(mut stream: impl Write, grant: Grant, bytes: u64) {
     stream.write_all(&request(grant, bytes)).unwrap();
 }
 

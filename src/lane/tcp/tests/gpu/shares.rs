@@ -3,10 +3,19 @@
 use std::time::Duration;
 
 use kvferry_proto::PoolLayout;
-use rustix::net::{RecvFlags, sockopt};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+    net::{RecvFlags, SendFlags, sockopt},
+    process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open},
+};
+use rustls::{ClientConnection, StreamOwned};
 
-use super::{super::bad_peers::proven, *};
-use crate::config::TcpConfig;
+use super::{
+    super::bad_peers::{connect_raw, prove, proven},
+    *,
+};
+use crate::{config::TcpConfig, tls::Protocol};
 
 /// More than the buffers of two sockets hold.
 const LARGE: u64 = 24 * MIB;
@@ -59,6 +68,79 @@ fn more_stalled_connections_than_slots_do_not_stop_an_active_one() {
             ring_is_whole(control, &rig, grant);
         });
     });
+}
+
+/// A connection over TLS.
+type Sealed = StreamOwned<ClientConnection, TcpStream>;
+
+/// Proves itself on a fresh connection over TLS.
+fn sealed(rig: &Rig) -> Sealed {
+    let identity = identity().unwrap();
+    let (config, name) = (identity.client(Protocol::Lane), identity.server_name().unwrap());
+    let mut stream = StreamOwned::new(ClientConnection::new(config, name).unwrap(), connect_raw(rig));
+    prove(&mut stream, rig);
+    stream
+}
+
+/// The server's end of a connection.
+fn server_end(client: &TcpStream) -> TcpStream {
+    let this = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = numbers.map(|n| n.unwrap().file_name().to_string_lossy().parse::<i32>().unwrap());
+    let ends = numbers.filter_map(|n| Some(TcpStream::from(pidfd_getfd(&this, n, PidfdGetfdFlags::empty()).ok()?)));
+    let peer = client.local_addr().unwrap();
+    ends.into_iter().find(|end| end.peer_addr().is_ok_and(|addr| addr == peer)).unwrap()
+}
+
+/// Sends zeros until the sockets have no room, and get none for a second. Returns their number.
+fn fill(client: &TcpStream) -> usize {
+    let end = server_end(client);
+    sockopt::set_socket_recv_buffer_size(client, 4 << 10).unwrap();
+    sockopt::set_socket_send_buffer_size(&end, 4 << 10).unwrap();
+    let (mut sent, mut looks) = (0, 0);
+    while looks < 20 {
+        match rustix::net::send(&end, &[0; 4096], SendFlags::NOSIGNAL) {
+            Ok(n) => (sent, looks) = (sent + n, 0),
+            Err(Errno::AGAIN) => {
+                // Acknowledgements make room, and a receiver that packs its buffer does.
+                let wait = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+                rustix::event::poll(&mut [PollFd::new(&end, PollFlags::OUT)], Some(&wait)).unwrap();
+                looks += 1;
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    sent
+}
+
+#[test]
+fn a_connection_over_tls_that_waits_for_a_slot_with_a_full_socket_goes_on_when_there_is_room() {
+    let test = a_connection_over_tls_that_waits_for_a_slot_with_a_full_socket_goes_on_when_there_is_room;
+    let body = |control: Control| {
+        let rig = Rig::new(PoolLayout::uniform(1, 1, MIB, 16));
+        let grant = rig.offer(1, &[Some(0)]).0;
+        let (mut others, mut late) = ([(); 4].map(|()| sealed(&rig)), sealed(&rig));
+        let mut waits = sealed(&rig);
+        let zeros = fill(&waits.sock);
+        control.hang(true);
+        let before = control.counts().device_to_host;
+        others.iter_mut().for_each(|s| ask(s, grant, KIB));
+        wait_for(control, |c| c.device_to_host == before + 4);
+        ask(&mut waits, grant, KIB);
+        // The server has read that request by the time it has answered one that came after it.
+        ask(&mut late, Grant { slot: 7, ..grant }, KIB);
+        late.read_exact(&mut [0; Reply::LEN]).unwrap();
+        server_sleeps();
+        // It gets its turn for a slot, and can only send.
+        control.hang(false);
+        for s in &mut others {
+            assert_eq!(reply(s, grant, KIB), grant.nonce.get());
+        }
+        server_sleeps();
+        waits.sock.read_exact(&mut vec![0; zeros]).unwrap();
+        assert_eq!(reply(&mut waits, grant, KIB), grant.nonce.get());
+    };
+    with_driver(test, "", |control| from_gpu(small_ring(), || over_tls(|| body(control))));
 }
 
 #[test]

@@ -11,6 +11,7 @@ def test_the_demo_says_where_the_prompt_was_prefilled() -> None:
     assert demo.source(before, before | loaded, 7) == (
         "6 of 7 prompt tokens came from the prefill engine, over local; the decode engine computed the rest"
     )
+    assert demo.source(before, before | loaded, 6) == "6 of 6 prompt tokens came from the prefill engine, over local"
     assert demo.source(before, before, 7) == (
         "the decode engine prefilled all 7 prompt tokens itself: nothing came from a prefill engine"
     )

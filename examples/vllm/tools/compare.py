@@ -5,6 +5,8 @@
 Pairs of servers run one after the other, so that the progress threads of one never take time from another. In each round a
 pair starts, is measured, loses its prefill server in several ways, and ends. Every answer is compared with that of the decode
 server alone. With the defaults the run takes half an hour on two cores; run nothing beside it.
+
+On vLLM 0.33: PYTHONPATH=$($PYTHON tools/versions.py 0.33):$PYTHONPATH VLLM_TARGET_DEVICE=cpu $PYTHON tools/compare.py
 """
 
 import argparse
@@ -230,17 +232,23 @@ def main() -> None:
 
     names = {"kvferry": "kvferry", "nixl": "NIXL connector"}
     pairs = {text: Pair(n, model, logs, args.ucx_tls) for n, text in names.items() if args.only in (None, n)}
+    failed = False
     for i in range(args.rounds):
         for text, pair in pairs.items():
             print(f"round {i + 1} of {args.rounds}: {text}", file=sys.stderr, flush=True)
             try:
                 pair.round(prompt, args.requests)
+            except (OSError, RuntimeError) as e:
+                # The other rounds, and what this one has measured, still count.
+                print(f"round {i + 1} of {text} ended early: {e}", file=sys.stderr, flush=True)
+                failed = True
             finally:
                 pair.stop()
     print(table(pairs))
     print(f"\n{conditions(args, load)}")
     if args.json:
         args.json.write_text(json.dumps({text: pair.seen for text, pair in pairs.items()}, indent=1) + "\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

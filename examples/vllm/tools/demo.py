@@ -78,7 +78,8 @@ def source(before: dict[str, float], after: dict[str, float], prompt: int) -> st
     if not loaded:
         return f"the decode engine prefilled all {prompt} prompt tokens itself: nothing came from a prefill engine"
     over = " and ".join(sorted(lanes("bytes_loaded")))
-    return f"{loaded:.0f} of {prompt} prompt tokens came from the prefill engine, over {over}; the decode engine computed the rest"
+    came = f"{loaded:.0f} of {prompt} prompt tokens came from the prefill engine, over {over}"
+    return came if loaded >= prompt else f"{came}; the decode engine computed the rest"
 
 
 def ask(router: servers.Process, decode: servers.Process, args: argparse.Namespace, salt: str) -> None:

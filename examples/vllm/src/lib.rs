@@ -65,11 +65,14 @@ fn check_offer(offer: &str, seal_keys: Vec<Vec<u8>>) -> PyResult<()> {
     pool::offer(offer)?.check_seal(&pool::seal_keys(seal_keys)?).map_err(value_error)
 }
 
-/// Sends the library's log of peers and lanes to standard error, next to the engine's own log. The level is `warn`, unless
+/// What is logged by default. `kvferry.vllm` itself tells the end of loads and of offers, with the names of vLLM's requests.
+const LOGGED: &str = "kvferry=warn,kvferry::consumer::pulls=error,kvferry::producer::core=error";
+
+/// Sends the library's log of peers and lanes to standard error, next to the engine's own log: warnings and errors, unless
 /// `KVFERRY_LOG` sets another filter (`kvferry=debug`).
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KVFERRY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("kvferry=warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOGGED));
     // Fails if another module of this process has installed a subscriber; that one then receives the events.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
 }

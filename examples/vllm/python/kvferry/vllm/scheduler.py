@@ -279,13 +279,13 @@ class SchedulerSide:
         """Counts and logs a refused offer, and releases it, so that it does not fill the prefill engine's memory."""
         self.stats.refused()
         line = f"kvferry: request {request.request_id} is prefilled here: {error}"
+        # Quoted input of a client would make each line a kind of its own.
+        kind = re.split(r"[\"'`(0-9]", str(error), maxsplit=1)[0]
         if remote is None or not isinstance(error, kv_params.Refused):
-            # Quoted input of a client would make each line a kind of its own.
-            kind = re.split(r"[\"'`0-9]", str(error), maxsplit=1)[0]
             return self._repeats.log(logger.warning, kind, line)
         engine, what = remote.engine, error.what
         self.stats.mismatch(what)
-        self._repeats.log(logger.warning, (engine, what), f"{line} (from engine {engine})")
+        self._repeats.log(logger.warning, (engine, kind), f"{line} (from engine {engine})")
         if remote.offer_id not in self._used:
             self._use(remote)
             self._todo.releases.append(remote.offer)

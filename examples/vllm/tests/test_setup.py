@@ -82,6 +82,18 @@ def test_a_shared_build_selects_the_packages_of_the_earlier_one(tmp_path: Path) 
     assert (tools.target / "vllm" / "kvferry" / "vllm" / "connector.py").exists()
 
 
+def test_an_environment_that_cannot_be_made_stops_setup(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    program(venv / "bin" / "python", "echo no network >&2; exit 1")
+    env = {**os.environ, "KVFERRY_VLLM_VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([SETUP], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no network" in done.stderr
+    assert "building" not in done.stderr
+    # The next run tries again.
+    assert not (venv / "stamp").exists()
+
+
 def test_the_native_module_links_neither_libibverbs_nor_libcuda() -> None:
     linked = subprocess.run(["ldd", _native.__file__], capture_output=True, text=True, check=True).stdout
     assert "libc.so" in linked

@@ -38,27 +38,60 @@ def test_everything_that_vllm_asks_for_is_installed() -> None:
     assert not missing
 
 
+class Tools:
+    """A host with stand-ins for the programs that `setup` calls. It may not install packages."""
+
+    def __init__(self, folder: Path, installed: bool) -> None:
+        self.target, self._seen = folder / "target", folder / "seen"
+        venv, tools = folder / "venv", folder / "tools"
+        self._env = {
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "KVFERRY_VLLM_VENV": str(venv),
+            "CARGO_TARGET_DIR": str(self.target),
+        }
+        program(venv / "bin" / "uv", "")
+        program(venv / "bin" / "maturin", f'echo maturin "$@" >>{self._seen}')
+        made = self.target / "release" / "lib_native.so"
+        program(tools / "cargo", f'echo cargo "$@" >>{self._seen}; mkdir -p {made.parent}; echo native >{made}')
+        program(tools / "dpkg", "exit 0" if installed else "exit 1")
+        program(tools / "apt-get", "exit 1")
+
+    def setup(self, **env: str) -> tuple[str, str]:
+        """Makes the package, and returns the commands that built it and what `setup` printed."""
+        done = subprocess.run([SETUP, "package"], env={**self._env, **env}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return self._seen.read_text(), done.stderr
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_wheel_has_the_verbs_lane_where_its_packages_are(tmp_path: Path, installed: bool) -> None:
-    venv, tools, seen = tmp_path / "venv", tmp_path / "tools", tmp_path / "seen"
-    program(venv / "bin" / "maturin", f'echo "$@" >{seen}')
-    program(venv / "bin" / "uv", "")
-    program(tools / "dpkg", "exit 0" if installed else "exit 1")
-    # This host may not install packages.
-    program(tools / "apt-get", "exit 1")
-    env = {
-        **os.environ,
-        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-        "KVFERRY_VLLM_VENV": str(venv),
-        "CARGO_TARGET_DIR": str(tmp_path / "target"),
-    }
-    done = subprocess.run([SETUP, "wheel"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    arguments = seen.read_text()
-    assert ("--no-default-features" in arguments) is not installed
-    assert ("has no verbs lane" in done.stderr) is not installed
+    commands, printed = Tools(tmp_path, installed).setup()
+    assert "maturin build" in commands
+    assert ("--no-default-features" in commands) is not installed
+    assert ("has no verbs lane" in printed) is not installed
     # The missing packages are named.
-    assert ("libibverbs-dev" in done.stderr) is not installed
+    assert ("libibverbs-dev" in printed) is not installed
+
+
+def test_a_shared_build_selects_the_packages_of_the_earlier_one(tmp_path: Path) -> None:
+    tools = Tools(tmp_path, installed=True)
+    commands, _ = tools.setup(KVFERRY_WHEEL_WITH="kvferry-cli decode-engine")
+    assert "cargo build -q --release --lib -p kvferry-cli -p decode-engine -p kvferry-vllm\n" in commands
+    assert (tools.target / "vllm" / "kvferry" / "_native.abi3.so").read_text() == "native\n"
+    assert (tools.target / "vllm" / "kvferry" / "vllm" / "connector.py").exists()
+
+
+def test_an_environment_that_cannot_be_made_stops_setup(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    program(venv / "bin" / "python", "echo no network >&2; exit 1")
+    env = {**os.environ, "KVFERRY_VLLM_VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([SETUP], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no network" in done.stderr
+    assert "building" not in done.stderr
+    # The next run tries again.
+    assert not (venv / "stamp").exists()
 
 
 def test_the_native_module_links_neither_libibverbs_nor_libcuda() -> None:
@@ -75,7 +108,7 @@ from kvferry import _native
 def side(engine):
     memory = ctypes.create_string_buffer(bytes(engine[0], "ascii") * 4096, 4096)
     me = _native.Identity(engine=engine, rank=0, tp=(0, 1), pp=(0, 1), heads=(0, 1), layers=(0, 1), model="m", dtype="uint8",
-        scales="", attention="LBHNC", block_tokens=16)
+        scales="", attention="LBHNC", block_tokens=16, weights="w")
     regions = [("layer", 0, 0, 1024, 1024)]
     return me, _native.Pool([(ctypes.addressof(memory), 4096)], [(0, "full", 16, 4, regions)], memory), memory
 
@@ -106,7 +139,8 @@ def test_the_native_module_loads_on_a_host_without_libibverbs_and_names_it(tmp_p
     for name in ("libibverbs.so.1", "libcuda.so.1", "libcuda.so"):
         (tmp_path / name).write_text("not a library")
     env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", f"VERBS = {HAS_VERBS}\n" + LOADS], env=env, capture_output=True, text=True, timeout=120)
+    script = f"VERBS = {HAS_VERBS}\n" + LOADS
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "1 loaded" in done.stdout.splitlines()
     assert not HAS_VERBS or "libibverbs.so.1 cannot be opened" in done.stdout

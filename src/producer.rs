@@ -110,6 +110,14 @@ impl Producer {
         freed.pop_front()
     }
 
+    /// Whether there is a freed offer that [`Producer::poll_freed`] would return. Waits for one, for `timeout` at most, and leaves
+    /// it there.
+    pub fn has_freed(&self, timeout: Duration) -> bool {
+        let mut freed = self.core.freed.lock();
+        self.core.freed_now.wait_while_for(&mut freed, |f| f.is_empty(), timeout);
+        !freed.is_empty()
+    }
+
     /// The next freed offer, for async code.
     pub async fn freed(&self) -> Freed {
         loop {

@@ -117,6 +117,12 @@ impl Producer {
         }))
     }
 
+    /// Whether `poll_freed` would return an offer. Waits for that, for `limit` seconds at most.
+    fn has_freed(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
+        let (inner, limit) = (self.inner.get()?, seconds(limit)?);
+        Ok(py.detach(|| inner.has_freed(limit)))
+    }
+
     /// Numbers of live offers, of claims on them, and of open consumer sessions.
     fn live(&self, py: Python<'_>) -> PyResult<(usize, usize, usize)> {
         let inner = self.inner.get()?;

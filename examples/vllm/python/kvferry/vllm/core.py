@@ -6,6 +6,7 @@ for weights and adapters are wrapped on that one object. In another version of v
 in the log says so.
 """
 
+import atexit
 import functools
 import queue
 import sys
@@ -13,10 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from kvferry.vllm.guard import ENDING, logger
+from kvferry.vllm.wake import Alarm
 from kvferry.vllm.weights import Adapters
 
-# Longest wait in an idle step, in seconds. An offer that is freed meanwhile is noticed that late, while nothing else happens.
-IDLE_WAIT = 0.05
+# Longest wait in an idle step, in seconds. A rank in a process of its own spins for one second after each step.
+IDLE_WAIT = 20.0
+# Steps without a wait after an event: with asynchronous scheduling, a step's report arrives with the next one.
+BRISK = 3
 
 
 def find() -> Any:
@@ -42,6 +46,9 @@ class Core:
         self.adapters = Adapters()
         # Number of times that weights were replaced in place.
         self.updates = 0
+        self._brisk = BRISK
+        self._rung = False
+        self._alarm: Alarm | None = None
         # Whether the prefix cache may hold KV of earlier weights.
         self.stale = False
         if core is None:
@@ -109,16 +116,41 @@ class Core:
         scheduler = getattr(self._core, "scheduler", None)
         return scheduler is None or scheduler.get_num_unfinished_requests() > 0
 
-    def wait(self) -> None:
-        """Waits for the next request or command, for `IDLE_WAIT` at most. For a step in which nothing runs or waits: without
-        this, vLLM's loop makes a thousand such steps a second while finished requests are held for a decode engine."""
-        # A rank of a data-parallel engine must keep pace with the others.
+    def alarm(self) -> str | None:
+        """The address at which ranks ring; `None`: this process has no loop of its own."""
+        if self._alarm is None and self._arriving() is not None:
+            self._alarm = Alarm(self._ring)
+            atexit.register(self._alarm.close)
+        return None if self._alarm is None else self._alarm.path
+
+    def _arriving(self) -> "queue.Queue[Any] | None":
         arriving = getattr(self._core, "input_queue", None)
-        if not isinstance(arriving, queue.Queue) or getattr(self._core, "engines_running", False) or self.unfinished():
+        return arriving if isinstance(arriving, queue.Queue) else None
+
+    def _ring(self) -> None:
+        if (arriving := self._arriving()) is not None:
+            with arriving.not_empty:
+                self._rung = True
+                arriving.not_empty.notify()
+
+    def busy(self) -> None:
+        """This step has something to do."""
+        self._brisk = BRISK
+
+    def wait(self) -> None:
+        """Waits for the next request, command or freed offer, for `IDLE_WAIT` at most. For a step in which nothing runs or waits:
+        without this, vLLM's loop makes a thousand such steps a second while finished requests are held for a decode engine."""
+        arriving = self._arriving()
+        # A rank of a data-parallel engine must keep pace with the others.
+        if arriving is None or getattr(self._core, "engines_running", False) or self.unfinished():
+            return self.busy()
+        if self._brisk > 0:
+            self._brisk -= 1
             return
         with arriving.not_empty:
-            if not arriving._qsize():
-                arriving.not_empty.wait(IDLE_WAIT)
+            if arriving.not_empty.wait_for(lambda: arriving._qsize() or self._rung, IDLE_WAIT):
+                self._brisk = BRISK
+            self._rung = False
 
     def fail(self, requests: list[str]) -> None:
         """Ends requests with an error. Their blocks stay withheld until their loads are reported."""

@@ -51,6 +51,8 @@ class Meta(KVConnectorMetadata):
     holds: list[str] = field(default_factory=list, repr=False)
     # Whether the engine stops: no new offers, and those that nobody has claimed end.
     stopping: bool = False
+    # Where to ring when an offer of this step is freed.
+    alarm: str | None = None
 
 
 @dataclass

@@ -487,11 +487,14 @@ class SchedulerSide:
     def meta(self, scheduled: int) -> Meta:
         """The offers, loads and releases that the workers start in this step, which computes `scheduled` tokens."""
         stopping = self._core.stopping()
-        if not scheduled and not self._todo.any() and not self._unsent_gauges and not stopping:
+        if scheduled or self._todo.any() or self._unsent_gauges or stopping:
+            self._core.busy()
+        else:
             self._core.wait()
         self._unsent_gauges = False
         todo, self._todo = self._todo, Todo()
-        return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping)
+        alarm = self._core.alarm() if todo.offerings else None
+        return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping, alarm)
 
     def pending(self) -> bool:
         """Whether a message waits for a step; there may be no request that causes one."""

@@ -20,6 +20,7 @@ from kvferry.vllm.messages import Handshake, Load, Meta, News, Offering
 from kvferry.vllm.options import Options
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
+from kvferry.vllm.wake import Bell
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -96,6 +97,7 @@ class WorkerSide:
         self._off = ""
         self._weights = ""
         self._draining = False
+        self._bell: Bell | None = None
         # Wedged pulls that the scheduler side knows of.
         self._told: set[int] = set()
         self._repeats = Repeats()
@@ -195,6 +197,8 @@ class WorkerSide:
         meta.offerings, meta.loads, meta.releases, meta.holds = [], [], [], []
         if meta.stopping:
             self._drain()
+        if meta.alarm is not None and self._bell is None and self._producer is not None:
+            self._bell = Bell(meta.alarm, self._producer)
         # Before the loads, which may be of the same offers.
         for offer in holds:
             self._hold(offer)
@@ -310,6 +314,8 @@ class WorkerSide:
         if self._producer is not None and self._offered:
             for offer_id, why in self._producer.poll_freed():
                 self._freed(offer_id, why)
+            if self._bell is not None:
+                self._bell.polled()
 
     def _ended(self, ended: _native.Ended) -> None:
         running = self._pulls.pop(ended.pull, None)
@@ -495,6 +501,9 @@ class WorkerSide:
         """Stops the consumer and the producer, each within `limit` seconds; whether both have stopped."""
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.stop()
         stopped = True
         for name, part in (("consumer", consumer), ("producer", producer)):
             if part is not None and not part.close(limit):

@@ -1,0 +1,83 @@
+"""Wakes the engine's loop when an offer is freed. A rank may be another process than the scheduler, so the news is a datagram."""
+
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+
+from kvferry import _native
+
+# How long a rank's thread waits before it looks whether it must end, in seconds. Meanwhile it keeps the producer alive.
+LOOK = 0.1
+
+
+class Alarm:
+    """The scheduler's end: calls `ring` for each datagram."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        # Only this user can send.
+        self._directory = tempfile.mkdtemp(prefix="kvferry-")
+        self.path = os.path.join(self._directory, "news")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        threading.Thread(target=self._listen, name="kvferry-news", daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                self._socket.recv(1)
+            except OSError:
+                return
+            self._ring()
+
+    def close(self) -> None:
+        """Removes the address."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class Bell:
+    """A rank's end: a thread that sends a datagram when the producer has freed an offer."""
+
+    def __init__(self, path: str, producer: _native.Producer) -> None:
+        self._path, self._producer = path, producer
+        self._polled = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._watch, name="kvferry-bell", daemon=True)
+        self._thread.start()
+
+    def polled(self) -> None:
+        """The freed offers were taken."""
+        self._polled.set()
+
+    def stop(self) -> None:
+        """Ends the thread: from now on it does not use the producer."""
+        self._stopped = True
+        self._polled.set()
+        self._thread.join(1)
+
+    def _watch(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+            out.setblocking(False)
+            try:
+                out.connect(self._path)
+                while not self._stopped:
+                    if self._producer.has_freed(LOOK):
+                        self._polled.clear()
+                        # Freed before the line above, and taken since: then nothing is left to tell.
+                        if self._producer.has_freed(0):
+                            self._send(out)
+                            self._polled.wait(1)
+            except (OSError, RuntimeError):
+                # The scheduler is on another host, or gone; or the producer was closed. Without news the loop looks by itself.
+                return
+
+    @staticmethod
+    def _send(out: socket.socket) -> None:
+        try:
+            out.send(b"!")
+        except BlockingIOError:
+            # It has enough of them.
+            pass

@@ -95,10 +95,10 @@ impl Control {
         }
     }
 
-    /// Executes the next `n` requests of a queue pair.
+    /// Executes the next `n` requests of a queue pair; none if it was destroyed meanwhile.
     pub(super) fn complete(&mut self, number: u32, n: usize) {
         for _ in 0..n {
-            let pair = self.pairs.get_mut(&number).unwrap();
+            let Some(pair) = self.pairs.get_mut(&number) else { return };
             let Some(op) = pair.ops.pop_front() else { return };
             let cq = pair.cq;
             assert!(

@@ -136,7 +136,8 @@ fn calls_that_set_up_or_take_down_delay_no_pull() {
     let standin = on_standin!("errors::calls_that_set_up_or_take_down_delay_no_pull");
     let pair = patient();
     let dropped = on_gpu();
-    let calls: [(&CStr, Box<dyn FnOnce() + Send>); 3] = [
+    type Call = Box<dyn FnOnce() + Send>;
+    let calls: [(&CStr, Call); 3] = [
         (c"cuMemCreate", Box::new(|| drop(on_gpu()))),
         (c"cuMemHostRegister_v2", Box::new(|| drop(Pair::new(on_host(), on_gpu())))),
         (c"cuMemUnmap", Box::new(move || drop(dropped))),

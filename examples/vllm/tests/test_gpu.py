@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from kvferry import _native
-from kvferry.vllm import worker
+from kvferry.vllm import pool, worker
 from kvferry.vllm.guard import StartFailed
 from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
 from kvferry.vllm.scheduler import SchedulerSide
@@ -220,6 +220,23 @@ def test_without_a_usable_driver_the_engine_runs_without_kvferry_if_the_operator
     it.start(Meta([Offering("r", "0" * 32, "{}", [])], [Load("s", "{}", [GroupBlocks(0, 0, [1])])], []))
     report = it.collect(set())
     assert (report.sent, report.received, it.invalid_blocks()) == ({"r"}, {"s"}, {1})
+
+
+def test_a_kind_of_cache_that_is_not_moved_is_a_warning_and_stops_nothing(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: Any) -> str:
+        raise pool.UnsupportedKind("MambaSpec caches are not supported")
+
+    monkeypatch.setattr(pool, "group_kind", unknown)
+    it, host = side("kv_both")
+    with fakes.parallel_groups():
+        it.register(host)
+    assert log == [
+        "kvferry is off on this engine, which prefills every prompt itself: MambaSpec caches are not supported"
+    ]
+    assert it.handshake().off == "unsupported_cache_kind"
+    assert it.stats.data["up"] == {"0": "unsupported_cache_kind"}
 
 
 def test_sleep_mode_is_refused_where_vllm_does_not_announce_it(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ pub enum BadAddress {
          address, or a host name"
     )]
     LinkLocal,
-    /// It is 0.0.0.0 or [::].
+    /// It is `0.0.0.0` or `[::]`.
     #[error("it means every address of a host: name one that consumers reach")]
     Unspecified,
 }

@@ -162,7 +162,7 @@ def test_a_retrained_model_of_the_same_name_is_refused_and_poisons_no_cache(
     assert d.metrics()["kvferry_mismatches{what=weights}"] == 4
     log = d.log.read_text()
     assert log.count("its KV was computed with other weights") == 1, "one line a minute"
-    assert log.count("ERROR") - log.count("ERROR kvferry") <= 1 and "were refused (weights)" in log
+    assert log.count("were refused (weights)") == 1
 
 
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}

@@ -267,8 +267,8 @@ class SchedulerSide:
         if there.get(kv_params.WEIGHTS) != here[kv_params.WEIGHTS]:
             raise kv_params.Refused(
                 "weights",
-                f"its KV was computed with other weights ({there.get(kv_params.WEIGHTS)} there, "
-                f"{here[kv_params.WEIGHTS]} here); start both engines with the same weights",
+                f"its KV was computed with other weights ({there.get(kv_params.WEIGHTS)!r:.80} there, "
+                f"{here[kv_params.WEIGHTS]!r} here); start both engines with the same weights",
             )
         if there.get(kv_params.ADAPTER) != here.get(kv_params.ADAPTER):
             raise kv_params.Refused(
@@ -296,12 +296,11 @@ class SchedulerSide:
             self._refusals.clear()
         refused = self._refusals[engine, what] = self._refusals.get((engine, what), 0) + 1
         if refused == MISMATCHES:
-            logger.error(
-                "kvferry: the last %d offers of engine %s were refused (%s): each of their prompts is prefilled twice until "
-                "both engines run with the same weights",
-                refused,
-                engine,
-                what,
+            self._repeats.log(
+                logger.error,
+                ("pair", engine, what),
+                f"kvferry: the last {refused} offers of engine {engine} were refused ({what}): each of their prompts is "
+                "prefilled twice until both engines run with the same weights",
             )
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:

@@ -98,7 +98,7 @@ impl Bench {
         }
     }
 
-    /// What consumers hold now, and the bytes of all offers that they have released.
+    /// The consumers' claims now, and the bytes of all offers that they have released.
     pub(crate) fn usage(&self, producer: &Producer) -> (Usage, u64) {
         let account = self.account();
         let usage = Usage {
@@ -171,7 +171,7 @@ pub(crate) async fn usage(addr: &str, limit: Duration) -> Result<Usage, Failure>
         bench.get_usage(GetUsageRequest {}).await.map_err(|s| s.message().to_owned())
     };
     let reply = tokio::time::timeout(limit, call).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")));
-    Ok(reply.map_err(|why| Failure::failed(format!("{addr} does not say what it holds: {why}")))?.into_inner())
+    Ok(reply.map_err(|why| Failure::failed(format!("{addr} does not report its offers: {why}")))?.into_inner())
 }
 
 /// Requests an offer of `blocks` scattered blocks (0: all) of `block_bytes` bytes (0: of the first group) from `addr`. Also

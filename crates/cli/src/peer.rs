@@ -60,7 +60,7 @@ impl Peer {
         Ok(offer)
     }
 
-    /// What consumers hold of the producer.
+    /// The consumers' claims on the producer.
     pub(crate) fn usage(&self, limit: Duration) -> Result<offers::Usage, Failure> {
         self.runtime.block_on(offers::usage(&self.addr, limit))
     }

@@ -209,7 +209,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Serves until SIGTERM or Ctrl-C. On a terminal, shows each second what it serves.
+/// Serves until SIGTERM or Ctrl-C. On a terminal, shows its offers and consumers each second.
 async fn stay(producer: &Producer, bench: &Bench, mut shown: Option<Rate>) -> std::io::Result<()> {
     let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut second = tokio::time::interval(Duration::from_secs(1));
@@ -241,7 +241,7 @@ impl Rate {
         Self { at: Instant::now(), bytes: bench.usage(producer).1 }
     }
 
-    /// What is served now, to whom, and at which rate since the last call.
+    /// The live offers, the consumers, and the rate since the last call.
     fn next(&mut self, bench: &Bench, producer: &Producer) -> String {
         let (usage, bytes) = bench.usage(producer);
         let (passed, new) = (self.at.elapsed().as_secs_f64(), bytes - self.bytes);

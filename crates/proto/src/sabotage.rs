@@ -49,7 +49,7 @@ pub enum Bug {
     FlushSkipped,
     /// A lane keeps the mapping of its peer's memory after it went down. Planted in the simulation's lane.
     MappedAfterDown,
-    /// A pull claims its offer anew and leaves the claims of the hold in place.
+    /// A pull claims its offer again and leaves the claims of the hold in place.
     HoldKept,
 }
 

@@ -266,7 +266,7 @@ impl PeerSession {
             // The peer is there and refuses this consumer: asking again soon changes nothing.
             error => {
                 self.claims.lose(error.cause(), &mut self.out, |c| c.dials < dials);
-                // What this engine refuses must not fill the peer's memory until its leases run out.
+                // Refused offers must not fill the peer's memory until their leases run out.
                 let alone = matches!(error, HelloError::Mismatch(_));
                 for (expect, release) in self.claims.take_releases_before(dials) {
                     if alone {

@@ -65,7 +65,7 @@ fn check_offer(offer: &str, seal_keys: Vec<Vec<u8>>) -> PyResult<()> {
     pool::offer(offer)?.check_seal(&pool::seal_keys(seal_keys)?).map_err(value_error)
 }
 
-/// What is logged by default. `kvferry.vllm` itself tells the end of loads and of offers, with the names of vLLM's requests.
+/// The default filter. `kvferry.vllm` itself tells the end of loads and of offers, with the names of vLLM's requests.
 const LOGGED: &str = "kvferry=warn,kvferry::consumer::pulls=error,kvferry::producer::core=error";
 
 /// Sends the library's log of peers and lanes to standard error, next to the engine's own log: warnings and errors, unless

@@ -1,4 +1,4 @@
-"""What an operator sees: errors at the start, queues, refusals, log lines, wedges, and prefill engines that stand still."""
+"""The operator's view: errors at the start, queues, refusals, log lines, wedges, and prefill engines that stand still."""
 
 import os
 import signal

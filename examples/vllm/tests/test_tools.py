@@ -1,4 +1,4 @@
-"""What the tools say about their measurements."""
+"""The conditions that the tools print with their measurements."""
 
 import compare
 import demo

@@ -70,7 +70,7 @@ def source(before: dict[str, float], after: dict[str, float], prompt: int) -> st
     """Where a prompt's tokens came from, by the decode engine's metrics before and after it."""
 
     def lanes(name: str) -> dict[str, float]:
-        """What a metric has grown by, by lane."""
+        """The growth of a metric, by lane."""
         grown = {k: v - before.get(k, 0) for k, v in after.items() if k.startswith(f"vllm:kvferry_{name}_total")}
         return {k.partition('lane="')[2].partition('"')[0]: n for k, n in grown.items() if n > 0}
 

@@ -1,4 +1,4 @@
-//! What pools and lanes ask of a GPU's set-up thread.
+//! Requests of pools and lanes to a GPU's set-up thread.
 
 use std::ffi::{c_uint, c_void};
 use std::os::fd::OwnedFd;

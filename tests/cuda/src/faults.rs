@@ -8,7 +8,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
 
-/// What happens to the calls of one function.
+/// The fate of the calls of one function.
 #[derive(Default)]
 struct Fault {
     blocked: bool,

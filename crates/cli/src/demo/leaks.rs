@@ -22,7 +22,7 @@ const BLOCKS: u32 = 32;
 /// Memory that the producer's allocator may keep. Far less than the pools of the consumers that came and went.
 const SLACK: u64 = 16 << 20;
 
-/// What a producer holds.
+/// The offers and blocks of a producer.
 #[derive(Debug, Clone, Copy)]
 struct Holds {
     descriptors: u64,
@@ -110,7 +110,7 @@ fn round(demo: &Demo, addr: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the producer holds when `good` is true of it, or after [`LIMIT`].
+/// The state of the producer when `good` is true of it, or after [`LIMIT`].
 fn settled(peer: &Peer, pid: u32, good: impl Fn(&Holds) -> bool) -> Result<Holds, Failure> {
     let until = Instant::now() + LIMIT;
     loop {

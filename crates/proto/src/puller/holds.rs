@@ -56,6 +56,10 @@ impl Hold {
     }
 }
 
+/// Most offers that are held at a time. Names come from clients, so there is a bound: an offer beyond it is not held, and lives
+/// as long as its lease.
+const MOST: usize = 65_536;
+
 /// An offer and its token. A name with another token must not touch the hold of the right one.
 type Key = (OfferId, [u8; 16]);
 
@@ -88,7 +92,7 @@ impl Holds {
         out: &mut VecDeque<Out>,
     ) {
         let id = key(&wait.offer);
-        if self.by_offer.contains_key(&id) {
+        if self.by_offer.contains_key(&id) || self.by_offer.len() >= MOST {
             return;
         }
         let mut claims = Vec::with_capacity(wait.sources.len());

@@ -48,7 +48,7 @@ fn pull(r: &mut Rig) {
     r.check(0..8);
 }
 
-/// What is found for a device that refuses dmabufs and GPU addresses with these errors, with the same answer for a probe.
+/// The findings for a device that refuses dmabufs and GPU addresses with these errors, with the same answer for a probe.
 fn reach(refuse_dmabuf: i32, refuse_gpu: i32) -> GpuReach {
     let device = FakeDevice::new("fake");
     let handle = device.handle();
@@ -166,7 +166,7 @@ fn a_gpu_that_neither_orders_writes_nor_can_be_flushed_is_read_into_through_the_
         let found = reach(0, 0);
         assert!(found.is_served() && !found.is_direct());
         assert!(found.unordered.is_some_and(|why| why.contains("neither orders")));
-        // What decides whether a consumer's rails read into the ring.
+        // This decides whether a consumer's rails read into the ring.
         let reached = Rails::reach(&VerbsConfig::default(), &on_gpu(), &Role::Reader);
         assert!(matches!(reached, Err(VerbsError::Unordered { .. })), "{reached:?}");
         // Its own memory can be read by others.

@@ -1,4 +1,4 @@
-"""What a connector must know of the engine core and has no hook for: whether it shuts down, whether a request has arrived, and
+"""The state of the engine core that no hook reports: whether it shuts down, whether a request has arrived, and
 whether weights or LoRA adapters were replaced.
 
 vLLM makes the scheduler's connector inside the engine core's constructor, so the core is found on the call stack. Its methods
@@ -62,7 +62,7 @@ class Core:
     def _wrap(self, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         method = getattr(self._core, name, None)
         if method is None:
-            logger.warning("kvferry: this version of vLLM has no EngineCore.%s; what it changes goes unnoticed", name)
+            logger.warning("kvferry: this version of vLLM has no EngineCore.%s; its changes go unnoticed", name)
             return
         setattr(self._core, name, functools.wraps(method)(make(method)))
 

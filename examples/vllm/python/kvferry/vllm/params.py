@@ -55,7 +55,7 @@ class Remote:
     offer: str = field(repr=False)
     # Number of prompt tokens in its blocks.
     tokens: int
-    # What its KV was computed from. Without `PROMPT`, the producer has no token ids (a prompt of embeddings).
+    # Fingerprints of the prompt and the weights of its KV. Without `PROMPT`, the producer has no token ids (a prompt of embeddings).
     fingerprints: dict[str, str]
     # The engine that made it.
     engine: str

@@ -56,7 +56,7 @@ class Waiting:
 class Prefill:
     """A request for a remote decode."""
 
-    # What the weights were when it arrived; `None`: not known.
+    # Fingerprints of the weights at its arrival; `None`: not known.
     weights: dict[str, str] | None
     # Number of its prompt tokens.
     tokens: int
@@ -180,7 +180,7 @@ class SchedulerSide:
         params = request.kv_transfer_params
         if kv_params.wants_decode(params):
             try:
-                weights = self._what_weights(request)
+                weights = self._weights_of(request)
             except Unknown as e:
                 self._repeats.log(logger.warning, "unknown", f"kvferry: request {request.request_id} is not offered: {e}")
                 weights = None
@@ -188,7 +188,7 @@ class SchedulerSide:
         elif kv_params.wants_prefill(params) and (remote := self._remote(request)) is not None:
             self._todo.holds.append(remote.offer)
 
-    def _what_weights(self, request: "Request") -> dict[str, str]:
+    def _weights_of(self, request: "Request") -> dict[str, str]:
         """The fingerprints of the weights that a request's KV is computed from. Raises `Unknown`."""
         updates = self._core.updates
         weights = {kv_params.WEIGHTS: f"{self._weights}+{updates}" if updates else self._weights}
@@ -260,7 +260,7 @@ class SchedulerSide:
 
     def _check_weights(self, request: "Request", remote: kv_params.Remote) -> None:
         try:
-            here = self._what_weights(request)
+            here = self._weights_of(request)
         except Unknown as e:
             raise kv_params.Refused(kv_params.ADAPTER, str(e)) from e
         there = remote.fingerprints
@@ -419,7 +419,7 @@ class SchedulerSide:
     def _offered_weights(self, request: "Request", prefill: Prefill | None) -> dict[str, str] | None:
         """The fingerprints of the weights that a finished prefill was computed from; `None`: it is not known which."""
         try:
-            now = self._what_weights(request)
+            now = self._weights_of(request)
         except Unknown as e:
             why = str(e)
         else:

@@ -22,7 +22,7 @@ use std::{
 use kvferry_proto::{
     BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Shard, WaitError,
     pull::Retry,
-    puller::{Ended, In, PullId, Start, Wait},
+    puller::{Ended, HoldRequest, In, PullId, Start},
 };
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -183,7 +183,7 @@ impl Consumer {
         offer.check()?;
         offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(offer);
-        let wait = Wait { offer: Arc::new(offer.clone()), sources, reader };
+        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader };
         self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
         Ok(())
     }

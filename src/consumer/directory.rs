@@ -6,7 +6,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use kvferry_proto::{
@@ -29,6 +29,7 @@ use crate::{
     dial_list::DialList,
     driver::thread::{Mail, Peers},
     mailbox::Mailbox,
+    repeats::Repeats,
     tls::TlsIdentity,
 };
 
@@ -59,8 +60,7 @@ pub(super) struct Directory {
     sessions: Arc<Sessions>,
     tls: Option<Arc<TlsIdentity>>,
     dial: DialList,
-    /// When a refused name was last logged.
-    told: Option<Instant>,
+    refused: Repeats<()>,
     peers: HashMap<Addr, Known>,
 }
 
@@ -82,7 +82,18 @@ impl Directory {
     ) -> Self {
         // `Config::check` has refused a malformed list.
         let dial = DialList::new(&config.dial).unwrap_or_default();
-        Self { handle, hello, config, events, connector, sessions, tls, dial, told: None, peers: HashMap::new() }
+        Self {
+            handle,
+            hello,
+            config,
+            events,
+            connector,
+            sessions,
+            tls,
+            dial,
+            refused: Repeats::default(),
+            peers: HashMap::new(),
+        }
     }
 
     /// Whether this peer is unknown and the limit of known peers is reached.
@@ -113,10 +124,9 @@ impl Peers for Directory {
     fn claim(&mut self, peer: &Addr, want: Want) {
         // Before a task is made: such names must not fill the list of peers.
         if !self.dial.allows_addr(peer) {
-            // Such names come from clients: one line a minute is enough.
-            if self.told.is_none_or(|at| at.elapsed() >= Duration::from_secs(60)) {
-                self.told = Some(Instant::now());
-                tracing::warn!(error = %not_listed(peer), "refused a name");
+            // Such names come from clients: they are one kind, whatever they say.
+            if let Some(unlogged) = self.refused.is_news(Instant::now(), ()) {
+                tracing::warn!(error = %not_listed(peer), unlogged, "refused a name");
             }
             return self.events.lost(want.claim, Cause::Refused);
         }

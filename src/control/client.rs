@@ -34,7 +34,7 @@ use super::{
     proto,
     wire::{ReleaseWanted, server_frame},
 };
-use crate::{config::Config, tls::TlsIdentity};
+use crate::{config::Config, repeats::Repeats, tls::TlsIdentity};
 
 /// Shortest time between two ticks of the machine, whose times are not finer than this.
 const TICK: Duration = Duration::from_millis(1);
@@ -109,8 +109,8 @@ pub(crate) struct PeerTask {
     frames: Option<UnboundedSender<proto::ClientFrame>>,
     ticked: Instant,
     skipped: Skipped,
-    failures: Repeats,
-    breaks: Repeats,
+    failures: Repeats<String>,
+    breaks: Repeats<String>,
 }
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -135,20 +135,6 @@ impl SessionStream {
                 Self::Open(frames) => return frames.message().await?.ok_or(None),
             }
         }
-    }
-}
-
-/// Suppresses repeated log lines: the same text is news once a minute.
-#[derive(Default)]
-struct Repeats(Option<(String, Instant)>);
-
-impl Repeats {
-    fn is_news(&mut self, now: Instant, text: &str) -> bool {
-        let old = self.0.as_ref().is_some_and(|(last, at)| last == text && now < *at + Duration::from_secs(60));
-        if !old {
-            self.0 = Some((text.to_owned(), now));
-        }
-        !old
     }
 }
 
@@ -253,8 +239,8 @@ impl PeerTask {
                 self.machine.handle(now, session::In::Welcomed(peer));
             }
             Event::Dialled(Err(error)) => {
-                if self.failures.is_news(now, &error.to_string()) {
-                    tracing::warn!(peer = %self.addr, %error, "dial failed");
+                if let Some(unlogged) = self.failures.is_news(now, error.to_string()) {
+                    tracing::warn!(peer = %self.addr, %error, unlogged, "dial failed");
                 }
                 self.machine.handle(now, session::In::DialFailed(error));
             }
@@ -299,11 +285,11 @@ impl PeerTask {
     fn note_break(&mut self, now: Instant, why: &str) {
         self.stream = SessionStream::Closed;
         self.frames = None;
-        if self.breaks.is_news(now, why) {
+        if let Some(unlogged) = self.breaks.is_news(now, why.to_owned()) {
             let peer = self.machine.peer();
             tracing::info!(
                 peer = %self.addr, engine = peer.map(|p| p.engine.as_str()), incarnation = ?peer.map(|p| p.incarnation),
-                why, "session broke"
+                why, unlogged, "session broke"
             );
         }
     }

@@ -10,7 +10,10 @@ use kvferry::{
     BlockId, Config, Consumer, CudaStream, Ended, GroupId, LaneKind, LocalBlocks, Memory, Model, Offer, OfferGroup,
     OfferSpec, PoolLayout, Producer, Pull, Ready,
 };
-use kvferry_testkit::{gpu, rig::SOON};
+use kvferry_testkit::{
+    gpu,
+    rig::{self, SOON},
+};
 
 /// Blocks of the pools.
 pub(crate) const BLOCKS: u32 = 64;
@@ -23,14 +26,7 @@ pub(crate) fn layout() -> PoolLayout {
 }
 
 fn model() -> Model {
-    Model {
-        name: "m".into(),
-        dtype: "uint8".into(),
-        scales: String::new(),
-        weights: String::new(),
-        attention: "HND".into(),
-        block_tokens: 16,
-    }
+    rig::model("m", "uint8")
 }
 
 /// Host memory whose pages are there.

@@ -132,7 +132,7 @@ def test_what_the_decode_side_refuses_is_released_and_said_once(tiny_fleet: Flee
     f = tiny_fleet
     said = f.d.log.read_text().count("is prefilled here: its offer belongs to another prompt")
     released = f.p.metrics().get("kvferry_offers_ended{why=released}", 0)
-    refused = f.d.metrics().get("kvferry_mismatches{what=prompt}", 0)
+    refused = f.d.metrics().get("kvferry_mismatches{part=prompt}", 0)
     for i in range(5):
         params = f.p.prefill(f"wrong-{i}", f.prompt(100))
         tokens = f.prompt(100)
@@ -140,7 +140,7 @@ def test_what_the_decode_side_refuses_is_released_and_said_once(tiny_fleet: Flee
     # No lease has to run out.
     f.settled()
     assert f.p.metrics()["kvferry_offers_ended{why=released}"] - released == 5
-    assert f.d.metrics()["kvferry_mismatches{what=prompt}"] - refused == 5
+    assert f.d.metrics()["kvferry_mismatches{part=prompt}"] - refused == 5
     assert f.d.log.read_text().count("is prefilled here: its offer belongs to another prompt") - said <= 1
 
 

@@ -159,7 +159,7 @@ def test_a_retrained_model_of_the_same_name_is_refused_and_poisons_no_cache(
         assert d.generate(f"innocent-{i}", tokens)["tokens"] == f.alone(tokens)
     assert p.settled()["free"] == free, "what is refused is released"
     assert p.metrics()["kvferry_offers_ended{why=released}"] == 4
-    assert d.metrics()["kvferry_mismatches{what=weights}"] == 4
+    assert d.metrics()["kvferry_mismatches{part=weights}"] == 4
     log = d.log.read_text()
     assert log.count("its KV was computed with other weights") == 1, "one line a minute"
     assert log.count("were refused (weights)") == 1

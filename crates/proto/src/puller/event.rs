@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::Wait;
+use super::HoldRequest;
 use crate::{
     Block, BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome,
     Reader, Release, hello::Welcome, pull::Retry, session::Want,
@@ -75,7 +75,7 @@ pub enum In<L> {
     Start(Box<Start>),
     /// The engine is going to pull this offer: it is claimed now, for the given time at most. [`In::Start`] takes the claims
     /// over.
-    Hold(Box<Wait>, Duration),
+    Hold(Box<HoldRequest>, Duration),
     /// The engine will not pull this offer: it is released on behalf of all readers, held or not.
     Release(Arc<Offer>),
     /// Earlier work on a pull's destination blocks is done.

@@ -18,7 +18,7 @@ use crate::{
 
 /// An offer to hold.
 #[derive(Debug)]
-pub struct Wait {
+pub struct HoldRequest {
     /// The offer.
     pub offer: Arc<Offer>,
     /// The source ranks: indices into the offer's ranks.
@@ -36,7 +36,7 @@ pub(super) struct Claimed {
 
 #[derive(Debug)]
 struct Hold {
-    wait: Wait,
+    request: HoldRequest,
     /// One for each source; `None`: it was lost.
     claims: Vec<Option<Claimed>>,
     /// Which hold of this consumer it is.
@@ -46,7 +46,7 @@ struct Hold {
 impl Hold {
     /// The releases of its claims. `all`: on behalf of all readers.
     fn releases(&self, all: bool) -> impl Iterator<Item = Out> + '_ {
-        let Wait { offer, sources, reader } = &self.wait;
+        let HoldRequest { offer, sources, reader } = &self.request;
         sources.iter().zip(&self.claims).filter_map(move |(&at, claimed)| {
             let rank = &offer.ranks[at];
             let claim = Some(claimed.as_ref()?.claim);
@@ -86,28 +86,28 @@ impl Holds {
     pub(super) fn hold(
         &mut self,
         now: Instant,
-        wait: Wait,
+        request: HoldRequest,
         limit: Duration,
         next_claim: &mut impl FnMut() -> ClaimId,
         out: &mut VecDeque<Out>,
     ) {
-        let id = key(&wait.offer);
+        let id = key(&request.offer);
         if self.by_offer.contains_key(&id) || self.by_offer.len() >= MOST {
             return;
         }
-        let mut claims = Vec::with_capacity(wait.sources.len());
-        for (source, &at) in wait.sources.iter().enumerate() {
+        let mut claims = Vec::with_capacity(request.sources.len());
+        for (source, &at) in request.sources.iter().enumerate() {
             let claim = next_claim();
             self.by_claim.insert(claim, (id, source));
             claims.push(Some(Claimed { claim, granted: None }));
             out.push_back(Out::Claim(
-                wait.offer.ranks[at].addr.as_str().into(),
-                want(claim, &wait.offer, at, wait.reader),
+                request.offer.ranks[at].addr.as_str().into(),
+                want(claim, &request.offer, at, request.reader),
             ));
         }
         self.made += 1;
         self.ends.push_back((now + limit, id, self.made));
-        self.by_offer.insert(id, Hold { wait, claims, number: self.made });
+        self.by_offer.insert(id, Hold { request, claims, number: self.made });
     }
 
     /// A claim was granted. `false`: it belongs to no hold.
@@ -132,10 +132,10 @@ impl Holds {
     /// The claims that a pull takes over, by source. None if its offer is not held, or for other ranks.
     pub(super) fn take(&mut self, start: &Start) -> HashMap<usize, Claimed> {
         let id = key(&start.offer);
-        let fits = |Wait { offer, sources, reader }: &Wait| {
+        let fits = |HoldRequest { offer, sources, reader }: &HoldRequest| {
             offer.ranks == start.offer.ranks && *sources == start.sources && *reader == start.reader
         };
-        if !self.by_offer.get(&id).is_some_and(|h| fits(&h.wait)) || planted(Bug::HoldKept) {
+        if !self.by_offer.get(&id).is_some_and(|h| fits(&h.request)) || planted(Bug::HoldKept) {
             return HashMap::new();
         }
         let Some(hold) = self.remove(id) else { return HashMap::new() };
@@ -145,11 +145,11 @@ impl Holds {
     /// Ends the hold of an offer that will not be pulled, on behalf of all readers. The other ranks of the offer hear of it
     /// without a claim.
     pub(super) fn release(&mut self, offer: &Offer, out: &mut VecDeque<Out>) {
-        let held = self.remove(key(offer)).filter(|h| h.wait.offer.ranks == offer.ranks);
+        let held = self.remove(key(offer)).filter(|h| h.request.offer.ranks == offer.ranks);
         for (at, rank) in offer.ranks.iter().enumerate() {
-            let source = held.as_ref().and_then(|h| h.wait.sources.iter().position(|s| *s == at).map(|s| (h, s)));
+            let source = held.as_ref().and_then(|h| h.request.sources.iter().position(|s| *s == at).map(|s| (h, s)));
             let (claim, reader) = match source {
-                Some((h, s)) => (h.claims[s].as_ref().map(|c| c.claim), h.wait.reader),
+                Some((h, s)) => (h.claims[s].as_ref().map(|c| c.claim), h.request.reader),
                 None => (None, Reader::ONLY),
             };
             let release = Release { claim, offer: offer.id, token: offer.token, reader, all: true };

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvferry_proto::{ClientFrame, Incarnation, Model, OfferId, ServerFrame, puller::LaneWish, table::Entropy};
+use kvferry_proto::{ClientFrame, Incarnation, Model, OfferId, ServerFrame, Token, puller::LaneWish, table::Entropy};
 
 use crate::{
     checks::PendingKey,
@@ -31,6 +31,7 @@ pub(crate) enum Event {
     Ready { r: usize, k: usize },
     Revoke { r: usize },
     Forget { r: usize, k: usize },
+    ReleaseAlone { p: usize, expect: Incarnation, offer: OfferId, token: Token },
     Handover { r: usize, c: usize, pull: bool },
     WakeProc { q: usize },
     Outs { q: usize },
@@ -310,6 +311,7 @@ impl World {
             Event::Ready { r, k } => self.ready(r, k),
             Event::Revoke { r } => self.revoke(r),
             Event::Forget { r, k } => self.forget(r, k),
+            Event::ReleaseAlone { p, expect, offer, token } => self.release_alone(p, expect, offer, token),
             Event::Handover { r, c, pull } => self.handover(r, c, pull, false),
             Event::WakeProc { q } => self.wake_proc(q),
             Event::Outs { q } => self.do_outs(q),

@@ -15,6 +15,7 @@ use std::{
 };
 
 use kvferry::{Offer, OfferId};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde::{Deserialize, Serialize};
 
 use super::spec::{SOON, Spec};
@@ -231,9 +232,13 @@ impl Producer {
         })
     }
 
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).expect("a process id");
-        rustix::process::kill_process(pid, signal).expect("the process is there");
+    /// Sends a signal. After SIGSTOP, waits until all threads of the process have stopped.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.child.id() as i32).expect("a process id");
+        kill_process(pid, signal).expect("the process is there");
+        if signal == Signal::STOP {
+            waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).expect("it stops");
+        }
     }
 
     /// Sends SIGKILL, and waits for the end of the process. A second call does nothing.

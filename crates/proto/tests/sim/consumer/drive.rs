@@ -161,11 +161,9 @@ impl World {
                     }
                 }
                 session::Out::HangUp => self.hang_up(c, p),
-                session::Out::ReleaseAlone(..) => {
-                    self.broken(
-                        Promise::Sound,
-                        format!("consumer {c} releases beside a session with a peer of its model"),
-                    );
+                session::Out::ReleaseAlone(expect, release) => {
+                    let t = self.now + self.delay();
+                    self.at(t, Event::ReleaseAlone { p, expect, offer: release.offer, token: release.token });
                 }
                 session::Out::Peer(peer) => {
                     let Some((_, welcome)) = self.consumers[c].session(p).and_then(|s| s.welcome.clone()) else {

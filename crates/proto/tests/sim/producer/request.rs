@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    BlockId, Contents, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferRank,
+    BlockId, Contents, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferId, OfferRank, Token,
     sabotage::{Bug, planted},
     table,
 };
@@ -239,6 +239,19 @@ impl World {
             let token = self.requests[r].offer.token;
             self.table(q, table::In::Release(None, id, token));
         }
+    }
+
+    /// The release of a consumer that takes the process for one of another model reaches the address.
+    pub(crate) fn release_alone(&mut self, p: usize, expect: Incarnation, offer: OfferId, token: Token) {
+        let Some(q) = self.producers[p].proc.filter(|&q| self.procs[q].id.incarnation == expect) else { return };
+        if !self.awake(q, Event::ReleaseAlone { p, expect, offer, token }) {
+            return;
+        }
+        if let Some(r) = self.requests.iter_mut().find(|r| r.offer.id == offer && r.offer.token == token) {
+            r.excused.get_or_insert("a consumer of another model released it");
+            self.lease_released_by_anyone(q, offer);
+        }
+        self.table(q, table::In::Release(None, offer, token));
     }
 
     /// The engine reuses free blocks at once.

@@ -27,11 +27,11 @@ class BadParams(ValueError):
 
 
 class Refused(BadParams):
-    """An offer that this engine must not load. `what`: the part that does not fit."""
+    """An offer that this engine must not load. `part`: the part that does not fit."""
 
-    def __init__(self, what: str, why: str) -> None:
+    def __init__(self, part: str, why: str) -> None:
         super().__init__(why)
-        self.what = what
+        self.part = part
 
 
 def fingerprint(tokens: Sequence[int], *more: str) -> str:

@@ -283,23 +283,23 @@ class SchedulerSide:
         kind = re.split(r"[\"'`(0-9]", str(error), maxsplit=1)[0]
         if remote is None or not isinstance(error, kv_params.Refused):
             return self._repeats.log(logger.warning, kind, line)
-        engine, what = remote.engine, error.what
-        self.stats.mismatch(what)
+        engine, part = remote.engine, error.part
+        self.stats.mismatch(part)
         self._repeats.log(logger.warning, (engine, kind), f"{line} (from engine {engine})")
         if remote.offer_id not in self._used:
             self._use(remote)
             self._todo.releases.append(remote.offer)
-        if what not in (kv_params.WEIGHTS, kv_params.ADAPTER):
+        if part not in (kv_params.WEIGHTS, kv_params.ADAPTER):
             # Clients and routers cause the others one by one.
             return
         if len(self._refusals) >= REMEMBERED:
             self._refusals.clear()
-        refused = self._refusals[engine, what] = self._refusals.get((engine, what), 0) + 1
+        refused = self._refusals[engine, part] = self._refusals.get((engine, part), 0) + 1
         if refused == MISMATCHES:
             self._repeats.log(
                 logger.error,
-                ("pair", engine, what),
-                f"kvferry: the last {refused} offers of engine {engine} were refused ({what}): each of their prompts is "
+                ("pair", engine, part),
+                f"kvferry: the last {refused} offers of engine {engine} were refused ({part}): each of their prompts is "
                 "prefilled twice until both engines run with the same weights",
             )
 
@@ -320,8 +320,8 @@ class SchedulerSide:
             groups = self._wanted(blocks, first, first + external)
             self._remotes.pop(request_id)
             self._use(remote)
-            for what in (kv_params.WEIGHTS, kv_params.ADAPTER):
-                self._refusals.pop((remote.engine, what), None)
+            for part in (kv_params.WEIGHTS, kv_params.ADAPTER):
+                self._refusals.pop((remote.engine, part), None)
             self._waiting[request_id] = self._wait(groups, first, first + external)
             self._todo.loads.append(Load(request_id, remote.offer, groups))
         elif remote is not None:

@@ -27,7 +27,7 @@ COUNTERS: dict[str, tuple[str, str, str | None]] = {
     "tokens_recomputed": ("tokens_recomputed", "Prompt tokens that loads did not deliver.", None),
     "offers": ("offers_ended", "Offers whose blocks are free again, by reason.", "why"),
     "refused": ("params_refused", "Requests whose kv_transfer_params were refused.", None),
-    "mismatches": ("mismatches", "Offers that did not fit the request or this engine, by the part that differs.", "what"),
+    "mismatches": ("mismatches", "Offers that did not fit the request or this engine, by the part that differs.", "part"),
 }
 
 # Gauges, summed over the ranks that report them.
@@ -137,9 +137,9 @@ class KvFerryStats(KVConnectorStats):
         """Counts a request whose params were refused."""
         self.data["refused"] += 1
 
-    def mismatch(self, what: str) -> None:
+    def mismatch(self, part: str) -> None:
         """Counts an offer that does not fit: its prompt, its weights, …"""
-        self._add("mismatches", what)
+        self._add("mismatches", part)
 
     def up(self, part: str, off: str) -> None:
         """Sets whether a part works, the scheduler side or a rank. `off`: why not; empty: it works."""

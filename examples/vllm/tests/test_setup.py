@@ -44,8 +44,10 @@ class Tools:
     def __init__(self, folder: Path, installed: bool) -> None:
         self.target, self._seen = folder / "target", folder / "seen"
         venv, tools = folder / "venv", folder / "tools"
+        # Variables that steer the build these tests run in do not reach the build under test.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KVFERRY_")}
         self._env = {
-            **os.environ,
+            **inherited,
             "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
             "KVFERRY_VLLM_VENV": str(venv),
             "CARGO_TARGET_DIR": str(self.target),

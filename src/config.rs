@@ -46,6 +46,11 @@ pub struct PullConfig {
     /// prompts cost an engine. While data moves (over verbs, or out of the mapped pool of a stopped process), a pull goes on.
     /// Longer where engines are known to pause; `Duration::MAX` always waits for the deadline.
     pub patience: Duration,
+    /// How long a pull waits for the first block of an offer that grows or is awaited: its request is in the prefill engine's
+    /// queue. The peer is alive meanwhile: `patience` is for a silent one.
+    pub queued: Duration,
+    /// How long a pull waits for the next growth of an offer after that: longer than the longest step of a prefill engine.
+    pub stalled: Duration,
 }
 
 impl Default for PullConfig {
@@ -61,6 +66,8 @@ impl Default for PullConfig {
             on_wedge: OnWedge::Withhold,
             faults: None,
             patience: Duration::from_secs(2),
+            queued: Duration::from_secs(60),
+            stalled: Duration::from_secs(10),
         }
     }
 }

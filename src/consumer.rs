@@ -118,7 +118,14 @@ impl Consumer {
             reader,
             started,
             deadline: started + deadline,
-            retry: Retry { attempts: settings.attempts, wait: settings.retry_wait, patience: settings.patience },
+            retry: Retry {
+                attempts: settings.attempts,
+                wait: settings.retry_wait,
+                patience: settings.patience,
+                awaited: pull.awaited,
+                queued: settings.queued,
+                stalled: settings.stalled,
+            },
             chunk: settings.chunk,
             lanes: pull.lanes.unwrap_or_else(|| settings.lanes.clone()),
             local_ready: pull.local_ready && mark.is_none(),
@@ -177,13 +184,25 @@ impl Consumer {
     /// # Errors
     /// The name is malformed, its seal is missing or does not fit, or the consumer has shut down. No peer is contacted.
     pub fn hold(&self, offer: &Offer) -> Result<(), PullError> {
+        self.hold_offer(offer, false)
+    }
+
+    /// Claims like [`Consumer::hold`] an offer that may be opened later.
+    ///
+    /// # Errors
+    /// Those of [`Consumer::hold`].
+    pub fn hold_awaited(&self, offer: &Offer) -> Result<(), PullError> {
+        self.hold_offer(offer, true)
+    }
+
+    fn hold_offer(&self, offer: &Offer, awaited: bool) -> Result<(), PullError> {
         if self.stopped.load(Ordering::Acquire) {
             return Err(PullError::Shutdown);
         }
         offer.check()?;
         offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(offer);
-        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader };
+        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited };
         self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
         Ok(())
     }
@@ -232,6 +251,12 @@ impl Consumer {
     /// A pull's loaded chunks, and all its chunks (0 until its peers have answered). `None` when it has ended.
     pub fn progress(&self, pull: PullId) -> Option<(usize, usize)> {
         self.pulls.progress(pull)
+    }
+
+    /// Tokens from the prompt's start whose wanted blocks are all loaded, each of them fenced. It only grows. The engine may read
+    /// those blocks before the pull has ended, and must not write them. `None` when the pull has ended.
+    pub fn loaded_prefix(&self, pull: PullId) -> Option<u64> {
+        self.pulls.loaded_prefix(pull)
     }
 
     /// Number of pulls that have not ended.

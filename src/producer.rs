@@ -15,7 +15,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Offer, OfferError, OfferGroup, OfferId, PeerId, PoolLayout,
+    BadOffer, Growth, Offer, OfferError, OfferGroup, OfferId, PeerId, PoolLayout,
     table::{self, Freed},
 };
 
@@ -69,6 +69,52 @@ impl Producer {
     /// The name or the blocks are out of bounds, the id was used before, or the table is full or draining.
     pub fn enter(&self, name: &Offer, groups: Vec<OfferGroup>, ready: Ready) -> Result<(), OfferError> {
         self.core.enter(name, groups, ready)
+    }
+
+    /// Opens an offer before its blocks are computed: consumers claim it at once, and read its blocks as they are computed, see
+    /// [`Producer::grow`]. `spec.tokens` is the number of tokens in the whole prompt; `spec.groups` is empty. No lease runs before
+    /// [`Producer::finish`], except that a consumer that claimed the offer and went silent ends it.
+    ///
+    /// # Errors
+    /// The spec has blocks or is out of bounds, the id was used before, or the table is full or draining.
+    pub fn open(&self, spec: OfferSpec) -> Result<Offer, OfferError> {
+        let (name, groups) = self.core.name(spec);
+        if !groups.is_empty() {
+            return Err(BadOffer::Malformed("an open offer starts without blocks: add them with `grow`".into()).into());
+        }
+        self.core.open(&name)?;
+        Ok(name)
+    }
+
+    /// Opens an offer like [`Producer::open`] under a name that was made elsewhere. Claims that wait for it are granted now.
+    ///
+    /// # Errors
+    /// The name is out of bounds, the id was used before, or the table is full or draining.
+    pub fn enter_open(&self, name: &Offer) -> Result<(), OfferError> {
+        self.core.open(name)
+    }
+
+    /// Appends blocks to an open offer and moves its mark. Each group's list begins at the position after its last one; the first
+    /// list of a group may begin anywhere. `tokens` counts the tokens from the prompt's start that are computed in all groups:
+    /// a block is read once the mark is past its last token, so blocks may be listed before they are full.
+    ///
+    /// Growths become readable in the order of the calls: now, or when the work is done that the stream of `ready` holds now. If
+    /// that work fails, the offer is revoked. A growth of an offer that has ended does nothing: the engine may go on
+    /// computing, and [`Producer::poll_freed`] returns the offer.
+    ///
+    /// # Errors
+    /// The offer has ended or is finished, `ready` is [`Ready::Later`], or the growth does not follow or is out of bounds.
+    pub fn grow(&self, offer: OfferId, blocks: Vec<OfferGroup>, tokens: u64, ready: Ready) -> Result<(), OfferError> {
+        self.core.grow(offer, Growth { tokens, complete: false, groups: blocks }, ready)
+    }
+
+    /// Finishes an open offer, once all its growths are readable: nothing follows, and its partial last block can be read. From
+    /// then on it has the lease of any offer.
+    ///
+    /// # Errors
+    /// The offer has ended or is finished, or its name says another number of tokens.
+    pub fn finish(&self, offer: OfferId, tokens: u64) -> Result<(), OfferError> {
+        self.core.grow(offer, Growth { tokens, complete: true, groups: Vec::new() }, Ready::Now)
     }
 
     /// The work that fills the offer's blocks is done: consumers can claim it.

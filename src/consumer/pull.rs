@@ -24,6 +24,9 @@ pub struct Pull {
     /// In place of `local_ready`: nothing is read before the work is done that this stream holds when the pull is started. For
     /// a pool in GPU memory. If that work fails, the pull is cancelled.
     pub after: Option<CudaStream>,
+    /// Whether the offer may be opened later: its request waits in the prefill engine's queue. The claim then waits for it, for
+    /// [`PullConfig::queued`](crate::PullConfig::queued) at most.
+    pub awaited: bool,
     /// What the KV must have been computed from: the offer must have each of these fingerprints, with the same value.
     pub expect: Fingerprints,
 }
@@ -38,6 +41,7 @@ impl Pull {
             lanes: None,
             local_ready: true,
             after: None,
+            awaited: false,
             expect: Fingerprints::new(),
         }
     }
@@ -57,6 +61,12 @@ impl Pull {
     /// Reads nothing before the work is done that this stream holds when the pull is started.
     pub fn after(mut self, stream: CudaStream) -> Self {
         self.after = Some(stream);
+        self
+    }
+
+    /// Waits for an offer that may be opened later.
+    pub fn awaited(mut self) -> Self {
+        self.awaited = true;
         self
     }
 

@@ -125,6 +125,10 @@ impl Pulls {
         self.state.lock().running.get(&pull).map(|p| p.progress.get())
     }
 
+    pub(super) fn loaded_prefix(&self, pull: PullId) -> Option<u64> {
+        self.state.lock().running.get(&pull).map(|p| p.progress.prefix())
+    }
+
     pub(super) fn outcome(&self, pull: PullId) -> Option<Outcome> {
         self.state.lock().running.get(&pull)?.decided.clone()
     }

@@ -179,7 +179,8 @@ impl PeerTask {
         let says = up.clone();
         handle.spawn(async move {
             let now = Instant::now();
-            let machine = PeerSession::new(now, me.peer.clone(), config.session.clone(), Box::new(random));
+            let limit = config.limits.blocks_per_offer;
+            let machine = PeerSession::new(now, me.peer.clone(), config.session.clone(), limit, Box::new(random));
             let task = Self {
                 up: says,
                 dialer: Dialer::new(addr.clone(), &config, tls),

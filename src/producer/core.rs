@@ -34,8 +34,8 @@ use crate::{
     repeats::Repeats,
 };
 use kvferry_proto::{
-    BadOffer, ClaimId, ClientBody, ClientFrame, Contents, Gone, Incarnation, LaneKind, Machine, Mismatch, Model, Offer,
-    OfferError, OfferGroup, OfferId, OfferRank, PeerId, ServerBody, ServerFrame, Shard, Token,
+    BadOffer, ClaimId, ClientBody, ClientFrame, Contents, Gone, Growth, Incarnation, LaneKind, Machine, Mismatch,
+    Model, Offer, OfferError, OfferGroup, OfferId, OfferRank, PeerId, ServerBody, ServerFrame, Shard, Token,
     hello::{self, Hello, Welcome},
     table::{self, Freed, OfferTable},
 };
@@ -212,49 +212,90 @@ impl Core {
         name.check()?;
         let contents = Contents::of(name, groups);
         contents.check(self.config.limits.blocks_per_offer)?;
-        for g in &contents.groups {
-            let blocks = self.export.layout.group(g.group).map_or(0, |l| l.blocks);
-            if let Some(b) = g.blocks.iter().flatten().find(|b| b.0 >= blocks) {
-                let (block, group) = (b.0, g.group.0);
-                return Err(BadOffer::Malformed(format!(
-                    "block {block} of group {group} is not in this rank's pool, which has {blocks}"
-                ))
-                .into());
-            }
+        self.check_blocks(&contents.groups)?;
+        let mark = self.mark(ready)?;
+        self.add(name, contents, ready == Ready::Now)?;
+        self.when_done(mark, name.id, table::In::Ready(name.id));
+        Ok(())
+    }
+
+    pub(super) fn open(&self, name: &Offer) -> Result<(), OfferError> {
+        name.check()?;
+        self.add(name, Contents::open(name), true)
+    }
+
+    pub(super) fn grow(self: &Arc<Self>, offer: OfferId, growth: Growth, ready: Ready) -> Result<(), OfferError> {
+        if ready == Ready::Later {
+            return Err(OfferError::Stream {
+                why: "a growth is readable now, or after a stream: wait, and grow then".into(),
+            });
         }
-        let mark = match ready {
-            Ready::After(stream) => {
-                Some(Mark::record(&self.export.memory, stream).map_err(|why| OfferError::Stream { why })?)
+        self.check_blocks(&growth.groups)?;
+        let mark = self.mark(ready)?;
+        let number = {
+            let mut state = self.lock();
+            let before = state.table.next_timeout();
+            let number = state.table.grow(Instant::now(), offer, growth, ready == Ready::Now)?;
+            self.carry_out(&mut state);
+            if state.table.next_timeout() != before {
+                self.rearm.notify_one();
             }
-            Ready::Now | Ready::Later => None,
+            number
         };
+        self.when_done(mark, offer, table::In::Grown(offer, number));
+        Ok(())
+    }
+
+    /// Enters an offer that was checked.
+    fn add(&self, name: &Offer, contents: Contents, ready: bool) -> Result<(), OfferError> {
         let mut state = self.lock();
-        let secret = (name.id, name.token);
-        let entered = state.table.offer(Instant::now(), secret, Arc::new(contents), ready == Ready::Now);
+        let entered = state.table.offer(Instant::now(), (name.id, name.token), Arc::new(contents), ready);
         if entered.is_ok() {
             state.table.numbered(Instant::now(), name.number);
             self.metrics.offers.inc();
         }
         self.carry_out(&mut state);
-        drop(state);
-        if let Some(mark) = mark.filter(|_| entered.is_ok()) {
-            let (core, offer) = (Arc::downgrade(self), name.id);
-            mark.then(move |done| {
-                let Some(core) = core.upgrade() else { return };
-                core.tell(match done {
-                    Ok(()) => table::In::Ready(offer),
-                    Err(error) => {
-                        tracing::error!(%offer, %error, "the work that fills an offer's blocks failed: it is revoked");
-                        table::In::Revoke(offer)
-                    }
-                });
-                if Arc::strong_count(&core) == 1 {
-                    // The producer was dropped meanwhile, and this thread must not wait for its servers.
-                    std::thread::spawn(move || drop(core));
+        entered
+    }
+
+    /// Checks that these blocks are in the pool.
+    fn check_blocks(&self, groups: &[OfferGroup]) -> Result<(), BadOffer> {
+        for g in groups {
+            let blocks = self.export.layout.group(g.group).map_or(0, |l| l.blocks);
+            if let Some(b) = g.blocks.iter().flatten().find(|b| b.0 >= blocks) {
+                let (block, group) = (b.0, g.group.0);
+                return Err(BadOffer::Malformed(format!(
+                    "block {block} of group {group} is not in this rank's pool, which has {blocks}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// A mark behind the work that the stream of `ready` holds now.
+    fn mark(&self, ready: Ready) -> Result<Option<Mark>, OfferError> {
+        let Ready::After(stream) = ready else { return Ok(None) };
+        Mark::record(&self.export.memory, stream).map(Some).map_err(|why| OfferError::Stream { why })
+    }
+
+    /// Tells the table `event` when the marked work is done. Revokes the offer if it failed.
+    fn when_done(self: &Arc<Self>, mark: Option<Mark>, offer: OfferId, event: table::In) {
+        let Some(mark) = mark else { return };
+        let core = Arc::downgrade(self);
+        mark.then(move |done| {
+            let Some(core) = core.upgrade() else { return };
+            core.tell(match done {
+                Ok(()) => event,
+                Err(error) => {
+                    tracing::error!(%offer, %error, "the work that fills an offer's blocks failed: it is revoked");
+                    table::In::Revoke(offer)
                 }
             });
-        }
-        entered
+            if Arc::strong_count(&core) == 1 {
+                // The producer was dropped meanwhile, and this thread must not wait for its servers.
+                std::thread::spawn(move || drop(core));
+            }
+        });
     }
 
     /// Tells the table of an event. `false`: it shows a wrong token.

@@ -205,6 +205,12 @@ impl OfferId {
     pub fn random() -> Self {
         Self { high: random_nonzero().get(), low: random_nonzero().get() }
     }
+
+    /// The id of the offer that a router calls by this transfer id, see [`Token::of_transfer`](crate::Token::of_transfer).
+    pub fn of_transfer(transfer: &str) -> Self {
+        let bits = u128::from_be_bytes(crate::token::derived(b"kvferry transfer offer\0", transfer));
+        Self { high: (bits >> 64) as u64, low: (bits as u64).max(1) }
+    }
 }
 
 impl fmt::Display for OfferId {

@@ -14,6 +14,8 @@ pub struct LeaseConfig {
     pub hard_cap: Duration,
     /// How long a claim of an unknown offer is answered `NotYet`: the name may overtake the offer.
     pub early_grace: Duration,
+    /// How long a claim waits that says it may: its request waits in the prefill engine's queue.
+    pub awaited: Duration,
     /// How long a producer remembers why an offer is gone.
     pub tombstone: Duration,
     /// How much later than its successors a numbered name may be entered. After that it is unknown at once, without
@@ -29,6 +31,7 @@ impl Default for LeaseConfig {
             claimed: Duration::from_secs(10),
             hard_cap: Duration::from_secs(600),
             early_grace: Duration::from_secs(2),
+            awaited: Duration::from_secs(120),
             tombstone: Duration::from_secs(120),
             reorder: Duration::from_millis(250),
         }

@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BadOffer, Mismatch, OfferId, PlanError, puller::PullId};
+use crate::{BadOffer, Gone, Mismatch, OfferId, PlanError, puller::PullId};
 
 /// Why a block did not arrive. Each invalid block has one cause; the names are stable in logs, metrics and JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -39,6 +39,8 @@ pub enum Cause {
     Corrupt,
     /// Wanted here, but not in the offer.
     NotOffered,
+    /// The prefill did not begin, or did not go on, in time.
+    Stalled,
     /// The offer does not fit the peer's memory or this rank's.
     BadOffer,
     /// A limit of this side or the peer's was reached.
@@ -67,6 +69,7 @@ impl Cause {
             Self::LaneFailed => "lane_failed",
             Self::Corrupt => "corrupt",
             Self::NotOffered => "not_offered",
+            Self::Stalled => "stalled",
             Self::BadOffer => "bad_offer",
             Self::Limit => "limit",
             Self::Shutdown => "shutdown",
@@ -179,6 +182,14 @@ pub enum OfferError {
     /// The id was used before.
     #[error("offer {0} exists or existed: mint a new id for every offer")]
     Duplicate(OfferId),
+    /// The offer cannot grow: it has ended.
+    #[error("offer {offer} has ended: {}; the prefill may go on, and nothing reads its blocks", .why.as_str())]
+    Ended {
+        /// The offer.
+        offer: OfferId,
+        /// Why it ended.
+        why: Gone,
+    },
     /// The producer is draining or was shut down.
     #[error("this producer is draining: use another one")]
     Draining,

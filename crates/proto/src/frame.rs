@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{Cause, Contents, EngineId, Grant, Incarnation, OfferId, Rank, Token};
+use crate::{Cause, Contents, EngineId, Grant, Growth, Incarnation, OfferId, Rank, Token};
 
 /// A rank in one process life: a consumer or a producer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,6 +67,8 @@ pub enum ClientBody {
         number: u64,
         /// The engine's reader that claims.
         reader: Reader,
+        /// Whether the claim waits for an offer that is not entered yet. It is answered when the offer is.
+        awaited: bool,
     },
     /// The consumer still needs these claims.
     Renew(Vec<ClaimId>),
@@ -115,6 +117,13 @@ pub enum ServerBody {
         contents: Arc<Contents>,
         /// How long the claim holds without a renewal.
         remaining: Duration,
+    },
+    /// The offer of a granted claim has grown. Follows the grant of the same stream, and the growths before it.
+    Grown {
+        /// The claim.
+        claim: ClaimId,
+        /// The gain since the last frame of this claim.
+        growth: Growth,
     },
     /// Claim again later: the blocks are not ready, or the offer is not entered yet.
     NotYet {

@@ -3,11 +3,18 @@
 //! Chunks are in prefix order; inside one, neighbours that are contiguous on both sides become one read. Blocks are matched
 //! by position, never by count. Reads are generated chunk by chunk into a reused buffer, so a plan costs memory for its
 //! blocks and not for its reads.
+//!
+//! The plan of an offer that grows is made in parts: each growth adds chunks behind those before it.
 
 mod error;
 mod piece;
 
-use crate::{Block, BlockId, Group, GroupId, Marks, OfferGroup, PoolLayout, Shard};
+use std::collections::VecDeque;
+
+use crate::{
+    Block, BlockId, Contents, Extent, Group, GroupId, Marks, OfferGroup, PoolLayout, Shard,
+    sabotage::{Bug, planted},
+};
 
 pub use self::error::PlanError;
 use self::piece::{Piece, pieces};
@@ -152,11 +159,17 @@ pub struct Chunk {
 pub struct GroupPlan {
     /// The group.
     pub id: GroupId,
+    /// Tokens in a block.
+    pub block_tokens: u32,
     /// Wanted and offered, ascending by position.
     pub wants: Vec<Want>,
     /// Wanted, but not offered: `(position, local block)`.
     pub not_offered: Vec<(u32, BlockId)>,
-    /// Pieces by source.
+    /// Wanted, and not known yet to be offered or not, ascending by position.
+    waiting: VecDeque<(u32, BlockId)>,
+    /// Number of `wants` that are in chunks.
+    cut: u32,
+    /// Pieces by source; empty until something is offered.
     pieces: Vec<Vec<Piece>>,
 }
 
@@ -167,10 +180,12 @@ pub struct Plan {
     chunks: Vec<Chunk>,
     sources: usize,
     bytes: u64,
+    size: ChunkSize,
+    complete: bool,
 }
 
 impl Plan {
-    /// Plans a pull of `local` blocks out of the `offered` ones, which the producer granted.
+    /// Plans a pull of `local` blocks out of the `offered` ones, which the producer granted and which do not grow.
     ///
     /// `sources` are the source ranks that hold a part of this rank's blocks, in the order of the numbers in [`Plan::reads`].
     /// `limit` bounds the wanted blocks.
@@ -185,25 +200,59 @@ impl Plan {
         size: ChunkSize,
         limit: usize,
     ) -> Result<Self, PlanError> {
+        let mut plan = Self::open(here, local, size, limit)?;
+        plan.extend(Offered { groups: offered, tokens: u64::MAX, complete: true }, sources, here)?;
+        Ok(plan)
+    }
+
+    /// A plan of these local blocks without a read yet.
+    ///
+    /// # Errors
+    /// The layout and the local blocks do not fit together.
+    pub fn open(here: Source<'_>, local: &[LocalBlocks], size: ChunkSize, limit: usize) -> Result<Self, PlanError> {
         let wanted = local.iter().map(|l| l.blocks.len()).sum();
         if wanted > limit {
             return Err(PlanError::TooManyBlocks { blocks: wanted, limit });
         }
         let mut groups: Vec<GroupPlan> = Vec::with_capacity(local.len());
-        let mut bytes = 0;
         for l in local {
             let g = here.layout.group(l.group).ok_or(PlanError::LocalGroup(l.group.0))?;
             if groups.iter().any(|p| p.id == l.group) {
                 return Err(PlanError::LocalGroup(l.group.0));
             }
-            let plan = plan_group(offered, sources, here, g, l)?;
-            bytes += plan.wants.len() as u64 * plan.bytes_per_block();
-            groups.push(plan);
+            groups.push(GroupPlan::open(g, l)?);
         }
-        let target =
-            (bytes / u64::from(size.per_pull.max(1))).clamp(size.min_bytes, size.max_bytes.max(size.min_bytes));
-        let chunks = cut(&groups, here.layout, target);
-        Ok(Self { groups, chunks, sources: sources.len(), bytes })
+        Ok(Self { groups, chunks: Vec::new(), sources: 0, bytes: 0, size, complete: false })
+    }
+
+    /// Adds chunks for what is readable now and was not before. On an error the chunks stay as they are.
+    ///
+    /// # Errors
+    /// The granted blocks, the layouts and the local blocks do not fit together.
+    pub fn extend(&mut self, offered: Offered<'_>, sources: &[Source<'_>], here: Source<'_>) -> Result<(), PlanError> {
+        self.sources = sources.len();
+        for g in &mut self.groups {
+            let Some(layout) = here.layout.group(g.id) else { continue };
+            g.extend(&offered, sources, here, layout)?;
+        }
+        self.complete = offered.complete;
+        let of = |count: &dyn Fn(&GroupPlan) -> usize| -> u64 {
+            self.groups.iter().map(|g| count(g) as u64 * g.bytes_per_block()).sum()
+        };
+        self.bytes = of(&|g| g.wants.len());
+        // While the offer grows, all that may still come counts: the chunks are then as large as those of a whole pull.
+        let all = self.bytes + of(&|g| g.waiting.len());
+        let ChunkSize { per_pull, min_bytes, max_bytes } = self.size;
+        let target = (all / u64::from(per_pull.max(1))).clamp(min_bytes, max_bytes.max(min_bytes));
+        // What a chunk waits for is lost if the prefill dies: no more than a sixteenth of the pull.
+        let least = if self.complete { 0 } else { min_bytes.min(all / 16) };
+        cut(&mut self.groups, here.layout, (least, target), &mut self.chunks);
+        Ok(())
+    }
+
+    /// Whether every wanted block is planned, or known not to be offered.
+    pub fn is_complete(&self) -> bool {
+        self.complete
     }
 
     /// The chunks, in prefix order.
@@ -243,57 +292,111 @@ impl Plan {
         let g = &self.groups[usize::from(c.group)];
         let wants = &g.wants[c.first as usize..(c.first + c.count) as usize];
         let max_read = max_read.max(1);
-        for p in &g.pieces[source] {
+        for p in g.pieces.get(source).into_iter().flatten() {
             p.reads(chunk, g.id, wants, max_read, out);
         }
     }
 }
 
+/// What is offered so far.
+#[derive(Debug, Clone, Copy)]
+pub struct Offered<'a> {
+    /// The lists of blocks.
+    pub groups: &'a [OfferGroup],
+    /// The mark, in tokens: until the offer is complete, only blocks below it can be read.
+    pub tokens: u64,
+    /// Whether nothing follows.
+    pub complete: bool,
+}
+
+impl<'a> Offered<'a> {
+    /// What each of an offer's ranks has granted: the contents of the rank that has grown least. The ranks grow by the same
+    /// steps; `None`: not these.
+    pub fn by_all(contents: &[&'a Contents]) -> Option<Self> {
+        let extents: Vec<_> = contents.iter().map(|c| Extent::of(c)).collect();
+        let least = extents.iter().position(|e| extents.iter().all(|other| other.covers(e)))?;
+        let least = contents[least];
+        Some(Self { groups: &least.groups, tokens: least.tokens, complete: least.complete })
+    }
+
+    fn is_readable(&self, block_tokens: u32, position: u32) -> bool {
+        self.complete
+            || (u64::from(position) + 1) * u64::from(block_tokens) <= self.tokens
+            || planted(Bug::ReadAboveMark)
+    }
+}
+
 impl GroupPlan {
+    /// Wanted blocks that are in no chunk and may still be loaded: `(position, local block)`, ascending.
+    pub fn uncut(&self) -> impl Iterator<Item = (u32, BlockId)> + Clone + '_ {
+        let planned = self.wants[self.cut as usize..].iter().map(|w| (w.position, w.dst));
+        planned.chain(self.waiting.iter().copied())
+    }
+
+    /// The group's wanted blocks, all of them waiting.
+    fn open(g: &Group, local: &LocalBlocks) -> Result<Self, PlanError> {
+        let mut seen = Marks::new(g.blocks);
+        let mut waiting = VecDeque::with_capacity(local.blocks.len());
+        for (position, dst) in local.wants() {
+            if dst.0 >= g.blocks {
+                return Err(PlanError::LocalBlock { group: g.id.0, block: dst.0, blocks: g.blocks });
+            }
+            if !seen.insert(dst) {
+                return Err(PlanError::LocalBlockTwice { group: g.id.0, block: dst.0 });
+            }
+            waiting.push_back((position, dst));
+        }
+        let (wants, not_offered) = (Vec::with_capacity(waiting.len()), Vec::new());
+        Ok(Self { id: g.id, block_tokens: g.block_tokens, wants, not_offered, waiting, cut: 0, pieces: Vec::new() })
+    }
+
+    /// Takes what is readable out of the waiting blocks.
+    fn extend(
+        &mut self,
+        offered: &Offered<'_>,
+        sources: &[Source<'_>],
+        here: Source<'_>,
+        g: &Group,
+    ) -> Result<(), PlanError> {
+        let list = offered.groups.iter().find(|o| o.group == g.id);
+        let most = sources.iter().filter_map(|s| s.layout.group(g.id)).map(|s| s.blocks).min().unwrap_or(0);
+        while let Some(&(position, dst)) = self.waiting.front() {
+            let at = list.and_then(|o| Some((o, position.checked_sub(o.first_position)? as usize)));
+            let src = match (at, list) {
+                (Some((o, at)), _) if at < o.blocks.len() && offered.is_readable(g.block_tokens, position) => {
+                    o.blocks[at]
+                }
+                // Before the list's start, or behind its end when nothing follows.
+                (None, Some(_)) => None,
+                _ if offered.complete => None,
+                _ => break,
+            };
+            match src {
+                None => self.not_offered.push((position, dst)),
+                Some(src) if src.0 >= most => {
+                    return Err(PlanError::SourceBlock { group: g.id.0, block: src.0, blocks: most });
+                }
+                Some(src) => self.wants.push(Want { position, src, dst }),
+            }
+            self.waiting.pop_front();
+        }
+        if self.pieces.is_empty() && !self.wants.is_empty() {
+            self.pieces = all_pieces(sources, here, g)?;
+        }
+        Ok(())
+    }
+
     /// Bytes of one block, from all sources.
     pub fn bytes_per_block(&self) -> u64 {
         self.pieces.iter().flatten().map(|p| p.len).sum()
     }
 }
 
-fn plan_group(
-    offered: &[OfferGroup],
-    sources: &[Source<'_>],
-    here: Source<'_>,
-    g: &Group,
-    local: &LocalBlocks,
-) -> Result<GroupPlan, PlanError> {
-    let mut plan = GroupPlan { id: g.id, wants: Vec::new(), not_offered: Vec::new(), pieces: Vec::new() };
-    let offered = offered.iter().find(|o| o.group == g.id);
-    let most = sources.iter().filter_map(|s| s.layout.group(g.id)).map(|s| s.blocks).min().unwrap_or(0);
-    let mut seen = Marks::new(g.blocks);
-    plan.wants.reserve_exact(local.blocks.len());
-    for (position, dst) in local.wants() {
-        if dst.0 >= g.blocks {
-            return Err(PlanError::LocalBlock { group: g.id.0, block: dst.0, blocks: g.blocks });
-        }
-        if !seen.insert(dst) {
-            return Err(PlanError::LocalBlockTwice { group: g.id.0, block: dst.0 });
-        }
-        let src = offered.and_then(|o| {
-            position.checked_sub(o.first_position).and_then(|at| o.blocks.get(at as usize).copied().flatten())
-        });
-        match src {
-            None => plan.not_offered.push((position, dst)),
-            Some(src) if src.0 >= most => {
-                return Err(PlanError::SourceBlock { group: g.id.0, block: src.0, blocks: most });
-            }
-            Some(src) => plan.wants.push(Want { position, src, dst }),
-        }
-    }
-    if plan.wants.is_empty() {
-        plan.pieces = vec![Vec::new(); sources.len()];
-        return Ok(plan);
-    }
+/// The pieces of a group's blocks, by source.
+fn all_pieces(sources: &[Source<'_>], here: Source<'_>, g: &Group) -> Result<Vec<Vec<Piece>>, PlanError> {
     let mut covered = vec![Vec::with_capacity(sources.len()); g.regions.len()];
-    for s in sources {
-        plan.pieces.push(pieces(*s, here, g, &mut covered)?);
-    }
+    let all: Result<Vec<_>, _> = sources.iter().map(|s| pieces(*s, here, g, &mut covered)).collect();
+    let all = all?;
     for (r, mut covered) in g.regions.iter().zip(covered) {
         covered.sort_unstable();
         // Each byte exactly once: two ranks that hold the same half must not pass for a whole.
@@ -310,28 +413,31 @@ fn plan_group(
             });
         }
     }
-    Ok(plan)
+    Ok(all)
 }
 
-/// Cuts the wants into chunks of about `target` bytes, in the order of their first tokens.
-fn cut(groups: &[GroupPlan], here: &PoolLayout, target: u64) -> Vec<Chunk> {
-    let mut chunks = Vec::new();
-    for (i, g) in groups.iter().enumerate() {
-        let per = (target / g.bytes_per_block().max(1)).clamp(1, u64::from(u32::MAX)) as u32;
+/// Cuts the wants that are in no chunk yet into chunks of about `target` bytes, in the order of their first tokens. What is
+/// left of a group is cut when it has `least` bytes.
+fn cut(groups: &mut [GroupPlan], here: &PoolLayout, (least, target): (u64, u64), chunks: &mut Vec<Chunk>) {
+    let old = chunks.len();
+    for (i, g) in groups.iter_mut().enumerate() {
+        let bytes = g.bytes_per_block().max(1);
+        let per = (target / bytes).clamp(1, u64::from(u32::MAX)) as u32;
         let total = g.wants.len() as u32;
-        let mut first = 0;
-        while first < total {
-            let count = per.min(total - first);
-            chunks.push(Chunk { group: i as u16, first, count });
-            first += count;
+        while g.cut < total {
+            let count = per.min(total - g.cut);
+            if u64::from(count) * bytes < least {
+                break;
+            }
+            chunks.push(Chunk { group: i as u16, first: g.cut, count });
+            g.cut += count;
         }
     }
     if groups.len() > 1 {
-        chunks.sort_by_key(|c| {
+        chunks[old..].sort_by_key(|c| {
             let g = &groups[usize::from(c.group)];
             let tokens = here.group(g.id).map_or(1, |g| g.block_tokens);
             u64::from(g.wants[c.first as usize].position) * u64::from(tokens)
         });
     }
-    chunks
 }

@@ -4,6 +4,8 @@
 //! A failed attempt is stopped, and its chunks are read again only after its lane's `Quiet` (promise 4): an old lane must
 //! never overwrite a good block. The sets are frozen by the deadline, even if no lane reports anything (promise 3), and the engine
 //! hears of the end only when every attempt is quiet.
+//!
+//! The plan of an offer that grows comes in parts. A pull that has read everything so far rests: its attempts stay, and cost nothing.
 
 mod event;
 
@@ -13,8 +15,8 @@ use std::{
 };
 
 use crate::{
-    Attempt, Block, BlockReport, Cause, FenceSlot, Grant, GroupOutcome, LaneEvent, LaneKind, LocalBlocks, Machine,
-    Outcome, Plan, PositionSet, Read, Times,
+    Attempt, Block, BlockReport, Cause, Chunk, FenceSlot, Grant, GroupOutcome, LaneEvent, LaneKind, LocalBlocks,
+    Machine, Outcome, Plan, PositionSet, Read, Times,
     sabotage::{Bug, planted},
     source::{Fenced, Source, TooManyDone},
 };
@@ -43,6 +45,10 @@ pub struct PullTracker {
     lanes: Vec<LaneKind>,
     times: Times,
     outcome: Option<Box<Outcome>>,
+    /// When the plan was made or grew.
+    grown: Option<Instant>,
+    /// For each group of the plan, a chunk before which all its chunks are loaded.
+    low: Vec<usize>,
     out: VecDeque<Out>,
 }
 
@@ -69,6 +75,8 @@ impl PullTracker {
             lanes: Vec::new(),
             times: Times { deadline: deadline.saturating_duration_since(now), ..Times::default() },
             outcome: None,
+            grown: None,
+            low: Vec::new(),
             out: VecDeque::new(),
         }
     }
@@ -76,6 +84,42 @@ impl PullTracker {
     /// The plan, once there is one.
     pub fn plan(&self) -> Option<&Plan> {
         self.plan.as_deref()
+    }
+
+    /// Takes the plan, to extend it and to give it back with [`In::Planned`].
+    pub fn take_plan(&mut self) -> Option<Box<Plan>> {
+        self.plan.take()
+    }
+
+    /// The attempt of a source that is not quiet.
+    pub fn attempt(&self, source: usize) -> Option<Attempt> {
+        Some(self.sources.get(source)?.live.as_ref()?.attempt)
+    }
+
+    /// Whether a source's attempt has nothing to do until the offer grows.
+    pub fn rests(&self, source: usize) -> bool {
+        self.sources.get(source).is_some_and(Source::rests)
+    }
+
+    /// Tokens from the prompt's start whose wanted blocks are all loaded; `whole` in all. 0 until there is a plan.
+    pub fn loaded_prefix(&mut self, whole: u64) -> u64 {
+        let Some(plan) = &self.plan else { return 0 };
+        self.low.resize(plan.groups().len(), 0);
+        let mut prefix = whole;
+        for ((i, g), low) in plan.groups().iter().enumerate().zip(&mut self.low) {
+            let open = |at: usize, c: &Chunk| usize::from(c.group) == i && !self.sources.iter().all(|s| s.is_good(at));
+            let chunks = plan.chunks();
+            while chunks.get(*low).is_some_and(|c| !open(*low, c)) {
+                *low += 1;
+            }
+            let unread = chunks.get(*low).map(|c| g.wants[c.first as usize].position);
+            let unread = unread.or_else(|| g.uncut().next().map(|(position, _)| position));
+            let absent = g.not_offered.first().map(|(position, _)| *position);
+            for position in [unread, absent].into_iter().flatten() {
+                prefix = prefix.min(u64::from(position) * u64::from(g.block_tokens));
+            }
+        }
+        prefix
     }
 
     /// The wanted blocks.
@@ -184,9 +228,14 @@ impl PullTracker {
         }
     }
 
-    fn check_complete(&mut self, now: Instant) {
+    /// Whether every chunk so far is loaded.
+    fn has_read_all(&self) -> bool {
         let all = self.chunks();
-        if !self.decided() && self.sources.iter().all(|s| s.good == all) {
+        self.sources.iter().all(|s| s.good == all)
+    }
+
+    fn check_complete(&mut self, now: Instant) {
+        if !self.decided() && self.plan.as_ref().is_some_and(|p| p.is_complete()) && self.has_read_all() {
             self.times.data = Some(now.saturating_duration_since(self.started));
             self.decide(now, Cause::LaneFailed);
         }
@@ -274,11 +323,12 @@ impl PullTracker {
                 continue;
             }
             g.invalid.insert_ascending(wants.iter().map(|w| w.position));
-            let at = g.causes.iter().position(|(c, _)| *c == cause).unwrap_or_else(|| {
-                g.causes.push((cause, PositionSet::new()));
-                g.causes.len() - 1
-            });
-            g.causes[at].1.insert_ascending(wants.iter().map(|w| w.position));
+            add_cause(g, cause, wants.iter().map(|w| w.position));
+        }
+        for (g, planned) in groups.iter_mut().zip(plan.groups()) {
+            let uncut = planned.uncut().map(|(position, _)| position);
+            g.invalid.insert_ascending(uncut.clone());
+            add_cause(g, cause, uncut);
         }
         (groups, bytes)
     }
@@ -317,12 +367,24 @@ impl PullTracker {
         let patience = self.retry.patience;
         // This process may have been stopped itself, with the peer's answers unread: time to read them.
         let second_look = patience / 8;
-        let unfinished = self.sources.iter().filter(|s| self.plan.is_none() || s.good < self.chunks());
+        let open = !self.plan.as_ref().is_some_and(|p| p.is_complete());
+        let unfinished = self.sources.iter().filter(|s| open || s.good < self.chunks());
         let ends = unfinished.filter_map(|s| {
             let silent = s.silent?.checked_add(second_look)?;
             Some(silent.max(s.moved.checked_add(patience)?))
         });
         ends.min()
+    }
+
+    /// When it gives up, since the prefill does not begin or go on. The peer is alive: a silent one ends the pull earlier.
+    fn growth_ends(&self) -> Option<Instant> {
+        let begun = self.plan.as_ref().filter(|p| !p.chunks().is_empty());
+        match (&self.plan, self.grown) {
+            (Some(p), _) if p.is_complete() || !self.has_read_all() => None,
+            (Some(_), Some(grown)) if begun.is_some() => grown.checked_add(self.retry.stalled),
+            (None, _) if !self.retry.awaited => None,
+            _ => self.started.checked_add(self.retry.queued),
+        }
     }
 
     /// The local blocks at the positions of an outcome.
@@ -344,6 +406,19 @@ impl PullTracker {
     }
 }
 
+/// Adds invalid positions of a group to those of their cause. They are ascending.
+fn add_cause(g: &mut GroupOutcome, cause: Cause, positions: impl Iterator<Item = u32>) {
+    let mut positions = positions.peekable();
+    if positions.peek().is_none() {
+        return;
+    }
+    let at = g.causes.iter().position(|(c, _)| *c == cause).unwrap_or_else(|| {
+        g.causes.push((cause, PositionSet::new()));
+        g.causes.len() - 1
+    });
+    g.causes[at].1.insert_ascending(positions);
+}
+
 impl Machine for PullTracker {
     type In = In;
     type Out = Out;
@@ -359,16 +434,19 @@ impl Machine for PullTracker {
             }
             In::Planned(plan) => {
                 self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
-                if self.plan.is_some() || self.decided() || plan.sources() != self.sources.len() {
+                if self.plan.is_some() || plan.sources() != self.sources.len() {
                     return;
                 }
                 for s in &mut self.sources {
                     s.planned(plan.chunks().len());
                 }
+                let nothing = plan.is_complete() && plan.chunks().is_empty();
+                self.grown = Some(now);
                 self.plan = Some(plan);
-                if self.chunks() == 0 {
-                    return self.decide(now, Cause::NotOffered);
+                if nothing {
+                    return self.conclude(now, Cause::NotOffered);
                 }
+                self.check_complete(now);
                 self.want_lanes(now);
             }
             In::Granted { source, grant } => {
@@ -424,6 +502,9 @@ impl Machine for PullTracker {
         if self.phase == Phase::Running && self.patience_ends().is_some_and(|t| t <= now) {
             self.conclude(now, if self.times.hello.is_some() { Cause::PeerDown } else { Cause::Unreachable });
         }
+        if self.phase == Phase::Running && self.growth_ends().is_some_and(|t| t <= now) {
+            self.conclude(now, Cause::Stalled);
+        }
         if self.phase == Phase::Running && now >= self.stop_at() {
             self.phase = Phase::Draining(Cause::Deadline);
             self.stop_all(now);
@@ -447,6 +528,7 @@ impl Machine for PullTracker {
             Phase::Running => {
                 at(self.stop_at());
                 self.patience_ends().map(&mut at);
+                self.growth_ends().map(&mut at);
             }
             Phase::Draining(_) => at(self.deadline),
             Phase::Decided | Phase::Ended => {}

@@ -14,8 +14,8 @@ mod pulls;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use crate::{
-    Cause, Contents, Grant, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Outcome, Plan, PlanError,
-    PoolLayout, Shard, Source,
+    Cause, Contents, Grant, Incarnation, Lane, LaneEvent, LaneKind, LocalBlocks, OfferGroup, Offered, Outcome, Plan,
+    PlanError, PoolLayout, Shard, Source,
     hello::Welcome,
     pull,
     sabotage::{Bug, planted},
@@ -216,44 +216,76 @@ impl<L: Lane> Puller<L> {
         self.plan(now, of.pull);
     }
 
-    /// Plans a pull once all its peers are known and have granted their claims.
+    /// Plans a pull once all its peers are known and have granted their claims, and again when its offer has grown.
     fn plan(&mut self, now: Instant, id: PullId) {
-        let Some(p) = self.pulls.get(id).filter(|p| p.tracker.plan().is_none() && !p.tracker.decided()) else { return };
+        let planned = |p: &&Pull| p.tracker.plan().is_some_and(Plan::is_complete);
+        let Some(p) = self.pulls.get(id).filter(|p| !planned(p) && !p.tracker.decided()) else { return };
         // A peer that is missing or of another incarnation: its session finds out which.
         let welcomes: Option<Vec<_>> = p.ranks().map(|rank| self.peers.welcome(rank)).collect();
         let Some(welcomes) = welcomes else { return };
         let Some(contents) = p.contents() else {
             return self.pulls.tell(now, id, pull::In::Met);
         };
+        let contents: Vec<_> = contents.into_iter().cloned().collect();
         let sources: Vec<_> = welcomes.iter().map(|w| Source { layout: &w.pool, shard: &w.shard }).collect();
-        let event = match self.plan_of(p, &contents, &sources) {
-            Ok(plan) => pull::In::Planned(Box::new(plan)),
-            Err(error) => {
-                tracing::warn!(request = %p.start.offer.request, offer = %p.start.offer.id, %error, "cannot plan the pull");
-                pull::In::Cancel(Cause::BadOffer)
-            }
+        let plan = self.pulls.take_plan(id);
+        let Some(p) = self.pulls.get(id) else { return };
+        let (plan, error) = match self.plan_of(p, plan, &contents, &sources) {
+            Ok(plan) => (Some(plan), None),
+            Err((plan, error)) => (plan, Some(error)),
         };
-        self.pulls.tell(now, id, event);
+        if let Some(error) = &error {
+            tracing::warn!(request = %p.start.offer.request, offer = %p.start.offer.id, %error, "cannot plan the pull");
+        }
+        if let Some(plan) = plan {
+            self.pulls.tell(now, id, pull::In::Planned(plan));
+        }
+        if error.is_some() {
+            return self.pulls.tell(now, id, pull::In::Cancel(Cause::BadOffer));
+        }
+        let attempts = self.pulls.get(id).map(|p| (0..sources.len()).filter_map(|s| p.tracker.attempt(s)).collect());
+        for attempt in attempts.unwrap_or_else(Vec::new) {
+            self.lanes.wake(attempt);
+        }
     }
 
-    fn plan_of(&self, p: &Pull, contents: &[&Arc<Contents>], sources: &[Source<'_>]) -> Result<Plan, PlanError> {
-        let Some(&first) = contents.first() else { return Err(PlanError::Name("it has no ranks".into())) };
-        first.fits(&p.start.offer).map_err(PlanError::Name)?;
-        if contents.iter().any(|c| *c != first) {
-            return Err(PlanError::Ranks);
+    /// Makes or extends the plan of a pull. The old plan comes back with an error.
+    fn plan_of(
+        &self,
+        p: &Pull,
+        plan: Option<Box<Plan>>,
+        contents: &[Arc<Contents>],
+        sources: &[Source<'_>],
+    ) -> Result<Box<Plan>, (Option<Box<Plan>>, PlanError)> {
+        let contents: Vec<&Contents> = contents.iter().map(|c| &**c).collect();
+        let fits = match contents.first() {
+            None => Err(PlanError::Name("it has no ranks".into())),
+            Some(first) if contents.iter().any(|c| !c.agrees(first)) => Err(PlanError::Ranks),
+            Some(first) => first.fits(&p.start.offer).map_err(PlanError::Name),
+        };
+        if let Err(error) = fits {
+            return Err((plan, error));
         }
         let here = Source { layout: &self.layout, shard: &self.shard };
         let wanted = p.tracker.wanted();
+        let mut plan = match plan {
+            Some(plan) => plan,
+            None => Box::new(Plan::open(here, wanted, p.start.chunk, self.limit).map_err(|e| (None, e))?),
+        };
+        let Some(mut offered) = Offered::by_all(&contents) else { return Err((Some(plan), PlanError::Ranks)) };
+        let listed =
+            |l: &LocalBlocks| OfferGroup { group: l.group, first_position: l.first_position, blocks: l.blocks.clone() };
+        let elsewhere: Vec<_> = match planted(Bug::ListFromElsewhere) {
+            true => wanted.iter().map(listed).collect(),
+            false => Vec::new(),
+        };
         if planted(Bug::ListFromElsewhere) {
-            let listed = |l: &LocalBlocks| OfferGroup {
-                group: l.group,
-                first_position: l.first_position,
-                blocks: l.blocks.clone(),
-            };
-            let lists: Vec<_> = wanted.iter().map(listed).collect();
-            return Plan::new(&lists, sources, here, wanted, p.start.chunk, self.limit);
+            offered.groups = &elsewhere;
         }
-        Plan::new(&first.groups, sources, here, wanted, p.start.chunk, self.limit)
+        match plan.extend(offered, sources, here) {
+            Ok(()) => Ok(plan),
+            Err(error) => Err((Some(plan), error)),
+        }
     }
 
     /// A peer answered Hello in a new session.

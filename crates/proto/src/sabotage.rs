@@ -51,6 +51,16 @@ pub enum Bug {
     MappedAfterDown,
     /// A pull claims its offer again and leaves the claims of the hold in place.
     HoldKept,
+    /// A block of an open offer is read as soon as it is listed, though the mark is not past it.
+    ReadAboveMark,
+    /// The mark of an open offer moves before the data below it is in place.
+    MarkAhead,
+    /// An open offer counts as final while growths wait for their data.
+    FinalTooEarly,
+    /// An open offer that was revoked is published again by its next growth.
+    GrownAfterRevoke,
+    /// What an offer has grown by while a session was broken is not heard of when it comes back.
+    GrownLost,
 }
 
 #[cfg(all(feature = "sabotage", debug_assertions))]
@@ -61,7 +71,7 @@ mod planting {
 
     impl Bug {
         /// All planted bugs.
-        pub const ALL: [Bug; 20] = [
+        pub const ALL: [Bug; 25] = [
             Bug::FenceSkipped,
             Bug::FenceBeforeData,
             Bug::RetryBeforeQuiet,
@@ -82,6 +92,11 @@ mod planting {
             Bug::FlushSkipped,
             Bug::MappedAfterDown,
             Bug::HoldKept,
+            Bug::ReadAboveMark,
+            Bug::MarkAhead,
+            Bug::FinalTooEarly,
+            Bug::GrownAfterRevoke,
+            Bug::GrownLost,
         ];
     }
 

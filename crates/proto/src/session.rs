@@ -76,6 +76,8 @@ pub struct Want {
     pub expect: Incarnation,
     /// Which of the engine's readers makes the claim.
     pub reader: Reader,
+    /// Whether the claim waits for an offer that is not entered yet.
+    pub awaited: bool,
 }
 
 /// An action of a session. The caller carries them out in order.
@@ -93,7 +95,7 @@ pub enum Out {
     HangUp,
     /// The peer is this process now. Everything cached of another incarnation is void.
     Peer(PeerId),
-    /// The claim holds: its pull may read.
+    /// The claim holds: its pull may read. Comes again when the offer has grown, with all its contents.
     Granted {
         /// The claim.
         claim: ClaimId,
@@ -137,6 +139,7 @@ const RENEWED_AT_ONCE: usize = 4096;
 pub struct PeerSession {
     me: PeerId,
     config: SessionConfig,
+    limit: usize,
     link: Link,
     liveness: Liveness,
     claims: Claims,
@@ -149,10 +152,12 @@ pub struct PeerSession {
 }
 
 impl PeerSession {
-    /// A session that has not dialled. `me` is this consumer rank. `entropy` spreads the dials of many consumers.
-    pub fn new(now: Instant, me: PeerId, config: SessionConfig, entropy: Entropy) -> Self {
+    /// A session that has not dialled. `me` is this consumer rank. `limit` bounds the blocks of an offer. `entropy` spreads the
+    /// dials of many consumers.
+    pub fn new(now: Instant, me: PeerId, config: SessionConfig, limit: usize, entropy: Entropy) -> Self {
         Self {
             me,
+            limit,
             link: Link::new(&config, entropy),
             liveness: Liveness::new(now),
             claims: Claims::default(),
@@ -317,9 +322,11 @@ impl PeerSession {
             Some(ServerBody::Granted { claim, grant, contents, .. }) => {
                 self.claims.granted(claim, grant, contents, &mut self.out);
             }
-            // The peer's word is bounded: no claim waits longer than a heartbeat.
+            Some(ServerBody::Grown { claim, growth }) => {
+                self.claims.grown(claim, &growth, self.limit, &mut self.out);
+            }
             Some(ServerBody::NotYet { claim, retry }) => {
-                self.claims.not_yet(now, claim, retry.min(self.config.heartbeat));
+                self.claims.not_yet(now, claim, retry, self.config.heartbeat);
             }
             Some(ServerBody::Gone { claim, why }) => {
                 if self.claims.remove(claim) {

@@ -110,9 +110,14 @@ impl Source {
         }
     }
 
-    /// The plan is known.
+    /// The plan is known, or has more chunks than before.
     pub(crate) fn planned(&mut self, chunks: usize) {
-        self.parts = vec![Part::Waiting; chunks];
+        self.parts.resize(chunks, Part::Waiting);
+    }
+
+    /// Whether its attempt has nothing to do until the plan has more chunks.
+    pub(crate) fn rests(&self) -> bool {
+        self.posting().is_some() && self.good == self.parts.len()
     }
 
     /// Whether this source's part of a chunk is good.

@@ -9,11 +9,16 @@
 //!
 //! An offer's name may arrive before the offer itself (a router is fast), and a release before both. Unknown ids are
 //! therefore answered `NotYet` for a grace period, and a release of one is remembered. Names may be numbered: one that the
-//! engine has passed over is unknown at once.
+//! engine has passed over is unknown at once. A claim may say that its request waits in the prefill engine's queue: it is
+//! answered when the offer is entered.
+//!
+//! An open offer grows: it is entered before anything is computed, and its growths become readable in their order, each once
+//! its data is in place. The word and the nonce stay. Claims hear of growths together, not of each one.
 
 mod aged;
 mod claims;
 mod entry;
+mod growth;
 mod order;
 
 use std::{
@@ -29,8 +34,8 @@ use self::{
     order::Order,
 };
 use crate::{
-    ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Incarnation, LeaseConfig, Limits, Machine, Nonce,
-    OfferError, OfferId, PeerId, Reader, Release, ServerBody, ServerFrame, Token,
+    BadOffer, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Growth, Incarnation, LeaseConfig, Limits,
+    Machine, Nonce, OfferError, OfferId, PeerId, Reader, Release, ServerBody, ServerFrame, Token,
     sabotage::{Bug, planted},
 };
 
@@ -39,6 +44,8 @@ use crate::{
 pub enum In {
     /// The work that fills the offer's blocks is done.
     Ready(OfferId),
+    /// The data of the growth with this number is in place, see [`OfferTable::grow`].
+    Grown(OfferId, u64),
     /// A frame of a consumer's session. `Open` is ignored: the session handles it.
     Frame(PeerId, ClientFrame),
     /// A release that came without a session, with the offer's token. No peer: on behalf of every reader.
@@ -54,7 +61,7 @@ pub enum In {
 /// An action of the offer table. The caller carries them out in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Out {
-    /// Set the fence word: from now on the offer can be read.
+    /// Set the fence word: from now on the offer can be read. Comes again when the offer has grown, with the same word.
     Publish {
         /// The offer.
         offer: OfferId,
@@ -99,12 +106,28 @@ const UNREADY_RETRY: Duration = Duration::from_millis(5);
 /// be entered; 2 ms is about one step of a fast engine.
 const EARLY_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
+/// After this time a claim that waits is sent again: the answer comes when the offer is entered, so this only heals what was
+/// forgotten here.
+const AWAITED_RETRY: Duration = Duration::from_secs(5);
+
 /// A name that was used before its offer was entered.
 #[derive(Debug)]
 struct Early {
     since: Instant,
+    /// Claims that wait for the offer, and their tokens.
+    awaiting: Vec<(ClaimKey, Token)>,
     /// Tokens of releases that came. One counts once the offer is entered with it.
     released: Vec<Token>,
+}
+
+/// Enters a claim that waits for an offer. `false`: too many wait for it.
+fn await_offer(awaiting: &mut Vec<(ClaimKey, Token)>, key: ClaimKey, token: Token, limit: usize) -> bool {
+    awaiting.retain(|(other, _)| *other != key);
+    let fits = awaiting.len() < limit;
+    if fits {
+        awaiting.push((key, token));
+    }
+    fits
 }
 
 /// Releases that are remembered for a name that was not entered yet. One is right; the others have a wrong token.
@@ -127,6 +150,8 @@ pub struct OfferTable {
     /// Entries by a time no later than their end. A renewal leaves the old, earlier time in place; the entry is looked at
     /// again at that time, so renewals in any order cannot hide an end.
     timers: BTreeSet<(Instant, OfferId)>,
+    /// Open offers of whose growth the claims are told later.
+    news: BTreeSet<(Instant, OfferId)>,
     draining: bool,
     wrong_tokens: u64,
     out: VecDeque<Out>,
@@ -144,6 +169,7 @@ impl OfferTable {
             tombs: Aged::new(limits.remembered),
             order: Order::default(),
             timers: BTreeSet::new(),
+            news: BTreeSet::new(),
             draining: false,
             wrong_tokens: 0,
             out: VecDeque::new(),
@@ -153,8 +179,8 @@ impl OfferTable {
         }
     }
 
-    /// Enters an offer, which can be claimed with its token once it is `ready`. An offer that was released before is freed at
-    /// once.
+    /// Enters an offer, which can be claimed with its token once it is `ready`. Without complete contents it is open, and grows.
+    /// An offer that was released before is freed at once.
     ///
     /// # Errors
     /// The table is draining or full, or the id was used before.
@@ -171,12 +197,14 @@ impl OfferTable {
         if self.live.contains_key(&id) || self.tombs.get(id).is_some() {
             return Err(OfferError::Duplicate(id));
         }
-        if self.early.remove(id).is_some_and(|e| e.released.contains(&token)) {
+        if self.early.get(id).is_some_and(|e| e.released.contains(&token)) {
+            self.refuse_early(id, Gone::Released);
             self.tombs.insert(now, id, Gone::Released);
             self.out.push_back(Out::Freed(Freed { offer: id, why: Gone::Released }));
             return Ok(());
         }
         let slot = self.free_slots.pop_front().ok_or(OfferError::TooManyOffers { limit: self.limits.offers })?;
+        let awaiting = self.early.remove(id).map(|e| e.awaiting).unwrap_or_default();
         let nonce = loop {
             if let Some(n) = Nonce::from_wire((self.entropy)()) {
                 break n;
@@ -185,10 +213,98 @@ impl OfferTable {
         if ready {
             self.out.push_back(Out::Publish { offer: id, contents: contents.clone(), slot, nonce });
         }
-        let entry = Entry::new(now, (slot, nonce), token, contents, ready, &self.lease);
+        let mut entry = Entry::new(now, (slot, nonce), token, contents, ready, &self.lease);
+        entry.awaiting = awaiting;
         self.timers.insert((entry.timer, id));
         self.live.insert(id, entry);
+        if ready {
+            self.grant_awaiting(now, id);
+        }
         Ok(())
+    }
+
+    /// Adds to an open offer. It becomes readable when its data and that of all earlier growths is in place: at once if it is
+    /// `ready`, else with [`In::Grown`] of the returned number.
+    ///
+    /// # Errors
+    /// The offer has ended or is not open, or the growth does not follow.
+    pub fn grow(&mut self, now: Instant, id: OfferId, growth: Growth, ready: bool) -> Result<u64, OfferError> {
+        let gone = || self.tombs.get(id).copied().unwrap_or(Gone::Unknown);
+        let Some(entry) = self.live.get_mut(&id) else { return Err(OfferError::Ended { offer: id, why: gone() }) };
+        let Some(growing) = &mut entry.growing else {
+            return Err(BadOffer::Malformed("it grows after it was finished".into()).into());
+        };
+        let number = growing.add(growth, ready, self.limits.blocks_per_offer)?;
+        self.apply(now, id);
+        Ok(number)
+    }
+
+    /// Applies the growths whose data is in place.
+    fn apply(&mut self, now: Instant, id: OfferId) {
+        let Some(entry) = self.live.get_mut(&id) else { return };
+        let Some(growing) = &mut entry.growing else { return };
+        let mut contents = None;
+        while let Some(growth) = growing.next(planted(Bug::MarkAhead)) {
+            // It was checked when it was queued.
+            let grown = contents.get_or_insert_with(|| Contents::clone(&entry.contents));
+            if grown.grow(&growth, usize::MAX).is_err() {
+                debug_assert!(false, "a growth that was checked does not follow");
+            }
+        }
+        if planted(Bug::FinalTooEarly) && growing.ends() {
+            contents.get_or_insert_with(|| Contents::clone(&entry.contents)).complete = true;
+        }
+        let Some(contents) = contents else { return };
+        let complete = contents.complete;
+        entry.contents = Arc::new(contents);
+        let at = growing.tell_at(now, complete);
+        self.news.insert((at, id));
+        self.out.push_back(Out::Publish {
+            offer: id,
+            contents: entry.contents.clone(),
+            slot: entry.slot,
+            nonce: entry.nonce,
+        });
+        self.tell_news(now);
+        if complete && let Some(entry) = self.live.get_mut(&id) {
+            entry.set_complete(now, self.lease.unclaimed);
+            let end = entry.end();
+            self.watch(id, end);
+        }
+    }
+
+    /// Tells claims of growths that are due.
+    fn tell_news(&mut self, now: Instant) {
+        while let Some(&(at, id)) = self.news.first()
+            && at <= now
+        {
+            self.news.pop_first();
+            let Some(entry) = self.live.get_mut(&id) else { continue };
+            let (contents, claims) = (entry.contents.clone(), entry.claims().collect::<Vec<_>>());
+            let Some(growing) = &mut entry.growing else { continue };
+            if !growing.is_due(now) {
+                continue;
+            }
+            for ((to, claim), growth) in growing.news(&contents, claims.into_iter()) {
+                self.reply(to, ServerBody::Grown { claim, growth });
+            }
+        }
+    }
+
+    /// Answers the claims that waited for an offer.
+    fn grant_awaiting(&mut self, now: Instant, id: OfferId) {
+        let Some(entry) = self.live.get_mut(&id) else { return };
+        for (key, token) in std::mem::take(&mut entry.awaiting) {
+            let body = self.claim(now, key, (id, token), 0, true);
+            self.reply(key.0, body);
+        }
+    }
+
+    /// Forgets a name that was used early, and answers the claims that wait for it.
+    fn refuse_early(&mut self, id: OfferId, why: Gone) {
+        for ((to, claim), _) in self.early.remove(id).into_iter().flat_map(|e| e.awaiting) {
+            self.reply(to, ServerBody::Gone { claim, why });
+        }
     }
 
     /// An offer whose name has this number was entered: see [`Offer::number`](crate::Offer::number).
@@ -237,8 +353,8 @@ impl OfferTable {
         match frame.body {
             ClientBody::Open { .. } => {}
             ClientBody::Ping(n) => self.reply(to, ServerBody::Pong(n)),
-            ClientBody::Claim { claim, offer, token, number, .. } => {
-                let body = self.claim(now, (to, claim), (offer, token), number);
+            ClientBody::Claim { claim, offer, token, number, awaited, .. } => {
+                let body = self.claim(now, (to, claim), (offer, token), number, awaited);
                 self.reply(to, body);
             }
             ClientBody::Renew(claims) => self.renew(now, to, &claims),
@@ -253,13 +369,22 @@ impl OfferTable {
         self.out.push_back(Out::Send(to, ServerFrame { ack: 0, body: Some(body) }));
     }
 
-    fn claim(&mut self, now: Instant, key: ClaimKey, (id, token): (OfferId, Token), number: u64) -> ServerBody {
+    fn claim(
+        &mut self,
+        now: Instant,
+        key: ClaimKey,
+        (id, token): (OfferId, Token),
+        number: u64,
+        awaited: bool,
+    ) -> ServerBody {
         let claim = key.1;
         let gone = |why| ServerBody::Gone { claim, why };
         if let Some(&why) = self.tombs.get(id) {
             return gone(why);
         }
-        let Some(entry) = self.live.get_mut(&id) else { return self.claim_early(now, claim, (id, token), number) };
+        let Some(entry) = self.live.get_mut(&id) else {
+            return self.claim_early(now, key, (id, token), number, awaited);
+        };
         if entry.token != token && !planted(Bug::TokenIgnored) {
             self.wrong_tokens += 1;
             return gone(Gone::Token);
@@ -270,6 +395,9 @@ impl OfferTable {
             return gone(self.tombs.get(id).copied().unwrap_or(Gone::Expired));
         }
         if !entry.ready {
+            if awaited && await_offer(&mut entry.awaiting, key, token, self.limits.claims_per_offer) {
+                return ServerBody::NotYet { claim, retry: AWAITED_RETRY };
+            }
             // The engine is filling the blocks, and a user waits for the first token.
             return ServerBody::NotYet { claim, retry: UNREADY_RETRY };
         }
@@ -289,30 +417,46 @@ impl OfferTable {
         let until = entry.claim(now, key, self.lease.claimed);
         let (grant, end) = (Grant { slot: entry.slot, nonce: entry.nonce }, entry.end());
         let contents = entry.contents.clone();
+        if let Some(growing) = &mut entry.growing {
+            growing.granted(key, &contents);
+        }
         self.claims.insert(key, id);
         self.watch(id, end);
         ServerBody::Granted { claim, grant, contents, remaining: until - now }
     }
 
     /// A claim of an id that was never entered: it may be early, or long gone.
-    fn claim_early(&mut self, now: Instant, claim: ClaimId, (id, token): (OfferId, Token), number: u64) -> ServerBody {
+    fn claim_early(
+        &mut self,
+        now: Instant,
+        key: ClaimKey,
+        (id, token): (OfferId, Token),
+        number: u64,
+        awaited: bool,
+    ) -> ServerBody {
+        let claim = key.1;
         let reorder = if planted(Bug::OrderTrusted) { Duration::ZERO } else { self.lease.reorder };
         let passed = self.order.has_passed(now, number, reorder);
-        let waited = match self.early.get(id) {
-            Some(e) if e.released.contains(&token) => return ServerBody::Gone { claim, why: Gone::Released },
-            _ if passed => return ServerBody::Gone { claim, why: Gone::Unknown },
-            Some(e) => now.saturating_duration_since(e.since),
-            None if self.draining => return ServerBody::Gone { claim, why: Gone::Unknown },
-            None => {
-                self.early.insert(now, id, Early { since: now, released: Vec::new() });
-                Duration::ZERO
-            }
-        };
-        if waited >= self.lease.early_grace {
-            ServerBody::Gone { claim, why: Gone::Unknown }
-        } else {
-            ServerBody::NotYet { claim, retry: (waited / 4).clamp(EARLY_RETRY.0, EARLY_RETRY.1) }
+        let unknown = ServerBody::Gone { claim, why: Gone::Unknown };
+        if self.early.get(id).is_some_and(|e| e.released.contains(&token)) {
+            return ServerBody::Gone { claim, why: Gone::Released };
         }
+        if passed || (self.draining && (awaited || self.early.get(id).is_none())) {
+            return unknown;
+        }
+        let early = self.early.insert(now, id, Early { since: now, awaiting: Vec::new(), released: Vec::new() });
+        let waited = now.saturating_duration_since(early.since);
+        if awaited {
+            if waited < self.lease.awaited && await_offer(&mut early.awaiting, key, token, self.limits.claims_per_offer)
+            {
+                return ServerBody::NotYet { claim, retry: AWAITED_RETRY };
+            }
+            return unknown;
+        }
+        if waited >= self.lease.early_grace {
+            return unknown;
+        }
+        ServerBody::NotYet { claim, retry: (waited / 4).clamp(EARLY_RETRY.0, EARLY_RETRY.1) }
     }
 
     fn renew(&mut self, now: Instant, from: Incarnation, claims: &[ClaimId]) {
@@ -327,7 +471,9 @@ impl OfferTable {
     fn release(&mut self, now: Instant, from: Option<PeerId>, r: &Release) {
         let Some(entry) = self.live.get_mut(&r.offer) else {
             if self.tombs.get(r.offer).is_none() && (r.all || r.reader.of == 1) {
-                let early = self.early.insert(now, r.offer, Early { since: now, released: Vec::new() });
+                let new = Early { since: now, awaiting: Vec::new(), released: Vec::new() };
+                let early = self.early.insert(now, r.offer, new);
+                early.awaiting.retain(|(key, _)| Some(*key) != from.as_ref().map(|p| p.incarnation).zip(r.claim));
                 if early.released.len() < EARLY_RELEASES && !early.released.contains(&r.token) {
                     early.released.push(r.token);
                 }
@@ -340,6 +486,7 @@ impl OfferTable {
         }
         if let (Some(claim), Some(from)) = (r.claim, &from) {
             let key = (from.incarnation, claim);
+            entry.awaiting.retain(|(other, _)| *other != key);
             if entry.end_claim(key, self.limits.claims_per_offer.max(ENDED_CLAIMS)) {
                 self.claims.remove(key);
             }
@@ -398,6 +545,13 @@ impl OfferTable {
 
     /// Ends an offer: clears the word, then frees the blocks, then tells the consumers.
     fn end(&mut self, now: Instant, id: OfferId, why: Gone) {
+        if planted(Bug::GrownAfterRevoke)
+            && why == Gone::Revoked
+            && let Some(entry) = self.live.get(&id).filter(|e| e.growing.is_some())
+        {
+            self.out.push_back(Out::Withdraw { offer: id, slot: entry.slot });
+            return self.out.push_back(Out::Freed(Freed { offer: id, why }));
+        }
         let Some(entry) = self.live.remove(&id) else { return };
         self.timers.remove(&(entry.timer, id));
         let freed = self.out.len();
@@ -416,6 +570,9 @@ impl OfferTable {
                 self.reply(key.0, ServerBody::Revoked { offer: id, why });
             }
         }
+        for ((to, claim), _) in entry.awaiting {
+            self.reply(to, ServerBody::Gone { claim, why });
+        }
         self.tombs.insert(now, id, why);
     }
 
@@ -425,7 +582,7 @@ impl OfferTable {
             return self.end(now, id, Gone::Revoked);
         }
         if self.tombs.get(id).is_none() {
-            self.early.remove(id);
+            self.refuse_early(id, Gone::Revoked);
             self.tombs.insert(now, id, Gone::Revoked);
         }
     }
@@ -444,6 +601,13 @@ impl Machine for OfferTable {
                     let (contents, slot, nonce) = (e.contents.clone(), e.slot, e.nonce);
                     self.out.push_back(Out::Publish { offer: id, contents, slot, nonce });
                     self.watch(id, end);
+                    self.grant_awaiting(now, id);
+                }
+            }
+            In::Grown(id, number) => {
+                if let Some(growing) = self.live.get_mut(&id).and_then(|e| e.growing.as_mut()) {
+                    growing.placed(number);
+                    self.apply(now, id);
                 }
             }
             In::Frame(from, frame) => self.frame(now, from, frame),
@@ -460,6 +624,9 @@ impl Machine for OfferTable {
             }
             In::Drain => {
                 if !std::mem::replace(&mut self.draining, true) {
+                    for id in self.early.ids() {
+                        self.refuse_early(id, Gone::Unknown);
+                    }
                     self.out.push_back(Out::Broadcast(ServerFrame { ack: 0, body: Some(ServerBody::Draining) }));
                 }
             }
@@ -482,7 +649,8 @@ impl Machine for OfferTable {
         }
         // A release of an early name must outlast any delay of the offer, so early names are kept as long as tombstones.
         self.tombs.age(now, self.lease.tombstone);
-        self.early.age(now, self.lease.tombstone);
+        self.early.age(now, self.lease.tombstone.max(self.lease.awaited));
+        self.tell_news(now);
     }
 
     fn poll(&mut self) -> Option<Out> {
@@ -490,7 +658,7 @@ impl Machine for OfferTable {
     }
 
     fn next_timeout(&self) -> Option<Instant> {
-        // Only leases need a clock; tombstones age at the next event.
-        self.timers.first().map(|t| t.0)
+        // Only leases and growths need a clock; tombstones age at the next event.
+        [self.timers.first(), self.news.first()].into_iter().flatten().map(|t| t.0).min()
     }
 }

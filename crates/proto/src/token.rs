@@ -4,7 +4,7 @@ use std::fmt;
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
+use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
 use crate::{BadHex, BadOffer, Offer};
@@ -38,6 +38,22 @@ impl<const N: usize> SecretBytes<N> {
     pub fn to_bytes(self) -> [u8; N] {
         self.0
     }
+}
+
+impl Token {
+    /// The token of the offer that a router calls by this transfer id. The router gives both engines the id and knows nothing of
+    /// kvferry; each of them derives the same token from it. It is as hard to guess as the transfer id is.
+    pub fn of_transfer(transfer: &str) -> Self {
+        Self(derived(b"kvferry transfer token\0", transfer))
+    }
+}
+
+/// 16 bytes of a SHA-256 over a label and a transfer id.
+pub(crate) fn derived(label: &[u8], transfer: &str) -> [u8; 16] {
+    let hash = Sha256::new().chain_update(label).chain_update(transfer.as_bytes()).finalize();
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&hash[..16]);
+    bytes
 }
 
 impl<const N: usize> PartialEq for SecretBytes<N> {

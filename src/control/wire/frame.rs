@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    BlockId, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, GroupId, Nonce, Offer, OfferGroup, Release,
-    ServerBody, ServerFrame,
+    BlockId, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, GroupId, Growth, Nonce, Offer, OfferGroup,
+    Release, ServerBody, ServerFrame,
 };
 
 use super::check::{
@@ -20,13 +20,14 @@ impl From<ClientFrame> for proto::ClientFrame {
                 C::Open(proto::Open { from: Some((&from).into()), expect_incarnation: expect.get() })
             }
             ClientBody::Ping(number) => C::Ping(proto::Ping { number }),
-            ClientBody::Claim { claim, offer, token, number, reader } => C::Claim(proto::Claim {
+            ClientBody::Claim { claim, offer, token, number, reader, awaited } => C::Claim(proto::Claim {
                 claim: claim.0,
                 offer: Some(offer.into()),
                 reader: reader.index,
                 readers: reader.of,
                 token: token.to_bytes().to_vec().into(),
                 number,
+                awaited,
             }),
             ClientBody::Renew(claims) => C::Renew(proto::Renew { claims: claims.into_iter().map(|c| c.0).collect() }),
             ClientBody::Release(r) => C::Release(proto::Unclaim {
@@ -78,6 +79,7 @@ fn claim(c: proto::Claim) -> Checked<ClientBody> {
         token: token("token", &c.token)?,
         number: c.number,
         reader: reader(c.reader, c.readers)?,
+        awaited: c.awaited,
     })
 }
 
@@ -138,6 +140,12 @@ impl From<ServerFrame> for proto::ServerFrame {
                 remaining_ms: millis(remaining),
                 contents: Some((&*contents).into()),
             }),
+            ServerBody::Grown { claim, growth } => S::Grown(proto::Grown {
+                claim: claim.0,
+                tokens: growth.tokens,
+                r#final: growth.complete,
+                groups: growth.groups.iter().map(Into::into).collect(),
+            }),
             ServerBody::NotYet { claim, retry } => S::NotYet(proto::NotYet {
                 claim: claim.0,
                 retry_ms: u32::try_from(retry.as_millis()).unwrap_or(u32::MAX),
@@ -158,6 +166,7 @@ impl From<&Contents> for proto::Contents {
     fn from(c: &Contents) -> Self {
         Self {
             tokens: c.tokens,
+            whole: c.whole,
             r#final: c.complete,
             fingerprints: c.fingerprints.clone().into_iter().collect(),
             groups: c.groups.iter().map(Into::into).collect(),
@@ -185,17 +194,14 @@ impl From<&OfferGroup> for proto::GroupBlocks {
     }
 }
 
-/// The contents in a grant. `limit` bounds the blocks, and so the memory that a few bytes of runs can occupy.
-fn contents(c: proto::Contents, limit: usize) -> Checked<Contents> {
-    if c.groups.len() > kvferry_proto::PoolLayout::MAX_GROUPS {
-        return bad(
-            "groups",
-            format!("{}, over the limit of {}", c.groups.len(), kvferry_proto::PoolLayout::MAX_GROUPS),
-        );
+/// Lists of blocks. `limit` bounds the blocks, and so the memory that a few bytes of runs can occupy.
+fn groups(lists: Vec<proto::GroupBlocks>, limit: usize) -> Checked<Vec<OfferGroup>> {
+    if lists.len() > kvferry_proto::PoolLayout::MAX_GROUPS {
+        return bad("groups", format!("{}, over the limit of {}", lists.len(), kvferry_proto::PoolLayout::MAX_GROUPS));
     }
     let mut left = limit as u64;
-    let mut groups = Vec::with_capacity(c.groups.len());
-    for g in c.groups {
+    let mut groups = Vec::with_capacity(lists.len());
+    for g in lists {
         if g.firsts.len() != g.counts.len() {
             return bad("groups", format!("{} runs have {} counts", g.firsts.len(), g.counts.len()));
         }
@@ -223,11 +229,18 @@ fn contents(c: proto::Contents, limit: usize) -> Checked<Contents> {
             blocks: list,
         });
     }
+    Ok(groups)
+}
+
+/// The contents in a grant. `limit` bounds the blocks.
+fn contents(c: proto::Contents, limit: usize) -> Checked<Contents> {
+    let groups = groups(c.groups, limit)?;
     if c.fingerprints.len() > Offer::MAX_FINGERPRINTS {
         return bad("fingerprints", format!("{}, over the limit of {}", c.fingerprints.len(), Offer::MAX_FINGERPRINTS));
     }
     let fingerprints = c.fingerprints.into_iter().collect();
-    let contents = Contents { tokens: c.tokens, complete: c.r#final, fingerprints, groups };
+    let whole = if c.whole == 0 { c.tokens } else { c.whole };
+    let contents = Contents { tokens: c.tokens, whole, complete: c.r#final, fingerprints, groups };
     contents.check(limit).or_else(|e| bad("groups", e.to_string()))?;
     Ok(contents)
 }
@@ -246,6 +259,10 @@ pub(crate) fn server_frame(f: proto::ServerFrame, limit: usize) -> Checked<Serve
             },
             contents: Arc::new(within("granted.contents", contents(present("granted.contents", g.contents)?, limit))?),
             remaining: time(g.remaining_ms),
+        }),
+        Some(S::Grown(g)) => Some(ServerBody::Grown {
+            claim: claim_id("grown.claim", g.claim)?,
+            growth: Growth { tokens: g.tokens, complete: g.r#final, groups: within("grown", groups(g.groups, limit))? },
         }),
         Some(S::NotYet(n)) => {
             Some(ServerBody::NotYet { claim: claim_id("not_yet.claim", n.claim)?, retry: time(n.retry_ms.into()) })

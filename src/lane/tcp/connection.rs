@@ -307,8 +307,9 @@ impl Connection {
         let mut blocks = 0;
         let result = match export.resolve(slot, nonce) {
             None => Err(Status::Stale),
-            Some(offered) => gather(&export.layout, &offered.groups, entries, &mut spans, &mut blocks)
-                .map_err(|_| Status::OutOfBounds),
+            Some(offered) => {
+                gather(&export.layout, &offered, entries, &mut spans, &mut blocks).map_err(|_| Status::OutOfBounds)
+            }
         };
         *bytes = bytes.saturating_sub(blocks.saturating_mul(LOOKUP));
         self.decoded += end;

@@ -3,7 +3,7 @@
 //! Every entry is checked against the layout and the offer's block list, so the spans hold bytes of offered blocks only
 //! (promise 7). No I/O.
 
-use kvferry_proto::{Group, GroupId, OfferGroup, PoolLayout};
+use kvferry_proto::{Contents, Group, GroupId, OfferGroup, PoolLayout};
 
 use super::frames::{Entry, MAX_BLOCKS, MAX_PIECES};
 use crate::memory::Span;
@@ -16,7 +16,7 @@ pub(super) struct OutOfBounds;
 /// entries' bytes. Adds the blocks that were looked up to `blocks`, also if the request is refused.
 pub(super) fn gather(
     layout: &PoolLayout,
-    offered: &[OfferGroup],
+    offered: &Contents,
     entries: &[u8],
     spans: &mut Vec<Span>,
     blocks: &mut u64,
@@ -35,7 +35,7 @@ pub(super) fn gather(
         // Nearly always the previous entry's group.
         let (group, offer) = match found.filter(|f| f.0.id == id) {
             Some(f) => f,
-            None => layout.group(id).zip(offered.iter().find(|o| o.group == id)).ok_or(OutOfBounds)?,
+            None => layout.group(id).zip(offered.groups.iter().find(|o| o.group == id)).ok_or(OutOfBounds)?,
         };
         found = Some((group, offer));
         let region = group.regions.get(usize::from(e.region)).ok_or(OutOfBounds)?;
@@ -45,6 +45,10 @@ pub(super) fn gather(
         let first = e.position.checked_sub(offer.first_position).ok_or(OutOfBounds)? as usize;
         let end = first.checked_add(e.blocks as usize).ok_or(OutOfBounds)?;
         let ids = offer.blocks.get(first..end).filter(|ids| !ids.is_empty()).ok_or(OutOfBounds)?;
+        // The prefill still writes what is above the mark.
+        if !offered.is_readable(group.block_tokens, e.position.saturating_add(e.blocks - 1)) {
+            return Err(OutOfBounds);
+        }
         if blocks.saturating_add(ids.len() as u64) > most {
             return Err(OutOfBounds);
         }

@@ -11,7 +11,8 @@ pub enum In {
     LocalReady,
     /// All peers have answered Hello.
     Met,
-    /// All peers have granted their claims, and the reads are planned.
+    /// All peers have granted their claims, and the reads are planned. Comes again with the plan of
+    /// [`PullTracker::take_plan`](super::PullTracker::take_plan), when the offer has grown.
     Planned(Box<Plan>),
     /// A source rank granted its claim.
     Granted {
@@ -86,4 +87,10 @@ pub struct Retry {
     pub wait: Duration,
     /// How long a source may move nothing while its peer is silent, before the pull gives up.
     pub patience: Duration,
+    /// Whether its claims wait for an offer that is not entered yet.
+    pub awaited: bool,
+    /// How long it waits for the first block of an offer that grows, or is awaited: its request is in the prefill engine's queue.
+    pub queued: Duration,
+    /// How long it waits for the next growth after that.
+    pub stalled: Duration,
 }

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -55,6 +55,7 @@ pub struct Start {
 pub struct Progress {
     loaded: AtomicUsize,
     chunks: AtomicUsize,
+    prefix: AtomicU64,
 }
 
 impl Progress {
@@ -63,9 +64,16 @@ impl Progress {
         (self.loaded.load(Ordering::Relaxed), self.chunks.load(Ordering::Relaxed))
     }
 
-    pub(super) fn set(&self, (loaded, chunks): (usize, usize)) {
+    /// Tokens from the prompt's start whose wanted blocks are all loaded.
+    pub fn prefix(&self) -> u64 {
+        // The engine may read the blocks: their bytes come before the count.
+        self.prefix.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set(&self, (loaded, chunks): (usize, usize), prefix: u64) {
         self.loaded.store(loaded, Ordering::Relaxed);
         self.chunks.store(chunks, Ordering::Relaxed);
+        self.prefix.store(prefix, Ordering::Release);
     }
 }
 
@@ -84,7 +92,7 @@ pub enum In<L> {
     Cancel(PullId, Cause),
     /// A peer answered Hello; state of another incarnation of it is void.
     Peer(Addr, Arc<Welcome>),
-    /// A claim was granted: its fence word, and what it may read.
+    /// A claim was granted: its fence word, and what it may read. Comes again when the offer has grown.
     Granted(ClaimId, Grant, Arc<Contents>),
     /// A claim is gone.
     Lost(ClaimId, Cause),

@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Out, PullSource, Start, pulls::want};
+use super::{
+    Out, PullSource, Start,
+    pulls::{follows, want},
+};
 use crate::{
     ClaimId, Contents, Grant, Offer, OfferId, Reader, Release,
     sabotage::{Bug, planted},
@@ -25,6 +28,8 @@ pub struct HoldRequest {
     pub sources: Vec<usize>,
     /// This rank's place among the offer's readers.
     pub reader: Reader,
+    /// Whether its claims wait for an offer that is not entered yet.
+    pub awaited: bool,
 }
 
 /// A claim of a hold.
@@ -46,7 +51,7 @@ struct Hold {
 impl Hold {
     /// The releases of its claims. `all`: on behalf of all readers.
     fn releases(&self, all: bool) -> impl Iterator<Item = Out> + '_ {
-        let HoldRequest { offer, sources, reader } = &self.request;
+        let HoldRequest { offer, sources, reader, .. } = &self.request;
         sources.iter().zip(&self.claims).filter_map(move |(&at, claimed)| {
             let rank = &offer.ranks[at];
             let claim = Some(claimed.as_ref()?.claim);
@@ -102,7 +107,7 @@ impl Holds {
             claims.push(Some(Claimed { claim, granted: None }));
             out.push_back(Out::Claim(
                 request.offer.ranks[at].addr.as_str().into(),
-                want(claim, &request.offer, at, request.reader),
+                want(claim, &request.offer, at, request.reader, request.awaited),
             ));
         }
         self.made += 1;
@@ -113,7 +118,9 @@ impl Holds {
     /// A claim was granted. `false`: it belongs to no hold.
     pub(super) fn granted(&mut self, claim: ClaimId, grant: Grant, contents: &Arc<Contents>) -> bool {
         let Some(&(id, source)) = self.by_claim.get(&claim) else { return false };
-        if let Some(claimed) = self.by_offer.get_mut(&id).and_then(|h| h.claims[source].as_mut()) {
+        if let Some(claimed) = self.by_offer.get_mut(&id).and_then(|h| h.claims[source].as_mut())
+            && claimed.granted.as_ref().is_none_or(|(_, had)| follows(contents, had))
+        {
             claimed.granted = Some((grant, contents.clone()));
         }
         true
@@ -132,7 +139,7 @@ impl Holds {
     /// The claims that a pull takes over, by source. None if its offer is not held, or for other ranks.
     pub(super) fn take(&mut self, start: &Start) -> HashMap<usize, Claimed> {
         let id = key(&start.offer);
-        let fits = |HoldRequest { offer, sources, reader }: &HoldRequest| {
+        let fits = |HoldRequest { offer, sources, reader, .. }: &HoldRequest| {
             offer.ranks == start.offer.ranks && *sources == start.sources && *reader == start.reader
         };
         if !self.by_offer.get(&id).is_some_and(|h| fits(&h.request)) || planted(Bug::HoldKept) {

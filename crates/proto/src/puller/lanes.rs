@@ -1,9 +1,9 @@
 //! The lanes of a consumer rank, and the attempts on them.
 //!
 //! Owns the numbers of lanes and attempts; neither is used twice. A dead lane takes no new attempts and is dropped when its
-//! last attempt is quiet.
+//! last attempt is quiet. An attempt that waits for its offer to grow rests: no turn looks at it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Addr, PullId, PullSource, pulls::Pulls};
 use crate::{Attempt, Cause, Grant, Incarnation, Lane, LaneCaps, LaneEvent, LaneKind, OfferRank};
@@ -21,9 +21,23 @@ pub(super) struct LaneSlot<L> {
     incarnation: Incarnation,
     /// In the order in which they post their next chunk.
     attempts: VecDeque<Attempt>,
+    /// Attempts that have nothing to do until they are woken.
+    resting: BTreeSet<Attempt>,
     dead: bool,
     /// Its window is full until the next poll.
     full: bool,
+}
+
+impl<L> LaneSlot<L> {
+    fn len(&self) -> usize {
+        self.attempts.len() + self.resting.len()
+    }
+
+    fn wake(&mut self, attempt: Attempt) {
+        if self.resting.remove(&attempt) {
+            self.attempts.push_back(attempt);
+        }
+    }
 }
 
 impl<L: Lane> LaneSlot<L> {
@@ -74,8 +88,8 @@ impl<L: Lane> Lanes<L> {
         let kind = lane.caps().kind;
         self.retire(&peer, Some(kind));
         self.last_lane += 1;
-        let attempts = VecDeque::new();
-        let slot = LaneSlot { lane, peer, kind, ready: true, incarnation, attempts, dead: false, full: false };
+        let (attempts, resting) = (VecDeque::new(), BTreeSet::new());
+        let slot = LaneSlot { lane, peer, kind, ready: true, incarnation, attempts, resting, dead: false, full: false };
         self.slots.insert(self.last_lane, slot);
         self.last_lane
     }
@@ -89,7 +103,7 @@ impl<L: Lane> Lanes<L> {
 
     /// Drops dead lanes that have no attempts.
     pub(super) fn remove_dead(&mut self) {
-        self.slots.retain(|_, l| !l.dead || !l.attempts.is_empty());
+        self.slots.retain(|_, l| !l.dead || l.len() > 0);
     }
 
     /// The lane to use for a source rank: the most preferred kind, then the fewest attempts.
@@ -100,7 +114,7 @@ impl<L: Lane> Lanes<L> {
         let usable = self.slots.iter().filter(|(_, l)| usable(l));
         let ranked = usable.filter_map(|(n, l)| {
             let preference = preferred.iter().position(|k| *k == l.kind)?;
-            Some((preference, l.attempts.len(), *n))
+            Some((preference, l.len(), *n))
         });
         ranked.min().map(|(_, _, n)| n)
     }
@@ -114,6 +128,13 @@ impl<L: Lane> Lanes<L> {
         l.attempts.push_back(attempt);
         l.lane.begin(attempt, grant);
         Some((attempt, l.lane.caps()))
+    }
+
+    /// An attempt may have something to do.
+    pub(super) fn wake(&mut self, attempt: Attempt) {
+        if let Some(l) = self.lane_of(attempt) {
+            l.wake(attempt);
+        }
     }
 
     /// Posts reads, and fences where the lane does not post them itself, one chunk of each attempt in turn until the lane's
@@ -148,6 +169,10 @@ impl<L: Lane> Lanes<L> {
                     return;
                 }
                 idle = 0;
+            } else if p.tracker.rests(source) {
+                l.attempts.pop_back();
+                l.resting.insert(attempt);
+                idle -= 1;
             }
         }
     }
@@ -160,6 +185,7 @@ impl<L: Lane> Lanes<L> {
                 LaneEvent::Quiet { .. } => {
                     self.attempts.remove(&attempt);
                     l.attempts.retain(|a| *a != attempt);
+                    l.resting.remove(&attempt);
                 }
                 // The retry connects a new lane; if this one stayed, lanes would accumulate.
                 LaneEvent::Failed { cause: Cause::LaneFailed | Cause::Unreachable | Cause::Corrupt, .. } => {
@@ -182,11 +208,12 @@ impl<L: Lane> Lanes<L> {
                 "lane wedged: its reads may still write local memory; their blocks are withheld, restart this process to get them back"
             ),
         }
-        l.attempts.iter().filter_map(|a| self.attempts.get(a).map(|(of, _)| (*a, *of))).collect()
+        l.attempts.iter().chain(&l.resting).filter_map(|a| self.attempts.get(a).map(|(of, _)| (*a, *of))).collect()
     }
 
     pub(super) fn stop(&mut self, attempt: Attempt) {
         if let Some(l) = self.lane_of(attempt) {
+            l.wake(attempt);
             l.lane.stop(attempt);
         }
     }
@@ -196,6 +223,7 @@ impl<L: Lane> Lanes<L> {
         if let Some(l) = self.lane_of(attempt) {
             tracing::warn!(peer = %l.peer, lane = %l.kind, pull = pull.0, "lane does not drain: killing it");
             l.dead = true;
+            l.attempts.extend(std::mem::take(&mut l.resting));
             l.lane.kill();
         }
     }

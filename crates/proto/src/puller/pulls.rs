@@ -11,7 +11,7 @@ use std::{
 
 use super::{Out, PullId, PullSource, Start, holds::Claimed};
 use crate::{
-    ClaimId, Contents, Machine, Offer, OfferRank, Reader, Release,
+    ClaimId, Contents, Extent, Machine, Offer, OfferRank, Plan, Reader, Release,
     pull::{self, PullTracker},
     session::Want,
 };
@@ -44,7 +44,8 @@ impl Pull {
 }
 
 /// A claim of an offer at the rank with this index in it.
-pub(super) fn want(claim: ClaimId, offer: &Offer, at: usize, reader: Reader) -> Want {
+/// `awaited`: it waits for an offer that is not entered yet.
+pub(super) fn want(claim: ClaimId, offer: &Offer, at: usize, reader: Reader, awaited: bool) -> Want {
     let rank = &offer.ranks[at];
     Want {
         claim,
@@ -55,7 +56,13 @@ pub(super) fn want(claim: ClaimId, offer: &Offer, at: usize, reader: Reader) -> 
         rank: rank.rank,
         expect: rank.incarnation,
         reader,
+        awaited,
     }
+}
+
+/// Whether the contents are those that were granted before, and what they have grown by.
+pub(super) fn follows(contents: &Contents, before: &Contents) -> bool {
+    Extent::of(contents).covers(&Extent::of(before)) && contents.agrees(before)
 }
 
 /// The pulls of a consumer rank.
@@ -121,7 +128,7 @@ impl Pulls {
             pull.claims.push(claim);
             if held.is_none() {
                 let at = pull.start.sources[source];
-                let want = want(claim, &pull.start.offer, at, pull.start.reader);
+                let want = want(claim, &pull.start.offer, at, pull.start.reader, pull.start.retry.awaited);
                 out.push_back(Out::Claim(pull.rank(source).addr.as_str().into(), want));
             }
         }
@@ -136,11 +143,18 @@ impl Pulls {
         ClaimId(self.last_claim)
     }
 
-    /// Notes what a source granted. The first grant counts: while an offer lives, its contents stay as they are.
+    /// Notes what a source granted. While an offer lives its contents only grow: anything else is ignored.
     pub(super) fn granted(&mut self, of: PullSource, contents: Arc<Contents>) {
-        if let Some(p) = self.by_id.get_mut(&of.pull) {
-            p.granted[of.source].get_or_insert(contents);
+        if let Some(p) = self.by_id.get_mut(&of.pull)
+            && p.granted[of.source].as_ref().is_none_or(|had| follows(&contents, had))
+        {
+            p.granted[of.source] = Some(contents);
         }
+    }
+
+    /// Takes a pull's plan, to extend it.
+    pub(super) fn take_plan(&mut self, id: PullId) -> Option<Box<Plan>> {
+        self.by_id.get_mut(&id)?.tracker.take_plan()
     }
 
     pub(super) fn tell(&mut self, now: Instant, id: PullId, event: pull::In) {
@@ -182,7 +196,7 @@ impl Pulls {
     /// Publishes a touched pull's progress and sets its timer.
     pub(super) fn update(&mut self, id: PullId) {
         let Some(p) = self.by_id.get_mut(&id) else { return };
-        p.start.progress.set(p.tracker.progress());
+        p.start.progress.set(p.tracker.progress(), p.tracker.loaded_prefix(p.start.offer.tokens));
         let next = p.tracker.next_timeout();
         if p.timer != next {
             if let Some(t) = p.timer {

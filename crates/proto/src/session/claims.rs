@@ -10,7 +10,7 @@ use std::{
 
 use super::{Out, Want};
 use crate::{
-    Cause, ClaimId, ClientBody, Contents, Grant, Incarnation, PeerId, Release,
+    Cause, ClaimId, ClientBody, Contents, Extent, Grant, Growth, Incarnation, PeerId, Release,
     sabotage::{Bug, planted},
 };
 
@@ -30,6 +30,8 @@ enum ClaimState {
 pub(super) struct Claim {
     pub(super) want: Want,
     state: ClaimState,
+    /// What was granted, with its growth since, until nothing follows.
+    grows: Option<(Grant, Arc<Contents>)>,
     /// Dials begun before the claim. Only the answer to a later dial says anything about the process of its offer: an earlier
     /// dial may have been answered, or refused, before that process existed.
     pub(super) dials: u64,
@@ -75,7 +77,7 @@ impl Claims {
     }
 
     pub(super) fn add(&mut self, want: Want, dials: u64) {
-        self.claims.entry(want.claim).or_insert(Claim { want, state: ClaimState::Waiting, dials });
+        self.claims.entry(want.claim).or_insert(Claim { want, state: ClaimState::Waiting, grows: None, dials });
     }
 
     /// Forgets a claim. `false` when there is no such claim.
@@ -118,8 +120,8 @@ impl Claims {
                 return Some(None);
             }
             c.state = ClaimState::Sent(resend);
-            let Want { claim, offer, token, number, reader, .. } = c.want;
-            Some(Some((0, ClientBody::Claim { claim, offer, token, number, reader })))
+            let Want { claim, offer, token, number, reader, awaited, .. } = c.want;
+            Some(Some((0, ClientBody::Claim { claim, offer, token, number, reader, awaited })))
         })
     }
 
@@ -143,22 +145,47 @@ impl Claims {
         })
     }
 
-    /// A claim was granted. Ignores a repeated grant, and one that comes after the claim's release.
+    /// A claim was granted. Ignores a grant that brings nothing new, and one that comes after the claim's release.
     pub(super) fn granted(&mut self, claim: ClaimId, grant: Grant, contents: Arc<Contents>, out: &mut VecDeque<Out>) {
-        if let Some(c) = self.claims.get_mut(&claim)
-            && c.state != ClaimState::Held
-        {
-            c.state = ClaimState::Held;
-            out.push_back(Out::Granted { claim, grant, contents });
+        let Some(c) = self.claims.get_mut(&claim) else { return };
+        let held = c.state == ClaimState::Held;
+        c.state = ClaimState::Held;
+        let older = |(_, had): &(Grant, Arc<Contents>)| Extent::of(had).covers(&Extent::of(&contents));
+        // Frames of an old stream may come late: a grant takes nothing back.
+        if c.grows.as_ref().is_some_and(older) || (held && c.grows.is_none()) {
+            return;
         }
+        if planted(Bug::GrownLost) && c.grows.is_some() {
+            return;
+        }
+        c.grows = (!contents.complete).then(|| (grant, contents.clone()));
+        out.push_back(Out::Granted { claim, grant, contents });
     }
 
-    /// The producer asks for the claim again after `wait`.
-    pub(super) fn not_yet(&mut self, now: Instant, claim: ClaimId, wait: Duration) {
+    /// The offer of a claim has grown. `limit` bounds its blocks. A growth that does not follow is from another stream, or one
+    /// before it was lost: the claim goes out again, and its grant brings everything.
+    pub(super) fn grown(&mut self, claim: ClaimId, growth: &Growth, limit: usize, out: &mut VecDeque<Out>) {
+        let Some(c) = self.claims.get_mut(&claim).filter(|c| c.state == ClaimState::Held) else { return };
+        let Some((grant, contents)) = &mut c.grows else { return };
+        if Arc::make_mut(contents).grow(growth, limit).is_err() {
+            c.state = ClaimState::Waiting;
+            return;
+        }
+        let (grant, contents) = (*grant, contents.clone());
+        if contents.complete {
+            c.grows = None;
+        }
+        out.push_back(Out::Granted { claim, grant, contents });
+    }
+
+    /// The producer asks for the claim again after `wait`, or answers it when the offer is entered. The peer's word is bounded:
+    /// a claim waits for `most`, ten times that long if its request waits in the prefill engine's queue.
+    pub(super) fn not_yet(&mut self, now: Instant, claim: ClaimId, wait: Duration, most: Duration) {
         if let Some(c) = self.claims.get_mut(&claim)
             && matches!(c.state, ClaimState::Sent(_))
         {
-            c.state = ClaimState::RetryAt(now + wait);
+            let most = if c.want.awaited { most * 10 } else { most };
+            c.state = ClaimState::RetryAt(now + wait.min(most));
         }
     }
 

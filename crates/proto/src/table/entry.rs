@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::growth::Growing;
 use crate::{ClaimId, Contents, EngineId, Incarnation, LeaseConfig, Nonce, PeerId, Release, Token};
 
 /// A claim's key: the consumer's incarnation, and the claim in it.
@@ -19,6 +20,10 @@ pub(super) struct Entry {
     pub(super) token: Token,
     pub(super) contents: Arc<Contents>,
     pub(super) ready: bool,
+    /// While it grows.
+    pub(super) growing: Option<Box<Growing>>,
+    /// Claims that came before it was ready, and their tokens: they are answered when it is.
+    pub(super) awaiting: Vec<(ClaimKey, Token)>,
     /// The time under which the table's timers list it; its true end may be later.
     pub(super) timer: Instant,
     cap: Instant,
@@ -42,12 +47,15 @@ impl Entry {
         ready: bool,
         lease: &LeaseConfig,
     ) -> Self {
+        let growing = (!contents.complete).then(|| Box::new(Growing::new(&contents)));
         let mut entry = Self {
             slot,
             nonce,
             token,
             contents,
             ready,
+            growing,
+            awaiting: Vec::new(),
             timer: now,
             cap: now + lease.hard_cap,
             unclaimed_until: now + lease.unclaimed,
@@ -62,17 +70,22 @@ impl Entry {
 
     /// When it ends if nothing happens before.
     pub(super) fn end(&self) -> Instant {
-        if !self.ready {
-            // The engine still writes the blocks: no lease runs yet.
-            return self.cap;
-        }
-        self.claims.values().copied().max().unwrap_or(self.unclaimed_until).min(self.cap)
+        let filling = !self.ready || self.growing.is_some();
+        // While the engine writes the blocks, no lease runs without a claim.
+        let unclaimed = if filling { self.cap } else { self.unclaimed_until };
+        self.claims.values().copied().max().unwrap_or(unclaimed).min(self.cap)
     }
 
     /// The blocks are filled. The time for that was the engine's, so the unclaimed time starts now.
     pub(super) fn set_ready(&mut self, now: Instant, unclaimed: Duration) {
         self.ready = true;
         self.unclaimed_until = now + unclaimed;
+    }
+
+    /// It grows no more.
+    pub(super) fn set_complete(&mut self, now: Instant, unclaimed: Duration) {
+        self.growing = None;
+        self.unclaimed_until = self.unclaimed_until.max(now + unclaimed);
     }
 
     pub(super) fn claims(&self) -> impl ExactSizeIterator<Item = ClaimKey> + '_ {
@@ -147,6 +160,7 @@ impl Entry {
     /// come keep it until the unclaimed time is over.
     pub(super) fn is_expired(&self, now: Instant, lapsed: bool) -> bool {
         let waits_for_readers = self.released_by.values().any(|s| !s.is_empty());
-        self.claims.is_empty() && (self.unclaimed_until <= now || (lapsed && !waits_for_readers))
+        let unclaimed = self.growing.is_none() && self.unclaimed_until <= now;
+        self.claims.is_empty() && (unclaimed || (lapsed && !waits_for_readers))
     }
 }

@@ -1,0 +1,109 @@
+//! The growth of an open offer: which growths wait for their data, and what each claim has been told.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use super::entry::ClaimKey;
+use crate::{BadOffer, Contents, Extent, Growth};
+
+/// Between two `Grown` frames of a claim; the last one does not wait. A step of an engine takes longer, and a consumer that
+/// hears of blocks 10 ms late still reads them before the next step is over.
+pub(super) const GROWN_EVERY: Duration = Duration::from_millis(10);
+
+/// The growth of an open offer.
+#[derive(Debug)]
+pub(super) struct Growing {
+    /// Growths that are not applied, in the order of the calls, and whether the data of each is in place.
+    queue: VecDeque<(Growth, bool)>,
+    applied: u64,
+    /// The extent once the queue is applied.
+    planned: Extent,
+    /// What each claim knows.
+    told: BTreeMap<ClaimKey, Extent>,
+    told_at: Option<Instant>,
+    /// When the claims are told.
+    due: Option<Instant>,
+}
+
+impl Growing {
+    pub(super) fn new(contents: &Contents) -> Self {
+        Self {
+            queue: VecDeque::new(),
+            applied: 0,
+            planned: Extent::of(contents),
+            told: BTreeMap::new(),
+            told_at: None,
+            due: None,
+        }
+    }
+
+    /// Queues a growth. Returns its number.
+    pub(super) fn add(&mut self, growth: Growth, ready: bool, limit: usize) -> Result<u64, BadOffer> {
+        self.planned.grow(&growth, limit)?;
+        self.queue.push_back((growth, ready));
+        Ok(self.applied + self.queue.len() as u64)
+    }
+
+    /// The data of the growth with this number is in place.
+    pub(super) fn placed(&mut self, number: u64) {
+        let at = number.checked_sub(self.applied + 1).and_then(|at| usize::try_from(at).ok());
+        if let Some((_, ready)) = at.and_then(|at| self.queue.get_mut(at)) {
+            *ready = true;
+        }
+    }
+
+    /// The next growth to apply: the data of it and of all before it is in place. `early`: it need not be.
+    pub(super) fn next(&mut self, early: bool) -> Option<Growth> {
+        let (growth, _) = self.queue.pop_front_if(|(_, ready)| *ready || early)?;
+        self.applied += 1;
+        Some(growth)
+    }
+
+    /// Whether the last growth waits in the queue.
+    pub(super) fn ends(&self) -> bool {
+        self.planned.is_complete()
+    }
+
+    /// A claim was granted with these contents.
+    pub(super) fn granted(&mut self, key: ClaimKey, contents: &Contents) {
+        self.told.insert(key, Extent::of(contents));
+    }
+
+    /// Growths were applied: when to tell the claims of it.
+    pub(super) fn tell_at(&mut self, now: Instant, complete: bool) -> Instant {
+        let at = match self.told_at {
+            Some(last) if !complete => now.max(last + GROWN_EVERY),
+            _ => now,
+        };
+        *self.due.insert(self.due.map_or(at, |due| due.min(at)))
+    }
+
+    /// Whether the claims are told now. They are told once.
+    pub(super) fn is_due(&mut self, now: Instant) -> bool {
+        let due = self.due.take_if(|due| *due <= now).is_some();
+        if due {
+            self.told_at = Some(now);
+        }
+        due
+    }
+
+    /// The gain of each claim that does not know the contents.
+    pub(super) fn news(
+        &mut self,
+        contents: &Contents,
+        claims: impl Iterator<Item = ClaimKey>,
+    ) -> Vec<(ClaimKey, Growth)> {
+        let now = Extent::of(contents);
+        let mut told = std::mem::take(&mut self.told);
+        let mut news = Vec::new();
+        for key in claims {
+            if let Some(known) = told.remove(&key).filter(|known| *known != now) {
+                news.push((key, contents.since(&known)));
+            }
+            self.told.insert(key, now.clone());
+        }
+        news
+    }
+}

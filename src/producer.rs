@@ -82,7 +82,7 @@ impl Producer {
         if !groups.is_empty() {
             return Err(BadOffer::Malformed("an open offer starts without blocks: add them with `grow`".into()).into());
         }
-        self.core.open(&name)?;
+        self.core.enter_open(&name)?;
         Ok(name)
     }
 
@@ -91,7 +91,7 @@ impl Producer {
     /// # Errors
     /// The name is out of bounds, the id was used before, or the table is full or draining.
     pub fn enter_open(&self, name: &Offer) -> Result<(), OfferError> {
-        self.core.open(name)
+        self.core.enter_open(name)
     }
 
     /// Appends blocks to an open offer and moves its mark. Each group's list begins at the position after its last one; the first

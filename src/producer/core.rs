@@ -219,7 +219,7 @@ impl Core {
         Ok(())
     }
 
-    pub(super) fn open(&self, name: &Offer) -> Result<(), OfferError> {
+    pub(super) fn enter_open(&self, name: &Offer) -> Result<(), OfferError> {
         name.check()?;
         self.add(name, Contents::open(name), true)
     }

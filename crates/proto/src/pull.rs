@@ -434,7 +434,7 @@ impl Machine for PullTracker {
             }
             In::Planned(plan) => {
                 self.times.hello.get_or_insert(now.saturating_duration_since(self.started));
-                if self.plan.is_some() || plan.sources() != self.sources.len() {
+                if self.plan.is_some() || self.decided() || plan.sources() != self.sources.len() {
                     return;
                 }
                 for s in &mut self.sources {

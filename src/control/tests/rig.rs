@@ -431,6 +431,7 @@ pub(super) fn want(claim: u64, of: &PeerId) -> Want {
         rank: of.rank,
         expect: of.incarnation,
         reader: Reader::ONLY,
+        awaited: false,
     }
 }
 

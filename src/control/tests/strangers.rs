@@ -165,6 +165,7 @@ fn a_frame_that_breaks_a_bound_ends_its_session_by_name_and_no_other() {
         (
             "claim.reader",
             Some(Frame::Claim(proto::Claim {
+                awaited: false,
                 claim: 1,
                 offer: id,
                 reader: 2,

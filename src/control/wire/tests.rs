@@ -1,8 +1,8 @@
 use std::{fmt::Debug, time::Duration};
 
 use kvferry_proto::{
-    BlockId, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Nonce, OfferGroup, Reader, Release, ServerBody,
-    ServerFrame,
+    BlockId, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, Growth, Nonce, OfferGroup, Reader, Release,
+    ServerBody, ServerFrame,
 };
 use proptest::{collection::vec, option, prelude::*, sample::select, strategy::ValueTree};
 use prost::Message;
@@ -186,9 +186,15 @@ fn contents() -> impl Strategy<Value = Contents> {
     (any::<u64>(), any::<bool>(), prints, vec((0..1000u32, group_blocks()), 0..4)).prop_map(
         |(tokens, complete, fingerprints, groups)| {
             let group = |(i, (first_position, blocks))| OfferGroup { group: GroupId(i as u16), first_position, blocks };
-            Contents { tokens, complete, fingerprints, groups: groups.into_iter().enumerate().map(group).collect() }
+            let groups = groups.into_iter().enumerate().map(group).collect();
+            let whole = if complete { tokens } else { tokens.saturating_add(1) };
+            Contents { tokens: tokens.min(whole), whole, complete, fingerprints, groups }
         },
     )
+}
+
+fn growths() -> impl Strategy<Value = Growth> {
+    contents().prop_map(|Contents { tokens, complete, groups, .. }| Growth { tokens, complete, groups })
 }
 
 fn client_frames() -> impl Strategy<Value = ClientFrame> {
@@ -197,9 +203,11 @@ fn client_frames() -> impl Strategy<Value = ClientFrame> {
     let body = prop_oneof![
         (peers(), incarnations()).prop_map(|(from, expect)| ClientBody::Open { from, expect }),
         any::<u64>().prop_map(ClientBody::Ping),
-        (claims(), offer_ids(), tokens(), any::<u64>(), readers()).prop_map(|(claim, offer, token, number, reader)| {
-            ClientBody::Claim { claim, offer, token, number, reader }
-        }),
+        (claims(), offer_ids(), tokens(), any::<u64>(), readers(), any::<bool>()).prop_map(
+            |(claim, offer, token, number, reader, awaited)| {
+                ClientBody::Claim { claim, offer, token, number, reader, awaited }
+            }
+        ),
         vec(claims(), 0..10).prop_map(ClientBody::Renew),
         release.prop_map(ClientBody::Release),
     ];
@@ -226,6 +234,7 @@ fn server_frames() -> impl Strategy<Value = ServerFrame> {
             let (grant, contents) = (Grant { slot, nonce: Nonce::from_wire(nonce).unwrap() }, Arc::new(contents));
             ServerBody::Granted { claim, grant, contents, remaining }
         }),
+        (claims(), growths()).prop_map(|(claim, growth)| ServerBody::Grown { claim, growth }),
         (claims(), ms()).prop_map(|(claim, retry)| ServerBody::NotYet { claim, retry }),
         (claims(), why()).prop_map(|(claim, why)| ServerBody::Gone { claim, why }),
         (offer_ids(), why()).prop_map(|(offer, why)| ServerBody::Revoked { offer, why }),
@@ -313,7 +322,15 @@ fn a_bad_frame_is_refused_by_the_name_of_its_field() {
     let frame = |seq, frame| ClientFrame::try_from(proto::ClientFrame { seq, frame: Some(frame) });
     let id = Some(proto::OfferId { high: 1, low: 2 });
     let token = vec![1; 16];
-    let claim = proto::Claim { claim: 1, offer: id, reader: 0, readers: 1, token: token.clone().into(), number: 0 };
+    let claim = proto::Claim {
+        claim: 1,
+        offer: id,
+        reader: 0,
+        readers: 1,
+        token: token.clone().into(),
+        number: 0,
+        awaited: false,
+    };
     assert!(frame(0, C::Claim(claim.clone())).is_ok());
     refused(frame(0, C::Claim(proto::Claim { token: vec![1; 15].into(), ..claim.clone() })), "claim.token");
     refused(frame(0, C::Claim(proto::Claim { claim: 0, ..claim.clone() })), "claim.claim");

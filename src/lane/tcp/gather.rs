@@ -78,9 +78,10 @@ mod tests {
 
     const BLOCK: u64 = 64;
 
-    fn setting() -> (PoolLayout, Vec<OfferGroup>) {
+    fn setting() -> (PoolLayout, Contents) {
         let blocks = [Some(3), Some(4), None, Some(9), Some(9), Some(10)].map(|b| b.map(BlockId)).to_vec();
-        (PoolLayout::uniform(10, 2, BLOCK, 16), vec![OfferGroup { group: GroupId(0), first_position: 100, blocks }])
+        let groups = vec![OfferGroup { group: GroupId(0), first_position: 100, blocks }];
+        (PoolLayout::uniform(10, 2, BLOCK, 16), Contents { groups, complete: true, ..Contents::default() })
     }
 
     fn ask(entries: &[Entry]) -> Result<(u64, Vec<Span>), OutOfBounds> {

@@ -49,7 +49,7 @@ fn claim(core: &Arc<Core>, n: u64, session: SessionId, from: &PeerId, by: &PeerK
     let (name, groups) = core.name(spec);
     core.enter(&name, groups, Ready::Now).unwrap();
     let (offer, token) = (name.id, name.token);
-    let body = ClientBody::Claim { claim: ClaimId(n), offer, token, number: 0, reader: Reader::ONLY };
+    let body = ClientBody::Claim { claim: ClaimId(n), offer, token, number: 0, reader: Reader::ONLY, awaited: false };
     core.frame(session, from, ClientFrame { seq: 0, body }, by)
 }
 

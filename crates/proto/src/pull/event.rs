@@ -94,3 +94,10 @@ pub struct Retry {
     /// How long it waits for the next growth after that.
     pub stalled: Duration,
 }
+
+impl Retry {
+    /// Of a pull whose offer is there, and which waits for growths until its deadline.
+    pub fn new(attempts: u32, wait: Duration, patience: Duration) -> Self {
+        Self { attempts, wait, patience, awaited: false, queued: Duration::MAX, stalled: Duration::MAX }
+    }
+}

@@ -81,7 +81,10 @@ impl Table {
     fn claim_as(&mut self, from: &PeerId, claim: u64, offer: u64, reader: Reader) -> ServerBody {
         // Each offer's number is the low half of its id.
         let (claim, number) = (ClaimId(claim), offer);
-        self.frame(from, ClientBody::Claim { claim, offer: id(offer), token: token(offer), number, reader });
+        self.frame(
+            from,
+            ClientBody::Claim { claim, offer: id(offer), token: token(offer), number, reader, awaited: false },
+        );
         let mut answers = self.outs().into_iter().filter_map(|o| match o {
             Out::Send(to, ServerFrame { body: Some(body), .. }) if to == from.incarnation => Some(body),
             _ => None,
@@ -127,7 +130,7 @@ fn secret(n: u64) -> (OfferId, Token) {
 
 /// Contents that differ from offer to offer.
 fn contents(n: u64) -> Arc<Contents> {
-    Arc::new(Contents { tokens: n, complete: true, ..Contents::default() })
+    Arc::new(Contents { tokens: n, whole: n, complete: true, ..Contents::default() })
 }
 
 /// A rank of an engine: two of the same letter are of one engine.

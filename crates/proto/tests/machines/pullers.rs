@@ -141,7 +141,7 @@ impl Rig {
 
     /// Holds the offer of a pull for up to a minute. Returns its claim.
     fn hold(&mut self, start: &Start) -> ClaimId {
-        let wait = HoldRequest { offer: start.offer.clone(), sources: vec![0], reader: start.reader };
+        let wait = HoldRequest { offer: start.offer.clone(), sources: vec![0], reader: start.reader, awaited: false };
         self.puller.handle(self.now, In::Hold(Box::new(wait), 60 * SECOND));
         let want = self.claimed();
         assert_eq!((want.offer, want.token), (start.offer.id, start.offer.token));
@@ -175,7 +175,7 @@ impl Rig {
             reader: Reader::ONLY,
             started: self.now,
             deadline: self.now + 30 * SECOND,
-            retry: Retry { attempts: 3, wait: Duration::from_millis(10), patience: 2 * SECOND },
+            retry: Retry::new(3, Duration::from_millis(10), 2 * SECOND),
             chunk: ChunkSize::default(),
             lanes: vec![LaneKind::Verbs, LaneKind::Tcp],
             local_ready: true,
@@ -399,7 +399,7 @@ fn a_name_with_another_token_leaves_the_hold_alone() {
     forged.token = Token::from_bytes([9; 16]);
     rig.puller.handle(rig.now, In::Release(Arc::new(forged.clone())));
     assert_eq!(rig.released(), (None, true), "the producer refuses this one");
-    let wrong = HoldRequest { offer: Arc::new(forged), sources: vec![0], reader: Reader::ONLY };
+    let wrong = HoldRequest { offer: Arc::new(forged), sources: vec![0], reader: Reader::ONLY, awaited: false };
     rig.puller.handle(rig.now, In::Hold(Box::new(wrong), 60 * SECOND));
     assert_ne!(rig.claimed().claim, claim, "a hold of its own, which the producer refuses");
     rig.grant(claim, contents);

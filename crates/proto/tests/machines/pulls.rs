@@ -62,7 +62,7 @@ fn a_pull_reads_in_prefix_order_and_ends_complete() {
 
 #[test]
 fn nothing_is_read_before_the_plan_the_grant_and_the_local_blocks_are_there() {
-    let retry = Retry { attempts: 3, wait: SECOND, patience: PATIENCE };
+    let retry = Retry::new(3, SECOND, PATIENCE);
     let mut p = Pull::new(1, wanted(BLOCKS));
     p.tracker = PullTracker::new(p.start, vec![wanted(BLOCKS)], 1, p.start + DEADLINE, retry, false);
     p.plan(BLOCKS);
@@ -443,7 +443,7 @@ fn a_peer_that_never_answered_hello_is_unreachable() {
 
 #[test]
 fn endless_patience_waits_for_the_deadline() {
-    let retry = Retry { attempts: 3, wait: SECOND, patience: Duration::MAX };
+    let retry = Retry::new(3, SECOND, Duration::MAX);
     let now = Instant::now();
     let mut tracker = PullTracker::new(now, vec![wanted(BLOCKS)], 1, now + DEADLINE, retry, true);
     tracker.handle(now, In::Silent { source: ONLY, silent: true });

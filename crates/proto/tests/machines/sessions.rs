@@ -25,7 +25,7 @@ struct Session {
 impl Session {
     fn new() -> Self {
         let start = Instant::now();
-        let machine = PeerSession::new(start, peer("me", 1), SessionConfig::default(), Box::new(|| u64::MAX));
+        let machine = PeerSession::new(start, peer("me", 1), SessionConfig::default(), 1000, Box::new(|| u64::MAX));
         Self { machine, now: start, stream: 0 }
     }
 
@@ -159,6 +159,7 @@ fn want(claim: u64, of: u64) -> Want {
         rank: Rank(0),
         expect: incarnation(of),
         reader: Reader::ONLY,
+        awaited: false,
     }
 }
 

@@ -33,6 +33,8 @@ pub(crate) struct Lease {
     unclaimed_until: Micros,
     claimed_ever: bool,
     pub revoked: bool,
+    /// It was opened before its blocks were computed.
+    grows: bool,
     freed: Option<Gone>,
 }
 
@@ -42,7 +44,7 @@ pub(crate) type PendingKey = (Incarnation, OfferId, Option<ClaimId>, Incarnation
 impl World {
     // Leak-free.
 
-    pub(crate) fn lease_begins(&mut self, q: usize, id: OfferId, ready: bool) {
+    pub(crate) fn lease_begins(&mut self, q: usize, id: OfferId, ready: bool, grows: bool) {
         let early = self.procs[q].early_released.contains(&id);
         let unclaimed = self.weather.lease.unclaimed.as_micros() as Micros;
         let lease = Lease {
@@ -55,6 +57,7 @@ impl World {
             unclaimed_until: self.now + unclaimed,
             claimed_ever: false,
             revoked: false,
+            grows,
             freed: None,
         };
         self.procs[q].leases.insert(id, lease);
@@ -154,6 +157,12 @@ impl World {
         let claimed = self.weather.lease.claimed.as_micros() as Micros;
         match out {
             table::Out::Send(to, frame) => {
+                if let Some(ServerBody::Grown { claim, growth }) = &frame.body {
+                    let last = self.procs[q].grown.insert((*to, *claim), now);
+                    if !growth.complete && last.is_some_and(|t| now < t + 10_000) {
+                        self.broken(Promise::Sound, format!("process {q} tells {claim:?} of growths too often"));
+                    }
+                }
                 if let Some(ServerBody::Granted { claim, .. }) = &frame.body {
                     let key = (*to, *claim);
                     if self.procs[q].stolen.contains(&key) {
@@ -171,6 +180,8 @@ impl World {
                     }
                 }
             }
+            // No lease runs before an offer is finished.
+            table::Out::Publish { offer, contents, .. } if contents.complete => self.lease_ready(q, *offer),
             table::Out::Freed(Freed { offer, why }) => self.check_freed(q, *offer, *why),
             _ => {}
         }
@@ -191,7 +202,9 @@ impl World {
         } else {
             match why {
                 Gone::Expired if held.is_some() => Some("while a claim holds"),
-                Gone::Expired if lease.ready.is_none() => Some("though it is not ready, and no lease runs"),
+                Gone::Expired if lease.ready.is_none() && !(lease.grows && lease.claimed_ever) => {
+                    Some("though it is not ready, and no lease runs")
+                }
                 Gone::Expired if !lease.claimed_ever && now < lease.unclaimed_until => {
                     Some("before its unclaimed time is over")
                 }
@@ -250,6 +263,7 @@ impl World {
         for c in 0..self.consumers.len() {
             self.check_deadlines(c);
             self.check_holds(c);
+            self.check_prefixes(c);
         }
         let mut late = None;
         let mut live = 0;
@@ -282,6 +296,33 @@ impl World {
         }
         if self.calm.is_some() && self.healing == 0 {
             self.check_end(live);
+        }
+    }
+
+    /// Whether the blocks below each pull's prefix hold the request's bytes.
+    fn check_prefixes(&mut self, c: usize) {
+        let Some(process) = &self.consumers[c].process else { return };
+        let mut bad = None;
+        let fabric = self.fabric.get();
+        for (id, pull) in process.pulls.iter().filter(|(_, p)| p.decided.is_none()) {
+            let prefix = pull.progress.prefix();
+            for l in &pull.wanted {
+                let size = u64::from(self.shape.group(l.group).tokens);
+                for (position, block) in l.wants().filter(|(p, _)| (u64::from(*p) + 1) * size <= prefix) {
+                    let (memory, version) = (&fabric.locals[process.local].memory, self.requests[pull.r].version);
+                    let at = (l.group, block);
+                    if memory.differs(&self.shape, &process.layout, at, position, version).is_some() {
+                        bad = Some(format!(
+                            "pull {id} of consumer {c} has loaded {prefix} tokens, and position {position} of group {} is not",
+                            l.group.0
+                        ));
+                    }
+                }
+            }
+        }
+        drop(fabric);
+        if let Some(what) = bad {
+            self.broken(Promise::Exact, what);
         }
     }
 

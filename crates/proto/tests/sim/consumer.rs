@@ -11,7 +11,8 @@ use kvferry_proto::{
     Block, BlockId, Cause, ChunkSize, EngineId, GroupOutcome, Lane, LaneKind, LocalBlocks, Offer, OfferId, PeerId,
     Rank, Reader, Release, Shard, Token,
     hello::Welcome,
-    puller::{self, PullId, Puller, Start},
+    pull::Retry,
+    puller::{self, Progress, PullId, Puller, Start},
     quarantine::Quarantine,
     session::{self, PeerSession},
     staging::Ring,
@@ -85,6 +86,7 @@ pub(crate) struct Session {
 /// A pull, as the engine that started it knows it.
 pub(crate) struct Pull {
     pub r: usize,
+    pub progress: Arc<Progress>,
     pub wanted: Vec<LocalBlocks>,
     pub producers: Vec<usize>,
     pub started: Micros,
@@ -284,6 +286,7 @@ impl World {
         let mangled = (!heal && self.rng.chance(games.mangle)).then(|| self.mangle(r));
         let offer = mangled.as_ref().map_or(offer, |(changed, _)| changed.clone());
         let mangled = mangled.map(|(_, what)| what);
+        let awaited = self.requests[r].awaited;
         let Some(process) = &mut self.consumers[c].process else { return };
         if process.closing {
             return;
@@ -326,7 +329,7 @@ impl World {
             process.waiting.insert(r);
             say!(self, "consumer {c}: holds {}", offer.id);
             let limit = self.weather.lease.hard_cap;
-            self.puller(c, puller::In::Hold(Box::new(puller::HoldRequest { offer, sources, reader }), limit));
+            self.puller(c, puller::In::Hold(Box::new(puller::HoldRequest { offer, sources, reader, awaited }), limit));
             let most = 4 * self.weather.lease.unclaimed.as_micros() as Micros;
             let t = self.now + self.rng.below(most);
             if t >= self.now + limit.as_micros() as Micros {
@@ -386,8 +389,10 @@ impl World {
         let mut lanes = vec![LaneKind::Verbs, LaneKind::Local, LaneKind::Tcp];
         self.rng.shuffle(&mut lanes);
         lanes.truncate(self.rng.between(1, 3) as usize);
+        let progress = Arc::<Progress>::default();
         let info = Pull {
             r,
+            progress: progress.clone(),
             wanted: wanted.clone(),
             producers,
             started: self.now,
@@ -424,7 +429,7 @@ impl World {
             reader,
             started: self.instant(self.now),
             deadline: self.instant(deadline),
-            retry: self.weather.retry,
+            retry: Retry { awaited, ..self.weather.retry },
             chunk: ChunkSize {
                 per_pull: self.rng.between(1, 16) as u32,
                 min_bytes: self.rng.between(1, 400),
@@ -432,7 +437,7 @@ impl World {
             },
             lanes,
             local_ready: !late_local,
-            progress: Arc::default(),
+            progress,
         };
         self.puller(c, puller::In::Start(Box::new(start)));
         if late_local {

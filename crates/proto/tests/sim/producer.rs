@@ -9,8 +9,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    ClaimId, ClientBody, ClientFrame, Contents, EngineId, Gone, Incarnation, LaneKind, Machine, Offer, OfferId, PeerId,
-    Rank, ServerBody, ServerFrame, Shard,
+    ClaimId, ClientBody, ClientFrame, Contents, EngineId, Gone, Growth, Incarnation, LaneKind, Machine, Offer, OfferId,
+    PeerId, Rank, ServerBody, ServerFrame, Shard,
     hello::Welcome,
     table::{self, Freed, OfferTable},
 };
@@ -76,6 +76,8 @@ pub(crate) struct Proc {
     pub claimed: BTreeMap<(Incarnation, ClaimId), OfferId>,
     /// Claims that showed a wrong token.
     pub stolen: BTreeSet<(Incarnation, ClaimId)>,
+    /// When each claim heard of a growth last.
+    pub grown: BTreeMap<(Incarnation, ClaimId), Micros>,
     /// Offers that were released before they were entered.
     pub early_released: BTreeSet<OfferId>,
     requests: BTreeMap<OfferId, (usize, usize)>,
@@ -87,6 +89,10 @@ pub(crate) struct Request {
     pub engine: usize,
     pub offer: Arc<Offer>,
     pub contents: Arc<Contents>,
+    /// By which its offer grows; none: it is offered whole.
+    pub steps: Vec<Growth>,
+    /// Its consumers may claim it before it is entered.
+    pub awaited: bool,
     /// By rank of the engine: the process, and whether its blocks are back.
     pub ranks: Vec<RankPart>,
     given_back: bool,
@@ -98,6 +104,8 @@ pub(crate) struct RankPart {
     pub proc: usize,
     pub ready: bool,
     pub back: bool,
+    /// The next of the request's steps.
+    pub step: usize,
 }
 
 impl World {
@@ -219,6 +227,7 @@ impl World {
             leases: BTreeMap::new(),
             claimed: BTreeMap::new(),
             stolen: BTreeSet::new(),
+            grown: BTreeMap::new(),
             early_released: BTreeSet::new(),
             requests: BTreeMap::new(),
         });

@@ -92,6 +92,8 @@ pub(crate) struct Games {
     pub unpulled: u64,
     pub short_deadline: u64,
     pub late_local: u64,
+    /// A prefill grows its offer while it runs.
+    pub grow: u64,
     /// A request waits in the decode engine's queue: its offer is held first.
     pub hold: u64,
     /// The producer's steps stall between one and the next.
@@ -173,6 +175,7 @@ impl Weather {
                 lease.claimed = micros(claimed);
                 lease.hard_cap = micros(length + rng.between(200, 600) * MS);
                 lease.early_grace = micros(30 * MS);
+                lease.awaited = micros(300 * MS);
                 // Offers that are entered later than 20 ms are excused.
                 lease.reorder = micros(21 * MS);
                 lease.tombstone = micros(rng.between(50, 500) * MS);
@@ -201,7 +204,7 @@ impl Weather {
             retry: Retry {
                 attempts: rng.between(3, 10) as u32,
                 wait: micros(rng.between(100, 4000)),
-                patience: micros(heartbeat * rng.between(2, 3)),
+                ..Retry::new(0, Duration::ZERO, micros(heartbeat * rng.between(2, 3)))
             },
             looks: Waits { first: micros(rng.between(0, 20) * MS), longest: micros(100 * MS) },
             requests: rng.between(4, 14),
@@ -259,6 +262,7 @@ impl Weather {
             w.games.late_local = some!(300);
             w.games.stall = some!(600);
             w.games.hold = some!(400);
+            w.games.grow = some!(700);
         }
         if games && rng.chance(150) {
             w.lease.hard_cap = micros(rng.between(10, 100) * MS);
@@ -285,7 +289,7 @@ impl Weather {
         self.net.delay.2 = 400;
         let copies = CopyLuck { latency: self.lanes.copies.latency, ..CopyLuck::default() };
         self.lanes = LaneLuck { latency: self.lanes.latency, torn: self.lanes.torn, copies, ..LaneLuck::default() };
-        self.games = Games { stall: 50, ..Games::default() };
+        self.games = Games { stall: 50, grow: self.games.grow, ..Games::default() };
     }
 
     /// Whether frames get through, in order.

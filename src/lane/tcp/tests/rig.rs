@@ -107,7 +107,7 @@ impl Rig {
             first_position: 0,
             blocks: blocks.iter().map(|b| b.map(BlockId)).collect(),
         }];
-        let contents = Contents { groups: groups.clone(), ..Contents::default() };
+        let contents = Contents { groups: groups.clone(), complete: true, ..Contents::default() };
         self.export.publish(slot, nonce, Arc::new(contents));
         (Grant { slot, nonce }, groups)
     }

@@ -78,7 +78,7 @@ fn start(it: &mut Driver, n: u64, grant: Grant, incarnation: Incarnation) {
         reader: Reader::ONLY,
         started: now,
         deadline: now + 30 * SECOND,
-        retry: Retry { attempts: 3, wait: SECOND, patience: SECOND },
+        retry: Retry::new(3, SECOND, SECOND),
         chunk: ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK },
         lanes: vec![LaneKind::Verbs],
         local_ready: true,

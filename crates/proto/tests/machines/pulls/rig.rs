@@ -33,7 +33,7 @@ impl Pull {
     /// A pull without plan, grants and lanes.
     pub(super) fn new(sources: usize, wanted: LocalBlocks) -> Self {
         let start = Instant::now();
-        let retry = Retry { attempts: 3, wait: Duration::from_millis(10), patience: PATIENCE };
+        let retry = Retry::new(3, Duration::from_millis(10), PATIENCE);
         let tracker = PullTracker::new(start, vec![wanted], sources, start + DEADLINE, retry, true);
         Self { tracker, start, now: start, attempts: 0, sources }
     }

@@ -131,7 +131,7 @@ impl World {
         let (now, entropy, config) = (self.clock(), self.entropy(), self.weather.session.clone());
         if let Some(process) = &mut self.consumers[c].process {
             process.sessions.entry(p).or_insert_with(|| Session {
-                machine: PeerSession::new(now, process.me.clone(), config, entropy),
+                machine: PeerSession::new(now, process.me.clone(), config, 1 << 20, entropy),
                 conn: None,
                 dialing: None,
                 welcome: None,

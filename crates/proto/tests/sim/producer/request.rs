@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    BlockId, Contents, GroupId, GroupKind, Incarnation, Offer, OfferGroup, OfferId, OfferRank, Token,
+    BlockId, Contents, GroupId, GroupKind, Growth, Incarnation, Offer, OfferGroup, OfferId, OfferRank, Token,
     sabotage::{Bug, planted},
     table,
 };
@@ -25,10 +25,13 @@ impl World {
             None => *self.rng.pick(&up),
         };
         let Some(groups) = self.allocate(e) else { return };
+        let tokens = self.tokens_of(&groups);
         let games = self.weather.games.clone();
         let version = self.version();
+        let grows = self.rng.chance(games.grow);
+        let awaited = grows && self.rng.chance(500);
         self.engines[e].named += 1;
-        let number = self.engines[e].named;
+        let number = if awaited { 0 } else { self.engines[e].named };
         let procs: Vec<usize> = self.engines[e].ranks.iter().filter_map(|&p| self.producers[p].proc).collect();
         let incarnations: Vec<_> = procs.iter().map(|&q| self.procs[q].id.incarnation).collect();
         let offer = Offer::new(
@@ -43,7 +46,7 @@ impl World {
                     addr: self.producers[self.procs[q].producer].addr.to_string(),
                 })
                 .collect(),
-            1,
+            tokens,
         )
         .request(format!("v{version}"))
         .number(number)
@@ -53,27 +56,33 @@ impl World {
             self.broken(Promise::Sound, format!("the simulation's own offer: {error}"));
         }
         let r = self.requests.len();
+        let steps = if grows { self.steps(&contents) } else { Vec::new() };
+        self.stats.grown += u64::from(grows);
         self.stats.offers += 1;
         say!(self, "engine {e} offers v{version} as {} {:?}", offer.id, contents.groups);
-        let late = self.rng.chance(games.late_ready);
+        let late = !grows && self.rng.chance(games.late_ready);
         self.requests.push(Request {
             version,
             engine: e,
             offer: Arc::new(offer),
             contents: Arc::new(contents),
+            steps,
+            awaited,
             ranks: procs
                 .iter()
-                .map(|&proc| RankPart { proc, ready: !late || planted(Bug::ReadyBeforeEvent), back: false })
+                .map(|&proc| RankPart { proc, ready: !late || planted(Bug::ReadyBeforeEvent), back: false, step: 0 })
                 .collect(),
             given_back: false,
             excused: None,
         });
         let early = if self.rng.chance(games.early) { self.rng.tail(100, 10_000, 60_000) } else { 0 };
-        if early > 20_000 {
+        if early > 20_000 && !awaited {
             self.requests[r].excused = Some("the offer was entered very late");
         }
         for k in 0..procs.len() {
-            self.fill(r, k, if late { Part::Even } else { Part::All });
+            if !grows {
+                self.fill(r, k, if late { Part::Even } else { Part::All });
+            }
             let t = self.now + if early == 0 { 0 } else { self.rng.below(early) };
             if t == self.now {
                 self.register(r, k);
@@ -173,6 +182,114 @@ impl World {
         }
     }
 
+    /// The tokens that the blocks hold; the last block is partial.
+    fn tokens_of(&self, groups: &[OfferGroup]) -> u64 {
+        let end = |g: &OfferGroup| {
+            u64::from(g.first_position + g.blocks.len() as u32) * u64::from(self.shape.group(g.group).tokens)
+        };
+        groups.iter().map(end).max().unwrap_or(1).saturating_sub(1).max(1)
+    }
+
+    /// The steps by which a prefill fills these contents. Blocks are listed ahead of the mark; some groups only at the end.
+    fn steps(&mut self, contents: &Contents) -> Vec<Growth> {
+        let mut marks: Vec<u64> = (0..self.rng.below(5)).map(|_| self.rng.below(contents.whole)).collect();
+        marks.sort_unstable();
+        marks.push(contents.whole);
+        let last = marks.len() - 1;
+        let at_end: Vec<bool> = contents.groups.iter().map(|_| self.rng.chance(250)).collect();
+        let mut listed = vec![0; contents.groups.len()];
+        let mut steps = Vec::new();
+        for (i, &tokens) in marks.iter().enumerate() {
+            let ahead = self.rng.below(100);
+            let mut groups = Vec::new();
+            for ((g, from), at_end) in contents.groups.iter().zip(&mut listed).zip(&at_end) {
+                let block = u64::from(self.shape.group(g.group).tokens);
+                let end = ((tokens + ahead).div_ceil(block) as usize).saturating_sub(g.first_position as usize);
+                let to = if i == last { g.blocks.len() } else { end.min(g.blocks.len()).max(*from) };
+                if to > *from && (!at_end || i == last) {
+                    let first_position = g.first_position + *from as u32;
+                    let blocks = g.blocks[*from..to].to_vec();
+                    groups.push(OfferGroup { group: g.group, first_position, blocks });
+                    *from = to;
+                }
+            }
+            steps.push(Growth { tokens, complete: i == last, groups });
+        }
+        steps
+    }
+
+    /// The engine computes a step at one rank: it fills the blocks below the mark, and a part of the block that the mark is in.
+    fn compute(&mut self, r: usize, k: usize, step: usize) {
+        let request = &self.requests[r];
+        let q = request.ranks[k].proc;
+        let before = step.checked_sub(1).map_or(0, |s| request.steps[s].tokens);
+        let Growth { tokens, complete, .. } = request.steps[step];
+        let mut fabric = self.fabric.get();
+        for g in &request.contents.groups {
+            let size = u64::from(self.shape.group(g.group).tokens);
+            for (i, b) in g.blocks.iter().enumerate() {
+                let Some(b) = b else { continue };
+                let position = g.first_position + i as u32;
+                let (start, end) = (u64::from(position) * size, (u64::from(position) + 1) * size);
+                let part = match () {
+                    () if end <= before => continue,
+                    () if end <= tokens || complete => Part::All,
+                    () if start < tokens => Part::Even,
+                    () => continue,
+                };
+                let memory = &mut fabric.procs[q].memory;
+                memory.write(&self.shape, &self.procs[q].layout, (g.group, *b), position, request.version, part);
+            }
+        }
+    }
+
+    /// A step of a prefill that grows its offer.
+    pub(crate) fn grow(&mut self, r: usize, k: usize) {
+        let q = self.requests[r].ranks[k].proc;
+        if !self.awake(q, Event::Grow { r, k }) || self.requests[r].ranks[k].back {
+            return;
+        }
+        let (step, now) = (self.requests[r].ranks[k].step, self.clock());
+        self.requests[r].ranks[k].step += 1;
+        let late = self.rng.chance(400);
+        if !late {
+            self.compute(r, k, step);
+        }
+        let (id, growth) = (self.requests[r].offer.id, self.requests[r].steps[step].clone());
+        say!(
+            self,
+            "process {q}: {id} grows to {} tokens, its data is {}",
+            growth.tokens,
+            if late { "late" } else { "there" }
+        );
+        match self.procs[q].table.grow(now, id, growth, !late) {
+            Ok(number) if late => {
+                let t = self.now + self.rng.tail(10, 3000, 20_000);
+                self.at(t, Event::Grown { r, k, number, step });
+            }
+            Ok(_) => {}
+            Err(error) => return say!(self, "process {q}: {error}"),
+        }
+        self.drain_table(q);
+        if step + 1 < self.requests[r].steps.len() {
+            let t = self.now + self.rng.tail(10, 4000, 20_000);
+            self.at(t, Event::Grow { r, k });
+        }
+    }
+
+    /// The data of a step is there. Its event comes in any case, and the blocks may be another request's by now.
+    pub(crate) fn grown(&mut self, r: usize, k: usize, number: u64, step: usize) {
+        let q = self.requests[r].ranks[k].proc;
+        if !self.awake(q, Event::Grown { r, k, number, step }) {
+            return;
+        }
+        if !self.requests[r].ranks[k].back {
+            self.compute(r, k, step);
+        }
+        let id = self.requests[r].offer.id;
+        self.table(q, table::In::Grown(id, number));
+    }
+
     fn awake(&mut self, q: usize, event: Event) -> bool {
         if self.procs[q].alive && self.procs[q].stopped {
             let t = self.now + 1000;
@@ -189,8 +306,13 @@ impl World {
         }
         let (id, ready, now) = (self.requests[r].offer.id, self.requests[r].ranks[k].ready, self.clock());
         self.procs[q].requests.insert(id, (r, k));
-        self.lease_begins(q, id, ready);
-        let (secret, contents) = ((id, self.requests[r].offer.token), self.requests[r].contents.clone());
+        let grows = !self.requests[r].steps.is_empty();
+        self.lease_begins(q, id, ready && !grows, grows);
+        let secret = (id, self.requests[r].offer.token);
+        let contents = match grows {
+            true => Arc::new(Contents::open(&self.requests[r].offer)),
+            false => self.requests[r].contents.clone(),
+        };
         match self.procs[q].table.offer(now, secret, contents, ready) {
             Ok(()) => self.procs[q].table.numbered(now, self.requests[r].offer.number),
             Err(error) => {
@@ -201,6 +323,10 @@ impl World {
             }
         }
         self.drain_table(q);
+        if grows {
+            let t = self.now + self.rng.tail(0, 4000, 20_000);
+            self.at(t, Event::Grow { r, k });
+        }
     }
 
     pub(crate) fn ready(&mut self, r: usize, k: usize) {

@@ -3,6 +3,7 @@
 mod exact;
 mod fresh;
 mod frugal;
+mod growing;
 mod healing;
 mod isolated;
 mod leak_free;

@@ -48,6 +48,18 @@ pub fn write(seed: u64, memory: &Memory) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Fills one block of a producer's memory again.
+pub fn write_block(seed: u64, memory: &Memory, group: &Group, block: u32) -> std::io::Result<()> {
+    for r in &group.regions {
+        let (at, mut bytes) = (r.block_offset(block), vec![0; r.block_bytes as usize]);
+        for (i, page) in bytes.chunks_mut(PAGE as usize).enumerate() {
+            fill(seed, r.segment, at / PAGE + i as u64, page);
+        }
+        memory.write_from(r.segment, at, &bytes)?;
+    }
+    Ok(())
+}
+
 /// Compares pulled blocks with the pattern.
 #[derive(Default)]
 pub struct Check {

@@ -30,6 +30,12 @@ pub enum Say {
     Offer { blocks: Vec<u32>, ready: bool },
     /// Enter an offer of these blocks under a name that was made before. The answer is `Offered`.
     Enter { name: Offer, blocks: Vec<u32>, ready: bool },
+    /// Open an offer of these blocks, none of which is computed: their bytes are wrong. The answer is `Offered`.
+    Open { name: Option<Offer>, blocks: Vec<u32> },
+    /// Compute an open offer's blocks below the mark of `tokens`, and grow it by its next blocks up to `listed`.
+    Grow { offer: OfferId, listed: usize, tokens: u64 },
+    /// Compute the rest of an open offer's blocks, list them, and finish it.
+    Finish(OfferId),
     /// The offer's blocks are filled.
     Ready(OfferId),
     /// Revoke the offer, and overwrite its blocks as soon as they are freed.
@@ -194,6 +200,17 @@ impl Producer {
     pub fn offer(&mut self, blocks: &[u32]) -> Offer {
         self.say(&Say::Offer { blocks: blocks.to_vec(), ready: true });
         self.offered().expect("the offer is made")
+    }
+
+    /// Opens an offer of these blocks, 16 tokens each.
+    pub fn open(&mut self, blocks: &[u32]) -> Offer {
+        self.say(&Say::Open { name: None, blocks: blocks.to_vec() });
+        self.offered().expect("the offer is opened")
+    }
+
+    /// Computes the first `blocks` blocks of an open offer, and lists two more.
+    pub fn grow(&mut self, offer: OfferId, blocks: usize) {
+        self.say(&Say::Grow { offer, listed: blocks + 2, tokens: blocks as u64 * 16 });
     }
 
     pub fn offered(&mut self) -> Result<Offer, String> {

@@ -37,6 +37,39 @@ pub(super) fn pool_on_gpu(_: &PoolLayout) -> Memory {
     panic!("this build has no GPU memory in tests")
 }
 
+/// Writes the KV of another request into a block.
+fn overwrite(memory: &Memory, layout: &PoolLayout, block: u32) {
+    for r in &layout.groups[0].regions {
+        let other = vec![0xEE; r.block_bytes as usize];
+        memory.write_from(r.segment, r.block_offset(block), &other).expect("in the pool");
+    }
+}
+
+/// An open offer of a producer process.
+struct Open {
+    blocks: Vec<u32>,
+    listed: usize,
+    computed: usize,
+}
+
+impl Open {
+    /// Computes blocks, and grows the offer. Blocks may be listed before they are computed.
+    fn grow(&mut self, producer: &Producer, offer: OfferId, listed: usize, tokens: u64) {
+        let (seed, group) = (producer.me().incarnation.get(), &producer.layout().groups[0]);
+        let computed = (tokens / 16) as usize;
+        for block in &self.blocks[self.computed..computed.max(self.computed)] {
+            pattern::write_block(seed, producer.memory(), group, *block).expect("in the pool");
+        }
+        self.computed = self.computed.max(computed);
+        let listed = listed.clamp(self.listed, self.blocks.len());
+        let blocks = self.blocks[self.listed..listed].iter().map(|b| Some(BlockId(*b))).collect();
+        let list = OfferGroup { group: GroupId(0), first_position: self.listed as u32, blocks };
+        self.listed = listed;
+        // The test's consumer may have ended it.
+        let _ = producer.grow(offer, vec![list], tokens, Ready::Now);
+    }
+}
+
 /// Does the work of a producer if this process was started as one, and then does not return. Tests call it in a test
 /// named `role`, benchmarks at the start of `main`.
 pub fn play() {
@@ -78,6 +111,7 @@ pub fn play() {
     let tell = |h: &Heard| println!("@@{}", serde_json::to_string(h).expect("JSON"));
     tell(&Heard::Up { addr: producer.addr().into(), incarnation: producer.me().incarnation.to_string(), seed });
     let mut offered: HashMap<OfferId, Vec<u32>> = HashMap::new();
+    let mut open: HashMap<OfferId, Open> = HashMap::new();
     let mut reuse = false;
     let mut revoked = HashSet::new();
     let (tx, said) = channel::<Say>();
@@ -110,6 +144,27 @@ pub fn play() {
                 offered.insert(name.id, blocks.clone());
                 tell(&Heard::Offered(made.map(|()| (name, blocks))));
             }
+            Ok(Say::Open { name, blocks }) => {
+                blocks.iter().for_each(|b| overwrite(producer.memory(), &layout, *b));
+                let made = match name {
+                    Some(name) => producer.enter_open(&name).map(|()| name),
+                    None => producer.open(OfferSpec::new(blocks.len() as u64 * 16, Vec::new()).request("test")),
+                };
+                if let Ok(o) = &made {
+                    offered.insert(o.id, blocks.clone());
+                    open.insert(o.id, Open { blocks: blocks.clone(), listed: 0, computed: 0 });
+                }
+                tell(&Heard::Offered(made.map(|o| (o, blocks)).map_err(|e| e.to_string())));
+            }
+            Ok(Say::Grow { offer, listed, tokens }) => {
+                open.get_mut(&offer).expect("it is open").grow(&producer, offer, listed, tokens);
+            }
+            Ok(Say::Finish(offer)) => {
+                let open = open.get_mut(&offer).expect("it is open");
+                let (all, tokens) = (open.blocks.len(), open.blocks.len() as u64 * 16);
+                open.grow(&producer, offer, all, tokens);
+                let _ = producer.finish(offer, tokens);
+            }
             Ok(Say::Ready(id)) => producer.ready(id),
             Ok(Say::Revoke(id)) => {
                 revoked.insert(id);
@@ -128,12 +183,7 @@ pub fn play() {
         while let Some(f) = producer.poll_freed() {
             if reuse || revoked.contains(&f.offer) {
                 // The KV of another request.
-                for b in offered.get(&f.offer).into_iter().flatten() {
-                    for r in &layout.groups[0].regions {
-                        let other = vec![0xEE; r.block_bytes as usize];
-                        producer.memory().write_from(r.segment, r.block_offset(*b), &other).expect("in the pool");
-                    }
-                }
+                offered.get(&f.offer).into_iter().flatten().for_each(|b| overwrite(producer.memory(), &layout, *b));
             }
             tell(&Heard::Freed {
                 offer: f.offer,

@@ -257,8 +257,10 @@ impl OfferTable {
         let Some(contents) = contents else { return };
         let complete = contents.complete;
         entry.contents = Arc::new(contents);
-        let at = growing.tell_at(now, complete);
-        self.news.insert((at, id));
+        if let Some(due) = growing.due() {
+            self.news.remove(&(due, id));
+        }
+        self.news.insert((growing.tell_at(now, complete), id));
         self.out.push_back(Out::Publish {
             offer: id,
             contents: entry.contents.clone(),
@@ -282,10 +284,7 @@ impl OfferTable {
             let Some(entry) = self.live.get_mut(&id) else { continue };
             let (contents, claims) = (entry.contents.clone(), entry.claims().collect::<Vec<_>>());
             let Some(growing) = &mut entry.growing else { continue };
-            if !growing.is_due(now) {
-                continue;
-            }
-            for ((to, claim), growth) in growing.news(&contents, claims.into_iter()) {
+            for ((to, claim), growth) in growing.news(now, &contents, claims.into_iter()) {
                 self.reply(to, ServerBody::Grown { claim, growth });
             }
         }
@@ -447,6 +446,7 @@ impl OfferTable {
         let early = self.early.insert(now, id, Early { since: now, awaiting: Vec::new(), released: Vec::new() });
         let waited = now.saturating_duration_since(early.since);
         if awaited {
+            early.awaiting.retain(|(other, _)| *other != key);
             if waited < self.lease.awaited && await_offer(&mut early.awaiting, key, token, self.limits.claims_per_offer)
             {
                 return ServerBody::NotYet { claim, retry: AWAITED_RETRY };
@@ -554,6 +554,9 @@ impl OfferTable {
         }
         let Some(entry) = self.live.remove(&id) else { return };
         self.timers.remove(&(entry.timer, id));
+        if let Some(due) = entry.growing.as_ref().and_then(|g| g.due()) {
+            self.news.remove(&(due, id));
+        }
         let freed = self.out.len();
         if entry.ready {
             self.out.push_back(Out::Withdraw { offer: id, slot: entry.slot });

@@ -80,21 +80,19 @@ impl Growing {
         *self.due.insert(self.due.map_or(at, |due| due.min(at)))
     }
 
-    /// Whether the claims are told now. They are told once.
-    pub(super) fn is_due(&mut self, now: Instant) -> bool {
-        let due = self.due.take_if(|due| *due <= now).is_some();
-        if due {
-            self.told_at = Some(now);
-        }
-        due
+    /// When the claims are told next; `None`: they know everything.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
     }
 
-    /// The gain of each claim that does not know the contents.
+    /// Tells the claims: the gain of each one that does not know the contents.
     pub(super) fn news(
         &mut self,
+        at: Instant,
         contents: &Contents,
         claims: impl Iterator<Item = ClaimKey>,
     ) -> Vec<(ClaimKey, Growth)> {
+        (self.due, self.told_at) = (None, Some(at));
         let now = Extent::of(contents);
         let mut told = std::mem::take(&mut self.told);
         let mut news = Vec::new();

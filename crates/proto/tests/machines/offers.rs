@@ -1,5 +1,7 @@
 //! The producer's offer table.
 
+mod growing;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},

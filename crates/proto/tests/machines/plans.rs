@@ -1,5 +1,7 @@
 //! Plans: which bytes are read into which.
 
+mod growing;
+
 use std::collections::BTreeMap;
 
 use kvferry_proto::{

@@ -1,5 +1,7 @@
 //! The puller: pulls and lanes of a rank.
 
+mod growing;
+
 use std::{
     sync::{
         Arc,

@@ -1,5 +1,6 @@
 //! One pull.
 
+mod growing;
 mod rig;
 
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! A consumer's session with one producer address.
 
+mod growing;
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},

@@ -1,0 +1,105 @@
+//! Pulls of offers that grow.
+
+use super::*;
+
+/// The contents when this many of four blocks are computed.
+fn computed(whole: &Contents, blocks: usize) -> Arc<Contents> {
+    let groups = whole.groups.iter().map(|g| OfferGroup { blocks: g.blocks[..blocks].to_vec(), ..g.clone() }).collect();
+    let tokens = blocks as u64 * 16;
+    Arc::new(Contents { tokens, complete: false, groups, ..whole.clone() })
+}
+
+impl Rig {
+    /// A pull of an open offer that has a lane and nothing to read, its claim, and what the offer will contain.
+    fn waits(&mut self) -> (ClaimId, Arc<Contents>) {
+        let (start, contents) = self.start();
+        self.puller.handle(self.now, In::Start(start));
+        let claim = self.claimed().claim;
+        self.grant(claim, computed(&contents, 0));
+        if self.wish().is_some() {
+            self.connected(Prompt::of(LaneKind::Verbs));
+        }
+        while self.puller.turn(self.now) {}
+        (claim, contents)
+    }
+
+    fn busy(&self) -> usize {
+        self.puller.busy_lanes().count()
+    }
+}
+
+#[test]
+fn pulls_that_wait_for_growth_keep_no_lane_busy_and_one_that_grows_does() {
+    let mut rig = Rig::new();
+    let waiting: Vec<_> = (0..100).map(|_| rig.waits()).collect();
+    assert_eq!((rig.busy(), rig.puller.lanes().count()), (0, 1));
+    // Only its deadline wakes it.
+    let next = rig.puller.next_timeout().unwrap();
+    assert!(next > rig.now + 20 * SECOND, "{:?}", next - rig.now);
+    let (claim, contents) = &waiting[40];
+    rig.grant(*claim, computed(contents, 4));
+    assert_eq!(rig.busy(), 1);
+}
+
+#[test]
+fn a_lane_that_goes_down_while_its_pulls_wait_is_left_by_all_of_them() {
+    let mut rig = Rig::new();
+    let (start, contents) = rig.start();
+    rig.puller.handle(rig.now, In::Start(start));
+    let claim = rig.claimed().claim;
+    rig.grant(claim, computed(&contents, 0));
+    assert!(rig.wish().is_some());
+    let lane = Prompt::of(LaneKind::Verbs);
+    let down = lane.down.clone();
+    rig.connected(lane);
+    rig.waits();
+    assert_eq!(rig.busy(), 0);
+    down.store(true, Ordering::Relaxed);
+    let lane = rig.puller.idle_lanes().next().unwrap();
+    rig.puller.mark_ready(lane);
+    while rig.puller.turn(rig.now) {}
+    // Both ask for a new lane, in one wish.
+    assert!(rig.wish().is_some());
+    assert_eq!(rig.connected(Prompt::of(LaneKind::Tcp)).load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_cancelled_pull_that_waits_for_growth_ends() {
+    let mut rig = Rig::new();
+    rig.waits();
+    rig.puller.handle(rig.now, In::Cancel(PullId(1), Cause::Cancelled));
+    while rig.puller.turn(rig.now) {}
+    let outs: Vec<_> = std::iter::from_fn(|| rig.puller.poll()).collect();
+    assert!(outs.iter().any(|o| matches!(o, Out::Ended(_))), "{outs:?}");
+}
+
+#[test]
+fn a_grant_that_takes_something_back_or_lists_other_blocks_is_ignored() {
+    let mut rig = Rig::new();
+    let (claim, contents) = rig.waits();
+    rig.grant(claim, computed(&contents, 2));
+    rig.grant(claim, computed(&contents, 1));
+    let mut other = Contents::clone(&contents);
+    other.groups[0].blocks.reverse();
+    rig.grant(claim, Arc::new(other));
+    rig.puller.handle(rig.now, In::Cancel(PullId(1), Cause::Cancelled));
+    while rig.puller.turn(rig.now) {}
+    let ended = std::iter::from_fn(|| rig.puller.poll()).find_map(|o| match o {
+        Out::Ended(ended) => Some(ended),
+        _ => None,
+    });
+    assert_eq!(ended.unwrap().contents, Some(computed(&contents, 2)));
+}
+
+#[test]
+fn a_hold_hands_over_what_its_offer_has_grown_by() {
+    let mut rig = Rig::new();
+    let (start, contents) = rig.start();
+    let claim = rig.hold(&start);
+    rig.grant(claim, computed(&contents, 1));
+    rig.grant(claim, computed(&contents, 3));
+    let progress = start.progress.clone();
+    rig.puller.handle(rig.now, In::Start(start));
+    assert!(rig.wish().is_some(), "it is planned with the hold's grant");
+    assert!(progress.get().1 > 0);
+}

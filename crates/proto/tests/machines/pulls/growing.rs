@@ -1,0 +1,171 @@
+//! Pulls of offers that grow.
+
+use super::{
+    rig::{BLOCK, BLOCKS, DEADLINE, NANO, PATIENCE, Pull, SECOND, sets, wanted},
+    *,
+};
+use kvferry_proto::{ChunkSize, OfferGroup, Offered, Plan, PoolLayout, Shard, Source};
+
+const TOKENS: u64 = 16 * BLOCKS as u64;
+const QUEUED: Duration = Duration::from_secs(5);
+const STALLED: Duration = Duration::from_secs(3);
+
+impl Pull {
+    fn growing(awaited: bool) -> Self {
+        let mut p = Self::new(1, wanted(BLOCKS));
+        let retry =
+            Retry { awaited, queued: QUEUED, stalled: STALLED, ..Retry::new(3, Duration::from_millis(10), PATIENCE) };
+        p.tracker = PullTracker::new(p.start, vec![wanted(BLOCKS)], 1, p.start + DEADLINE, retry, true);
+        p
+    }
+
+    /// The offer's first `computed` blocks are below its mark now.
+    fn grows(&mut self, computed: u32, complete: bool) {
+        let (layout, shard) = (PoolLayout::uniform(BLOCKS, 1, BLOCK, 16), Shard::whole(2, 1));
+        let side = Source { layout: &layout, shard: &shard };
+        let size = ChunkSize { per_pull: u32::MAX, min_bytes: BLOCK, max_bytes: BLOCK };
+        let plan = self.tracker.take_plan();
+        let mut plan =
+            plan.unwrap_or_else(|| Box::new(Plan::open(side, self.tracker.wanted(), size, 100).expect("a good plan")));
+        let groups = [OfferGroup {
+            group: GroupId(0),
+            first_position: 0,
+            blocks: (0..BLOCKS).map(|b| Some(BlockId(b))).collect(),
+        }];
+        let tokens = u64::from(computed) * 16;
+        plan.extend(Offered { groups: &groups, tokens, complete }, &[side], side).unwrap();
+        self.tell(In::Planned(plan));
+    }
+
+    /// Reads and fences everything that can be read.
+    fn reads(&mut self, a: kvferry_proto::Attempt) -> Vec<u32> {
+        let chunks = self.post_all(ONLY);
+        chunks.iter().for_each(|c| self.good(a, *c));
+        chunks
+    }
+}
+
+#[test]
+fn a_pull_reads_below_the_mark_rests_and_goes_on_when_its_offer_grows() {
+    let mut p = Pull::growing(false);
+    p.grows(0, false);
+    p.grant(ONLY);
+    assert_eq!(p.outs(), [Out::NeedLane { source: ONLY, avoid: vec![] }], "the lane is there before the first block");
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    assert!(p.tracker.rests(ONLY));
+    p.grows(3, false);
+    assert!(!p.tracker.rests(ONLY));
+    assert_eq!(p.reads(a), [0, 1, 2]);
+    assert!(p.tracker.rests(ONLY));
+    assert_eq!(p.outs(), []);
+    p.grows(8, false);
+    assert_eq!(p.reads(a), [3, 4, 5, 6, 7]);
+    assert_eq!(p.outs(), [], "more may follow");
+    p.grows(8, true);
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+    p.quiet(a);
+    assert!(p.ended().complete());
+}
+
+#[test]
+fn the_loaded_prefix_ends_at_the_first_block_that_is_not_loaded() {
+    let mut p = Pull::growing(false);
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 0);
+    p.grows(4, false);
+    p.grant(ONLY);
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 0);
+    assert_eq!(p.post_all(ONLY), [0, 1, 2, 3]);
+    p.good(a, 1);
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 0);
+    p.good(a, 0);
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 32);
+    p.good(a, 3);
+    p.good(a, 2);
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 64);
+    p.grows(8, true);
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 64);
+    p.reads(a);
+    // The last block is partial.
+    assert_eq!(p.tracker.loaded_prefix(TOKENS - 3), TOKENS - 3);
+}
+
+#[test]
+fn a_pull_whose_prefill_does_not_go_on_ends_as_stalled_and_keeps_its_prefix() {
+    let mut p = Pull::growing(false);
+    p.grows(0, false);
+    p.grant(ONLY);
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    p.at(SECOND);
+    p.grows(3, false);
+    p.reads(a);
+    p.outs();
+    p.at(SECOND + STALLED - NANO);
+    assert_eq!(p.outs(), []);
+    assert_eq!(p.tracker.next_timeout(), Some(p.start + SECOND + STALLED));
+    p.at(SECOND + STALLED);
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+    p.quiet(a);
+    assert_eq!(sets(&p.ended()), (vec![[0, 2]], vec![(Cause::Stalled, vec![[3, 7]])]));
+}
+
+#[test]
+fn a_pull_waits_longer_for_a_prefill_that_is_queued() {
+    for opened in [true, false] {
+        let mut p = Pull::growing(!opened);
+        if opened {
+            p.grows(0, false);
+            p.grant(ONLY);
+            p.outs();
+        }
+        p.at(QUEUED - NANO);
+        assert_eq!(p.outs(), []);
+        p.at(QUEUED);
+        let o = p.decided_and_ended();
+        assert_eq!(sets(&o), (vec![], vec![(Cause::Stalled, vec![[0, 7]])]), "opened: {opened}");
+    }
+    // A claim that does not wait is answered in time, or its pull has a deadline.
+    let mut p = Pull::growing(false);
+    p.at(DEADLINE - NANO);
+    assert_eq!(p.outs(), []);
+    p.at(DEADLINE);
+    assert_eq!(p.tracker.poll(), Some(Out::Decided));
+}
+
+#[test]
+fn a_pull_that_rests_gives_up_when_its_peer_goes_silent() {
+    let mut p = Pull::growing(false);
+    p.grows(3, false);
+    p.grant(ONLY);
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    p.reads(a);
+    p.outs();
+    p.tell(In::Silent { source: ONLY, silent: true });
+    p.at(PATIENCE);
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+    p.quiet(a);
+    assert_eq!(sets(&p.ended()), (vec![[0, 2]], vec![(Cause::PeerDown, vec![[3, 7]])]));
+}
+
+#[test]
+fn a_new_lane_reads_what_the_old_one_had_not_fenced_and_what_has_grown_since() {
+    let mut p = Pull::growing(false);
+    p.grows(3, false);
+    p.grant(ONLY);
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    assert_eq!(p.post_all(ONLY), [0, 1, 2]);
+    p.good(a, 0);
+    p.fails(a, Cause::LaneFailed);
+    p.grows(5, false);
+    assert_eq!(p.post_all(ONLY), [] as [u32; 0], "the old lane is not quiet");
+    p.quiet(a);
+    let b = p.lane(ONLY, FenceKind::Trailer);
+    assert_eq!(p.reads(b), [1, 2, 3, 4]);
+    p.grows(8, true);
+    assert_eq!(p.reads(b), [5, 6, 7]);
+    p.quiet(b);
+    let outs = p.outs();
+    let Some(Out::Ended(o)) = outs.last() else { panic!("{outs:?}") };
+    assert!(o.complete());
+    assert_eq!(o.bytes, u64::from(BLOCKS) * BLOCK);
+}

@@ -147,7 +147,7 @@ fn a_claim_waits_for_an_offer_that_is_opened_later() {
     let pull = consumer.pull(pull.awaited()).unwrap();
     // Longer than the grace of a claim that does not wait.
     assert!(consumer.wait(Duration::from_millis(500)).is_err(), "the claim waits");
-    producer.say(&Say::Open { name: Some(name.clone()), blocks: blocks() });
+    producer.say(&Say::Open { name: Some(name.clone()), blocks: blocks(), filled: false });
     producer.offered().unwrap();
     producer.grow(name.id, 16);
     wait_for_prefix(&consumer, pull, 16);

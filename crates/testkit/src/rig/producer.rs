@@ -30,8 +30,9 @@ pub enum Say {
     Offer { blocks: Vec<u32>, ready: bool },
     /// Enter an offer of these blocks under a name that was made before. The answer is `Offered`.
     Enter { name: Offer, blocks: Vec<u32>, ready: bool },
-    /// Open an offer of these blocks, none of which is computed: their bytes are wrong. The answer is `Offered`.
-    Open { name: Option<Offer>, blocks: Vec<u32> },
+    /// Open an offer of these blocks. Unless they are `filled` already, their bytes are wrong until they are computed. The
+    /// answer is `Offered`.
+    Open { name: Option<Offer>, blocks: Vec<u32>, filled: bool },
     /// Compute an open offer's blocks below the mark of `tokens`, and grow it by its next blocks up to `listed`.
     Grow { offer: OfferId, listed: usize, tokens: u64 },
     /// Compute the rest of an open offer's blocks, list them, and finish it.
@@ -204,7 +205,7 @@ impl Producer {
 
     /// Opens an offer of these blocks, 16 tokens each.
     pub fn open(&mut self, blocks: &[u32]) -> Offer {
-        self.say(&Say::Open { name: None, blocks: blocks.to_vec() });
+        self.say(&Say::Open { name: None, blocks: blocks.to_vec(), filled: false });
         self.offered().expect("the offer is opened")
     }
 

@@ -50,6 +50,7 @@ struct Open {
     blocks: Vec<u32>,
     listed: usize,
     computed: usize,
+    filled: bool,
 }
 
 impl Open {
@@ -57,7 +58,7 @@ impl Open {
     fn grow(&mut self, producer: &Producer, offer: OfferId, listed: usize, tokens: u64) {
         let (seed, group) = (producer.me().incarnation.get(), &producer.layout().groups[0]);
         let computed = (tokens / 16) as usize;
-        for block in &self.blocks[self.computed..computed.max(self.computed)] {
+        for block in self.blocks[self.computed..computed.max(self.computed)].iter().filter(|_| !self.filled) {
             pattern::write_block(seed, producer.memory(), group, *block).expect("in the pool");
         }
         self.computed = self.computed.max(computed);
@@ -144,15 +145,15 @@ pub fn play() {
                 offered.insert(name.id, blocks.clone());
                 tell(&Heard::Offered(made.map(|()| (name, blocks))));
             }
-            Ok(Say::Open { name, blocks }) => {
-                blocks.iter().for_each(|b| overwrite(producer.memory(), &layout, *b));
+            Ok(Say::Open { name, blocks, filled }) => {
+                blocks.iter().filter(|_| !filled).for_each(|b| overwrite(producer.memory(), &layout, *b));
                 let made = match name {
                     Some(name) => producer.enter_open(&name).map(|()| name),
                     None => producer.open(OfferSpec::new(blocks.len() as u64 * 16, Vec::new()).request("test")),
                 };
                 if let Ok(o) = &made {
                     offered.insert(o.id, blocks.clone());
-                    open.insert(o.id, Open { blocks: blocks.clone(), listed: 0, computed: 0 });
+                    open.insert(o.id, Open { blocks: blocks.clone(), listed: 0, computed: 0, filled });
                 }
                 tell(&Heard::Offered(made.map(|o| (o, blocks)).map_err(|e| e.to_string())));
             }

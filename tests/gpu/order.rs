@@ -3,12 +3,18 @@
 use std::time::Duration;
 
 use cudarc::driver::{result, sys};
-use kvferry::{OfferError, OfferSpec, PullError, Ready};
+use kvferry::{BlockId, Cause, GroupId, OfferError, OfferGroup, OfferSpec, PullError, Ready};
 
 use crate::{
     alone::{alone, on_standin},
-    pair::{Engine, Pair, on_gpu, on_host, pull, wait_until},
+    pair::{BLOCKS, Engine, Pair, on_gpu, on_host, pull, wait_until},
 };
+
+/// The blocks of these numbers, at the positions of the same numbers.
+fn blocks(numbers: std::ops::Range<u32>) -> Vec<OfferGroup> {
+    let blocks = numbers.clone().map(|b| Some(BlockId(b))).collect();
+    vec![OfferGroup { group: GroupId(0), first_position: numbers.start, blocks }]
+}
 
 #[test]
 fn an_offer_after_a_stream_is_readable_once_its_work_is_done() {
@@ -26,6 +32,52 @@ fn an_offer_after_a_stream_is_readable_once_its_work_is_done() {
     standin.hang(false);
     let end = pair.ended();
     assert!(end.outcome.complete() && pair.arrived(1), "{:?}", end.outcome);
+}
+
+#[test]
+fn a_growth_after_a_stream_is_readable_once_its_work_and_that_of_the_growths_before_it_is_done() {
+    let standin = on_standin!(
+        "order::a_growth_after_a_stream_is_readable_once_its_work_and_that_of_the_growths_before_it_is_done"
+    );
+    let (engine, pair) = (Engine::new(), Pair::new(on_gpu(), on_gpu()));
+    pair.fill(1);
+    let half = u64::from(BLOCKS) * 8;
+    let offer = pair.producer.open(OfferSpec::new(2 * half, vec![])).unwrap();
+    let pulled = pair.consumer.pull(pull(&offer)).unwrap();
+    standin.hang(true);
+    engine.work();
+    pair.producer.grow(offer.id, blocks(0..BLOCKS / 2), half, Ready::After(engine.stream())).unwrap();
+    pair.producer.grow(offer.id, blocks(BLOCKS / 2..BLOCKS), 2 * half, Ready::Now).unwrap();
+    pair.producer.finish(offer.id, 2 * half).unwrap();
+    wait_until("the claim is held", || pair.producer.live().1 == 1);
+    assert!(pair.consumer.wait(Duration::from_millis(200)).is_err());
+    assert_eq!(pair.consumer.loaded_prefix(pulled), Some(0));
+    assert_eq!(standin.counts().device_to_host, 0, "nothing was read");
+    standin.hang(false);
+    let end = pair.ended();
+    assert!(end.outcome.complete() && pair.arrived(1), "{:?}", end.outcome);
+}
+
+#[test]
+fn work_that_fails_before_a_growth_revokes_the_offer_and_what_was_computed_before_it_stays() {
+    let standin =
+        on_standin!("order::work_that_fails_before_a_growth_revokes_the_offer_and_what_was_computed_before_it_stays");
+    const LAUNCH_FAILED: i32 = 719;
+    let (engine, pair) = (Engine::new(), Pair::new(on_gpu(), on_host()));
+    let half = u64::from(BLOCKS) * 8;
+    let offer = pair.producer.open(OfferSpec::new(2 * half, vec![])).unwrap();
+    let pulled = pair.consumer.pull(pull(&offer)).unwrap();
+    pair.producer.grow(offer.id, blocks(0..BLOCKS / 2), half, Ready::Now).unwrap();
+    wait_until("half is loaded", || pair.consumer.loaded_prefix(pulled) == Some(half));
+    standin.hang(true);
+    engine.work();
+    pair.producer.grow(offer.id, blocks(BLOCKS / 2..BLOCKS), 2 * half, Ready::After(engine.stream())).unwrap();
+    standin.raise(0, LAUNCH_FAILED, 0);
+    standin.hang(false);
+    let end = pair.ended();
+    assert_eq!((end.outcome.loaded(), end.outcome.cause()), (u64::from(BLOCKS) / 2, Some(Cause::Revoked)));
+    let after = pair.producer.grow(offer.id, vec![], 2 * half, Ready::Now);
+    assert!(matches!(after, Err(OfferError::Ended { .. })), "{after:?}");
 }
 
 #[test]

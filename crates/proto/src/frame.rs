@@ -115,14 +115,21 @@ pub enum ServerBody {
         grant: Grant,
         /// What may be read: the consumer reads by this, and not by the name.
         contents: Arc<Contents>,
+        /// Number of the offer's growths so far.
+        growths: u64,
         /// How long the claim holds without a renewal.
         remaining: Duration,
     },
-    /// The offer of a granted claim has grown. Follows the grant of the same stream, and the growths before it.
+    /// The offer of a granted claim has grown.
     Grown {
         /// The claim.
         claim: ClaimId,
-        /// The gain since the last frame of this claim.
+        /// Number of growths of the offer that came before these. A consumer that knows another number has missed some: it
+        /// claims again.
+        after: u64,
+        /// Number of the offer's growths, these included.
+        growths: u64,
+        /// Their gain.
         growth: Growth,
     },
     /// Claim again later: the blocks are not ready, or the offer is not entered yet.

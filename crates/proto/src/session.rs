@@ -319,11 +319,11 @@ impl PeerSession {
                     self.set_health(Health::Up);
                 }
             },
-            Some(ServerBody::Granted { claim, grant, contents, .. }) => {
-                self.claims.granted(claim, grant, contents, &mut self.out);
+            Some(ServerBody::Granted { claim, grant, contents, growths, .. }) => {
+                self.claims.granted(claim, (grant, contents, growths), &mut self.out);
             }
-            Some(ServerBody::Grown { claim, growth }) => {
-                self.claims.grown(claim, &growth, self.limit, &mut self.out);
+            Some(ServerBody::Grown { claim, after, growths, growth }) => {
+                self.claims.grown(claim, (after, growths), &growth, self.limit, &mut self.out);
             }
             Some(ServerBody::NotYet { claim, retry }) => {
                 self.claims.not_yet(now, claim, retry, self.config.heartbeat);

@@ -284,8 +284,9 @@ impl OfferTable {
             let Some(entry) = self.live.get_mut(&id) else { continue };
             let (contents, claims) = (entry.contents.clone(), entry.claims().collect::<Vec<_>>());
             let Some(growing) = &mut entry.growing else { continue };
-            for ((to, claim), growth) in growing.news(now, &contents, claims.into_iter()) {
-                self.reply(to, ServerBody::Grown { claim, growth });
+            let growths = growing.applied();
+            for ((to, claim), after, growth) in growing.news(now, &contents, claims.into_iter()) {
+                self.reply(to, ServerBody::Grown { claim, after, growths, growth });
             }
         }
     }
@@ -416,12 +417,13 @@ impl OfferTable {
         let until = entry.claim(now, key, self.lease.claimed);
         let (grant, end) = (Grant { slot: entry.slot, nonce: entry.nonce }, entry.end());
         let contents = entry.contents.clone();
-        if let Some(growing) = &mut entry.growing {
+        let growths = entry.growing.as_mut().map_or(entry.growths, |growing| {
             growing.granted(key, &contents);
-        }
+            growing.applied()
+        });
         self.claims.insert(key, id);
         self.watch(id, end);
-        ServerBody::Granted { claim, grant, contents, remaining: until - now }
+        ServerBody::Granted { claim, grant, contents, growths, remaining: until - now }
     }
 
     /// A claim of an id that was never entered: it may be early, or long gone.

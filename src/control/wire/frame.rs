@@ -133,18 +133,21 @@ impl From<ServerFrame> for proto::ServerFrame {
         let frame = f.body.map(|body| match body {
             ServerBody::Opened(i) => S::Opened(proto::Opened { incarnation: i.get() }),
             ServerBody::Pong(number) => S::Pong(proto::Pong { number }),
-            ServerBody::Granted { claim, grant, contents, remaining } => S::Granted(proto::Granted {
+            ServerBody::Granted { claim, grant, contents, growths, remaining } => S::Granted(proto::Granted {
                 claim: claim.0,
                 slot: grant.slot,
                 nonce: grant.nonce.get(),
                 remaining_ms: millis(remaining),
                 contents: Some((&*contents).into()),
+                growths,
             }),
-            ServerBody::Grown { claim, growth } => S::Grown(proto::Grown {
+            ServerBody::Grown { claim, after, growths, growth } => S::Grown(proto::Grown {
                 claim: claim.0,
                 tokens: growth.tokens,
                 r#final: growth.complete,
                 groups: growth.groups.iter().map(Into::into).collect(),
+                after,
+                growths,
             }),
             ServerBody::NotYet { claim, retry } => S::NotYet(proto::NotYet {
                 claim: claim.0,
@@ -258,10 +261,13 @@ pub(crate) fn server_frame(f: proto::ServerFrame, limit: usize) -> Checked<Serve
                 nonce: Nonce::from_wire(g.nonce).map_or_else(|| bad("granted.nonce", "is zero"), Ok)?,
             },
             contents: Arc::new(within("granted.contents", contents(present("granted.contents", g.contents)?, limit))?),
+            growths: g.growths,
             remaining: time(g.remaining_ms),
         }),
         Some(S::Grown(g)) => Some(ServerBody::Grown {
             claim: claim_id("grown.claim", g.claim)?,
+            after: g.after,
+            growths: g.growths,
             growth: Growth { tokens: g.tokens, complete: g.r#final, groups: within("grown", groups(g.groups, limit))? },
         }),
         Some(S::NotYet(n)) => {

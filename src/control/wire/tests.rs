@@ -230,11 +230,14 @@ fn server_frames() -> impl Strategy<Value = ServerFrame> {
     let body = prop_oneof![
         incarnations().prop_map(ServerBody::Opened),
         any::<u64>().prop_map(ServerBody::Pong),
-        (claims(), any::<u32>(), 1u64.., contents(), ms()).prop_map(|(claim, slot, nonce, contents, remaining)| {
-            let (grant, contents) = (Grant { slot, nonce: Nonce::from_wire(nonce).unwrap() }, Arc::new(contents));
-            ServerBody::Granted { claim, grant, contents, remaining }
-        }),
-        (claims(), growths()).prop_map(|(claim, growth)| ServerBody::Grown { claim, growth }),
+        (claims(), any::<u32>(), 1u64.., contents(), any::<u64>(), ms()).prop_map(
+            |(claim, slot, nonce, contents, growths, remaining)| {
+                let (grant, contents) = (Grant { slot, nonce: Nonce::from_wire(nonce).unwrap() }, Arc::new(contents));
+                ServerBody::Granted { claim, grant, contents, growths, remaining }
+            }
+        ),
+        (claims(), any::<u64>(), any::<u64>(), growths())
+            .prop_map(|(claim, after, growths, growth)| { ServerBody::Grown { claim, after, growths, growth } }),
         (claims(), ms()).prop_map(|(claim, retry)| ServerBody::NotYet { claim, retry }),
         (claims(), why()).prop_map(|(claim, why)| ServerBody::Gone { claim, why }),
         (offer_ids(), why()).prop_map(|(offer, why)| ServerBody::Revoked { offer, why }),

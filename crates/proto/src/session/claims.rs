@@ -10,7 +10,7 @@ use std::{
 
 use super::{Out, Want};
 use crate::{
-    Cause, ClaimId, ClientBody, Contents, Extent, Grant, Growth, Incarnation, PeerId, Release,
+    Cause, ClaimId, ClientBody, Contents, Grant, Growth, Incarnation, PeerId, Release,
     sabotage::{Bug, planted},
 };
 
@@ -26,12 +26,15 @@ enum ClaimState {
     Held,
 }
 
+/// The fence word, what may be read, and the number of the offer's growths.
+type Granted = (Grant, Arc<Contents>, u64);
+
 #[derive(Debug)]
 pub(super) struct Claim {
     pub(super) want: Want,
     state: ClaimState,
     /// What was granted, with its growth since, until nothing follows.
-    grows: Option<(Grant, Arc<Contents>)>,
+    open: Option<Granted>,
     /// Dials begun before the claim. Only the answer to a later dial says anything about the process of its offer: an earlier
     /// dial may have been answered, or refused, before that process existed.
     pub(super) dials: u64,
@@ -77,7 +80,7 @@ impl Claims {
     }
 
     pub(super) fn add(&mut self, want: Want, dials: u64) {
-        self.claims.entry(want.claim).or_insert(Claim { want, state: ClaimState::Waiting, grows: None, dials });
+        self.claims.entry(want.claim).or_insert(Claim { want, state: ClaimState::Waiting, open: None, dials });
     }
 
     /// Forgets a claim. `false` when there is no such claim.
@@ -146,34 +149,44 @@ impl Claims {
     }
 
     /// A claim was granted. Ignores a grant that brings nothing new, and one that comes after the claim's release.
-    pub(super) fn granted(&mut self, claim: ClaimId, grant: Grant, contents: Arc<Contents>, out: &mut VecDeque<Out>) {
+    pub(super) fn granted(&mut self, claim: ClaimId, granted: Granted, out: &mut VecDeque<Out>) {
         let Some(c) = self.claims.get_mut(&claim) else { return };
         let held = c.state == ClaimState::Held;
         c.state = ClaimState::Held;
-        let older = |(_, had): &(Grant, Arc<Contents>)| Extent::of(had).covers(&Extent::of(&contents));
-        // Frames of an old stream may come late: a grant takes nothing back.
-        if c.grows.as_ref().is_some_and(older) || (held && c.grows.is_none()) {
+        let known = c.open.as_ref().map(|(.., growths)| *growths);
+        let (grant, contents, growths) = granted;
+        // Frames may come late: a grant takes nothing back.
+        let old = known.map_or(held, |known| known >= growths);
+        if old || (planted(Bug::GrownLost) && known.is_some()) {
             return;
         }
-        if planted(Bug::GrownLost) && c.grows.is_some() {
-            return;
-        }
-        c.grows = (!contents.complete).then(|| (grant, contents.clone()));
+        c.open = (!contents.complete).then(|| (grant, contents.clone(), growths));
         out.push_back(Out::Granted { claim, grant, contents });
     }
 
-    /// The offer of a claim has grown. `limit` bounds its blocks. A growth that does not follow is from another stream, or one
-    /// before it was lost: the claim goes out again, and its grant brings everything.
-    pub(super) fn grown(&mut self, claim: ClaimId, growth: &Growth, limit: usize, out: &mut VecDeque<Out>) {
+    /// The offer of a claim has grown, from `after` growths to `growths`. `limit` bounds its blocks. If another growth is missing
+    /// before these, the claim goes out again, and its grant brings everything.
+    pub(super) fn grown(
+        &mut self,
+        claim: ClaimId,
+        (after, growths): (u64, u64),
+        growth: &Growth,
+        limit: usize,
+        out: &mut VecDeque<Out>,
+    ) {
         let Some(c) = self.claims.get_mut(&claim).filter(|c| c.state == ClaimState::Held) else { return };
-        let Some((grant, contents)) = &mut c.grows else { return };
-        if Arc::make_mut(contents).grow(growth, limit).is_err() {
+        let Some((grant, contents, known)) = &mut c.open else { return };
+        if *known >= growths {
+            return;
+        }
+        if *known != after || Arc::make_mut(contents).grow(growth, limit).is_err() {
             c.state = ClaimState::Waiting;
             return;
         }
+        *known = growths;
         let (grant, contents) = (*grant, contents.clone());
         if contents.complete {
-            c.grows = None;
+            c.open = None;
         }
         out.push_back(Out::Granted { claim, grant, contents });
     }

@@ -22,6 +22,8 @@ pub(super) struct Entry {
     pub(super) ready: bool,
     /// While it grows.
     pub(super) growing: Option<Box<Growing>>,
+    /// By how many growths it became complete.
+    pub(super) growths: u64,
     /// Claims that came before it was ready, and their tokens: they are answered when it is.
     pub(super) awaiting: Vec<(ClaimKey, Token)>,
     /// The time under which the table's timers list it; its true end may be later.
@@ -55,6 +57,7 @@ impl Entry {
             contents,
             ready,
             growing,
+            growths: 0,
             awaiting: Vec::new(),
             timer: now,
             cap: now + lease.hard_cap,
@@ -84,7 +87,7 @@ impl Entry {
 
     /// It grows no more.
     pub(super) fn set_complete(&mut self, now: Instant, unclaimed: Duration) {
-        self.growing = None;
+        self.growths = self.growing.take().map_or(0, |growing| growing.applied());
         self.unclaimed_until = self.unclaimed_until.max(now + unclaimed);
     }
 

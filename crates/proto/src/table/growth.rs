@@ -20,8 +20,8 @@ pub(super) struct Growing {
     applied: u64,
     /// The extent once the queue is applied.
     planned: Extent,
-    /// What each claim knows.
-    told: BTreeMap<ClaimKey, Extent>,
+    /// What each claim knows: the number of growths, and their extent.
+    told: BTreeMap<ClaimKey, (u64, Extent)>,
     told_at: Option<Instant>,
     /// When the claims are told.
     due: Option<Instant>,
@@ -68,7 +68,12 @@ impl Growing {
 
     /// A claim was granted with these contents.
     pub(super) fn granted(&mut self, key: ClaimKey, contents: &Contents) {
-        self.told.insert(key, Extent::of(contents));
+        self.told.insert(key, (self.applied, Extent::of(contents)));
+    }
+
+    /// Number of growths that were applied.
+    pub(super) fn applied(&self) -> u64 {
+        self.applied
     }
 
     /// Growths were applied: when to tell the claims of it.
@@ -85,20 +90,20 @@ impl Growing {
         self.due
     }
 
-    /// Tells the claims: the gain of each one that does not know the contents.
+    /// Tells the claims: the gain of each one that does not know the contents, and the number of growths that it knows.
     pub(super) fn news(
         &mut self,
         at: Instant,
         contents: &Contents,
         claims: impl Iterator<Item = ClaimKey>,
-    ) -> Vec<(ClaimKey, Growth)> {
+    ) -> Vec<(ClaimKey, u64, Growth)> {
         (self.due, self.told_at) = (None, Some(at));
-        let now = Extent::of(contents);
+        let now = (self.applied, Extent::of(contents));
         let mut told = std::mem::take(&mut self.told);
         let mut news = Vec::new();
         for key in claims {
-            if let Some(known) = told.remove(&key).filter(|known| *known != now) {
-                news.push((key, contents.since(&known)));
+            if let Some((after, known)) = told.remove(&key).filter(|(after, _)| *after != self.applied) {
+                news.push((key, after, contents.since(&known)));
             }
             self.told.insert(key, now.clone());
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, ClientBody, ClientFrame, Gone, Grant, HelloError, Incarnation, Machine, Mismatch, Nonce, OfferId,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, HelloError, Incarnation, Machine, Mismatch, Nonce, OfferId,
     PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     session::{Health, In, Out, PeerSession, Want},
 };
@@ -90,7 +90,8 @@ impl Session {
         self.answer(ServerBody::Granted {
             claim: ClaimId(claim),
             grant: Grant { slot: 3, nonce },
-            contents: Arc::default(),
+            contents: whole(),
+            growths: 0,
             remaining: Duration::from_secs(10),
         });
     }
@@ -165,6 +166,11 @@ fn want(claim: u64, of: u64) -> Want {
     }
 }
 
+/// Contents that do not grow.
+fn whole() -> Arc<Contents> {
+    Arc::new(Contents { complete: true, ..Contents::default() })
+}
+
 fn token() -> Token {
     Token::from_bytes([5; 16])
 }
@@ -215,7 +221,7 @@ fn a_claim_dials_says_hello_opens_and_is_granted_in_this_order() {
     s.grant(1);
     s.grant(1);
     let grant = Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() };
-    let granted = Out::Granted { claim: ClaimId(1), grant, contents: Arc::default() };
+    let granted = Out::Granted { claim: ClaimId(1), grant, contents: whole() };
     assert_eq!(s.outs(), [granted], "a repeated grant is told once");
 }
 
@@ -638,7 +644,7 @@ fn silent_for(silent: Duration) -> Session {
 
 fn granted(claim: u64) -> Out {
     let grant = Grant { slot: 3, nonce: Nonce::from_wire(claim).unwrap() };
-    Out::Granted { claim: ClaimId(claim), grant, contents: Arc::default() }
+    Out::Granted { claim: ClaimId(claim), grant, contents: whole() }
 }
 
 #[test]
@@ -661,8 +667,8 @@ fn a_silent_stream_gets_a_second_dial_and_the_session_moves_if_only_that_is_answ
     let (first, second) = (Nonce::from_wire(9).unwrap(), Nonce::from_wire(1).unwrap());
     let grant = |nonce| {
         let grant = Grant { slot: 3, nonce };
-        let (claim, contents, remaining) = (ClaimId(1), Arc::default(), Duration::ZERO);
-        ServerFrame { ack: 0, body: Some(ServerBody::Granted { claim, grant, contents, remaining }) }
+        let (claim, contents, remaining) = (ClaimId(1), whole(), Duration::ZERO);
+        ServerFrame { ack: 0, body: Some(ServerBody::Granted { claim, grant, contents, growths: 0, remaining }) }
     };
     s.tell(In::Frame(old, grant(first)));
     assert_eq!(s.outs(), []);

@@ -157,7 +157,7 @@ impl World {
         let claimed = self.weather.lease.claimed.as_micros() as Micros;
         match out {
             table::Out::Send(to, frame) => {
-                if let Some(ServerBody::Grown { claim, growth }) = &frame.body {
+                if let Some(ServerBody::Grown { claim, growth, .. }) = &frame.body {
                     let last = self.procs[q].grown.insert((*to, *claim), now);
                     if !growth.complete && last.is_some_and(|t| now < t + 10_000) {
                         self.broken(Promise::Sound, format!("process {q} tells {claim:?} of growths too often"));

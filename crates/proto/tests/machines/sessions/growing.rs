@@ -1,7 +1,7 @@
 //! Claims of offers that grow.
 
 use super::*;
-use kvferry_proto::{BlockId, Contents, GroupId, Growth, OfferGroup};
+use kvferry_proto::{BlockId, GroupId, Growth, OfferGroup};
 use std::sync::Arc;
 
 fn list(positions: std::ops::Range<u32>) -> Vec<OfferGroup> {
@@ -10,19 +10,20 @@ fn list(positions: std::ops::Range<u32>) -> Vec<OfferGroup> {
 }
 
 impl Session {
-    /// The claim is granted: the offer has `blocks` blocks now, of 64 tokens in all.
+    /// The claim is granted: the offer has grown by `blocks` blocks now, one at a time, of 64 tokens in all.
     fn grant_open(&mut self, blocks: u32) {
         let contents =
             Contents { tokens: u64::from(blocks), whole: 64, groups: list(0..blocks), ..Contents::default() };
         let grant = Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() };
         let (claim, contents, remaining) = (ClaimId(1), Arc::new(contents), Duration::from_secs(10));
-        self.answer(ServerBody::Granted { claim, grant, contents, remaining });
+        self.answer(ServerBody::Granted { claim, grant, contents, growths: blocks.into(), remaining });
     }
 
     fn grown(&mut self, positions: std::ops::Range<u32>, complete: bool) {
         let tokens = if complete { 64 } else { u64::from(positions.end) };
-        let growth = Growth { tokens, complete, groups: list(positions) };
-        self.answer(ServerBody::Grown { claim: ClaimId(1), growth });
+        let growth = Growth { tokens, complete, groups: list(positions.clone()) };
+        let (after, growths) = (positions.start.into(), positions.end.into());
+        self.answer(ServerBody::Grown { claim: ClaimId(1), after, growths, growth });
     }
 
     /// The number of blocks of each grant that the pull hears of, and the claims that are sent.
@@ -61,6 +62,8 @@ fn a_growth_that_does_not_follow_makes_the_session_claim_again_and_the_grant_bri
     s.grown(6..7, false);
     assert_eq!(s.heard(), (vec![], vec![]), "the answer comes first");
     s.grant_open(7);
+    // Late: the grant has it.
+    s.grown(5..7, false);
     s.grown(7..8, false);
     assert_eq!(s.heard(), (vec![7, 8], vec![]));
 }

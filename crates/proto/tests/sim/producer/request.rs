@@ -271,6 +271,14 @@ impl World {
             Err(error) => return say!(self, "process {q}: {error}"),
         }
         self.drain_table(q);
+        if self.rng.chance(150) {
+            // Its sessions break meanwhile: the consumers have to hear of what they missed.
+            let conns: Vec<_> = (0..self.conns.len()).filter(|&conn| self.conns[conn].proc == q).collect();
+            for conn in conns {
+                let t = self.now + self.rng.below(200);
+                self.at(t, Event::Break { conn });
+            }
+        }
         if step + 1 < self.requests[r].steps.len() {
             let t = self.now + self.rng.tail(10, 4000, 20_000);
             self.at(t, Event::Grow { r, k });

@@ -243,8 +243,8 @@ impl<L: Lane> Puller<L> {
         if error.is_some() {
             return self.pulls.tell(now, id, pull::In::Cancel(Cause::BadOffer));
         }
-        let attempts = self.pulls.get(id).map(|p| (0..sources.len()).filter_map(|s| p.tracker.attempt(s)).collect());
-        for attempt in attempts.unwrap_or_else(Vec::new) {
+        let Some(p) = self.pulls.get(id) else { return };
+        for attempt in (0..sources.len()).filter_map(|source| p.tracker.attempt(source)) {
             self.lanes.wake(attempt);
         }
     }

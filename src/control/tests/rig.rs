@@ -167,6 +167,7 @@ impl Desk for TestDesk {
                 reply(
                     0,
                     Some(ServerBody::Granted {
+                        growths: 0,
                         claim: *claim,
                         grant: Grant { slot: 7, nonce: Nonce::random() },
                         contents: Arc::default(),

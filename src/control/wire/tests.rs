@@ -370,6 +370,7 @@ fn a_grant_of_a_million_blocks_is_small_if_they_are_consecutive_and_fits_a_frame
         let grant = Grant { slot: 1, nonce: Nonce::random() };
         let body = ServerBody::Granted {
             claim: ClaimId(1),
+            growths: 0,
             grant,
             contents: Arc::new(contents.clone()),
             remaining: Duration::ZERO,
@@ -390,7 +391,7 @@ fn a_bad_grant_is_refused_by_the_name_of_its_field() {
     let run =
         |first, count| proto::GroupBlocks { group: 0, first_position: 0, firsts: vec![first], counts: vec![count] };
     let with = |contents: Option<proto::Contents>| {
-        let granted = proto::Granted { claim: 1, slot: 0, nonce: 1, remaining_ms: 1, contents };
+        let granted = proto::Granted { claim: 1, slot: 0, nonce: 1, remaining_ms: 1, contents, growths: 0 };
         server_frame(proto::ServerFrame { ack: 0, frame: Some(proto::server_frame::Frame::Granted(granted)) }, 100)
     };
     let of = |groups| with(Some(proto::Contents { groups, ..proto::Contents::default() }));

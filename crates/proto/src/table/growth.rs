@@ -56,7 +56,8 @@ impl Growing {
 
     /// The next growth to apply: the data of it and of all before it is in place. `early`: it need not be.
     pub(super) fn next(&mut self, early: bool) -> Option<Growth> {
-        let (growth, _) = self.queue.pop_front_if(|(_, ready)| *ready || early)?;
+        self.queue.front().filter(|(_, ready)| *ready || early)?;
+        let (growth, _) = self.queue.pop_front()?;
         self.applied += 1;
         Some(growth)
     }

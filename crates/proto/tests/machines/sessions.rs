@@ -8,8 +8,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, HelloError, Incarnation, Machine, Mismatch, Nonce, OfferId,
-    PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, Gone, Grant, HelloError, Incarnation, Machine, Mismatch, Nonce,
+    OfferId, PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     session::{Health, In, Out, PeerSession, Want},
 };
 

@@ -20,6 +20,12 @@ fn finish() -> Growth {
     Growth { tokens: WHOLE, complete: true, groups: Vec::new() }
 }
 
+/// The mark, and the number of blocks.
+type Published = (u64, usize);
+
+/// The mark, whether it is the last one, and the number of blocks.
+type Told = (u64, bool, usize);
+
 impl Table {
     fn open(&mut self, n: u64) {
         let contents = Arc::new(Contents { whole: WHOLE, ..Contents::default() });
@@ -34,8 +40,8 @@ impl Table {
         self.table.grow(self.now, id(1), growth, true).unwrap_err()
     }
 
-    /// What was published, and what each claim was told: the mark, whether it is the last one, and the number of blocks.
-    fn news(&mut self) -> (Vec<(u64, usize)>, Vec<(u64, bool, usize)>) {
+    /// What was published, and what each claim was told.
+    fn news(&mut self) -> (Vec<Published>, Vec<Told>) {
         let (mut published, mut told) = (Vec::new(), Vec::new());
         for out in self.outs() {
             match out {

@@ -532,6 +532,7 @@ impl Desk for Core {
                 state.lanes -= s.lanes.len();
                 if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
                     state.by_consumer.remove(&s.from.incarnation);
+                    self.tell_locked(&mut state, table::In::Closed(s.from.incarnation));
                 }
                 state.lanes_by_peer.remove(&s.by, s.lanes.len());
                 state.shares.closed(s.from.incarnation);

@@ -16,6 +16,7 @@
 //! its data is in place. The word and the nonce stay. Claims hear of growths together, not of each one.
 
 mod aged;
+mod awaiting;
 mod claims;
 mod entry;
 mod growth;
@@ -29,6 +30,7 @@ use std::{
 
 use self::{
     aged::Aged,
+    awaiting::Awaiting,
     claims::ClaimIndex,
     entry::{ClaimKey, Entry},
     order::Order,
@@ -50,6 +52,8 @@ pub enum In {
     Frame(PeerId, ClientFrame),
     /// A release that came without a session, with the offer's token. No peer: on behalf of every reader.
     Release(Option<PeerId>, OfferId, Token),
+    /// The session of a consumer has ended, and it has no other one.
+    Closed(Incarnation),
     /// The engine takes the offer back, or the name if it never entered the offer.
     Revoke(OfferId),
     /// The engine takes back every offer that nobody has claimed.
@@ -114,20 +118,8 @@ const AWAITED_RETRY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 struct Early {
     since: Instant,
-    /// Claims that wait for the offer, and their tokens.
-    awaiting: Vec<(ClaimKey, Token)>,
     /// Tokens of releases that came. One counts once the offer is entered with it.
     released: Vec<Token>,
-}
-
-/// Enters a claim that waits for an offer. `false`: too many wait for it.
-fn await_offer(awaiting: &mut Vec<(ClaimKey, Token)>, key: ClaimKey, token: Token, limit: usize) -> bool {
-    awaiting.retain(|(other, _)| *other != key);
-    let fits = awaiting.len() < limit;
-    if fits {
-        awaiting.push((key, token));
-    }
-    fits
 }
 
 /// Releases that are remembered for a name that was not entered yet. One is right; the others have a wrong token.
@@ -143,6 +135,7 @@ pub struct OfferTable {
     entropy: Entropy,
     live: HashMap<OfferId, Entry>,
     claims: ClaimIndex,
+    awaiting: Awaiting,
     free_slots: VecDeque<u32>,
     early: Aged<Early>,
     tombs: Aged<Gone>,
@@ -164,6 +157,7 @@ impl OfferTable {
         Self {
             live: HashMap::new(),
             claims: ClaimIndex::default(),
+            awaiting: Awaiting::default(),
             free_slots: (0..slots).collect(),
             early: Aged::new(limits.remembered),
             tombs: Aged::new(limits.remembered),
@@ -198,13 +192,14 @@ impl OfferTable {
             return Err(OfferError::Duplicate(id));
         }
         if self.early.get(id).is_some_and(|e| e.released.contains(&token)) {
-            self.refuse_early(id, Gone::Released);
+            self.early.remove(id);
+            self.refuse_awaiting(id, Gone::Released);
             self.tombs.insert(now, id, Gone::Released);
             self.out.push_back(Out::Freed(Freed { offer: id, why: Gone::Released }));
             return Ok(());
         }
         let slot = self.free_slots.pop_front().ok_or(OfferError::TooManyOffers { limit: self.limits.offers })?;
-        let awaiting = self.early.remove(id).map(|e| e.awaiting).unwrap_or_default();
+        self.early.remove(id);
         let nonce = loop {
             if let Some(n) = Nonce::from_wire((self.entropy)()) {
                 break n;
@@ -213,8 +208,7 @@ impl OfferTable {
         if ready {
             self.out.push_back(Out::Publish { offer: id, contents: contents.clone(), slot, nonce });
         }
-        let mut entry = Entry::new(now, (slot, nonce), token, contents, ready, &self.lease);
-        entry.awaiting = awaiting;
+        let entry = Entry::new(now, (slot, nonce), token, contents, ready, &self.lease);
         self.timers.insert((entry.timer, id));
         self.live.insert(id, entry);
         if ready {
@@ -293,18 +287,39 @@ impl OfferTable {
 
     /// Answers the claims that waited for an offer.
     fn grant_awaiting(&mut self, now: Instant, id: OfferId) {
-        let Some(entry) = self.live.get_mut(&id) else { return };
-        for (key, token) in std::mem::take(&mut entry.awaiting) {
+        for awaiting::Wait { key, token, .. } in self.awaiting.take(id) {
+            self.claims.remove(key);
             let body = self.claim(now, key, (id, token), 0, true);
             self.reply(key.0, body);
         }
     }
 
-    /// Forgets a name that was used early, and answers the claims that wait for it.
-    fn refuse_early(&mut self, id: OfferId, why: Gone) {
-        for ((to, claim), _) in self.early.remove(id).into_iter().flat_map(|e| e.awaiting) {
-            self.reply(to, ServerBody::Gone { claim, why });
+    /// Tells the claims that wait for an offer that it will not come.
+    fn refuse_awaiting(&mut self, id: OfferId, why: Gone) {
+        for awaiting::Wait { key, .. } in self.awaiting.take(id) {
+            self.claims.remove(key);
+            self.reply(key.0, ServerBody::Gone { claim: key.1, why });
         }
+    }
+
+    /// Answers a claim of an offer that is not there yet: it waits, if it may.
+    fn await_offer(&mut self, now: Instant, key: ClaimKey, (id, token): (OfferId, Token)) -> ServerBody {
+        let (claim, limits) = (key.1, &self.limits);
+        let other = self.claims.offer(key).is_some_and(|o| o != id);
+        let new = self.claims.offer(key).is_none();
+        if other || (new && self.claims.of_consumer(key.0) >= limits.claims_per_session) {
+            return ServerBody::Gone { claim, why: Gone::Limit };
+        }
+        let Some(since) = self.awaiting.add(now, id, (key, token), limits.claims_per_offer) else {
+            return ServerBody::Gone { claim, why: Gone::Limit };
+        };
+        if now.saturating_duration_since(since) >= self.lease.awaited {
+            self.awaiting.remove(id, key);
+            self.claims.remove(key);
+            return ServerBody::Gone { claim, why: Gone::Unknown };
+        }
+        self.claims.insert(key, id);
+        ServerBody::NotYet { claim, retry: AWAITED_RETRY }
     }
 
     /// An offer whose name has this number was entered: see [`Offer::number`](crate::Offer::number).
@@ -327,7 +342,7 @@ impl OfferTable {
         self.live.len()
     }
 
-    /// Number of claims on live offers.
+    /// Number of claims on live offers, and of those that wait for their offers.
     pub fn claims(&self) -> usize {
         self.claims.len()
     }
@@ -395,8 +410,8 @@ impl OfferTable {
             return gone(self.tombs.get(id).copied().unwrap_or(Gone::Expired));
         }
         if !entry.ready {
-            if awaited && await_offer(&mut entry.awaiting, key, token, self.limits.claims_per_offer) {
-                return ServerBody::NotYet { claim, retry: AWAITED_RETRY };
+            if awaited {
+                return self.await_offer(now, key, (id, token));
             }
             // The engine is filling the blocks, and a user waits for the first token.
             return ServerBody::NotYet { claim, retry: UNREADY_RETRY };
@@ -445,16 +460,11 @@ impl OfferTable {
         if passed || (self.draining && (awaited || self.early.get(id).is_none())) {
             return unknown;
         }
-        let early = self.early.insert(now, id, Early { since: now, awaiting: Vec::new(), released: Vec::new() });
-        let waited = now.saturating_duration_since(early.since);
         if awaited {
-            early.awaiting.retain(|(other, _)| *other != key);
-            if waited < self.lease.awaited && await_offer(&mut early.awaiting, key, token, self.limits.claims_per_offer)
-            {
-                return ServerBody::NotYet { claim, retry: AWAITED_RETRY };
-            }
-            return unknown;
+            return self.await_offer(now, key, (id, token));
         }
+        let early = self.early.insert(now, id, Early { since: now, released: Vec::new() });
+        let waited = now.saturating_duration_since(early.since);
         if waited >= self.lease.early_grace {
             return unknown;
         }
@@ -471,11 +481,13 @@ impl OfferTable {
     }
 
     fn release(&mut self, now: Instant, from: Option<PeerId>, r: &Release) {
+        let key = from.as_ref().map(|p| p.incarnation).zip(r.claim);
+        if let Some(key) = key.filter(|key| self.awaiting.remove(r.offer, *key)) {
+            self.claims.remove(key);
+        }
         let Some(entry) = self.live.get_mut(&r.offer) else {
             if self.tombs.get(r.offer).is_none() && (r.all || r.reader.of == 1) {
-                let new = Early { since: now, awaiting: Vec::new(), released: Vec::new() };
-                let early = self.early.insert(now, r.offer, new);
-                early.awaiting.retain(|(key, _)| Some(*key) != from.as_ref().map(|p| p.incarnation).zip(r.claim));
+                let early = self.early.insert(now, r.offer, Early { since: now, released: Vec::new() });
                 if early.released.len() < EARLY_RELEASES && !early.released.contains(&r.token) {
                     early.released.push(r.token);
                 }
@@ -488,7 +500,6 @@ impl OfferTable {
         }
         if let (Some(claim), Some(from)) = (r.claim, &from) {
             let key = (from.incarnation, claim);
-            entry.awaiting.retain(|(other, _)| *other != key);
             if entry.end_claim(key, self.limits.claims_per_offer.max(ENDED_CLAIMS)) {
                 self.claims.remove(key);
             }
@@ -575,9 +586,7 @@ impl OfferTable {
                 self.reply(key.0, ServerBody::Revoked { offer: id, why });
             }
         }
-        for ((to, claim), _) in entry.awaiting {
-            self.reply(to, ServerBody::Gone { claim, why });
-        }
+        self.refuse_awaiting(id, why);
         self.tombs.insert(now, id, why);
     }
 
@@ -587,7 +596,8 @@ impl OfferTable {
             return self.end(now, id, Gone::Revoked);
         }
         if self.tombs.get(id).is_none() {
-            self.refuse_early(id, Gone::Revoked);
+            self.early.remove(id);
+            self.refuse_awaiting(id, Gone::Revoked);
             self.tombs.insert(now, id, Gone::Revoked);
         }
     }
@@ -619,6 +629,11 @@ impl Machine for OfferTable {
             In::Release(from, offer, token) => {
                 self.release(now, from, &Release { claim: None, offer, token, reader: Reader::ONLY, all: true });
             }
+            In::Closed(consumer) => {
+                for key in self.awaiting.take_of(consumer) {
+                    self.claims.remove(key);
+                }
+            }
             In::Revoke(id) => self.revoke(now, id),
             In::RevokeUnclaimed => {
                 let unclaimed: Vec<_> =
@@ -629,8 +644,10 @@ impl Machine for OfferTable {
             }
             In::Drain => {
                 if !std::mem::replace(&mut self.draining, true) {
-                    for id in self.early.ids() {
-                        self.refuse_early(id, Gone::Unknown);
+                    for id in self.awaiting.offers() {
+                        if !self.live.contains_key(&id) {
+                            self.refuse_awaiting(id, Gone::Unknown);
+                        }
                     }
                     self.out.push_back(Out::Broadcast(ServerFrame { ack: 0, body: Some(ServerBody::Draining) }));
                 }
@@ -654,7 +671,7 @@ impl Machine for OfferTable {
         }
         // A release of an early name must outlast any delay of the offer, so early names are kept as long as tombstones.
         self.tombs.age(now, self.lease.tombstone);
-        self.early.age(now, self.lease.tombstone.max(self.lease.awaited));
+        self.early.age(now, self.lease.tombstone);
         self.tell_news(now);
     }
 

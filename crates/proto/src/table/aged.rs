@@ -1,7 +1,7 @@
 //! A bounded memory of offers that are not live: tombstones, and names that were used early.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque, hash_map::Entry},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     time::{Duration, Instant},
 };
 
@@ -41,11 +41,6 @@ impl<V> Aged<V> {
 
     pub(super) fn remove(&mut self, id: OfferId) -> Option<V> {
         self.by_id.remove(&id)
-    }
-
-    /// The ids that have a value, ascending.
-    pub(super) fn ids(&self) -> BTreeSet<OfferId> {
-        self.by_id.keys().copied().collect()
     }
 
     /// Forgets values older than `keep`.

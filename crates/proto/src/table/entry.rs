@@ -24,8 +24,6 @@ pub(super) struct Entry {
     pub(super) growing: Option<Box<Growing>>,
     /// By how many growths it became complete.
     pub(super) growths: u64,
-    /// Claims that came before it was ready, and their tokens: they are answered when it is.
-    pub(super) awaiting: Vec<(ClaimKey, Token)>,
     /// The time under which the table's timers list it; its true end may be later.
     pub(super) timer: Instant,
     cap: Instant,
@@ -58,7 +56,6 @@ impl Entry {
             ready,
             growing,
             growths: 0,
-            awaiting: Vec::new(),
             timer: now,
             cap: now + lease.hard_cap,
             unclaimed_until: now + lease.unclaimed,

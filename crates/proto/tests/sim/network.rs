@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kvferry_proto::{
     ClientBody, ClientFrame, HelloError, Mismatch, Model, PeerId, ServerBody, ServerFrame, hello::Welcome, session,
+    table,
 };
 
 use crate::{
@@ -165,7 +166,13 @@ impl World {
 
     fn server_forgets(&mut self, conn: usize) {
         let q = self.conns[conn].proc;
-        self.procs[q].sessions.retain(|_, c| *c != conn);
+        let closed = self.procs[q].sessions.iter().find(|(_, c)| **c == conn).map(|(consumer, _)| *consumer);
+        if let Some(consumer) = closed {
+            self.procs[q].sessions.remove(&consumer);
+            if self.procs[q].alive {
+                self.table(q, table::In::Closed(consumer));
+            }
+        }
     }
 
     pub(crate) fn send_to_server(&mut self, conn: usize, frame: ClientFrame) {

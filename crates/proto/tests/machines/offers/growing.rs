@@ -211,7 +211,7 @@ fn claims_that_wait_are_answered_when_the_offer_is_entered() {
     assert_eq!(t.answers(), [not_yet(1), not_yet(2), not_yet(3), not_yet(1)]);
     t.at(60 * SECOND);
     t.open(1);
-    assert_eq!(t.answers(), [(2, "granted".to_owned()), (3, "token".to_owned()), (1, "granted".to_owned())]);
+    assert_eq!(t.answers(), [(1, "granted".to_owned()), (2, "granted".to_owned()), (3, "token".to_owned())]);
     // One that is not ready when it is entered answers them when it is.
     t.awaits(&peer("a", 1), 4, secret(2));
     t.table.offer(t.now, secret(2), contents(2), false).unwrap();
@@ -253,7 +253,26 @@ fn no_more_claims_wait_for_a_name_than_an_offer_may_have() {
     for claim in 1..=3 {
         t.awaits(&peer("a", claim), claim, secret(1));
     }
-    assert_eq!(t.answers().last(), Some(&(3, "unknown".to_owned())));
+    assert_eq!(t.answers().last(), Some(&(3, "limit".to_owned())));
+    assert_eq!(t.table.claims(), 2);
+}
+
+#[test]
+fn a_consumer_has_no_more_claims_that_wait_than_claims_at_all_and_they_end_with_its_session() {
+    let mut t = Table::new(limits(|l| l.claims_per_session = 2));
+    let (a, b) = (peer("a", 1), peer("b", 2));
+    for claim in 1..=3 {
+        t.awaits(&a, claim, secret(claim));
+    }
+    assert_eq!(t.answers().last(), Some(&(3, "limit".to_owned())));
+    t.awaits(&b, 1, secret(1));
+    t.awaits(&b, 2, secret(9));
+    assert_eq!((t.table.claims_of(a.incarnation), t.table.claims_of(b.incarnation)), (2, 2));
+    t.answers();
+    t.tell(In::Closed(a.incarnation));
+    assert_eq!((t.table.claims_of(a.incarnation), t.table.claims_of(b.incarnation)), (0, 2));
+    t.open(1);
+    assert_eq!(t.answers(), [(1, "granted".to_owned())]);
 }
 
 proptest! {

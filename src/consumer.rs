@@ -22,7 +22,7 @@ use std::{
 use kvferry_proto::{
     BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Shard, WaitError,
     pull::Retry,
-    puller::{Ended, HoldRequest, In, PullId, Start},
+    puller::{Ended, Hold, HoldRequest, In, PullId, Start},
 };
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -183,28 +183,31 @@ impl Consumer {
     ///
     /// # Errors
     /// The name is malformed, its seal is missing or does not fit, or the consumer has shut down. No peer is contacted.
-    pub fn hold(&self, offer: &Offer) -> Result<(), PullError> {
+    pub fn hold(&self, offer: &Offer) -> Result<Hold, PullError> {
         self.hold_offer(offer, false)
     }
 
-    /// Claims like [`Consumer::hold`] an offer that may be opened later.
+    /// Claims like [`Consumer::hold`] an offer that may be opened later. An engine gives local blocks to a request once its hold
+    /// is granted: the prefill has begun then, and goes on. If it gave them to requests whose prefill waits for blocks, two
+    /// engines with full pools could wait for each other.
     ///
     /// # Errors
     /// Those of [`Consumer::hold`].
-    pub fn hold_awaited(&self, offer: &Offer) -> Result<(), PullError> {
+    pub fn hold_awaited(&self, offer: &Offer) -> Result<Hold, PullError> {
         self.hold_offer(offer, true)
     }
 
-    fn hold_offer(&self, offer: &Offer, awaited: bool) -> Result<(), PullError> {
+    fn hold_offer(&self, offer: &Offer, awaited: bool) -> Result<Hold, PullError> {
         if self.stopped.load(Ordering::Acquire) {
             return Err(PullError::Shutdown);
         }
         offer.check()?;
         offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(offer);
-        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited };
+        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited, seen: Hold::default() };
+        let seen = wait.seen.clone();
         self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
-        Ok(())
+        Ok(seen)
     }
 
     /// Releases an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the

@@ -88,7 +88,7 @@ pub use kvferry_proto::{
     PlanError, PoolLayout, PositionSet, PullError, Rank, Region, Seal, SealKey, SecretBytes, SessionConfig, Shard,
     Times, Token, WaitError, check_address,
     hello::{Hello, Welcome},
-    puller::{Ended, PullId},
+    puller::{Ended, Hold, HoldState, PullId},
     table::Freed,
 };
 pub use lane::built as built_lanes;

@@ -6,7 +6,10 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -19,6 +22,36 @@ use crate::{
     sabotage::{Bug, planted},
 };
 
+/// The state of a hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HoldState {
+    /// Not every claim is granted.
+    Waiting,
+    /// Every claim is granted: the offer is open, and a pull can read it.
+    Granted,
+    /// Its pull has taken it over, it was released, or a claim was lost. A pull hears why.
+    Ended,
+}
+
+/// A hold as the engine sees it, from any thread.
+#[derive(Debug, Clone, Default)]
+pub struct Hold(Arc<AtomicU8>);
+
+impl Hold {
+    /// Its state now.
+    pub fn state(&self) -> HoldState {
+        match self.0.load(Ordering::Relaxed) {
+            0 => HoldState::Waiting,
+            1 => HoldState::Granted,
+            _ => HoldState::Ended,
+        }
+    }
+
+    fn set(&self, state: HoldState) {
+        self.0.store(state as u8, Ordering::Relaxed);
+    }
+}
+
 /// An offer to hold.
 #[derive(Debug)]
 pub struct HoldRequest {
@@ -30,6 +63,8 @@ pub struct HoldRequest {
     pub reader: Reader,
     /// Whether its claims wait for an offer that is not entered yet.
     pub awaited: bool,
+    /// What the engine sees of it.
+    pub seen: Hold,
 }
 
 /// A claim of a hold.
@@ -40,15 +75,26 @@ pub(super) struct Claimed {
 }
 
 #[derive(Debug)]
-struct Hold {
+struct Held {
     request: HoldRequest,
     /// One for each source; `None`: it was lost.
     claims: Vec<Option<Claimed>>,
     /// Which hold of this consumer it is.
     number: u64,
+    /// What else the engine sees of it: the offer was held again.
+    also: Vec<Hold>,
 }
 
-impl Hold {
+impl Held {
+    /// Shows the engine its state.
+    fn show(&self, state: HoldState) {
+        self.also.iter().chain([&self.request.seen]).for_each(|seen| seen.set(state));
+    }
+
+    fn is_granted(&self) -> bool {
+        self.claims.iter().all(|c| c.as_ref().is_some_and(|c| c.granted.is_some()))
+    }
+
     /// The releases of its claims. `all`: on behalf of all readers.
     fn releases(&self, all: bool) -> impl Iterator<Item = Out> + '_ {
         let HoldRequest { offer, sources, reader, .. } = &self.request;
@@ -75,7 +121,7 @@ fn key(offer: &Offer) -> Key {
 /// The holds of a consumer rank.
 #[derive(Default)]
 pub(super) struct Holds {
-    by_offer: HashMap<Key, Hold>,
+    by_offer: HashMap<Key, Held>,
     by_claim: HashMap<ClaimId, (Key, usize)>,
     /// When each hold ends, oldest first. A hold that ended before stays listed until then.
     ends: VecDeque<(Instant, Key, u64)>,
@@ -97,8 +143,12 @@ impl Holds {
         out: &mut VecDeque<Out>,
     ) {
         let id = key(&request.offer);
-        if self.by_offer.contains_key(&id) || self.by_offer.len() >= MOST {
-            return;
+        if let Some(held) = self.by_offer.get_mut(&id) {
+            request.seen.set(if held.is_granted() { HoldState::Granted } else { HoldState::Waiting });
+            return held.also.push(request.seen);
+        }
+        if self.by_offer.len() >= MOST {
+            return request.seen.set(HoldState::Ended);
         }
         let mut claims = Vec::with_capacity(request.sources.len());
         for (source, &at) in request.sources.iter().enumerate() {
@@ -112,7 +162,7 @@ impl Holds {
         }
         self.made += 1;
         self.ends.push_back((now + limit, id, self.made));
-        self.by_offer.insert(id, Hold { request, claims, number: self.made });
+        self.by_offer.insert(id, Held { request, claims, number: self.made, also: Vec::new() });
     }
 
     /// A claim was granted. `false`: it belongs to no hold.
@@ -123,6 +173,9 @@ impl Holds {
         {
             claimed.granted = Some((grant, contents.clone()));
         }
+        if let Some(held) = self.by_offer.get(&id).filter(|h| h.is_granted()) {
+            held.show(HoldState::Granted);
+        }
         true
     }
 
@@ -131,6 +184,7 @@ impl Holds {
         let Some((id, source)) = self.by_claim.remove(&claim) else { return };
         let Some(hold) = self.by_offer.get_mut(&id) else { return };
         hold.claims[source] = None;
+        hold.show(HoldState::Ended);
         if hold.claims.iter().all(Option::is_none) {
             self.by_offer.remove(&id);
         }
@@ -167,6 +221,7 @@ impl Holds {
     /// Ends all holds.
     pub(super) fn end_all(&mut self, out: &mut VecDeque<Out>) {
         for hold in self.by_offer.values() {
+            hold.show(HoldState::Ended);
             out.extend(hold.releases(false));
         }
         *self = Self { made: self.made, ..Self::default() };
@@ -190,8 +245,9 @@ impl Holds {
         self.ends.front().map(|e| e.0)
     }
 
-    fn remove(&mut self, id: Key) -> Option<Hold> {
+    fn remove(&mut self, id: Key) -> Option<Held> {
         let hold = self.by_offer.remove(&id)?;
+        hold.show(HoldState::Ended);
         for claimed in hold.claims.iter().flatten() {
             self.by_claim.remove(&claimed.claim);
         }

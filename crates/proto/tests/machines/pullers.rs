@@ -16,7 +16,7 @@ use kvferry_proto::{
     Read, Reader, Shard, Token,
     hello::Welcome,
     pull::Retry,
-    puller::{HoldRequest, In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
+    puller::{Hold, HoldRequest, HoldState, In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
     session::Want,
 };
 
@@ -143,7 +143,13 @@ impl Rig {
 
     /// Holds the offer of a pull for up to a minute. Returns its claim.
     fn hold(&mut self, start: &Start) -> ClaimId {
-        let wait = HoldRequest { offer: start.offer.clone(), sources: vec![0], reader: start.reader, awaited: false };
+        let wait = HoldRequest {
+            offer: start.offer.clone(),
+            sources: vec![0],
+            reader: start.reader,
+            awaited: false,
+            seen: Hold::default(),
+        };
         self.puller.handle(self.now, In::Hold(Box::new(wait), 60 * SECOND));
         let want = self.claimed();
         assert_eq!((want.offer, want.token), (start.offer.id, start.offer.token));
@@ -401,7 +407,13 @@ fn a_name_with_another_token_leaves_the_hold_alone() {
     forged.token = Token::from_bytes([9; 16]);
     rig.puller.handle(rig.now, In::Release(Arc::new(forged.clone())));
     assert_eq!(rig.released(), (None, true), "the producer refuses this one");
-    let wrong = HoldRequest { offer: Arc::new(forged), sources: vec![0], reader: Reader::ONLY, awaited: false };
+    let wrong = HoldRequest {
+        offer: Arc::new(forged),
+        sources: vec![0],
+        reader: Reader::ONLY,
+        awaited: false,
+        seen: Hold::default(),
+    };
     rig.puller.handle(rig.now, In::Hold(Box::new(wrong), 60 * SECOND));
     assert_ne!(rig.claimed().claim, claim, "a hold of its own, which the producer refuses");
     rig.grant(claim, contents);

@@ -329,7 +329,13 @@ impl World {
             process.waiting.insert(r);
             say!(self, "consumer {c}: holds {}", offer.id);
             let limit = self.weather.lease.hard_cap;
-            self.puller(c, puller::In::Hold(Box::new(puller::HoldRequest { offer, sources, reader, awaited }), limit));
+            self.puller(
+                c,
+                puller::In::Hold(
+                    Box::new(puller::HoldRequest { offer, sources, reader, awaited, seen: puller::Hold::default() }),
+                    limit,
+                ),
+            );
             let most = 4 * self.weather.lease.unclaimed.as_micros() as Micros;
             let t = self.now + self.rng.below(most);
             if t >= self.now + limit.as_micros() as Micros {

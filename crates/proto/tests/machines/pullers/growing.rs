@@ -74,6 +74,19 @@ fn a_cancelled_pull_that_waits_for_growth_ends() {
 }
 
 #[test]
+fn a_hold_whose_claim_is_lost_has_ended() {
+    let mut rig = Rig::new();
+    let (start, _) = rig.start();
+    let seen = Hold::default();
+    let (offer, reader) = (start.offer.clone(), start.reader);
+    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen.clone() };
+    rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+    let claim = rig.claimed().claim;
+    rig.puller.handle(rig.now, In::Lost(claim, Cause::Unknown));
+    assert_eq!(seen.state(), HoldState::Ended);
+}
+
+#[test]
 fn a_grant_that_takes_something_back_or_lists_other_blocks_is_ignored() {
     let mut rig = Rig::new();
     let (claim, contents) = rig.waits();
@@ -95,11 +108,23 @@ fn a_grant_that_takes_something_back_or_lists_other_blocks_is_ignored() {
 fn a_hold_hands_over_what_its_offer_has_grown_by() {
     let mut rig = Rig::new();
     let (start, contents) = rig.start();
-    let claim = rig.hold(&start);
+    let seen = Hold::default();
+    let hold = |seen: &Hold| {
+        let (offer, reader) = (start.offer.clone(), start.reader);
+        let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen.clone() };
+        In::Hold(Box::new(request), 60 * SECOND)
+    };
+    rig.puller.handle(rig.now, hold(&seen));
+    let claim = rig.claimed().claim;
+    assert_eq!(seen.state(), HoldState::Waiting, "it is not open yet");
     rig.grant(claim, computed(&contents, 1));
     rig.grant(claim, computed(&contents, 3));
+    let again = Hold::default();
+    rig.puller.handle(rig.now, hold(&again));
+    assert_eq!([seen.state(), again.state()], [HoldState::Granted; 2]);
     let progress = start.progress.clone();
     rig.puller.handle(rig.now, In::Start(start));
     assert!(rig.wish().is_some(), "it is planned with the hold's grant");
     assert!(progress.get().1 > 0);
+    assert_eq!([seen.state(), again.state()], [HoldState::Ended; 2]);
 }

@@ -104,6 +104,8 @@ pub(super) struct State {
     #[cfg(feature = "verbs")]
     connecting: std::collections::HashSet<PeerKey>,
     next_session: u64,
+    /// Those that the metrics have counted.
+    wrong_tokens: u64,
 }
 
 /// Most lanes of one session and kind. A consumer starts pulls on the newest; older lanes finish their pulls. A consumer
@@ -161,6 +163,7 @@ impl Core {
             #[cfg(feature = "verbs")]
             connecting: Default::default(),
             next_session: 1,
+            wrong_tokens: 0,
         };
         Self {
             me,
@@ -310,9 +313,7 @@ impl Core {
         if state.table.next_timeout() != before {
             self.rearm.notify_one();
         }
-        let wrong = state.table.wrong_tokens() - wrong;
-        self.metrics.wrong_tokens.inc_by(wrong);
-        wrong == 0
+        state.table.wrong_tokens() == wrong
     }
 
     /// Ends the leases that have run out by `now`; returns the table's next timeout.
@@ -360,6 +361,8 @@ impl Core {
                 }
             }
         }
+        let wrong = state.table.wrong_tokens();
+        self.metrics.wrong_tokens.inc_by(wrong - std::mem::replace(&mut state.wrong_tokens, wrong));
         while let Some((consumer, claims)) = state.table.poll_claims() {
             state.shares.holds(consumer, claims);
         }

@@ -94,6 +94,19 @@ mod tests {
     const GOOD: Entry = Entry { group: 0, region: 0, position: 100, blocks: 2, within: 0, piece: BLOCK };
 
     #[test]
+    fn nothing_above_the_mark_of_an_open_offer_is_sent() {
+        let (layout, mut offered) = setting();
+        // The blocks have 16 tokens: position 100 is computed but for its last token.
+        let mut read = |tokens, entry: Entry| {
+            offered = Contents { tokens, whole: 5000, complete: false, ..offered.clone() };
+            gather(&layout, &offered, &entry.encode(), &mut Vec::new(), &mut 0).is_ok()
+        };
+        let one = Entry { blocks: 1, ..GOOD };
+        assert!(!read(101 * 16 - 1, one) && read(101 * 16, one));
+        assert!(!read(102 * 16 - 1, GOOD) && read(102 * 16, GOOD));
+    }
+
+    #[test]
     fn neighbours_become_one_span_and_others_do_not() {
         let span = |offset, len| Span { segment: 0, offset, len };
         assert_eq!(ask(&[GOOD]), Ok((128, vec![span(192, 128)])));

@@ -256,8 +256,9 @@ impl Consumer {
         self.pulls.progress(pull)
     }
 
-    /// Tokens from the prompt's start whose wanted blocks are all loaded, each of them fenced. It only grows. The engine may read
-    /// those blocks before the pull has ended, and must not write them. `None` when the pull has ended.
+    /// Tokens from the prompt's start whose wanted blocks are all loaded, each of them fenced. Positions that the pull does not want
+    /// count as present. It only grows. The engine may read those blocks before the pull has ended, and must not write them. `None`
+    /// when the pull has ended.
     pub fn loaded_prefix(&self, pull: PullId) -> Option<u64> {
         self.pulls.loaded_prefix(pull)
     }

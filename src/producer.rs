@@ -99,8 +99,10 @@ impl Producer {
     /// a block is read once the mark is past its last token, so blocks may be listed before they are full.
     ///
     /// Growths become readable in the order of the calls: now, or when the work is done that the stream of `ready` holds now. If
-    /// that work fails, the offer is revoked. A growth of an offer that has ended does nothing: the engine may go on
-    /// computing, and [`Producer::poll_freed`] returns the offer.
+    /// that work fails, the offer is revoked.
+    ///
+    /// A consumer's release ends an open offer too. [`Producer::poll_freed`] may therefore return an offer whose prefill still
+    /// runs: nothing reads its blocks any more, and the prefill may go on.
     ///
     /// # Errors
     /// The offer has ended or is finished, `ready` is [`Ready::Later`], or the growth does not follow or is out of bounds.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, Contents, Grant, Incarnation, Release,
+    Cause, ClaimId, Contents, Grant, Growth, Incarnation, Release,
     hello::{Hello, Welcome},
     puller::{Addr, In, LaneWish},
     session::Want,
@@ -169,6 +169,10 @@ impl Events for ToPuller {
 
     fn granted(&self, claim: ClaimId, grant: Grant, contents: Arc<Contents>) {
         self.0.send(Mail::Puller(In::Granted(claim, grant, contents)));
+    }
+
+    fn grown(&self, claim: ClaimId, growth: Growth) {
+        self.0.send(Mail::Puller(In::Grown(claim, growth)));
     }
 
     fn lost(&self, claim: ClaimId, cause: Cause) {

@@ -25,7 +25,8 @@ pub struct Pull {
     /// a pool in GPU memory. If that work fails, the pull is cancelled.
     pub after: Option<CudaStream>,
     /// Whether the offer may be opened later: its request waits in the prefill engine's queue. The claim then waits for it, for
-    /// [`PullConfig::queued`](crate::PullConfig::queued) at most.
+    /// [`PullConfig::queued`](crate::PullConfig::queued) and the producer's [`LeaseConfig::awaited`](crate::LeaseConfig::awaited)
+    /// at most.
     pub awaited: bool,
     /// What the KV must have been computed from: the offer must have each of these fingerprints, with the same value.
     pub expect: Fingerprints,

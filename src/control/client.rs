@@ -324,6 +324,7 @@ impl PeerTask {
                     }
                 }
                 Out::Granted { claim, grant, contents } => self.events.granted(claim, grant, contents),
+                Out::Grown { claim, growth } => self.events.grown(claim, growth),
                 Out::Lost { claim, cause } => self.events.lost(claim, cause),
                 Out::Health(health) => self.log(health),
                 Out::Silent(silent) => self.events.silent(&self.addr, silent),

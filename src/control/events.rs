@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvferry_proto::{
-    Cause, ClaimId, Contents, Grant, Incarnation,
+    Cause, ClaimId, Contents, Grant, Growth, Incarnation,
     hello::Welcome,
     puller::{Addr, Need},
 };
@@ -16,6 +16,8 @@ pub(crate) trait Events: Send + Sync + 'static {
     fn welcomed(&self, peer: &Addr, welcome: Arc<Welcome>);
     /// A claim was granted: its fence word, and what it may read.
     fn granted(&self, claim: ClaimId, grant: Grant, contents: Arc<Contents>);
+    /// The offer of a granted claim has grown.
+    fn grown(&self, claim: ClaimId, growth: Growth);
     /// A claim was lost.
     fn lost(&self, claim: ClaimId, cause: Cause);
     /// The answer to a request for a lane.

@@ -18,7 +18,8 @@ use tonic::Status;
 use super::guard::ConnState;
 
 /// Most queued frames of a session. A consumer that does not read gets no new answers, so only unsolicited frames (lost
-/// claims, revoked offers) pile up; 16,384 of them take less than a megabyte.
+/// claims, revoked offers, growths) pile up; 16,384 of them take less than a megabyte, and those of growth some more: each
+/// block is in one of them.
 pub(crate) const MAX_QUEUED: usize = 1 << 14;
 
 /// Sends frames to one session, in order. Cheap to clone; does not keep the session open.

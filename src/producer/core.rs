@@ -109,7 +109,8 @@ pub(super) struct State {
 }
 
 /// Most lanes of one session and kind. A consumer starts pulls on the newest; older lanes finish their pulls. A consumer
-/// that searches for a better lane opens its eighth after four minutes, when no pull uses the first any more.
+/// that searches for a better lane opens its eighth after four minutes. A pull that waits for growth on the first one until then
+/// gets another lane.
 const LANES_OF_A_KIND: usize = 8;
 
 pub(super) struct Session {
@@ -535,10 +536,11 @@ impl Desk for Core {
                 state.lanes -= s.lanes.len();
                 if state.by_consumer.get(&s.from.incarnation) == Some(&session) {
                     state.by_consumer.remove(&s.from.incarnation);
-                    self.tell_locked(&mut state, table::In::Closed(s.from.incarnation));
                 }
                 state.lanes_by_peer.remove(&s.by, s.lanes.len());
-                state.shares.closed(s.from.incarnation);
+                if state.shares.closed(s.from.incarnation) {
+                    self.tell_locked(&mut state, table::In::Closed(s.from.incarnation));
+                }
             }
             gone
         };

@@ -30,14 +30,15 @@ impl Shares {
         self.consumers.entry(consumer).or_insert_with(new).sessions += 1;
     }
 
-    /// A session of a consumer ended. Its claims hold until they run out.
-    pub(super) fn closed(&mut self, consumer: Incarnation) {
-        if let Entry::Occupied(mut c) = self.consumers.entry(consumer) {
-            c.get_mut().sessions = c.get().sessions.saturating_sub(1);
-            if c.get().sessions == 0 && c.get().claims == 0 {
-                c.remove();
-            }
+    /// A session of a consumer ended. Its claims hold until they run out. `true`: it was the last one.
+    pub(super) fn closed(&mut self, consumer: Incarnation) -> bool {
+        let Entry::Occupied(mut c) = self.consumers.entry(consumer) else { return true };
+        c.get_mut().sessions = c.get().sessions.saturating_sub(1);
+        let last = c.get().sessions == 0;
+        if last && c.get().claims == 0 {
+            c.remove();
         }
+        last
     }
 
     /// A consumer has this many claims now.

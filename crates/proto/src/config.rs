@@ -14,7 +14,7 @@ pub struct LeaseConfig {
     pub hard_cap: Duration,
     /// How long a claim of an unknown offer is answered `NotYet`: the name may overtake the offer.
     pub early_grace: Duration,
-    /// How long a claim waits that says it may: its request waits in the prefill engine's queue.
+    /// How long an awaited claim waits for its offer: its request is in the prefill engine's queue.
     pub awaited: Duration,
     /// How long a producer remembers why an offer is gone.
     pub tombstone: Duration,

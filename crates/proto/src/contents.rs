@@ -46,6 +46,13 @@ pub struct Growth {
     pub groups: Vec<OfferGroup>,
 }
 
+impl Growth {
+    /// Whether it brings nothing to an offer with this mark.
+    pub fn is_empty_after(&self, tokens: u64) -> bool {
+        self.tokens == tokens && !self.complete && self.groups.iter().all(|g| g.blocks.is_empty())
+    }
+}
+
 /// How far contents have grown.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Extent {
@@ -71,6 +78,11 @@ impl Extent {
         }
     }
 
+    /// The mark.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
     /// Whether nothing follows.
     pub fn is_complete(&self) -> bool {
         self.complete
@@ -92,6 +104,9 @@ impl Extent {
         if self.complete {
             return bad("it grows after it was finished".into());
         }
+        if growth.is_empty_after(self.tokens) {
+            return bad("a growth brings nothing".into());
+        }
         if growth.tokens < self.tokens || growth.tokens > self.whole {
             return bad(format!("its mark moves from {} to {} of {} tokens", self.tokens, growth.tokens, self.whole));
         }
@@ -104,6 +119,9 @@ impl Extent {
         }
         check_groups(&growth.groups)?;
         for g in &growth.groups {
+            if g.blocks.is_empty() {
+                return bad(format!("the growth of group {} has no blocks", g.group.0));
+            }
             if self.ends.get(&g.group).is_some_and(|end| *end != g.first_position) {
                 return bad(format!("the new blocks of group {} do not follow the earlier ones", g.group.0));
             }
@@ -154,7 +172,7 @@ impl Contents {
         Ok(())
     }
 
-    /// What these contents have and earlier ones, which reached that far, had not.
+    /// The blocks and the mark that were added after `earlier`.
     pub fn since(&self, earlier: &Extent) -> Growth {
         let gain = |g: &OfferGroup| {
             let first_position = earlier.ends.get(&g.group).copied().unwrap_or(g.first_position);

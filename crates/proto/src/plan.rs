@@ -235,7 +235,7 @@ impl Plan {
             let Some(layout) = here.layout.group(g.id) else { continue };
             g.extend(&offered, sources, here, layout)?;
         }
-        self.complete = offered.complete;
+        self.complete = offered.complete || self.groups.iter().all(|g| g.waiting.is_empty());
         let of = |count: &dyn Fn(&GroupPlan) -> usize| -> u64 {
             self.groups.iter().map(|g| count(g) as u64 * g.bytes_per_block()).sum()
         };
@@ -244,9 +244,7 @@ impl Plan {
         let all = self.bytes + of(&|g| g.waiting.len());
         let ChunkSize { per_pull, min_bytes, max_bytes } = self.size;
         let target = (all / u64::from(per_pull.max(1))).clamp(min_bytes, max_bytes.max(min_bytes));
-        // What a chunk waits for is lost if the prefill dies: no more than a sixteenth of the pull.
-        let least = if self.complete { 0 } else { min_bytes.min(all / 16) };
-        cut(&mut self.groups, here.layout, (least, target), &mut self.chunks);
+        cut(&mut self.groups, here.layout, (min_bytes, target), &mut self.chunks);
         Ok(())
     }
 
@@ -279,6 +277,16 @@ impl Plan {
     pub fn wants(&self, chunk: u32) -> &[Want] {
         let c = &self.chunks[chunk as usize];
         &self.groups[usize::from(c.group)].wants[c.first as usize..(c.first + c.count) as usize]
+    }
+
+    /// Whether a source holds a part of a chunk.
+    pub fn has_part(&self, chunk: u32, source: usize) -> bool {
+        self.group_of(chunk).pieces.get(source).is_some_and(|pieces| !pieces.is_empty())
+    }
+
+    /// Whether something is known to be offered or not.
+    pub fn has_begun(&self) -> bool {
+        self.groups.iter().any(|g| !g.wants.is_empty() || !g.not_offered.is_empty())
     }
 
     /// The group of a chunk.
@@ -416,14 +424,17 @@ fn all_pieces(sources: &[Source<'_>], here: Source<'_>, g: &Group) -> Result<Vec
     Ok(all)
 }
 
-/// Cuts the wants that are in no chunk yet into chunks of about `target` bytes, in the order of their first tokens. What is
-/// left of a group is cut when it has `least` bytes.
-fn cut(groups: &mut [GroupPlan], here: &PoolLayout, (least, target): (u64, u64), chunks: &mut Vec<Chunk>) {
+/// Cuts the wants that are in no chunk yet into chunks of about `target` bytes, in the order of their first tokens. While more of
+/// a group may come, a chunk has at least `min_bytes` or a sixteenth of the group: blocks that are in no chunk yet are lost if the
+/// prefill dies.
+fn cut(groups: &mut [GroupPlan], here: &PoolLayout, (min_bytes, target): (u64, u64), chunks: &mut Vec<Chunk>) {
     let old = chunks.len();
     for (i, g) in groups.iter_mut().enumerate() {
         let bytes = g.bytes_per_block().max(1);
         let per = (target / bytes).clamp(1, u64::from(u32::MAX)) as u32;
         let total = g.wants.len() as u32;
+        let all = (g.wants.len() + g.waiting.len()) as u64 * bytes;
+        let least = if g.waiting.is_empty() { 0 } else { min_bytes.min(all / 16) };
         while g.cut < total {
             let count = per.min(total - g.cut);
             if u64::from(count) * bytes < least {

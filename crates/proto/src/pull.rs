@@ -200,6 +200,8 @@ impl PullTracker {
             return;
         };
         match event {
+            // The sets are frozen.
+            LaneEvent::Done { .. } | LaneEvent::Fence { .. } | LaneEvent::Again { .. } if self.decided() => {}
             LaneEvent::Done { chunk, reads, .. } => match self.sources[source].done(chunk, reads) {
                 Ok(()) => {
                     self.sources[source].moved = now;
@@ -376,12 +378,12 @@ impl PullTracker {
         ends.min()
     }
 
-    /// When it gives up, since the prefill does not begin or go on. The peer is alive: a silent one ends the pull earlier.
+    /// When the pull ends as `Stalled`. The peer is alive meanwhile: a silent one ends the pull earlier.
     fn growth_ends(&self) -> Option<Instant> {
-        let begun = self.plan.as_ref().filter(|p| !p.chunks().is_empty());
+        let begun = self.plan.as_ref().is_some_and(|p| p.has_begun());
         match (&self.plan, self.grown) {
             (Some(p), _) if p.is_complete() || !self.has_read_all() => None,
-            (Some(_), Some(grown)) if begun.is_some() => grown.checked_add(self.retry.stalled),
+            (Some(_), Some(grown)) if begun => grown.checked_add(self.retry.stalled),
             (None, _) if !self.retry.awaited => None,
             _ => self.started.checked_add(self.retry.queued),
         }
@@ -437,8 +439,8 @@ impl Machine for PullTracker {
                 if self.plan.is_some() || self.decided() || plan.sources() != self.sources.len() {
                     return;
                 }
-                for s in &mut self.sources {
-                    s.planned(plan.chunks().len());
+                for (number, s) in self.sources.iter_mut().enumerate() {
+                    s.planned(&plan, number);
                 }
                 let nothing = plan.is_complete() && plan.chunks().is_empty();
                 self.grown = Some(now);

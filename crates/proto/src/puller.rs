@@ -147,6 +147,14 @@ impl<L: Lane> Puller<L> {
                     self.granted(now, of, grant, contents);
                 }
             }
+            In::Grown(claim, growth) => {
+                if !self.holds.grown(claim, &growth)
+                    && let Some(of) = self.pulls.of_claim(claim)
+                    && self.pulls.grown(of, &growth)
+                {
+                    self.plan(now, of.pull);
+                }
+            }
             In::Lost(claim, cause) => {
                 self.holds.lost(claim);
                 if let Some(of) = self.pulls.of_claim(claim) {
@@ -340,7 +348,8 @@ impl<L: Lane> Puller<L> {
 
     /// Gives a pull's source an existing lane, or has one connected.
     fn need_lane(&mut self, now: Instant, of: PullSource, avoid: &[LaneKind]) {
-        let Some(p) = self.pulls.get(of.pull) else { return };
+        // A pull may have decided since it asked.
+        let Some(p) = self.pulls.get(of.pull).filter(|p| !p.tracker.decided()) else { return };
         match self.lanes.best(p.rank(of.source), &p.start.lanes, avoid) {
             Some(n) => {
                 self.improve(now, of, n);

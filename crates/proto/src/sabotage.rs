@@ -59,7 +59,7 @@ pub enum Bug {
     FinalTooEarly,
     /// An open offer that was revoked is published again by its next growth.
     GrownAfterRevoke,
-    /// What an offer has grown by while a session was broken is not heard of when it comes back.
+    /// Growth during a broken session is lost when the session resumes.
     GrownLost,
 }
 

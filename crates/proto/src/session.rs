@@ -25,8 +25,8 @@ use std::{
 
 use self::{claims::Claims, link::Link, liveness::Liveness};
 use crate::{
-    Cause, ClaimId, ClientBody, ClientFrame, Contents, EngineId, Grant, HelloError, Incarnation, Machine, OfferId,
-    PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, EngineId, Grant, Growth, HelloError, Incarnation, Machine,
+    OfferId, PeerId, Rank, Reader, Release, ServerBody, ServerFrame, SessionConfig, Token,
     sabotage::{Bug, planted},
     table::Entropy,
 };
@@ -95,7 +95,7 @@ pub enum Out {
     HangUp,
     /// The peer is this process now. Everything cached of another incarnation is void.
     Peer(PeerId),
-    /// The claim holds: its pull may read. Comes again when the offer has grown, with all its contents.
+    /// The claim holds: its pull may read. Comes again with more contents if growths were missed.
     Granted {
         /// The claim.
         claim: ClaimId,
@@ -103,6 +103,13 @@ pub enum Out {
         grant: Grant,
         /// What it may read.
         contents: Arc<Contents>,
+    },
+    /// The offer of a granted claim has grown.
+    Grown {
+        /// The claim.
+        claim: ClaimId,
+        /// What was added.
+        growth: Growth,
     },
     /// The claim is gone, or was never granted. No event of it follows.
     Lost {
@@ -300,13 +307,15 @@ impl PeerSession {
         }
     }
 
-    fn frame(&mut self, now: Instant, frame: ServerFrame) {
+    /// Handles a frame. `false`: it made nothing due that is to be sent.
+    fn frame(&mut self, now: Instant, frame: ServerFrame) -> bool {
         // While a stream is opening, only its one answer ends the silence.
         if self.link.is_up() || matches!(frame.body, Some(ServerBody::Opened(_))) {
             self.liveness.end_silence(&mut self.out);
         }
         self.claims.acknowledged(frame.ack);
-        if self.link.is_up() && self.health() == Health::Suspect {
+        let suspect = self.link.is_up() && self.health() == Health::Suspect;
+        if suspect {
             self.set_health(Health::Up);
         }
         match frame.body {
@@ -320,10 +329,10 @@ impl PeerSession {
                 }
             },
             Some(ServerBody::Granted { claim, grant, contents, growths, .. }) => {
-                self.claims.granted(claim, (grant, contents, growths), &mut self.out);
+                self.claims.granted(claim, grant, (contents, growths), &mut self.out);
             }
             Some(ServerBody::Grown { claim, after, growths, growth }) => {
-                self.claims.grown(claim, (after, growths), &growth, self.limit, &mut self.out);
+                return self.claims.grown(claim, (after, growths), growth, self.limit, &mut self.out) || suspect;
             }
             Some(ServerBody::NotYet { claim, retry }) => {
                 self.claims.not_yet(now, claim, retry, self.config.heartbeat);
@@ -334,9 +343,10 @@ impl PeerSession {
                 }
             }
             Some(ServerBody::Revoked { offer, why }) => {
-                self.claims.lose(why.cause(), &mut self.out, |c| c.want.offer == offer)
+                self.claims.lose(why.cause(), &mut self.out, |c| c.want.offer == offer);
             }
         }
+        true
     }
 
     /// Pings when a ping is due, and renews the held claims.
@@ -439,8 +449,7 @@ impl Machine for PeerSession {
             In::Welcomed(peer) => self.welcomed(now, peer),
             In::DialFailed(error) => self.dial_failed(now, &error),
             In::Frame(stream, frame) => {
-                if self.link.is_stream(stream) {
-                    self.frame(now, frame);
+                if self.link.is_stream(stream) && self.frame(now, frame) {
                     self.flush(now);
                 }
             }

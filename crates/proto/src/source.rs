@@ -111,8 +111,17 @@ impl Source {
     }
 
     /// The plan is known, or has more chunks than before.
-    pub(crate) fn planned(&mut self, chunks: usize) {
-        self.parts.resize(chunks, Part::Waiting);
+    pub(crate) fn planned(&mut self, plan: &Plan, number: usize) {
+        let (old, all) = (self.parts.len(), plan.chunks().len());
+        self.parts.resize(all, Part::Waiting);
+        for chunk in (old..all).filter(|&chunk| !plan.has_part(chunk as u32, number)) {
+            self.set_good(chunk);
+        }
+        if all > old {
+            // The lanes have served it until here: their failures lie behind.
+            self.tries.failed = 0;
+            self.failed.clear();
+        }
     }
 
     /// Whether its attempt has nothing to do until the plan has more chunks.
@@ -149,10 +158,6 @@ impl Source {
             self.posted = 0;
             plan.reads(next as u32, number, max_read, &mut self.reads);
             self.parts[next] = Part::Reading(self.reads.len() as u32);
-            if self.reads.is_empty() {
-                // This source holds nothing of the chunk.
-                self.set_good(next);
-            }
         }
         Some((attempt, &self.reads[self.posted..]))
     }

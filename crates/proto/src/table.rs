@@ -110,8 +110,8 @@ const UNREADY_RETRY: Duration = Duration::from_millis(5);
 /// be entered; 2 ms is about one step of a fast engine.
 const EARLY_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
-/// After this time a claim that waits is sent again: the answer comes when the offer is entered, so this only heals what was
-/// forgotten here.
+/// After this time a claim that waits is sent again. The answer comes when the offer is entered; the second claim is for the case
+/// that the first one was lost here.
 const AWAITED_RETRY: Duration = Duration::from_secs(5);
 
 /// A name that was used before its offer was entered.
@@ -145,6 +145,8 @@ pub struct OfferTable {
     timers: BTreeSet<(Instant, OfferId)>,
     /// Open offers of whose growth the claims are told later.
     news: BTreeSet<(Instant, OfferId)>,
+    /// Number of growths of all offers: the number of the last one.
+    growths: u64,
     draining: bool,
     wrong_tokens: u64,
     out: VecDeque<Out>,
@@ -164,6 +166,7 @@ impl OfferTable {
             order: Order::default(),
             timers: BTreeSet::new(),
             news: BTreeSet::new(),
+            growths: 0,
             draining: false,
             wrong_tokens: 0,
             out: VecDeque::new(),
@@ -228,9 +231,10 @@ impl OfferTable {
         let Some(growing) = &mut entry.growing else {
             return Err(BadOffer::Malformed("it grows after it was finished".into()).into());
         };
-        let number = growing.add(growth, ready, self.limits.blocks_per_offer)?;
+        self.growths += 1;
+        growing.add(self.growths, growth, ready, self.limits.blocks_per_offer)?;
         self.apply(now, id);
-        Ok(number)
+        Ok(self.growths)
     }
 
     /// Applies the growths whose data is in place.
@@ -305,18 +309,10 @@ impl OfferTable {
     /// Answers a claim of an offer that is not there yet: it waits, if it may.
     fn await_offer(&mut self, now: Instant, key: ClaimKey, (id, token): (OfferId, Token)) -> ServerBody {
         let (claim, limits) = (key.1, &self.limits);
-        let other = self.claims.offer(key).is_some_and(|o| o != id);
-        let new = self.claims.offer(key).is_none();
-        if other || (new && self.claims.of_consumer(key.0) >= limits.claims_per_session) {
+        let of = self.claims.offer(key);
+        let full = of.is_none() && self.claims.of_consumer(key.0) >= limits.claims_per_session;
+        if full || of.is_some_and(|o| o != id) || !self.awaiting.add(now, id, (key, token)) {
             return ServerBody::Gone { claim, why: Gone::Limit };
-        }
-        let Some(since) = self.awaiting.add(now, id, (key, token), limits.claims_per_offer) else {
-            return ServerBody::Gone { claim, why: Gone::Limit };
-        };
-        if now.saturating_duration_since(since) >= self.lease.awaited {
-            self.awaiting.remove(id, key);
-            self.claims.remove(key);
-            return ServerBody::Gone { claim, why: Gone::Unknown };
         }
         self.claims.insert(key, id);
         ServerBody::NotYet { claim, retry: AWAITED_RETRY }
@@ -370,6 +366,10 @@ impl OfferTable {
             ClientBody::Ping(n) => self.reply(to, ServerBody::Pong(n)),
             ClientBody::Claim { claim, offer, token, number, awaited, .. } => {
                 let body = self.claim(now, (to, claim), (offer, token), number, awaited);
+                // It has its answer, and waits no more.
+                if matches!(body, ServerBody::Gone { .. }) && self.awaiting.remove(offer, (to, claim)) {
+                    self.claims.remove((to, claim));
+                }
                 self.reply(to, body);
             }
             ClientBody::Renew(claims) => self.renew(now, to, &claims),
@@ -490,6 +490,10 @@ impl OfferTable {
                 let early = self.early.insert(now, r.offer, Early { since: now, released: Vec::new() });
                 if early.released.len() < EARLY_RELEASES && !early.released.contains(&r.token) {
                     early.released.push(r.token);
+                }
+                for (to, claim) in self.awaiting.take_with(r.offer, r.token) {
+                    self.claims.remove((to, claim));
+                    self.reply(to, ServerBody::Gone { claim, why: Gone::Released });
                 }
             }
             return;
@@ -673,6 +677,15 @@ impl Machine for OfferTable {
         self.tombs.age(now, self.lease.tombstone);
         self.early.age(now, self.lease.tombstone);
         self.tell_news(now);
+        let Some(since) = now.checked_sub(self.lease.awaited) else { return };
+        for (id, key) in self.awaiting.since(since) {
+            // An offer that is not ready yet will be.
+            if !self.live.contains_key(&id) {
+                self.awaiting.remove(id, key);
+                self.claims.remove(key);
+                self.reply(key.0, ServerBody::Gone { claim: key.1, why: Gone::Unknown });
+            }
+        }
     }
 
     fn poll(&mut self) -> Option<Out> {
@@ -681,6 +694,7 @@ impl Machine for OfferTable {
 
     fn next_timeout(&self) -> Option<Instant> {
         // Only leases and growths need a clock; tombstones age at the next event.
-        [self.timers.first(), self.news.first()].into_iter().flatten().map(|t| t.0).min()
+        let awaited = self.awaiting.first().map(|since| since + self.lease.awaited);
+        [self.timers.first().map(|t| t.0), self.news.first().map(|t| t.0), awaited].into_iter().flatten().min()
     }
 }

@@ -12,8 +12,8 @@ use std::{
 };
 
 use kvferry_proto::{
-    Cause, ClaimId, ClientBody, ClientFrame, Contents, Grant, Incarnation, LaneKind, Mismatch, Model, Nonce, OfferId,
-    PeerId, PoolLayout, Rank, Reader, Release, ServerBody, ServerFrame, Shard, Token,
+    Cause, ClaimId, ClientBody, ClientFrame, Contents, Grant, Growth, Incarnation, LaneKind, Mismatch, Model, Nonce,
+    OfferId, PeerId, PoolLayout, Rank, Reader, Release, ServerBody, ServerFrame, Shard, Token,
     hello::{self, Hello, VERSIONS, Welcome, features},
     puller::{Addr, In},
     session::Want,
@@ -326,6 +326,9 @@ impl Events for Recorder {
     }
     fn granted(&self, claim: ClaimId, grant: Grant, contents: Arc<Contents>) {
         self.keep(In::Granted(claim, grant, contents));
+    }
+    fn grown(&self, claim: ClaimId, growth: Growth) {
+        self.keep(In::Grown(claim, growth));
     }
     fn lost(&self, claim: ClaimId, cause: Cause) {
         self.keep(In::Lost(claim, cause));

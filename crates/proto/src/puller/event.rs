@@ -10,8 +10,8 @@ use std::{
 
 use super::HoldRequest;
 use crate::{
-    Block, BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Incarnation, LaneKind, LocalBlocks, Offer, Outcome,
-    Reader, Release, hello::Welcome, pull::Retry, session::Want,
+    Block, BlockReport, Cause, ChunkSize, ClaimId, Contents, Grant, Growth, Incarnation, LaneKind, LocalBlocks, Offer,
+    Outcome, Reader, Release, hello::Welcome, pull::Retry, session::Want,
 };
 
 /// A pull's id, unique in this process; never 0.
@@ -92,8 +92,10 @@ pub enum In<L> {
     Cancel(PullId, Cause),
     /// A peer answered Hello; state of another incarnation of it is void.
     Peer(Addr, Arc<Welcome>),
-    /// A claim was granted: its fence word, and what it may read. Comes again when the offer has grown.
+    /// A claim was granted: its fence word, and what it may read. May come again with more contents.
     Granted(ClaimId, Grant, Arc<Contents>),
+    /// The offer of a granted claim has grown.
+    Grown(ClaimId, Growth),
     /// A claim is gone.
     Lost(ClaimId, Cause),
     /// The answer to [`Out::Connect`].
@@ -159,7 +161,7 @@ pub struct Ended {
     pub pull: PullId,
     /// The offer's name.
     pub offer: Arc<Offer>,
-    /// What the producer granted; `None` if the pull ended before all its sources had.
+    /// What the first source granted, as far as it had grown; `None` if the pull ended before all its sources had granted.
     pub contents: Option<Arc<Contents>>,
     /// The result, by position.
     pub outcome: Outcome,

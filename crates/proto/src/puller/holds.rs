@@ -15,10 +15,10 @@ use std::{
 
 use super::{
     Out, PullSource, Start,
-    pulls::{follows, want},
+    pulls::{add, follows, want},
 };
 use crate::{
-    ClaimId, Contents, Grant, Offer, OfferId, Reader, Release,
+    ClaimId, Contents, Grant, Growth, Offer, OfferId, Reader, Release,
     sabotage::{Bug, planted},
 };
 
@@ -81,7 +81,7 @@ struct Held {
     claims: Vec<Option<Claimed>>,
     /// Which hold of this consumer it is.
     number: u64,
-    /// What else the engine sees of it: the offer was held again.
+    /// Of later calls for the same offer.
     also: Vec<Hold>,
 }
 
@@ -144,7 +144,13 @@ impl Holds {
     ) {
         let id = key(&request.offer);
         if let Some(held) = self.by_offer.get_mut(&id) {
-            request.seen.set(if held.is_granted() { HoldState::Granted } else { HoldState::Waiting });
+            request.seen.set(match () {
+                () if held.claims.iter().any(Option::is_none) => HoldState::Ended,
+                () if held.is_granted() => HoldState::Granted,
+                () => HoldState::Waiting,
+            });
+            // The engine may have dropped its earlier ones.
+            held.also.retain(|seen| Arc::strong_count(&seen.0) > 1);
             return held.also.push(request.seen);
         }
         if self.by_offer.len() >= MOST {
@@ -175,6 +181,18 @@ impl Holds {
         }
         if let Some(held) = self.by_offer.get(&id).filter(|h| h.is_granted()) {
             held.show(HoldState::Granted);
+        }
+        true
+    }
+
+    /// The offer of a claim has grown. `false`: it belongs to no hold.
+    pub(super) fn grown(&mut self, claim: ClaimId, growth: &Growth) -> bool {
+        let Some(&(id, source)) = self.by_claim.get(&claim) else { return false };
+        if let Some(claimed) = self.by_offer.get_mut(&id).and_then(|h| h.claims[source].as_mut())
+            && let Some((_, contents)) = &mut claimed.granted
+        {
+            // One that does not follow is of no use: the session claims again.
+            let _ = add(contents, growth);
         }
         true
     }

@@ -11,7 +11,7 @@ use std::{
 
 use super::{Out, PullId, PullSource, Start, holds::Claimed};
 use crate::{
-    ClaimId, Contents, Extent, Machine, Offer, OfferRank, Plan, Reader, Release,
+    ClaimId, Contents, Extent, Growth, Machine, Offer, OfferRank, Plan, Reader, Release,
     pull::{self, PullTracker},
     session::Want,
 };
@@ -63,6 +63,11 @@ pub(super) fn want(claim: ClaimId, offer: &Offer, at: usize, reader: Reader, awa
 /// Whether the contents are those that were granted before, and what they have grown by.
 pub(super) fn follows(contents: &Contents, before: &Contents) -> bool {
     Extent::of(contents).covers(&Extent::of(before)) && contents.agrees(before)
+}
+
+/// Adds a growth, whose bounds the session has checked. `false`: it does not follow.
+pub(super) fn add(contents: &mut Arc<Contents>, growth: &Growth) -> bool {
+    Arc::make_mut(contents).grow(growth, usize::MAX).is_ok()
 }
 
 /// The pulls of a consumer rank.
@@ -150,6 +155,12 @@ impl Pulls {
         {
             p.granted[of.source] = Some(contents);
         }
+    }
+
+    /// Notes what a source's offer has grown by. `false`: it does not follow what was granted.
+    pub(super) fn grown(&mut self, of: PullSource, growth: &Growth) -> bool {
+        let granted = self.by_id.get_mut(&of.pull).and_then(|p| p.granted[of.source].as_mut());
+        granted.is_some_and(|contents| add(contents, growth))
     }
 
     /// Takes a pull's plan, to extend it.

@@ -10,7 +10,7 @@ use std::{
 
 use super::{Out, Want};
 use crate::{
-    Cause, ClaimId, ClientBody, Contents, Grant, Growth, Incarnation, PeerId, Release,
+    Cause, ClaimId, ClientBody, Contents, Extent, Grant, Growth, Incarnation, PeerId, Release,
     sabotage::{Bug, planted},
 };
 
@@ -26,15 +26,27 @@ enum ClaimState {
     Held,
 }
 
-/// The fence word, what may be read, and the number of the offer's growths.
-type Granted = (Grant, Arc<Contents>, u64);
+/// Most frames of growth for one claim: an engine sends 60,000 in the ten minutes of [`LeaseConfig::hard_cap`], one in 10 ms.
+///
+/// [`LeaseConfig::hard_cap`]: crate::LeaseConfig::hard_cap
+const MOST_GROWTHS: u32 = 1 << 17;
+
+/// How far an offer has grown.
+#[derive(Debug)]
+struct Open {
+    extent: Extent,
+    /// Number of its growths.
+    growths: u64,
+    /// Number of frames of growth that came for the claim.
+    heard: u32,
+}
 
 #[derive(Debug)]
 pub(super) struct Claim {
     pub(super) want: Want,
     state: ClaimState,
-    /// What was granted, with its growth since, until nothing follows.
-    open: Option<Granted>,
+    /// While its offer grows.
+    open: Option<Open>,
     /// Dials begun before the claim. Only the answer to a later dial says anything about the process of its offer: an earlier
     /// dial may have been answered, or refused, before that process existed.
     pub(super) dials: u64,
@@ -149,46 +161,58 @@ impl Claims {
     }
 
     /// A claim was granted. Ignores a grant that brings nothing new, and one that comes after the claim's release.
-    pub(super) fn granted(&mut self, claim: ClaimId, granted: Granted, out: &mut VecDeque<Out>) {
+    pub(super) fn granted(
+        &mut self,
+        claim: ClaimId,
+        grant: Grant,
+        (contents, growths): (Arc<Contents>, u64),
+        out: &mut VecDeque<Out>,
+    ) {
         let Some(c) = self.claims.get_mut(&claim) else { return };
         let held = c.state == ClaimState::Held;
         c.state = ClaimState::Held;
-        let known = c.open.as_ref().map(|(.., growths)| *growths);
-        let (grant, contents, growths) = granted;
+        let known = c.open.as_ref().map(|open| open.growths);
         // Frames may come late: a grant takes nothing back.
         let old = known.map_or(held, |known| known >= growths);
         if old || (planted(Bug::GrownLost) && known.is_some()) {
             return;
         }
-        c.open = (!contents.complete).then(|| (grant, contents.clone(), growths));
+        let heard = c.open.as_ref().map_or(0, |open| open.heard);
+        c.open = (!contents.complete).then(|| Open { extent: Extent::of(&contents), growths, heard });
         out.push_back(Out::Granted { claim, grant, contents });
     }
 
     /// The offer of a claim has grown, from `after` growths to `growths`. `limit` bounds its blocks. If another growth is missing
-    /// before these, the claim goes out again, and its grant brings everything.
+    /// before these, the claim goes out again, and its grant brings everything. `true`: it does.
     pub(super) fn grown(
         &mut self,
         claim: ClaimId,
         (after, growths): (u64, u64),
-        growth: &Growth,
+        growth: Growth,
         limit: usize,
         out: &mut VecDeque<Out>,
-    ) {
-        let Some(c) = self.claims.get_mut(&claim).filter(|c| c.state == ClaimState::Held) else { return };
-        let Some((grant, contents, known)) = &mut c.open else { return };
-        if *known >= growths {
-            return;
+    ) -> bool {
+        let Some(c) = self.claims.get_mut(&claim).filter(|c| c.state == ClaimState::Held) else { return false };
+        let Some(open) = &mut c.open else { return false };
+        if open.growths >= growths {
+            return false;
         }
-        if *known != after || Arc::make_mut(contents).grow(growth, limit).is_err() {
+        open.heard += 1;
+        if open.heard > MOST_GROWTHS {
+            self.claims.remove(&claim);
+            out.push_back(Out::Lost { claim, cause: Cause::Limit });
+            return false;
+        }
+        if open.growths != after || open.extent.grow(&growth, limit).is_err() {
             c.state = ClaimState::Waiting;
-            return;
+            return true;
         }
-        *known = growths;
-        let (grant, contents) = (*grant, contents.clone());
-        if contents.complete {
+        open.growths = growths;
+        if growth.complete {
             c.open = None;
         }
-        out.push_back(Out::Granted { claim, grant, contents });
+        out.push_back(Out::Grown { claim, growth });
+        false
     }
 
     /// The producer asks for the claim again after `wait`, or answers it when the offer is entered. The peer's word is bounded:

@@ -1,5 +1,5 @@
-//! Claims that wait for an offer: it is not entered yet, or not ready. They last no longer than the session that made them, whose
-//! consumer claims again in its next one.
+//! Claims that wait for an offer: it is not entered yet, or not ready. They last for a bounded time, and no longer than the sessions of
+//! the consumer that made them, which claims again in its next one.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,6 +8,9 @@ use std::{
 
 use super::entry::ClaimKey;
 use crate::{Incarnation, OfferId, Token};
+
+/// Most claims of one consumer that wait for one offer. It needs one; the others may be of pulls that it has given up.
+const MOST: usize = 8;
 
 /// A claim that waits.
 #[derive(Debug)]
@@ -21,68 +24,51 @@ pub(super) struct Wait {
 #[derive(Default)]
 pub(super) struct Awaiting {
     by_offer: BTreeMap<OfferId, Vec<Wait>>,
-    by_consumer: BTreeMap<Incarnation, BTreeSet<OfferId>>,
+    by_consumer: BTreeMap<Incarnation, BTreeSet<(OfferId, ClaimKey)>>,
+    /// The oldest first. Without those of live offers whose time is over.
+    ages: BTreeSet<(Instant, OfferId, ClaimKey)>,
 }
 
 impl Awaiting {
-    /// Adds a claim, or finds it. Returns since when it waits; `None`: `limit` claims wait for the offer already.
-    pub(super) fn add(
-        &mut self,
-        now: Instant,
-        id: OfferId,
-        (key, token): (ClaimKey, Token),
-        limit: usize,
-    ) -> Option<Instant> {
+    /// Adds a claim, or finds it. `false`: as many claims of its consumer wait for the offer already.
+    pub(super) fn add(&mut self, now: Instant, id: OfferId, (key, token): (ClaimKey, Token)) -> bool {
         let waits = self.by_offer.entry(id).or_default();
         if let Some(wait) = waits.iter_mut().find(|w| w.key == key) {
             wait.token = token;
-            return Some(wait.since);
+            return true;
         }
-        if waits.len() >= limit {
-            return None;
+        // The offer's list is not empty if there are that many.
+        if waits.iter().filter(|w| w.key.0 == key.0).count() >= MOST {
+            return false;
         }
         waits.push(Wait { key, token, since: now });
-        self.by_consumer.entry(key.0).or_default().insert(id);
-        Some(now)
+        self.by_consumer.entry(key.0).or_default().insert((id, key));
+        self.ages.insert((now, id, key));
+        true
     }
 
     /// Removes a claim. `true` when it waited.
     pub(super) fn remove(&mut self, id: OfferId, key: ClaimKey) -> bool {
-        let Some(waits) = self.by_offer.get_mut(&id) else { return false };
-        let before = waits.len();
-        waits.retain(|w| w.key != key);
-        let (removed, empty) = (waits.len() < before, waits.is_empty());
-        let last = waits.iter().all(|w| w.key.0 != key.0);
-        if empty {
-            self.by_offer.remove(&id);
-        }
-        if last {
-            self.forget(key.0, id);
-        }
-        removed
+        !self.take_if(id, |w| w.key == key).is_empty()
     }
 
     /// Takes the claims that wait for an offer, in their order.
     pub(super) fn take(&mut self, id: OfferId) -> Vec<Wait> {
-        let waits = self.by_offer.remove(&id).unwrap_or_default();
-        for w in &waits {
-            self.forget(w.key.0, id);
-        }
-        waits
+        self.take_if(id, |_| true)
+    }
+
+    /// Takes those that show this token.
+    pub(super) fn take_with(&mut self, id: OfferId, token: Token) -> Vec<ClaimKey> {
+        self.take_if(id, |w| w.token == token).into_iter().map(|w| w.key).collect()
     }
 
     /// Takes the claims of a consumer.
     pub(super) fn take_of(&mut self, consumer: Incarnation) -> Vec<ClaimKey> {
-        let mut taken = Vec::new();
-        for id in self.by_consumer.remove(&consumer).unwrap_or_default() {
-            let Some(waits) = self.by_offer.get_mut(&id) else { continue };
-            taken.extend(waits.iter().map(|w| w.key).filter(|key| key.0 == consumer));
-            waits.retain(|w| w.key.0 != consumer);
-            if waits.is_empty() {
-                self.by_offer.remove(&id);
-            }
+        let all = self.by_consumer.get(&consumer).cloned().unwrap_or_default();
+        for &(id, key) in &all {
+            self.remove(id, key);
         }
-        taken
+        all.into_iter().map(|(_, key)| key).collect()
     }
 
     /// The offers that claims wait for.
@@ -90,12 +76,37 @@ impl Awaiting {
         self.by_offer.keys().copied().collect()
     }
 
-    fn forget(&mut self, consumer: Incarnation, id: OfferId) {
-        if let Some(offers) = self.by_consumer.get_mut(&consumer) {
-            offers.remove(&id);
-            if offers.is_empty() {
-                self.by_consumer.remove(&consumer);
+    /// The claims that have waited since then or longer. Each is told once.
+    pub(super) fn since(&mut self, then: Instant) -> Vec<(OfferId, ClaimKey)> {
+        let mut old = Vec::new();
+        while let Some(&(since, id, key)) = self.ages.first().filter(|(since, ..)| *since <= then) {
+            self.ages.remove(&(since, id, key));
+            old.push((id, key));
+        }
+        old
+    }
+
+    /// Since when the oldest one waits.
+    pub(super) fn first(&self) -> Option<Instant> {
+        self.ages.first().map(|(since, ..)| *since)
+    }
+
+    fn take_if(&mut self, id: OfferId, which: impl Fn(&Wait) -> bool) -> Vec<Wait> {
+        let Some(waits) = self.by_offer.get_mut(&id) else { return Vec::new() };
+        let (taken, kept): (Vec<_>, Vec<_>) = std::mem::take(waits).into_iter().partition(which);
+        match kept.is_empty() {
+            true => drop(self.by_offer.remove(&id)),
+            false => *waits = kept,
+        }
+        for w in &taken {
+            self.ages.remove(&(w.since, id, w.key));
+            if let Some(all) = self.by_consumer.get_mut(&w.key.0) {
+                all.remove(&(id, w.key));
+                if all.is_empty() {
+                    self.by_consumer.remove(&w.key.0);
+                }
             }
         }
+        taken
     }
 }

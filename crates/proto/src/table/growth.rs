@@ -15,8 +15,8 @@ pub(super) const GROWN_EVERY: Duration = Duration::from_millis(10);
 /// The growth of an open offer.
 #[derive(Debug)]
 pub(super) struct Growing {
-    /// Growths that are not applied, in the order of the calls, and whether the data of each is in place.
-    queue: VecDeque<(Growth, bool)>,
+    /// Growths that are not applied, in the order of the calls, and whether the data of each is in place. Their numbers ascend.
+    queue: VecDeque<(u64, Growth, bool)>,
     applied: u64,
     /// The extent once the queue is applied.
     planned: Extent,
@@ -39,25 +39,28 @@ impl Growing {
         }
     }
 
-    /// Queues a growth. Returns its number.
-    pub(super) fn add(&mut self, growth: Growth, ready: bool, limit: usize) -> Result<u64, BadOffer> {
+    /// Queues a growth under a number that no other one of the table has. One that brings nothing is dropped.
+    pub(super) fn add(&mut self, number: u64, mut growth: Growth, ready: bool, limit: usize) -> Result<(), BadOffer> {
+        growth.groups.retain(|g| !g.blocks.is_empty());
+        if growth.is_empty_after(self.planned.tokens()) && !self.planned.is_complete() {
+            return Ok(());
+        }
         self.planned.grow(&growth, limit)?;
-        self.queue.push_back((growth, ready));
-        Ok(self.applied + self.queue.len() as u64)
+        self.queue.push_back((number, growth, ready));
+        Ok(())
     }
 
     /// The data of the growth with this number is in place.
     pub(super) fn placed(&mut self, number: u64) {
-        let at = number.checked_sub(self.applied + 1).and_then(|at| usize::try_from(at).ok());
-        if let Some((_, ready)) = at.and_then(|at| self.queue.get_mut(at)) {
-            *ready = true;
+        if let Ok(at) = self.queue.binary_search_by_key(&number, |(number, ..)| *number) {
+            self.queue[at].2 = true;
         }
     }
 
     /// The next growth to apply: the data of it and of all before it is in place. `early`: it need not be.
     pub(super) fn next(&mut self, early: bool) -> Option<Growth> {
-        self.queue.front().filter(|(_, ready)| *ready || early)?;
-        let (growth, _) = self.queue.pop_front()?;
+        self.queue.front().filter(|(.., ready)| *ready || early)?;
+        let (_, growth, _) = self.queue.pop_front()?;
         self.applied += 1;
         Some(growth)
     }
@@ -91,7 +94,7 @@ impl Growing {
         self.due
     }
 
-    /// Tells the claims: the gain of each one that does not know the contents, and the number of growths that it knows.
+    /// For each claim that is behind: the number of growths that it knows, and what was added since.
     pub(super) fn news(
         &mut self,
         at: Instant,

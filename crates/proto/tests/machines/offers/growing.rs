@@ -231,14 +231,24 @@ fn claims_that_wait_hear_that_the_offer_will_not_come() {
     t.answers();
     t.tell(In::Revoke(id(1)));
     assert_eq!(t.answers(), [(1, "revoked".to_owned())]);
+    // Another reader of the engine releases the name for all of them.
+    t.awaits(&peer("a", 1), 6, secret(6));
+    t.awaits(&peer("a", 1), 7, (id(6), token(9)));
+    t.answers();
+    t.tell(In::Release(None, id(6), token(6)));
+    assert_eq!(t.answers(), [(6, "released".to_owned())], "the other one shows another token");
+    t.tell(In::Closed(peer("a", 1).incarnation));
+    t.awaits(&peer("a", 1), 2, secret(2));
+    t.awaits(&peer("a", 1), 3, secret(3));
+    t.answers();
     // The consumer does not need it any more.
     t.release(&peer("a", 1), Some(2), 2, Reader::ONLY);
     t.answers();
     t.open(2);
     assert_eq!(t.answers(), []);
     t.at(50 * SECOND);
-    t.awaits(&peer("a", 1), 3, secret(3));
     assert_eq!(t.answers(), [unknown(3)], "it has waited long enough");
+    assert_eq!(t.table.claims(), 0);
     t.awaits(&peer("a", 1), 4, secret(4));
     t.answers();
     t.tell(In::Drain);
@@ -248,13 +258,16 @@ fn claims_that_wait_hear_that_the_offer_will_not_come() {
 }
 
 #[test]
-fn no_more_claims_wait_for_a_name_than_an_offer_may_have() {
-    let mut t = Table::new(limits(|l| l.claims_per_offer = 2));
-    for claim in 1..=3 {
-        t.awaits(&peer("a", claim), claim, secret(1));
+fn eight_claims_of_a_consumer_wait_for_one_name() {
+    let mut t = Table::new(Limits::default());
+    for claim in 1..=9 {
+        t.awaits(&peer("a", 1), claim, secret(1));
     }
-    assert_eq!(t.answers().last(), Some(&(3, "limit".to_owned())));
-    assert_eq!(t.table.claims(), 2);
+    assert_eq!(t.answers().last(), Some(&(9, "limit".to_owned())));
+    // It keeps no other consumer out.
+    t.awaits(&peer("b", 2), 1, secret(1));
+    assert_eq!(t.answers(), [(1, "not yet".to_owned())]);
+    assert_eq!(t.table.claims(), 9);
 }
 
 #[test]
@@ -282,7 +295,8 @@ proptest! {
         cuts in proptest::collection::vec((proptest::collection::vec(0u32..12, 4), 0u64..200), 0..6),
     ) {
         let lists = |to: &dyn Fn(usize) -> u32| -> Vec<OfferGroup> {
-            lengths.iter().enumerate().map(|(g, n)| blocks(g as u16, 0..(*n).min(to(g)))).collect()
+            let lists = lengths.iter().enumerate().map(|(g, n)| blocks(g as u16, 0..(*n).min(to(g))));
+            lists.filter(|g| !g.blocks.is_empty()).collect()
         };
         let whole = Contents { tokens: 200, whole: 200, complete: true, groups: lists(&|_| u32::MAX), ..Contents::default() };
         let mut states: Vec<Contents> = Vec::new();
@@ -302,8 +316,12 @@ proptest! {
                 if early.complete {
                     continue;
                 }
-                let mut grown = early.clone();
-                grown.grow(&late.since(&Extent::of(early)), 1000).unwrap();
+                let (mut grown, gain) = (early.clone(), late.since(&Extent::of(early)));
+                if gain.is_empty_after(early.tokens) {
+                    prop_assert!(grown.grow(&gain, 1000).is_err());
+                } else {
+                    grown.grow(&gain, 1000).unwrap();
+                }
                 prop_assert_eq!(&grown, late);
             }
         }

@@ -37,7 +37,8 @@ fn pulls_that_wait_for_growth_keep_no_lane_busy_and_one_that_grows_does() {
     let next = rig.puller.next_timeout().unwrap();
     assert!(next > rig.now + 20 * SECOND, "{:?}", next - rig.now);
     let (claim, contents) = &waiting[40];
-    rig.grant(*claim, computed(contents, 4));
+    let growth = computed(contents, 4).since(&kvferry_proto::Extent::of(&computed(contents, 0)));
+    rig.puller.handle(rig.now, In::Grown(*claim, growth));
     assert_eq!(rig.busy(), 1);
 }
 
@@ -61,6 +62,24 @@ fn a_lane_that_goes_down_while_its_pulls_wait_is_left_by_all_of_them() {
     // Both ask for a new lane, in one wish.
     assert!(rig.wish().is_some());
     assert_eq!(rig.connected(Prompt::of(LaneKind::Tcp)).load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_pull_that_cannot_be_planned_leaves_nothing_on_its_lane() {
+    let mut rig = Rig::new();
+    rig.waits();
+    for _ in 0..3 {
+        let (start, contents) = rig.start();
+        rig.puller.handle(rig.now, In::Start(start));
+        let claim = rig.claimed().claim;
+        let mut wrong = Contents::clone(&contents);
+        wrong.groups[0].blocks[2] = Some(BlockId(1000));
+        rig.grant(claim, Arc::new(wrong));
+        while rig.puller.turn(rig.now) {}
+        let outs: Vec<_> = std::iter::from_fn(|| rig.puller.poll()).collect();
+        assert!(outs.iter().any(|o| matches!(o, Out::Ended(_))), "{outs:?}");
+    }
+    assert_eq!((rig.busy(), rig.puller.pulls()), (0, 1));
 }
 
 #[test]

@@ -58,13 +58,42 @@ fn a_pull_reads_below_the_mark_rests_and_goes_on_when_its_offer_grows() {
     assert_eq!(p.reads(a), [0, 1, 2]);
     assert!(p.tracker.rests(ONLY));
     assert_eq!(p.outs(), []);
-    p.grows(8, false);
-    assert_eq!(p.reads(a), [3, 4, 5, 6, 7]);
-    assert_eq!(p.outs(), [], "more may follow");
+    p.grows(7, false);
+    assert_eq!(p.reads(a), [3, 4, 5, 6]);
+    assert_eq!(p.outs(), [], "one block is missing");
     p.grows(8, true);
+    assert_eq!(p.reads(a), [7]);
     assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
     p.quiet(a);
     assert!(p.ended().complete());
+}
+
+#[test]
+fn a_pull_that_has_all_it_wants_does_not_wait_for_the_end_of_the_prefill() {
+    let mut p = Pull::growing(false);
+    p.grows(8, false);
+    p.grant(ONLY);
+    p.outs();
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    p.reads(a);
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+}
+
+#[test]
+fn a_fence_after_the_decision_changes_no_set_and_no_prefix() {
+    let mut p = Pull::growing(false);
+    p.grows(4, false);
+    p.grant(ONLY);
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    p.post_all(ONLY);
+    p.good(a, 0);
+    p.done(a, 1, 1);
+    p.tell(In::Cancel(Cause::Revoked));
+    p.fence(a, 1, nonce().get());
+    assert_eq!(p.tracker.loaded_prefix(TOKENS), 16);
+    p.outs();
+    p.quiet(a);
+    assert_eq!(sets(&p.ended()), (vec![[0, 0]], vec![(Cause::Revoked, vec![[1, 7]])]));
 }
 
 #[test]

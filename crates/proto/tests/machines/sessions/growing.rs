@@ -10,26 +10,30 @@ fn list(positions: std::ops::Range<u32>) -> Vec<OfferGroup> {
 }
 
 impl Session {
-    /// The claim is granted: the offer has grown by `blocks` blocks now, one at a time, of 64 tokens in all.
+    /// The claim is granted: the offer has grown by `blocks` blocks now, one at a time, of 2^20 tokens in all.
     fn grant_open(&mut self, blocks: u32) {
         let contents =
-            Contents { tokens: u64::from(blocks), whole: 64, groups: list(0..blocks), ..Contents::default() };
+            Contents { tokens: u64::from(blocks), whole: 1 << 20, groups: list(0..blocks), ..Contents::default() };
         let grant = Grant { slot: 3, nonce: Nonce::from_wire(1).unwrap() };
         let (claim, contents, remaining) = (ClaimId(1), Arc::new(contents), Duration::from_secs(10));
         self.answer(ServerBody::Granted { claim, grant, contents, growths: blocks.into(), remaining });
     }
 
     fn grown(&mut self, positions: std::ops::Range<u32>, complete: bool) {
-        let tokens = if complete { 64 } else { u64::from(positions.end) };
+        let tokens = if complete { 1 << 20 } else { u64::from(positions.end) };
         let growth = Growth { tokens, complete, groups: list(positions.clone()) };
         let (after, growths) = (positions.start.into(), positions.end.into());
         self.answer(ServerBody::Grown { claim: ClaimId(1), after, growths, growth });
     }
 
-    /// The number of blocks of each grant that the pull hears of, and the claims that are sent.
+    /// The number of blocks of each grant and growth that the pull hears of, and the claims that are sent.
     fn heard(&mut self) -> (Vec<usize>, Vec<u64>) {
         let outs = self.outs();
-        let granted = |o: &Out| if let Out::Granted { contents, .. } = o { Some(contents.blocks()) } else { None };
+        let granted = |o: &Out| match o {
+            Out::Granted { contents, .. } => Some(contents.blocks()),
+            Out::Grown { growth, .. } => Some(growth.groups[0].blocks.len()),
+            _ => None,
+        };
         (outs.iter().filter_map(granted).collect(), claims(&outs))
     }
 
@@ -43,12 +47,12 @@ impl Session {
 }
 
 #[test]
-fn each_growth_reaches_the_pull_with_all_contents() {
+fn each_growth_reaches_the_pull() {
     let mut s = Session::holding(2);
     s.grown(2..3, false);
     s.grown(3..7, false);
     s.grown(7..8, true);
-    assert_eq!(s.heard(), (vec![3, 7, 8], vec![]));
+    assert_eq!(s.heard(), (vec![1, 4, 1], vec![]));
     // It is final.
     s.grown(8..9, false);
     assert_eq!(s.heard(), (vec![], vec![]));
@@ -65,7 +69,7 @@ fn a_growth_that_does_not_follow_makes_the_session_claim_again_and_the_grant_bri
     // Late: the grant has it.
     s.grown(5..7, false);
     s.grown(7..8, false);
-    assert_eq!(s.heard(), (vec![7, 8], vec![]));
+    assert_eq!(s.heard(), (vec![7, 1], vec![]));
 }
 
 #[test]
@@ -90,6 +94,26 @@ fn growth_is_bounded_by_the_limit_of_an_offer() {
     let mut s = Session::holding(2);
     s.grown(2..1001, false);
     assert_eq!(s.heard(), (vec![], vec![1]), "1001 blocks, where 1000 are the limit");
+}
+
+#[test]
+fn growths_without_end_end_the_claim() {
+    let mut s = Session::holding(0);
+    let mut lost = Vec::new();
+    for i in 0..200_000 {
+        let growth = Growth { tokens: i + 1, complete: false, groups: Vec::new() };
+        s.answer(ServerBody::Grown { claim: ClaimId(1), after: i, growths: i + 1, growth });
+        lost.extend(losses(s.outs()));
+    }
+    assert_eq!(lost, [super::lost(1, Cause::Limit)]);
+}
+
+#[test]
+fn a_growth_that_brings_nothing_is_no_growth() {
+    let mut s = Session::holding(2);
+    let growth = Growth { tokens: 2, complete: false, groups: Vec::new() };
+    s.answer(ServerBody::Grown { claim: ClaimId(1), after: 2, growths: 3, growth });
+    assert_eq!(s.heard(), (vec![], vec![1]), "it claims again");
 }
 
 #[test]

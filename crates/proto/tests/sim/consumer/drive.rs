@@ -173,6 +173,7 @@ impl World {
                     let addr = self.addr(p);
                     self.queue_for_puller(c, puller::In::Peer(addr, welcome));
                 }
+                session::Out::Grown { claim, growth } => self.queue_for_puller(c, puller::In::Grown(claim, growth)),
                 session::Out::Granted { claim, grant, contents } => {
                     self.queue_for_puller(c, puller::In::Granted(claim, grant, contents));
                 }

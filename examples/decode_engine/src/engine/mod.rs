@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `schedule` | the requests of a step: turns, admission, preemption |
 //! | `loads` | pulls, and the outcome of blocks that did not arrive |
-//! | `offers` | the KV of finished prompts, for other engines |
+//! | `offers` | the KV of prompts, for other engines |
 //! | `step` | the forward pass and its counts |
 
 mod loads;
@@ -59,6 +59,8 @@ pub struct Settings {
     pub loading: usize,
     /// Time from the start of a pull to its decision.
     pub deadline: Duration,
+    /// The same of a pull whose offer grows: it includes the other engine's queue and computation.
+    pub awaited: Duration,
 }
 
 impl Default for Settings {
@@ -70,6 +72,7 @@ impl Default for Settings {
             running: 64,
             loading: 256,
             deadline: Duration::from_secs(10),
+            awaited: Duration::from_secs(300),
         }
     }
 }
@@ -97,6 +100,15 @@ pub struct PullStatus {
     pub chunks: usize,
 }
 
+/// A prompt that is being computed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptStatus {
+    pub request: String,
+    /// Tokens that are computed or were found in the prefix cache, and tokens of the prompt.
+    pub computed: u64,
+    pub tokens: u64,
+}
+
 /// The status of an engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -110,6 +122,7 @@ pub struct Status {
     /// Offers that are not freed yet.
     pub offers: usize,
     pub pulls: Vec<PullStatus>,
+    pub prompts: Vec<PromptStatus>,
     /// Pulls whose blocks are withheld by a wedged lane until the process is restarted.
     pub wedged: usize,
 }
@@ -273,7 +286,7 @@ impl Engine {
         match msg {
             Msg::Job(job) => self.arrive(*job),
             Msg::Ended(e) => self.ends.push(*e),
-            Msg::Freed(f) => self.freed(f),
+            Msg::Freed(f) => self.take_back(f.offer),
             Msg::Status(tx) => {
                 // The caller may have stopped waiting.
                 let _ = tx.send(self.status());
@@ -290,6 +303,11 @@ impl Engine {
             let r = self.running.iter().find(|r| r.id == id.0)?;
             Some(PullStatus { request: r.job.name.clone(), from: id.1.to_string(), loaded, chunks })
         });
+        let prompts = self.running.iter().filter(|r| r.load.is_none() && r.made() == 0).map(|r| PromptStatus {
+            request: r.job.name.clone(),
+            computed: r.held.total(),
+            tokens: r.prompt(),
+        });
         Status {
             blocks: self.blocks.len(),
             free: self.blocks.free(),
@@ -298,6 +316,7 @@ impl Engine {
             waiting: self.waiting.len(),
             offers: self.offers.len(),
             pulls: pulls.collect(),
+            prompts: prompts.collect(),
             wedged: consumer.map_or(0, |c| c.wedged()),
         }
     }
@@ -331,6 +350,7 @@ impl Engine {
         };
         let mut r = Req::new(id, job);
         if let Some(reason) = bad {
+            self.withdraw(&mut r);
             self.release_offer(&mut r);
             return r.fail(Refusal::Bad(reason));
         }
@@ -350,6 +370,7 @@ impl Engine {
 
     /// Ends a request, with or without an answer.
     fn close(&mut self, mut r: Req, reason: EndReason) {
+        self.withdraw(&mut r);
         self.release(&mut r);
         self.release_offer(&mut r);
         if r.settled.is_none() {

@@ -11,6 +11,7 @@ use kvferry::{
 
 use super::Engine;
 use crate::{
+    api::Times,
     kv::BLOCK,
     request::{Id, Req},
 };
@@ -118,6 +119,7 @@ impl Engine {
             let unfilled = r.tables[0].iter().skip((r.held.total() / TOKENS) as usize).flatten();
             unfilled.for_each(|b| self.blocks.uncache(*b));
         }
+        self.withdraw(&mut r);
         self.release(&mut r);
         self.ledger.preempted(&r.id);
         self.counts.preemptions.inc();
@@ -147,6 +149,7 @@ impl Engine {
             r.held = Held { cached: hit, loaded: 0, computed: 0 };
             self.ledger.lookup(&r.id, hit, 0);
             self.counts.had(r.id, hit);
+            r.times.admitted = Times::now();
             self.running.push(r);
             let i = self.running.len() - 1;
             let known = self.running[i].known();

@@ -4,8 +4,6 @@
 //! The command takes the part of the router, so that it gets the times that both engines report. All are of one clock. Prefill and
 //! decode engines have one thread each, and are idle otherwise.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result};
 use kvferry::Token;
 
@@ -13,31 +11,32 @@ use crate::{
     api::{Answer, Ask, Identity, Prompt, Times, Transfer},
     client::{Client, Reply},
     fleet::{Fleet, Plan},
-    report::{Report, median},
+    report::Report,
 };
 
 /// Tokens of an answer: the time between two of them is a decode step.
 const ANSWER: usize = 9;
+/// Longest hand-over with overlap, without the decode step, in microseconds.
+const MOST: i64 = 10_000;
 
-/// The times of one request, from the moment at which it was sent.
+/// The times of one request, in microseconds since it was sent.
 struct Seen {
-    queued: Duration,
-    first_chunk: Duration,
-    computed: Duration,
-    loaded: Duration,
-    admitted: Duration,
-    first_token: Duration,
+    queued: i64,
+    first_chunk: i64,
+    computed: i64,
+    loaded: i64,
+    admitted: i64,
+    first_token: i64,
     /// One decode step.
-    step: Duration,
-    /// At the client, the first token.
-    at_client: Duration,
+    step: i64,
+    /// The first token, at the client.
+    at_client: i64,
 }
 
 impl Seen {
     fn new(sent: u64, prefill: &Times, decode: &Reply) -> Result<Self> {
-        let since = |t: u64| Duration::from_micros(t.saturating_sub(sent));
+        let since = |t: u64| t as i64 - sent as i64;
         let d = decode.times.context("the decode engine reported no times")?;
-        let steps = (ANSWER - 1) as u32;
         Ok(Self {
             queued: since(prefill.queued),
             first_chunk: since(prefill.first_chunk),
@@ -45,25 +44,56 @@ impl Seen {
             loaded: since(d.loaded),
             admitted: since(d.admitted),
             first_token: since(d.first_token),
-            step: Duration::from_micros(d.last_token.saturating_sub(d.first_token)) / steps,
-            at_client: decode.first,
+            step: (d.last_token - d.first_token) as i64 / (ANSWER as i64 - 1),
+            at_client: decode.first.as_micros() as i64,
         })
     }
 
     /// From the last computed chunk to the first decode token, without the step that computes that token.
-    fn handover(&self) -> Duration {
-        self.first_token.saturating_sub(self.computed).saturating_sub(self.step)
+    fn handover(&self) -> i64 {
+        self.first_token - self.computed - self.step
     }
 
     /// The time that the prompt takes on the prefill engine, its queue included.
-    fn prefill(&self) -> Duration {
-        self.computed.saturating_sub(self.queued)
+    fn prefill(&self) -> i64 {
+        self.computed - self.queued
     }
 
-    fn columns(&self) -> [Duration; 8] {
-        let Self { queued, first_chunk, computed, loaded, admitted, first_token, step, .. } = *self;
-        [queued, first_chunk, computed, loaded, admitted, first_token, step, self.handover()]
+    fn columns(&self) -> [i64; 10] {
+        let Self { queued, first_chunk, computed, loaded, admitted, first_token, step, at_client } = *self;
+        let (handover, prefill) = (self.handover(), self.prefill());
+        [queued, first_chunk, computed, loaded, admitted, first_token, step, handover, at_client, prefill]
     }
+}
+
+const NAMES: [&str; 10] = [
+    "queued",
+    "first chunk",
+    "last chunk",
+    "loaded",
+    "admitted",
+    "first token",
+    "step",
+    "hand-over",
+    "at client",
+    "prefill",
+];
+
+fn ms(micros: i64) -> String {
+    format!("{:.1}", micros as f64 / 1e3)
+}
+
+/// The median of these times.
+fn middle(all: &[Seen], of: impl Fn(&Seen) -> i64) -> i64 {
+    let mut all: Vec<_> = all.iter().map(of).collect();
+    all.sort_unstable();
+    all.get(all.len() / 2).copied().unwrap_or_default()
+}
+
+/// Prints a row: one request, or the medians of several.
+fn row(name: &str, flow: &str, all: &[Seen]) {
+    let columns = (0..NAMES.len()).map(|i| format!(" {:>11}", ms(middle(all, |s| s.columns()[i]))));
+    println!("{name:<8} {flow:<10}{}", columns.collect::<String>());
 }
 
 struct Pair {
@@ -130,12 +160,9 @@ pub async fn run(model: &str, lengths: &[u64], rounds: usize) -> Result<bool> {
     let identity = client.identity(&prefill).await?;
     let pair = Pair { client, prefill, decode, identity };
     let mut report = Report::default();
-    let ms = |d: Duration| format!("{:.1}", d.as_secs_f64() * 1e3);
 
-    println!("milliseconds since the request was sent; one thread per engine; medians of {rounds}");
-    let names = ["queued", "first chunk", "last chunk", "loaded", "admitted", "first token", "step", "hand-over"];
-    let header: String = names.iter().map(|n| format!(" {n:>11}")).collect();
-    println!("{:<8} {:<10}{header} {:>11} {:>11}", "tokens", "flow", "at client", "prefill");
+    println!("milliseconds since the request was sent; one thread per engine; `=`: medians of {rounds}");
+    println!("{:<8} {:<10}{}", "tokens", "flow", NAMES.map(|n| format!(" {n:>11}")).concat());
     for &tokens in lengths {
         let (mut sequential, mut overlap) = (Vec::new(), Vec::new());
         for round in 0..=rounds {
@@ -144,38 +171,19 @@ pub async fn run(model: &str, lengths: &[u64], rounds: usize) -> Result<bool> {
             let both = pair.at_the_same_time(&prompt(tokens, seed(1))).await?;
             // The first round opens connections and lanes.
             if round > 0 {
+                row(&tokens.to_string(), "sequential", std::slice::from_ref(&one));
+                row(&tokens.to_string(), "overlap", std::slice::from_ref(&both));
                 sequential.push(one);
                 overlap.push(both);
             }
         }
-        let line = |flow: &str, all: &[Seen], row: &str| {
-            let of = |i: usize| median(&all.iter().map(|s| s.columns()[i]).collect::<Vec<_>>());
-            let columns: String = (0..names.len()).map(|i| format!(" {:>11}", ms(of(i)))).collect();
-            let client = median(&all.iter().map(|s| s.at_client).collect::<Vec<_>>());
-            let prefill = median(&all.iter().map(Seen::prefill).collect::<Vec<_>>());
-            println!("{row:<8} {flow:<10}{columns} {:>11} {:>11}", ms(client), ms(prefill));
-        };
-        for (flow, all) in [("sequential", &sequential), ("overlap", &overlap)] {
-            for one in all {
-                line(flow, std::slice::from_ref(one), &tokens.to_string());
-            }
-        }
-        for (flow, all) in [("sequential", &sequential), ("overlap", &overlap)] {
-            line(flow, all, &format!("={tokens}"));
-        }
-        let handover = median(&overlap.iter().map(Seen::handover).collect::<Vec<_>>());
-        let text = format!(
-            "{} ms, for {} ms in sequence",
-            ms(handover),
-            ms(median(&sequential.iter().map(Seen::handover).collect::<Vec<_>>()))
-        );
-        report.saw(&format!("hand-over, {tokens}"), handover <= Duration::from_millis(10), text);
-        let late = |s: &Seen| s.at_client.saturating_sub(s.prefill());
-        let (late, step) = (
-            median(&overlap.iter().map(late).collect::<Vec<_>>()),
-            median(&overlap.iter().map(|s| s.step).collect::<Vec<_>>()),
-        );
-        let text = format!("{} ms after the prefill's own time; a step takes {} ms", ms(late), ms(step));
+        row(&format!("={tokens}"), "sequential", &sequential);
+        row(&format!("={tokens}"), "overlap", &overlap);
+        let (before, after) = (middle(&sequential, Seen::handover), middle(&overlap, Seen::handover));
+        let text = format!("{} ms and a decode step, for {} ms in sequence", ms(after), ms(before));
+        report.saw(&format!("hand-over, {tokens}"), after <= MOST, text);
+        let (late, step) = (middle(&overlap, |s| s.at_client - s.prefill()), middle(&overlap, |s| s.step));
+        let text = format!("{} ms after the prefill's own time; a decode step takes {} ms", ms(late), ms(step));
         report.saw(&format!("first token, {tokens}"), late <= 2 * step, text);
     }
     Ok(report.print())

@@ -171,6 +171,9 @@ impl Engine {
     /// Shares the blocks after its hit with a request that loads or computes the same text, and then waits for it. A request
     /// that has an offer waits only for another request's load, not for a computation. These blocks are not cached yet, so
     /// that no request counts on them.
+    ///
+    /// No request waits for the load of an offer that grows: it may wait in the prefill engine's queue, and there for the blocks
+    /// of this request's own offer.
     fn share(&mut self, r: &mut Req) -> bool {
         let from = r.table().len();
         let most = (r.longest_hit() / TOKENS) as usize;
@@ -179,7 +182,8 @@ impl Engine {
             keys.min(o.table().len())
         };
         let loads = r.job.offer.is_some();
-        let best = self.running.iter().filter(|o| !o.gone && (o.load.is_some() || !loads)).max_by_key(|o| common(o));
+        let waits = |o: &Req| if o.load.is_some() { !o.job.awaited } else { !loads };
+        let best = self.running.iter().filter(|o| !o.gone && waits(o)).max_by_key(|o| common(o));
         let Some(o) = best.filter(|o| common(o) > from) else { return false };
         let shared: Vec<_> = o.table()[from..common(o)].to_vec();
         shared.iter().flatten().for_each(|b| self.blocks.retain(*b));

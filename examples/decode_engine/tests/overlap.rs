@@ -2,14 +2,22 @@
 
 mod common;
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use common::{Rig, answer, outcome, prompts};
 use decode_engine::{engine::Settings, request::Refusal, serve::Role};
-use kvferry::{ChunkSize, Config};
+use kvferry::{ChunkSize, Config, LeaseConfig};
 
 fn linked(role: Role, blocks: u32, budget: u64) -> Result<Rig> {
+    leased(role, blocks, budget, LeaseConfig::default().unclaimed)
+}
+
+/// An engine that keeps an offer without a claim for this long.
+fn leased(role: Role, blocks: u32, budget: u64, unclaimed: Duration) -> Result<Rig> {
     let mut config = Config::default();
     config.pull.chunk = ChunkSize { min_bytes: 1, ..ChunkSize::default() };
+    config.lease.unclaimed = unclaimed;
     Rig::linked(blocks, Settings { budget, ..Settings::default() }, Some(role), &config)
 }
 
@@ -229,5 +237,23 @@ fn thirty_two_prompts_at_once_are_answered_like_one_by_one() -> Result<()> {
         answer(computed)?;
     }
     ensure!(loaded > 0, "nothing was loaded");
+    settled(&[&prefill, &decode])
+}
+
+/// Each engine has room for one prompt, and each computes or awaits another one first.
+#[test]
+fn two_full_pools_that_wait_for_each_other_go_on_when_an_unclaimed_offer_ends() -> Result<()> {
+    let lease = Duration::from_millis(300);
+    let (prefill, decode) = (leased(Role::Prefill, 30, 64, lease)?, linked(Role::Decode, 30, 64)?);
+    let all: Vec<_> = prompts(2, 2, 0, 400, 10).iter().map(|p| p[..400].to_vec()).collect();
+    let right = right(&all, 8)?;
+    let names: Vec<_> = all.iter().map(|p| prefill.name(p)).collect();
+    let follows: Vec<_> = all.iter().zip(&names).map(|(p, n)| decode.follow(p, 8, n)).collect();
+    decode.wait(|s| s.pulls.len() == 1 && s.waiting == 1)?;
+    let made: Vec<_> = all.iter().zip(&names).rev().map(|(p, n)| prefill.compute(p, 1, n)).collect();
+    let done: Vec<_> = follows.into_iter().map(answer).collect::<Result<_>>()?;
+    assert!(done.iter().map(|d| &d.tokens).eq(&right));
+    assert_eq!(done[1].parts.external, 0, "its offer ended before it had room");
+    made.into_iter().try_for_each(|m| answer(m).map(drop))?;
     settled(&[&prefill, &decode])
 }

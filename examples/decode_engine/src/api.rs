@@ -170,6 +170,8 @@ pub struct Times {
     pub queued: u64,
     /// It got its blocks.
     pub admitted: u64,
+    /// The first chunk of its load arrived.
+    pub first_loaded: u64,
     /// The last chunk of its load arrived.
     pub loaded: u64,
     /// The first step with a part of it ended.

@@ -34,6 +34,11 @@ fn right(prompts: &[Vec<u32>], tokens: usize) -> Result<Vec<Vec<u32>>> {
     prompts.iter().map(|p| Ok(Rig::new(400, Settings::default())?.ask(p, tokens)?.tokens)).collect()
 }
 
+/// Blocks that were not loaded because their offer was revoked.
+fn revoked(decode: &Rig) -> Result<u64> {
+    Ok(decode.metrics()?.sum("kvferry_blocks_invalid_total", &["cause=\"revoked\""]))
+}
+
 fn settled(rigs: &[&Rig]) -> Result<()> {
     rigs.iter().try_for_each(|r| r.settled())
 }
@@ -50,15 +55,13 @@ fn a_prompt_is_loaded_while_it_is_computed_and_only_its_last_token_is_computed_a
         let follows = decode.follow(prompt, 12, &name);
         decode.wait(|s| s.pulls.len() == 1)?;
         let computed = prefill.compute(prompt, 1, &name);
-        // A part is loaded while the rest is computed.
-        let s = decode.wait(|s| s.pulls.is_empty() || s.pulls.iter().any(|p| p.loaded > 0))?;
-        ensure!(!s.pulls.is_empty(), "nothing was loaded before the end");
         let (done, made) = (answer(follows)?, answer(computed)?);
         assert_eq!((&done.tokens, made.tokens[0]), (&right, right[0]));
         assert_eq!((done.parts.computed(), done.parts.recomputed()), (1, 0), "{:?}", done.parts);
         let (p, d) = (made.times, done.times);
         ensure!(p.queued <= p.admitted && p.admitted < p.first_chunk && p.first_chunk < p.first_token, "{p:?}");
         ensure!(d.queued <= d.admitted && d.admitted < p.queued, "{d:?}");
+        ensure!(d.first_loaded < p.first_token, "nothing was loaded before the end: {p:?} {d:?}");
         ensure!(p.first_token < d.loaded && d.loaded < d.first_token && d.first_token < d.last_token, "{p:?} {d:?}");
     }
     settled(&[&prefill, &decode])
@@ -66,8 +69,9 @@ fn a_prompt_is_loaded_while_it_is_computed_and_only_its_last_token_is_computed_a
 
 #[test]
 fn prefix_hits_of_both_engines_are_used_at_once() -> Result<()> {
-    let (prefill, decode) = (prefill(8)?, decode()?);
-    let all = prompts(2, 1, 320, 100, 2);
+    let (prefill, decode) = (prefill(2000)?, decode()?);
+    // The rest takes one step.
+    let all = prompts(2, 1, 320, 1200, 2);
     let (prompt, before) = (&all[1], all[0].iter().zip(&all[1]).take_while(|(a, b)| a == b).count() / 16);
     let right = right(&all, 12)?;
     // Both hold the prefix, the decode engine a shorter one.
@@ -83,8 +87,8 @@ fn prefix_hits_of_both_engines_are_used_at_once() -> Result<()> {
     assert_eq!(done.tokens, right[1]);
     assert_eq!(made.parts.local_cache as usize, before * 16);
     assert_eq!((done.parts.local_cache as usize, done.parts.external as usize), (short, prompt.len() - 1 - short));
-    let rest = prompt.len() - before * 16;
-    assert_eq!(prefill.count("engine_steps_total")? - steps, rest.div_ceil(8) as u64, "only the rest was computed");
+    assert_eq!(prefill.count("engine_steps_total")? - steps, 1);
+    ensure!(done.times.first_loaded < made.times.first_chunk, "hits were not loaded before the step ended");
     settled(&[&prefill, &decode])
 }
 
@@ -146,6 +150,7 @@ fn a_prompt_that_is_aborted_leaves_what_was_computed() -> Result<()> {
     let (kept, asked) = (done.parts.external, all[0].len() as u64 - 1);
     ensure!((32..asked).contains(&kept) && kept.is_multiple_of(16), "{:?}", done.parts);
     assert_eq!(decode.count("engine_recomputed_rows_total")?, asked - kept);
+    assert_eq!(revoked(&decode)?, (asked - kept).div_ceil(16), "blocks of an aborted request may be used again");
     settled(&[&prefill, &decode])
 }
 
@@ -179,6 +184,7 @@ fn a_prompt_that_is_refused_or_never_admitted_ends_the_wait_for_it() -> Result<(
     assert!(matches!(refused, Err(Refusal::Bad(_))), "{refused:?}");
     let done = answer(follows)?;
     assert_eq!((&done.tokens, done.parts.external), (&right[0], 0));
+    ensure!(revoked(&decode)? > 0);
     // It waits for blocks that another request holds, and its client disconnects.
     let busy = prefill.compute(&all[0][..400], 200, &prefill.name(&all[0][..400]));
     prefill.wait(|s| s.running == 1)?;
@@ -212,6 +218,7 @@ fn a_prompt_that_is_preempted_leaves_what_was_computed() -> Result<()> {
     ensure!(prefill.count("engine_preemptions_total")? > 0, "it was not preempted");
     assert_eq!(done.tokens, right[0]);
     ensure!((16..1999).contains(&done.parts.external), "{:?}", done.parts);
+    ensure!(revoked(&decode)? > 0, "blocks of a preempted request may be used again");
     assert_eq!(answer(computed)?.tokens[0], right[0][0]);
     answer(generates)?;
     settled(&[&prefill, &decode])
@@ -237,6 +244,24 @@ fn thirty_two_prompts_at_once_are_answered_like_one_by_one() -> Result<()> {
         answer(computed)?;
     }
     ensure!(loaded > 0, "nothing was loaded");
+    settled(&[&prefill, &decode])
+}
+
+#[test]
+fn a_request_does_not_wait_for_the_load_of_another_ones_prompt_that_is_not_computed_yet() -> Result<()> {
+    // Room for one prompt. The second one is computed first, and its offer keeps the blocks until it is loaded.
+    let (prefill, decode) = (linked(Role::Prefill, 45, 64)?, decode()?);
+    let all = prompts(2, 1, 400, 100, 11);
+    let right = right(&all, 8)?;
+    let names: Vec<_> = all.iter().map(|p| prefill.name(p)).collect();
+    let follows: Vec<_> = all.iter().zip(&names).map(|(p, n)| decode.follow(p, 8, n)).collect();
+    decode.wait(|s| s.running == 2)?;
+    let made: Vec<_> = all.iter().zip(&names).rev().map(|(p, n)| prefill.compute(p, 1, n)).collect();
+    for (follows, right) in follows.into_iter().zip(&right) {
+        let done = answer(follows)?;
+        assert_eq!((&done.tokens, done.parts.recomputed()), (right, 0));
+    }
+    made.into_iter().try_for_each(|m| answer(m).map(drop))?;
     settled(&[&prefill, &decode])
 }
 

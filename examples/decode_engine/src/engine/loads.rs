@@ -90,8 +90,11 @@ impl Engine {
         }
         for e in &ends {
             let id = self.pulls.get(&e.pull).map(|p| p.0);
-            if let (Some(r), Some(data)) = (self.running.iter_mut().find(|r| Some(r.id) == id), e.outcome.times.data) {
-                r.times.loaded = r.load.as_ref().map_or(0, |l| l.started) + data.as_micros() as u64;
+            if let Some(r) = self.running.iter_mut().find(|r| Some(r.id) == id)
+                && let Some(l) = &r.load
+            {
+                let at = |after: Option<Duration>| after.map_or(0, |after| l.started + after.as_micros() as u64);
+                (r.times.first_loaded, r.times.loaded) = (at(e.outcome.times.first), at(e.outcome.times.data));
             }
         }
         self.report(&ends, &refused);

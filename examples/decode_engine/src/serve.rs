@@ -168,6 +168,8 @@ impl Args {
         let mut config = Config::default();
         config.lease.unclaimed = Duration::try_from_secs_f64(self.unclaimed).context("--unclaimed")?;
         config.pull.faults = self.fault.clone();
+        // A step of a long prompt takes one core several seconds.
+        config.pull.stalled = Duration::from_secs(60);
         // A request whose blocks are withheld never ends, so the process exits and its supervisor restarts it.
         config.pull.on_wedge = OnWedge::Exit;
         // One or two blocks of a small model, so that a failure leaves a part of a short prompt.

@@ -258,6 +258,8 @@ impl Engine {
         while self.receive(moved) && !self.stopping {
             moved = self.step();
             self.gauge();
+            // Threads that send the step's tokens may wait for this core.
+            std::thread::yield_now();
         }
         for mut r in std::mem::take(&mut self.running).into_iter().chain(std::mem::take(&mut self.waiting)) {
             r.fail(Refusal::Engine("the engine is shutting down".into()));

@@ -18,6 +18,8 @@ fn leased(role: Role, blocks: u32, budget: u64, unclaimed: Duration) -> Result<R
     let mut config = Config::default();
     config.pull.chunk = ChunkSize { min_bytes: 1, ..ChunkSize::default() };
     config.lease.unclaimed = unclaimed;
+    // Only claims that say so wait for an offer.
+    config.lease.early_grace = Duration::ZERO;
     Rig::linked(blocks, Settings { budget, ..Settings::default() }, Some(role), &config)
 }
 
@@ -94,26 +96,43 @@ fn prefix_hits_of_both_engines_are_used_at_once() -> Result<()> {
 
 /// A block that a step fills is in the prefix cache before it is filled.
 #[test]
-fn a_hit_on_a_block_that_is_being_filled_is_not_offered_before_it_is_filled() -> Result<()> {
-    let all = prompts(8, 1, 320, 40, 3);
+fn a_hit_on_a_block_that_is_being_filled_is_not_read_before_it_is_filled() -> Result<()> {
+    let (prefill, decode) = (linked(Role::Prefill, 600, 5000)?, decode()?);
+    let all = prompts(2, 1, 2500, 40, 3);
     let right = right(&all, 12)?;
-    for budget in [16, 200, 1000] {
-        let (prefill, decode) = (prefill(budget)?, decode()?);
-        let names: Vec<_> = all.iter().map(|p| prefill.name(p)).collect();
-        // Claims that wait read a block as soon as it is listed.
-        let mut follows = Vec::new();
-        for (prompt, name) in all.iter().zip(&names) {
-            follows.push(decode.follow(prompt, 12, name));
-        }
-        decode.wait(|s| s.pulls.len() + s.waiting + s.running >= all.len())?;
-        let made: Vec<_> = all.iter().zip(&names).map(|(p, n)| prefill.compute(p, 1, n)).collect();
-        for (follows, right) in follows.into_iter().zip(&right) {
-            assert_eq!(&answer(follows)?.tokens, right, "with {budget} tokens in a step");
-        }
-        made.into_iter().try_for_each(|m| answer(m).map(drop))?;
-        settled(&[&prefill, &decode])?;
-    }
-    Ok(())
+    // A lane is open when the blocks are listed.
+    let other = &all[0][..40];
+    let name = prefill.name(other);
+    let (follows, computed) = (decode.follow(other, 1, &name), prefill.compute(other, 1, &name));
+    answer(follows)?;
+    answer(computed)?;
+    // Both prompts are in one step: the second one hits what it computes of the first one.
+    let held = prefill.pause()?;
+    let first = prefill.submit(&all[0], 1, false, None);
+    let name = prefill.name(&all[1]);
+    let (follows, second) = (decode.follow(&all[1], 12, &name), prefill.compute(&all[1], 1, &name));
+    decode.wait(|s| s.pulls.len() == 1)?;
+    let steps = prefill.count("engine_steps_total")?;
+    drop(held);
+    assert_eq!(answer(follows)?.tokens, right[1]);
+    answer(first)?;
+    ensure!(answer(second)?.parts.local_cache >= 2400, "there was no hit");
+    assert_eq!(prefill.count("engine_steps_total")? - steps, 1);
+    settled(&[&prefill, &decode])
+}
+
+#[test]
+fn a_complete_offer_keeps_its_blocks_until_it_is_loaded() -> Result<()> {
+    let (prefill, decode) = (linked(Role::Prefill, 60, 64)?, decode()?);
+    let all: Vec<_> = prompts(4, 4, 0, 400, 12).iter().map(|p| p[..400].to_vec()).collect();
+    let right = right(&all[..1], 12)?;
+    let name = prefill.name(&all[0]);
+    answer(prefill.compute(&all[0], 1, &name))?;
+    // They need all other blocks, again and again.
+    all[1..].iter().try_for_each(|p| prefill.ask(p, 100).map(drop))?;
+    let done = answer(decode.follow(&all[0], 12, &name))?;
+    assert_eq!((&done.tokens, done.parts.external), (&right[0], 399));
+    settled(&[&prefill, &decode])
 }
 
 #[test]

@@ -2,7 +2,10 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -98,6 +101,23 @@ impl Rig {
     /// Submits a request, and waits for the answer.
     pub fn ask(&self, prompt: &[u32], max_tokens: usize) -> Result<Done> {
         answer(self.submit(prompt, max_tokens, false, None))
+    }
+
+    /// Stops the engine between two steps, until the returned end is dropped.
+    pub fn pause(&self) -> Result<Sender<()>> {
+        let ((held, release), (began, begins)) = (channel::<()>(), channel());
+        let handle = self.handle.clone();
+        std::thread::spawn(move || -> Result<()> {
+            let wait = move || {
+                // The test may have ended.
+                let _ = began.send(());
+                let _ = release.recv();
+            };
+            tokio::runtime::Builder::new_current_thread().build()?.block_on(handle.between_steps(wait));
+            Ok(())
+        });
+        begins.recv_timeout(LIMIT)?;
+        Ok(held)
     }
 
     pub fn metrics(&self) -> Result<Metrics> {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use kvferry::{
-    BlockId, Offer, PullId,
+    BlockId, Hold, HoldState, Offer, PullId,
     scheduler::{
         table::{Held, Request as View},
         tokens::Parts,
@@ -95,6 +95,8 @@ pub struct Req {
     pub tables: Vec<Vec<Option<BlockId>>>,
     pub held: Held,
     pub load: Option<Load>,
+    /// Its claim on an offer that may be made later.
+    pub hold: Option<Hold>,
     /// Blocks in its growing offer; `None` before that is open.
     pub listed: Option<usize>,
     /// Tokens to run in this step.
@@ -118,6 +120,7 @@ impl Req {
             tables: vec![Vec::new()],
             held: Held::default(),
             load: None,
+            hold: None,
             listed: None,
             scheduled: 0,
             gone: false,
@@ -130,6 +133,11 @@ impl Req {
     /// Tokens of the prompt.
     pub fn prompt(&self) -> u64 {
         self.job.prompt.len() as u64
+    }
+
+    /// Whether it may get blocks: the other engine has begun its prompt, or will not.
+    pub fn is_ready(&self) -> bool {
+        self.hold.as_ref().is_none_or(|h| h.state() != HoldState::Waiting)
     }
 
     /// Known tokens: the prompt and the generated ones.

@@ -84,8 +84,8 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(addr: &String) -> Self {
-        Self { addr: addr.clone(), identity: Mutex::new(None), resting: Mutex::new(None) }
+    fn new(addr: &str) -> Self {
+        Self { addr: addr.to_owned(), identity: Mutex::new(None), resting: Mutex::new(None) }
     }
 
     fn url(&self) -> String {
@@ -147,7 +147,7 @@ pub async fn run(args: Args) -> Result<()> {
     if args.exit_with_parent {
         follow_parent()?;
     }
-    let peers = |list: &[String]| list.iter().map(Peer::new).collect();
+    let peers = |list: &[String]| list.iter().map(|a| Peer::new(a)).collect();
     let (requests, retries, mut registry) =
         (Family::<Labels, Counter>::default(), Counter::default(), Registry::default());
     for prefill in ["remote", "overlap", "local"] {
@@ -208,7 +208,7 @@ async fn complete(State(engines): State<Arc<Engines>>, ask: std::result::Result<
 
 /// What became of a prompt at a prefill engine.
 enum Computed {
-    Yes(Option<Transfer>),
+    Yes(Option<Box<Transfer>>),
     /// It is not a prompt for it.
     Refused,
     /// It did not answer.
@@ -250,7 +250,7 @@ impl Engines {
         let ask = Ask { kv_transfer_params: Some(transfer), ..ask.clone() };
         for peer in self.awake(turn) {
             match self.compute(peer, &ask).await {
-                Computed::Yes(transfer) => return transfer,
+                Computed::Yes(transfer) => return transfer.map(|t| *t),
                 Computed::Refused => return None,
                 Computed::Failed => {}
             }
@@ -276,7 +276,7 @@ impl Engines {
         match answer {
             Ok(a) => {
                 peer.answered();
-                Computed::Yes(a.kv_transfer_params)
+                Computed::Yes(a.kv_transfer_params.map(Box::new))
             }
             Err(reason) => {
                 tracing::warn!(peer = %peer.addr, "a prefill engine did not answer: {reason}");

@@ -267,11 +267,15 @@ impl Engine {
     }
 
     /// Handles all messages. If the last step did nothing, waits for one; with requests at hand only briefly, since a
-    /// client may disconnect without a message.
+    /// client may disconnect and another engine may begin a prompt without a message.
     fn receive(&mut self, moved: bool) -> bool {
         if !moved {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
-            let limit = Duration::from_millis(if idle { 60_000 } else { 20 });
+            let limit = match self.waiting.iter().any(|r| !r.is_ready()) {
+                true => 2,
+                false if self.running.is_empty() && self.waiting.is_empty() => 60_000,
+                false => 20,
+            };
+            let limit = Duration::from_millis(limit);
             match self.inbox.recv_timeout(limit) {
                 Ok(msg) => self.handle(msg),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -355,6 +359,10 @@ impl Engine {
             self.withdraw(&mut r);
             self.release_offer(&mut r);
             return r.fail(Refusal::Bad(reason));
+        }
+        if let (true, Some(offer), Some(c)) = (r.job.awaited, &r.job.offer, &self.link.consumer) {
+            // Otherwise its pull says why there is none.
+            r.hold = c.hold_awaited(offer).ok();
         }
         self.ledger.admit(id, r.prompt());
         self.waiting.push_back(r);

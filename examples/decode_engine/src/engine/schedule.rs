@@ -126,14 +126,16 @@ impl Engine {
         self.waiting.push_front(r);
     }
 
-    /// Admits requests while there is room for all of their known tokens.
+    /// Admits requests while there is room for all of their known tokens. A request whose prompt waits in another engine's queue
+    /// gets no blocks yet: the other engine might wait for blocks that this engine's requests hold there.
     pub(super) fn admit(&mut self, mut budget: u64) {
         // A request with a running load holds blocks, but does not run.
         let loading = |running: &[Req]| running.iter().filter(|r| r.load.is_some()).count();
         while self.running.len() - loading(&self.running) < self.settings.running
             && loading(&self.running) < self.settings.loading
-            && self.waiting.front().is_some_and(|r| budget > 0 || r.job.offer.is_some())
-            && let Some(mut r) = self.waiting.pop_front()
+            && let Some(next) = self.waiting.iter().position(Req::is_ready)
+            && (budget > 0 || self.waiting[next].job.offer.is_some())
+            && let Some(mut r) = self.waiting.remove(next)
         {
             r.update_keys();
             let hit = self.look_up(&mut r);
@@ -142,7 +144,7 @@ impl Engine {
             let Some(new) = self.blocks.alloc_all(need) else {
                 // It waits for room. Nothing was counted yet.
                 self.release(&mut r);
-                self.waiting.push_front(r);
+                self.waiting.insert(next, r);
                 return;
             };
             r.tables[0].extend(new.into_iter().map(Some));
@@ -172,8 +174,7 @@ impl Engine {
     /// that has an offer waits only for another request's load, not for a computation. These blocks are not cached yet, so
     /// that no request counts on them.
     ///
-    /// No request waits for the load of an offer that grows: it may wait in the prefill engine's queue, and there for the blocks
-    /// of this request's own offer.
+    /// No request waits for the load of an offer that grows: its own prompt may be complete much earlier.
     fn share(&mut self, r: &mut Req) -> bool {
         let from = r.table().len();
         let most = (r.longest_hit() / TOKENS) as usize;

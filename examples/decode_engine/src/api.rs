@@ -2,8 +2,11 @@
 //!
 //! A router calls a prefill engine with `kv_transfer_params: {"do_remote_decode": true}` and `max_tokens: 1`, and passes the
 //! `kv_transfer_params` of the answer on to a decode engine: `{"do_remote_prefill": true, "offer": {…}}`.
+//!
+//! With overlap it calls both at the same time, and adds to the parameters of both a `transfer_id` and the prefill engine's
+//! [`Source`], which it got from `GET /kvferry`. Each engine makes the offer's name from that and from the prompt.
 
-use kvferry::{Fingerprints, Offer, scheduler::tokens::Parts};
+use kvferry::{EngineId, Fingerprints, Incarnation, Offer, OfferId, OfferRank, Token, scheduler::tokens::Parts};
 use serde::{Deserialize, Serialize};
 
 use crate::blocks::Key;
@@ -100,6 +103,48 @@ pub struct Transfer {
     /// The offer to pull.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offer: Option<Offer>,
+    /// The transfer's id, for an offer that grows while the prompt is computed. A secret, like the offer's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer_id: Option<String>,
+    /// The prefill engine of `transfer_id`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+}
+
+impl Transfer {
+    /// The name of the offer that grows, if the router asks for one.
+    pub fn growing(&self, prompt: &[u32]) -> Option<Offer> {
+        Some(self.source.as_ref()?.name(self.transfer_id.as_ref()?, prompt))
+    }
+}
+
+/// `GET /kvferry`: what a router needs to know about an engine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// It can begin a transfer before the prompt is computed.
+    #[serde(default)]
+    pub overlap: bool,
+    /// Its offers come from here, if it makes any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+}
+
+/// A running prefill engine, as names of its offers give it. After a restart it is another one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    pub engine: EngineId,
+    pub incarnation: Incarnation,
+    pub ranks: Vec<OfferRank>,
+}
+
+impl Source {
+    /// The name of the offer of this transfer. Both engines make the same one.
+    pub fn name(&self, transfer: &str, prompt: &[u32]) -> Offer {
+        let (id, tokens) = (OfferId::of_transfer(transfer), prompt.len() as u64);
+        let mut name = Offer::new(id, self.engine.clone(), self.incarnation, self.ranks.clone(), tokens);
+        name.token = Token::of_transfer(transfer);
+        name.fingerprints(fingerprints(prompt))
+    }
 }
 
 /// An answer, or a piece of one.
@@ -113,6 +158,36 @@ pub struct Answer {
     pub usage: Option<Usage>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_transfer_params: Option<Transfer>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub times: Option<Times>,
+}
+
+/// When an engine reached the stages of a request, in microseconds of CLOCK_MONOTONIC: comparable between the processes of a
+/// host. 0: it did not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Times {
+    /// The request was queued.
+    pub queued: u64,
+    /// It got its blocks.
+    pub admitted: u64,
+    /// The first chunk of its load arrived.
+    pub first_loaded: u64,
+    /// The last chunk of its load arrived.
+    pub loaded: u64,
+    /// The first step with a part of it ended.
+    pub first_chunk: u64,
+    /// The step ended that computed the rest of the prompt, and with it the first token.
+    pub first_token: u64,
+    /// The step ended that generated the last token.
+    pub last_token: u64,
+}
+
+impl Times {
+    /// The time now.
+    pub fn now() -> u64 {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+    }
 }
 
 /// The one choice.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::StreamExt as _;
 
 use crate::{
-    api::{Answer, Ask, Problem, Usage},
+    api::{Answer, Ask, Identity, Problem, Times, Usage},
     engine::Status,
 };
 
@@ -23,6 +23,8 @@ pub struct Reply {
     pub first: Duration,
     /// From the request to the last token.
     pub whole: Duration,
+    /// The engine's own times.
+    pub times: Option<Times>,
 }
 
 /// The reason why there is no answer.
@@ -89,6 +91,7 @@ impl Client {
                     reply.tokens.extend(c.token_ids);
                 }
                 reply.usage = answer.usage.unwrap_or(reply.usage);
+                reply.times = answer.times.or(reply.times);
             }
         }
         Err(Trouble::Lost("the answer is incomplete".into()))
@@ -100,6 +103,12 @@ impl Client {
         let (status, text) = (r.status(), r.text().await?);
         ensure!(status.is_success(), "{status}: {text}");
         Ok(serde_json::from_str(&text)?)
+    }
+
+    /// What an engine says about itself.
+    pub async fn identity(&self, addr: &str) -> Result<Identity> {
+        let r = self.0.get(format!("http://{addr}/kvferry")).send().await?;
+        Ok(r.error_for_status()?.json().await?)
     }
 
     /// The status of an engine.

@@ -33,6 +33,8 @@ pub struct Plan {
     pub prefill_flags: Vec<String>,
     /// Additional flags of decode engines.
     pub decode_flags: Vec<String>,
+    /// Additional flags of the router.
+    pub router_flags: Vec<String>,
 }
 
 impl Plan {
@@ -46,6 +48,7 @@ impl Plan {
             blocks: 1024,
             prefill_flags: Vec::new(),
             decode_flags: Vec::new(),
+            router_flags: Vec::new(),
         }
     }
 
@@ -56,7 +59,10 @@ impl Plan {
 
     fn engine(&self, role: &str, name: &str, more: &[String]) -> Result<Process> {
         let blocks = self.blocks.to_string();
-        let mut args = vec!["serve", "--role", role, "--name", name, "--model", &self.model, "--blocks", &blocks];
+        let mut args = vec!["serve", "--role", role, "--name", name, "--model", &self.model];
+        if !more.iter().any(|flag| flag == "--blocks") {
+            args.extend(["--blocks", &blocks]);
+        }
         args.extend(more.iter().map(String::as_str));
         Process::start(&self.exe, &args)
     }
@@ -86,7 +92,9 @@ impl Fleet {
             addrs(prefill.iter().map(|p| p.lock().addr().to_owned()).collect()),
             addrs(decode.iter().map(|p| p.addr().to_owned()).collect()),
         );
-        let router = Process::start(&plan.exe, &["router", "--prefill", &p, "--decode", &d])?;
+        let mut args = vec!["router", "--prefill", &p, "--decode", &d];
+        args.extend(plan.router_flags.iter().map(String::as_str));
+        let router = Process::start(&plan.exe, &args)?;
         Ok(Self { prefill, decode, router })
     }
 

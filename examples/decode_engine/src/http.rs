@@ -24,7 +24,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
-    api::{Answer, Ask, Choice, Problem, Prompt, Transfer, Usage, fingerprints},
+    api::{Answer, Ask, Choice, Identity, Problem, Prompt, Transfer, Usage, fingerprints},
     engine::{Handle, Status},
     request::{Event, Job, Refusal},
     text::Text,
@@ -36,15 +36,16 @@ pub struct Front {
     pub text: Text,
     pub model: String,
     pub registry: Arc<Registry>,
+    pub identity: Identity,
     asked: AtomicU64,
     /// Tells names of this process from those of others.
     salt: u64,
 }
 
 impl Front {
-    pub fn new(engine: Handle, text: Text, model: String, registry: Arc<Registry>) -> Self {
+    pub fn new(engine: Handle, text: Text, model: String, registry: Arc<Registry>, identity: Identity) -> Self {
         let salt = RandomState::new().hash_one(std::process::id());
-        Self { engine, text, model, registry, asked: AtomicU64::new(1), salt }
+        Self { engine, text, model, registry, identity, asked: AtomicU64::new(1), salt }
     }
 }
 
@@ -55,6 +56,7 @@ pub fn routes(front: Arc<Front>) -> Router {
     Router::new()
         .route("/v1/completions", post(complete))
         .route("/v1/status", get(status))
+        .route("/kvferry", get(async |State(front): Shared| Json(front.identity.clone())))
         .route("/metrics", get(metrics))
         .route("/health", get(health))
         .with_state(front)
@@ -100,6 +102,12 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
         tracing::warn!("an offer is not used: {e}");
         transfer.offer = None;
     }
+    let growing = transfer.growing(&prompt).filter(|_| front.identity.overlap);
+    let (produce, consume) = (transfer.do_remote_decode, transfer.do_remote_prefill);
+    if produce && growing.is_some() && transfer.source != front.identity.source {
+        let reason = "the transfer names another incarnation of this engine: read GET /kvferry again";
+        return refuse(Problem::new(409, "other_incarnation", reason));
+    }
     let number = front.asked.fetch_add(1, Ordering::Relaxed);
     let name = ask.request_id.unwrap_or_else(|| format!("cmpl-{:08x}-{number}", front.salt as u32));
     let (out, events) = unbounded_channel();
@@ -109,8 +117,10 @@ async fn complete(State(front): Shared, ask: Result<Json<Ask>, JsonRejection>) -
         prompt,
         max_tokens: ask.max_tokens,
         ignore_eos: ask.ignore_eos,
-        produce: transfer.do_remote_decode,
-        offer: transfer.offer.filter(|_| transfer.do_remote_prefill),
+        produce: produce && growing.is_none(),
+        awaited: consume && growing.is_some(),
+        offer: growing.clone().or(transfer.offer).filter(|_| consume),
+        growing: growing.filter(|_| produce && !consume),
         out,
     };
     if !front.engine.submit(job) {
@@ -146,12 +156,14 @@ impl Answers {
             choices: vec![choice],
             usage: None,
             kv_transfer_params: None,
+            times: None,
         }
     }
 
     /// The last piece of an answer, with everything that is known at its end.
     fn last(&self, mut answer: Answer, end: &Event) -> Answer {
-        if let Event::Done { parts, offer, .. } = end {
+        if let Event::Done { parts, offer, times, .. } = end {
+            answer.times = Some(*times);
             let completion_tokens = self.tokens.len() as u64;
             answer.usage = Some(Usage {
                 prompt_tokens: self.prompt_tokens,

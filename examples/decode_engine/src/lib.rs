@@ -11,7 +11,7 @@
 //! | [`request`], [`engine`], [`counts`] | requests, the thread that runs them, and its independent counts |
 //! | [`api`], [`http`], [`serve`], [`router`] | the processes: HTTP bodies, HTTP front, engine process, router process |
 //! | [`client`], [`process`], [`fleet`], [`prompts`] | clients, child processes, deployments, prompts |
-//! | [`demo`], [`soak`], [`ttft`] | the commands that measure and demonstrate |
+//! | [`demo`], [`soak`], [`ttft`], [`handover`] | the commands that measure and demonstrate |
 
 pub mod api;
 pub mod blocks;
@@ -20,6 +20,7 @@ pub mod counts;
 pub mod demo;
 pub mod engine;
 pub mod fleet;
+pub mod handover;
 pub mod http;
 pub mod kernel;
 pub mod kv;

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use kvferry::{
-    BlockId, Offer, PullId,
+    BlockId, Hold, HoldState, Offer, PullId,
     scheduler::{
         table::{Held, Request as View},
         tokens::Parts,
@@ -11,7 +11,7 @@ use kvferry::{
 };
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::{blocks::Key, kv::BLOCK};
+use crate::{api::Times, blocks::Key, kv::BLOCK};
 
 /// The engine's number for a request.
 pub type Id = u64;
@@ -29,8 +29,12 @@ pub struct Job {
     pub ignore_eos: bool,
     /// Offer the prompt's KV to another engine when it is complete.
     pub produce: bool,
+    /// The name of an offer of the prompt's KV to make while it is computed.
+    pub growing: Option<Offer>,
     /// An offer of the prompt's KV.
     pub offer: Option<Offer>,
+    /// The offer may be made later, and grows while the other engine computes.
+    pub awaited: bool,
     /// The channel for its events. It is closed when the client disconnects.
     pub out: UnboundedSender<Event>,
 }
@@ -48,6 +52,7 @@ pub enum Event {
         parts: Parts,
         /// The offer of the prompt's KV, if requested.
         offer: Option<Box<Offer>>,
+        times: Times,
     },
     /// There will be no answer.
     Failed(Refusal),
@@ -71,6 +76,8 @@ pub enum Refusal {
 #[derive(Debug)]
 pub struct Load {
     pub pull: Option<PullId>,
+    /// See [`Times::now`].
+    pub started: u64,
     /// It has ended in this step, or could not start.
     pub ended: bool,
 }
@@ -88,6 +95,10 @@ pub struct Req {
     pub tables: Vec<Vec<Option<BlockId>>>,
     pub held: Held,
     pub load: Option<Load>,
+    /// Its claim on an offer that may be made later.
+    pub hold: Option<Hold>,
+    /// Blocks in its growing offer; `None` before that is open.
+    pub listed: Option<usize>,
     /// Tokens to run in this step.
     pub scheduled: u64,
     /// Its client has disconnected; it stays until its load is quiet.
@@ -95,6 +106,7 @@ pub struct Req {
     /// The sources of its prompt's tokens, after its first token.
     pub settled: Option<Parts>,
     pub arrived: Instant,
+    pub times: Times,
 }
 
 impl Req {
@@ -108,16 +120,24 @@ impl Req {
             tables: vec![Vec::new()],
             held: Held::default(),
             load: None,
+            hold: None,
+            listed: None,
             scheduled: 0,
             gone: false,
             settled: None,
             arrived: Instant::now(),
+            times: Times { queued: Times::now(), ..Times::default() },
         }
     }
 
     /// Tokens of the prompt.
     pub fn prompt(&self) -> u64 {
         self.job.prompt.len() as u64
+    }
+
+    /// Whether it may get blocks: the other engine has begun its prompt, or will not.
+    pub fn is_ready(&self) -> bool {
+        self.hold.as_ref().is_none_or(|h| h.state() != HoldState::Waiting)
     }
 
     /// Known tokens: the prompt and the generated ones.

@@ -4,12 +4,16 @@ use std::{io::Write as _, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
-use kvferry::{ChunkSize, Config, Consumer, Faults, LaneKind, Model, OnWedge, Producer, scheduler::invalid::Policy};
+use kvferry::{
+    ChunkSize, Config, Consumer, Faults, LaneKind, Model, OfferRank, OnWedge, PeerId, Producer,
+    scheduler::invalid::Policy,
+};
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 
 use crate::{
+    api::{Identity, Source},
     engine::{Engine, Link, Settings},
     http::{self, Front},
     kv::{BLOCK, Kv},
@@ -152,11 +156,20 @@ pub fn link(role: Role, name: &str, model: &Llama, kv: &Kv, kv_listen: &str, con
     Ok(link)
 }
 
+/// The place of a producer's offers.
+pub fn source(producer: &Producer) -> Source {
+    let PeerId { engine, rank, incarnation } = producer.me().clone();
+    let ranks = vec![OfferRank { rank, incarnation, addr: producer.addr().to_owned() }];
+    Source { engine, incarnation, ranks }
+}
+
 impl Args {
     fn config(&self) -> Result<Config> {
         let mut config = Config::default();
         config.lease.unclaimed = Duration::try_from_secs_f64(self.unclaimed).context("--unclaimed")?;
         config.pull.faults = self.fault.clone();
+        // A step of a long prompt takes one core several seconds.
+        config.pull.stalled = Duration::from_secs(60);
         // A request whose blocks are withheld never ends, so the process exits and its supervisor restarts it.
         config.pull.on_wedge = OnWedge::Exit;
         // One or two blocks of a small model, so that a failure leaves a part of a short prompt.
@@ -200,6 +213,8 @@ pub async fn run(args: Args) -> Result<()> {
     let offers_at = link.producer.as_ref().map(|p| p.addr().to_owned()).unwrap_or_default();
     let name = model.config.name.clone();
     let consumer = link.consumer.clone();
+    // A step that waits for its loads cannot wait for another engine's computation.
+    let identity = Identity { overlap: args.loads == Loads::Async, source: link.producer.as_deref().map(source) };
     let (engine, handle) = Engine::new(model, kv, args.settings()?, link)?;
     let mut registry = Registry::default();
     engine.register(&mut registry);
@@ -210,7 +225,7 @@ pub async fn run(args: Args) -> Result<()> {
         let _over: tokio::sync::oneshot::Sender<()> = over;
         engine.run();
     })?;
-    let front = Arc::new(Front::new(handle.clone(), text, name, registry));
+    let front = Arc::new(Front::new(handle.clone(), text, name, registry, identity));
     Ready { listen: listener.local_addr()?.to_string(), kv: offers_at, pid: std::process::id() }.say()?;
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {

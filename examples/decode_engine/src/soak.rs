@@ -45,6 +45,9 @@ pub struct Args {
     /// Tokens per answer.
     #[arg(long, default_value_t = 12)]
     pub tokens: usize,
+    /// Send each prompt to both engines at the same time.
+    #[arg(long)]
+    pub overlap: bool,
 }
 
 impl Default for Args {
@@ -58,6 +61,7 @@ impl Default for Args {
             loads: "async".into(),
             throttle: "1M".into(),
             tokens: 12,
+            overlap: false,
         }
     }
 }
@@ -96,6 +100,7 @@ pub async fn soak(mut plan: Plan, args: &Args) -> Result<Findings> {
     let flags = ["--policy", &args.policy, "--loads", &args.loads, "--lanes", "tcp", "--fault", &fault];
     plan.decode_flags = flags.map(String::from).to_vec();
     plan.prefill_flags = ["--unclaimed", "5"].map(String::from).to_vec();
+    plan.router_flags.extend(args.overlap.then(|| "--overlap".into()));
     let fleet = Fleet::start(&plan)?;
     let stop = Arc::new(AtomicBool::new(false));
     let every = Duration::from_secs_f64(args.every);

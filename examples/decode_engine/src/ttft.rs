@@ -14,6 +14,7 @@ use crate::{
     api::{Ask, Transfer},
     client::{Client, Reply},
     fleet::{Fleet, Plan, in_mid_pull, question},
+    handover,
     prompts::Writer,
     report::{Report, median},
 };
@@ -36,6 +37,9 @@ pub struct Args {
     /// Tokens per step of a decode engine with short steps for the other requests.
     #[arg(long, default_value_t = 24)]
     budget: u64,
+    /// Measure the hand-over instead: from the last computed chunk to the decode engine's first token.
+    #[arg(long)]
+    hand_over: bool,
     /// Rate of pulls in the test with kills, in bytes per second.
     #[arg(long, default_value = "40M")]
     throttle: String,
@@ -143,6 +147,9 @@ impl Bench {
 
 /// Runs the command. `false` if remote prefill did not pay.
 pub async fn run(args: Args) -> Result<bool> {
+    if args.hand_over {
+        return handover::run(&args.model, &args.lengths, args.rounds).await;
+    }
     let mut report = Report::default();
     let mut plan = Plan::new(std::env::current_exe()?, &args.model);
     plan.blocks = 2048;

@@ -147,7 +147,7 @@ pub fn tiny(seed: u64) -> Result<(Llama, Text)> {
         kv_heads,
         head,
         vocab,
-        context: 4096,
+        context: 8192,
         eps: 1e-5,
         rope_base: 10_000.0,
         eos: None,

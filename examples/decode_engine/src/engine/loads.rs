@@ -13,7 +13,7 @@ use kvferry::{
 
 use super::Engine;
 use crate::{
-    api::fingerprints,
+    api::{Times, fingerprints},
     kv::BLOCK,
     request::{Id, Load, Refusal, Req},
 };
@@ -47,8 +47,12 @@ impl Engine {
         self.counts.asked.inc_by(to - from);
         let wanted = LocalBlocks { group: GroupId(0), first_position: first as u32, blocks };
         let from_engine = offer.engine.clone();
-        let pull =
-            Pull::new(offer.clone(), vec![wanted]).deadline(self.settings.deadline).expect(fingerprints(&r.job.prompt));
+        let mut pull = Pull::new(offer.clone(), vec![wanted]).expect(fingerprints(&r.job.prompt));
+        pull = match r.job.awaited {
+            true => pull.awaited().deadline(self.settings.awaited),
+            false => pull.deadline(self.settings.deadline),
+        };
+        let started = Times::now();
         let pull = match consumer.pull(pull) {
             Ok(pull) => {
                 self.pulls.insert(pull, (r.id, from_engine));
@@ -68,7 +72,7 @@ impl Engine {
             let tokens = (known - total).min(*budget);
             self.schedule(i, tokens, budget);
         } else {
-            r.load = Some(Load { pull, ended: false });
+            r.load = Some(Load { pull, started, ended: false });
         }
         true
     }
@@ -83,6 +87,15 @@ impl Engine {
         for id in ends.iter().filter_map(|e| Some(&self.pulls.get(&e.pull)?.0)).chain(refused.iter().map(|r| &r.0)) {
             let load = self.running.iter_mut().find(|r| r.id == *id).and_then(|r| r.load.as_mut());
             load.into_iter().for_each(|l| l.ended = true);
+        }
+        for e in &ends {
+            let id = self.pulls.get(&e.pull).map(|p| p.0);
+            if let Some(r) = self.running.iter_mut().find(|r| Some(r.id) == id)
+                && let Some(l) = &r.load
+            {
+                let at = |after: Option<Duration>| after.map_or(0, |after| l.started + after.as_micros() as u64);
+                (r.times.first_loaded, r.times.loaded) = (at(e.outcome.times.first), at(e.outcome.times.data));
+            }
         }
         self.report(&ends, &refused);
         for i in 0..self.running.len() {

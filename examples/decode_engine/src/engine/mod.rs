@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `schedule` | the requests of a step: turns, admission, preemption |
 //! | `loads` | pulls, and the outcome of blocks that did not arrive |
-//! | `offers` | the KV of finished prompts, for other engines |
+//! | `offers` | the KV of prompts, for other engines |
 //! | `step` | the forward pass and its counts |
 
 mod loads;
@@ -59,6 +59,8 @@ pub struct Settings {
     pub loading: usize,
     /// Time from the start of a pull to its decision.
     pub deadline: Duration,
+    /// The same of a pull whose offer grows: it includes the other engine's queue and computation.
+    pub awaited: Duration,
 }
 
 impl Default for Settings {
@@ -70,6 +72,7 @@ impl Default for Settings {
             running: 64,
             loading: 256,
             deadline: Duration::from_secs(10),
+            awaited: Duration::from_secs(300),
         }
     }
 }
@@ -97,6 +100,15 @@ pub struct PullStatus {
     pub chunks: usize,
 }
 
+/// A prompt that is being computed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptStatus {
+    pub request: String,
+    /// Tokens that are computed or were found in the prefix cache, and tokens of the prompt.
+    pub computed: u64,
+    pub tokens: u64,
+}
+
 /// The status of an engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -110,6 +122,7 @@ pub struct Status {
     /// Offers that are not freed yet.
     pub offers: usize,
     pub pulls: Vec<PullStatus>,
+    pub prompts: Vec<PromptStatus>,
     /// Pulls whose blocks are withheld by a wedged lane until the process is restarted.
     pub wedged: usize,
 }
@@ -245,6 +258,8 @@ impl Engine {
         while self.receive(moved) && !self.stopping {
             moved = self.step();
             self.gauge();
+            // Threads that send the step's tokens may wait for this core.
+            std::thread::yield_now();
         }
         for mut r in std::mem::take(&mut self.running).into_iter().chain(std::mem::take(&mut self.waiting)) {
             r.fail(Refusal::Engine("the engine is shutting down".into()));
@@ -252,11 +267,15 @@ impl Engine {
     }
 
     /// Handles all messages. If the last step did nothing, waits for one; with requests at hand only briefly, since a
-    /// client may disconnect without a message.
+    /// client may disconnect and another engine may begin a prompt without a message.
     fn receive(&mut self, moved: bool) -> bool {
         if !moved {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
-            let limit = Duration::from_millis(if idle { 60_000 } else { 20 });
+            let limit = match self.waiting.iter().any(|r| !r.is_ready()) {
+                true => 2,
+                false if self.running.is_empty() && self.waiting.is_empty() => 60_000,
+                false => 20,
+            };
+            let limit = Duration::from_millis(limit);
             match self.inbox.recv_timeout(limit) {
                 Ok(msg) => self.handle(msg),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -273,7 +292,7 @@ impl Engine {
         match msg {
             Msg::Job(job) => self.arrive(*job),
             Msg::Ended(e) => self.ends.push(*e),
-            Msg::Freed(f) => self.freed(f),
+            Msg::Freed(f) => self.take_back(f.offer),
             Msg::Status(tx) => {
                 // The caller may have stopped waiting.
                 let _ = tx.send(self.status());
@@ -290,6 +309,11 @@ impl Engine {
             let r = self.running.iter().find(|r| r.id == id.0)?;
             Some(PullStatus { request: r.job.name.clone(), from: id.1.to_string(), loaded, chunks })
         });
+        let prompts = self.running.iter().filter(|r| r.load.is_none() && r.made() == 0).map(|r| PromptStatus {
+            request: r.job.name.clone(),
+            computed: r.held.total(),
+            tokens: r.prompt(),
+        });
         Status {
             blocks: self.blocks.len(),
             free: self.blocks.free(),
@@ -298,6 +322,7 @@ impl Engine {
             waiting: self.waiting.len(),
             offers: self.offers.len(),
             pulls: pulls.collect(),
+            prompts: prompts.collect(),
             wedged: consumer.map_or(0, |c| c.wedged()),
         }
     }
@@ -331,8 +356,13 @@ impl Engine {
         };
         let mut r = Req::new(id, job);
         if let Some(reason) = bad {
+            self.withdraw(&mut r);
             self.release_offer(&mut r);
             return r.fail(Refusal::Bad(reason));
+        }
+        if let (true, Some(offer), Some(c)) = (r.job.awaited, &r.job.offer, &self.link.consumer) {
+            // Otherwise its pull says why there is none.
+            r.hold = c.hold_awaited(offer).ok();
         }
         self.ledger.admit(id, r.prompt());
         self.waiting.push_back(r);
@@ -350,6 +380,7 @@ impl Engine {
 
     /// Ends a request, with or without an answer.
     fn close(&mut self, mut r: Req, reason: EndReason) {
+        self.withdraw(&mut r);
         self.release(&mut r);
         self.release_offer(&mut r);
         if r.settled.is_none() {

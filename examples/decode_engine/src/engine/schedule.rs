@@ -11,6 +11,7 @@ use kvferry::{
 
 use super::Engine;
 use crate::{
+    api::Times,
     kv::BLOCK,
     request::{Id, Req},
 };
@@ -118,20 +119,23 @@ impl Engine {
             let unfilled = r.tables[0].iter().skip((r.held.total() / TOKENS) as usize).flatten();
             unfilled.for_each(|b| self.blocks.uncache(*b));
         }
+        self.withdraw(&mut r);
         self.release(&mut r);
         self.ledger.preempted(&r.id);
         self.counts.preemptions.inc();
         self.waiting.push_front(r);
     }
 
-    /// Admits requests while there is room for all of their known tokens.
+    /// Admits requests while there is room for all of their known tokens. A request whose prompt waits in another engine's queue
+    /// gets no blocks yet: the other engine might wait for blocks that this engine's requests hold there.
     pub(super) fn admit(&mut self, mut budget: u64) {
         // A request with a running load holds blocks, but does not run.
         let loading = |running: &[Req]| running.iter().filter(|r| r.load.is_some()).count();
         while self.running.len() - loading(&self.running) < self.settings.running
             && loading(&self.running) < self.settings.loading
-            && self.waiting.front().is_some_and(|r| budget > 0 || r.job.offer.is_some())
-            && let Some(mut r) = self.waiting.pop_front()
+            && let Some(next) = self.waiting.iter().position(Req::is_ready)
+            && (budget > 0 || self.waiting[next].job.offer.is_some())
+            && let Some(mut r) = self.waiting.remove(next)
         {
             r.update_keys();
             let hit = self.look_up(&mut r);
@@ -140,13 +144,14 @@ impl Engine {
             let Some(new) = self.blocks.alloc_all(need) else {
                 // It waits for room. Nothing was counted yet.
                 self.release(&mut r);
-                self.waiting.push_front(r);
+                self.waiting.insert(next, r);
                 return;
             };
             r.tables[0].extend(new.into_iter().map(Some));
             r.held = Held { cached: hit, loaded: 0, computed: 0 };
             self.ledger.lookup(&r.id, hit, 0);
             self.counts.had(r.id, hit);
+            r.times.admitted = Times::now();
             self.running.push(r);
             let i = self.running.len() - 1;
             let known = self.running[i].known();
@@ -168,6 +173,8 @@ impl Engine {
     /// Shares the blocks after its hit with a request that loads or computes the same text, and then waits for it. A request
     /// that has an offer waits only for another request's load, not for a computation. These blocks are not cached yet, so
     /// that no request counts on them.
+    ///
+    /// No request waits for the load of an offer that grows: its own prompt may be complete much earlier.
     fn share(&mut self, r: &mut Req) -> bool {
         let from = r.table().len();
         let most = (r.longest_hit() / TOKENS) as usize;
@@ -176,7 +183,8 @@ impl Engine {
             keys.min(o.table().len())
         };
         let loads = r.job.offer.is_some();
-        let best = self.running.iter().filter(|o| !o.gone && (o.load.is_some() || !loads)).max_by_key(|o| common(o));
+        let waits = |o: &Req| if o.load.is_some() { !o.job.awaited } else { !loads };
+        let best = self.running.iter().filter(|o| !o.gone && waits(o)).max_by_key(|o| common(o));
         let Some(o) = best.filter(|o| common(o) > from) else { return false };
         let shared: Vec<_> = o.table()[from..common(o)].to_vec();
         shared.iter().flatten().for_each(|b| self.blocks.retain(*b));

@@ -6,6 +6,7 @@ use kvferry::scheduler::ledger::EndReason;
 
 use super::Engine;
 use crate::{
+    api::Times,
     kv::BLOCK,
     llama::{Batch, Span, greedy},
     request::{Event, Id, Refusal},
@@ -20,6 +21,9 @@ impl Engine {
         self.admit(budget);
         if self.settings.sync_loads {
             self.wait_for_loads();
+        } else {
+            // Prefix hits. In the other mode, they may lie in blocks whose load has failed.
+            self.grow_offers();
         }
         let tokens = match self.run_model() {
             Ok(tokens) => tokens,
@@ -60,18 +64,22 @@ impl Engine {
 
     /// Counts the step, emits tokens, and removes finished requests.
     fn count(&mut self, tokens: &HashMap<Id, u32>) {
-        for i in (0..self.running.len()).rev() {
-            let r = &mut self.running[i];
-            if r.scheduled == 0 {
-                continue;
-            }
+        let now = Times::now();
+        for r in self.running.iter_mut().filter(|r| r.scheduled > 0) {
             let (from, to) = (r.held.total(), r.ran_to());
             self.ledger.computed(&r.id, to);
             self.counts.good(r.id, from, to);
             r.held.computed += std::mem::take(&mut r.scheduled);
-            let Some(&token) = tokens.get(&r.id).filter(|_| to == r.known()) else { continue };
+            first(&mut r.times.first_chunk, now);
+        }
+        self.grow_offers();
+        for i in (0..self.running.len()).rev() {
+            let r = &mut self.running[i];
+            let Some(&token) = tokens.get(&r.id).filter(|_| r.held.total() == r.known()) else { continue };
             r.tokens.push(token);
             self.counts.generated.inc();
+            first(&mut r.times.first_token, now);
+            r.times.last_token = now;
             if r.settled.is_none() {
                 self.ledger.first_token(&r.id);
                 r.settled = self.ledger.request(&r.id);
@@ -90,7 +98,7 @@ impl Engine {
         let mut r = self.running.remove(i);
         let offer = self.offer(&mut r);
         let parts = r.settled.unwrap_or_default();
-        let closed = r.job.out.send(Event::Done { stopped, parts, offer: offer.clone() }).is_err();
+        let closed = r.job.out.send(Event::Done { stopped, parts, offer: offer.clone(), times: r.times }).is_err();
         if let (true, Some(offer), Some(producer)) = (closed, offer, &self.link.producer) {
             // No client knows the offer.
             producer.revoke(offer.id);
@@ -111,5 +119,12 @@ impl Engine {
                 self.close(r, EndReason::Failed);
             }
         }
+    }
+}
+
+/// Sets the time of an event that was not seen before.
+fn first(time: &mut u64, now: u64) {
+    if *time == 0 {
+        *time = now;
     }
 }

@@ -2,19 +2,23 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use decode_engine::{
+    api::{Source, Times},
     client::Metrics,
     engine::{Engine, Handle, Link, Settings, Status},
     request::{Event, Job, Refusal},
-    serve::{Role, link},
+    serve::{self, Role, link},
     weights,
 };
-use kvferry::{Config, Offer, scheduler::tokens::Parts};
+use kvferry::{Config, Offer, Token, scheduler::tokens::Parts};
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -24,6 +28,8 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// An engine on its own thread. It ends when this is dropped.
 pub struct Rig {
     pub handle: Handle,
+    /// Where its offers are, for a prefill engine.
+    pub source: Option<Source>,
     registry: Registry,
 }
 
@@ -33,6 +39,7 @@ pub struct Done {
     pub tokens: Vec<u32>,
     pub parts: Parts,
     pub offer: Option<Offer>,
+    pub times: Times,
 }
 
 impl Rig {
@@ -49,11 +56,12 @@ impl Rig {
             Some(role) => link(role, "rig", &model, &kv, "127.0.0.1:0", config)?,
             None => Link::default(),
         };
+        let source = link.producer.as_deref().map(serve::source);
         let (engine, handle) = Engine::new(model, kv, settings, link)?;
         let mut registry = Registry::default();
         engine.register(&mut registry);
         std::thread::spawn(move || engine.run());
-        Ok(Self { handle, registry })
+        Ok(Self { handle, source, registry })
     }
 
     /// Submits a request, and returns its events.
@@ -64,9 +72,28 @@ impl Rig {
         produce: bool,
         offer: Option<Offer>,
     ) -> UnboundedReceiver<Event> {
+        self.run(Job { produce, offer, ..job(prompt, max_tokens) })
+    }
+
+    /// Computes a prompt, and makes this offer meanwhile.
+    pub fn compute(&self, prompt: &[u32], max_tokens: usize, name: &Offer) -> UnboundedReceiver<Event> {
+        self.run(Job { growing: Some(name.clone()), ..job(prompt, max_tokens) })
+    }
+
+    /// Submits a request that loads what another engine computes now.
+    pub fn follow(&self, prompt: &[u32], max_tokens: usize, name: &Offer) -> UnboundedReceiver<Event> {
+        self.run(Job { offer: Some(name.clone()), awaited: true, ..job(prompt, max_tokens) })
+    }
+
+    /// The name of a new offer of this engine's that grows.
+    pub fn name(&self, prompt: &[u32]) -> Offer {
+        let transfer = String::from(Token::random());
+        self.source.as_ref().expect("it makes offers").name(&transfer, prompt)
+    }
+
+    fn run(&self, mut job: Job) -> UnboundedReceiver<Event> {
         let (out, events) = unbounded_channel();
-        let job =
-            Job { name: "test".into(), prompt: prompt.to_vec(), max_tokens, ignore_eos: true, produce, offer, out };
+        job.out = out;
         assert!(self.handle.submit(job), "the engine has ended");
         events
     }
@@ -74,6 +101,23 @@ impl Rig {
     /// Submits a request, and waits for the answer.
     pub fn ask(&self, prompt: &[u32], max_tokens: usize) -> Result<Done> {
         answer(self.submit(prompt, max_tokens, false, None))
+    }
+
+    /// Stops the engine between two steps, until the returned end is dropped.
+    pub fn pause(&self) -> Result<Sender<()>> {
+        let ((held, release), (began, begins)) = (channel::<()>(), channel());
+        let handle = self.handle.clone();
+        std::thread::spawn(move || -> Result<()> {
+            let wait = move || {
+                // The test may have ended.
+                let _ = began.send(());
+                let _ = release.recv();
+            };
+            tokio::runtime::Builder::new_current_thread().build()?.block_on(handle.between_steps(wait));
+            Ok(())
+        });
+        begins.recv_timeout(LIMIT)?;
+        Ok(held)
     }
 
     pub fn metrics(&self) -> Result<Metrics> {
@@ -116,6 +160,20 @@ impl Drop for Rig {
     }
 }
 
+fn job(prompt: &[u32], max_tokens: usize) -> Job {
+    Job {
+        name: "test".into(),
+        prompt: prompt.to_vec(),
+        max_tokens,
+        ignore_eos: true,
+        produce: false,
+        growing: None,
+        offer: None,
+        awaited: false,
+        out: unbounded_channel().0,
+    }
+}
+
 /// Waits for an answer.
 pub fn answer(events: UnboundedReceiver<Event>) -> Result<Done> {
     match outcome(events)? {
@@ -133,7 +191,9 @@ pub fn outcome(mut events: UnboundedReceiver<Event>) -> Result<Result<Done, Refu
             match tokio::time::timeout(LIMIT, events.recv()).await?.context("the engine has ended")? {
                 Event::Token(t) => tokens.push(t),
                 Event::Failed(reason) => return Ok(Err(reason)),
-                Event::Done { parts, offer, .. } => return Ok(Ok(Done { tokens, parts, offer: offer.map(|o| *o) })),
+                Event::Done { parts, offer, times, .. } => {
+                    return Ok(Ok(Done { tokens, parts, offer: offer.map(|o| *o), times }));
+                }
             }
         }
     })

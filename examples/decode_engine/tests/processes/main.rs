@@ -1,5 +1,7 @@
 //! Complete deployments of processes on loopback: a router, prefill and decode engines, and kills.
 
+mod overlap;
+
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};

@@ -34,10 +34,20 @@ impl Consumer {
     }
 
     /// Starts a pull of an offer (JSON) and returns its number. The pull owns the local blocks until `poll` returns it. With
-    /// `stream`, nothing is written before the work is done that this CUDA stream holds now.
-    #[pyo3(signature = (json, blocks, stream = None))]
-    fn pull(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>, stream: Option<usize>) -> PyResult<u64> {
+    /// `stream`, nothing is written before the work is done that this CUDA stream holds now. With `awaited`, the offer may be
+    /// opened later. `deadline`: seconds until the pull decides, in place of the setting.
+    #[pyo3(signature = (json, blocks, stream = None, awaited = false, deadline = None))]
+    fn pull(
+        &self,
+        py: Python<'_>,
+        json: &str,
+        blocks: Vec<PyBlocks>,
+        stream: Option<usize>,
+        awaited: bool,
+        deadline: Option<f64>,
+    ) -> PyResult<u64> {
         let inner = self.inner.get()?;
+        let deadline = deadline.map(seconds).transpose()?;
         py.detach(|| {
             let offer = offer(json)?;
             let blocks = blocks.into_iter().map(|(group, first_position, ids)| LocalBlocks {
@@ -47,6 +57,8 @@ impl Consumer {
             });
             let mut pull = Pull::new(offer, blocks.collect());
             pull.after = stream.map(cuda_stream);
+            pull.awaited = awaited;
+            pull.deadline = deadline.or(pull.deadline);
             inner.pull(pull).map(|id| id.0).map_err(value_error)
         })
     }
@@ -57,10 +69,15 @@ impl Consumer {
         Ok(())
     }
 
-    /// Claims an offer (JSON) whose pull starts later, until its pull or its release.
-    fn hold(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+    /// Claims an offer (JSON) whose pull starts later, until its pull or its release. With `awaited`, the offer may be opened
+    /// later.
+    #[pyo3(signature = (json, awaited = false))]
+    fn hold(&self, py: Python<'_>, json: &str, awaited: bool) -> PyResult<()> {
         let inner = self.inner.get()?;
-        py.detach(|| inner.hold(&offer(json)?).map_err(value_error))
+        py.detach(|| {
+            let offer = offer(json)?;
+            if awaited { inner.hold_awaited(&offer) } else { inner.hold(&offer) }.map_err(value_error)
+        })
     }
 
     /// Releases an offer (JSON) without a pull.
@@ -103,6 +120,11 @@ impl Consumer {
     /// A pull's progress as `(loaded chunks, all chunks)`; `None` after its end.
     fn progress(&self, pull: u64) -> PyResult<Option<(usize, usize)>> {
         Ok(self.inner.get()?.progress(PullId(pull)))
+    }
+
+    /// Tokens from the prompt's start whose blocks are all loaded by a pull; `None` after its end.
+    fn loaded_prefix(&self, pull: u64) -> PyResult<Option<u64>> {
+        Ok(self.inner.get()?.loaded_prefix(PullId(pull)))
     }
 
     /// Cancels every pull and shuts the consumer down. Returns within `limit` seconds; `True` if the shutdown is complete.

@@ -17,6 +17,8 @@ from kvferry import _native
 
 # The key of kvferry's part. Routers pass on unknown keys.
 KEY = "kvferry"
+# Fewest and most characters of a transfer id. The offer's secret is derived from it, so a short one could be guessed.
+TRANSFER = (16, 256)
 # The keys of a name's fingerprints: of the prompt's tokens, of the weights, and of the LoRA adapter. The consumer compares them
 # with the producer's own, so a client that changes one gets nothing loaded.
 PROMPT, WEIGHTS, ADAPTER = "prompt", "weights", "adapter"
@@ -32,6 +34,14 @@ class Refused(BadParams):
     def __init__(self, part: str, why: str) -> None:
         super().__init__(why)
         self.part = part
+
+
+class NoPeer(BadParams):
+    """A prefill engine that cannot be asked for what it computes. `key`: the engine and the cause, for the log."""
+
+    def __init__(self, bootstrap: str, why: str) -> None:
+        super().__init__(f"the prefill engine behind {bootstrap!r:.200} cannot be loaded from while it computes: {why}")
+        self.key = (bootstrap, why)
 
 
 def fingerprint(tokens: Sequence[int], *more: str) -> str:
@@ -59,6 +69,8 @@ class Remote:
     fingerprints: dict[str, str]
     # The engine that made it.
     engine: str
+    # Whether the prefill may not have begun: its request waits in a queue.
+    awaited: bool = False
 
 
 def wants_decode(params: dict[str, Any] | None) -> bool:
@@ -71,21 +83,34 @@ def wants_prefill(params: dict[str, Any] | None) -> bool:
     return bool(params) and bool(params.get("do_remote_prefill"))
 
 
-def response(
+def transfer(params: dict[str, Any] | None) -> str | None:
+    """The id that a router has given the transfer; `None`: it has given none. Raises `BadParams`."""
+    found = (params or {}).get("transfer_id")
+    if found is None:
+        return None
+    if not isinstance(found, str) or not TRANSFER[0] <= len(found) <= TRANSFER[1] or not found.isprintable():
+        raise BadParams(f"transfer_id is not a text of {TRANSFER[0]} to {TRANSFER[1]} characters")
+    return found
+
+
+def is_minted(params: dict[str, Any]) -> bool:
+    """Whether a decode request names its offer by a transfer id alone: the prefill may still run."""
+    return KEY not in params and params.get("transfer_id") is not None
+
+
+def minted(
+    transfer: str,
     *,
     engine: str,
-    request: str,
-    addr: str,
-    ranks: list[tuple[int, str, str]],
     incarnation: str,
+    ranks: list[tuple[int, str, str]],
+    request: str,
     tokens: int,
     fingerprints: dict[str, str],
-    tp_size: int,
     seal_keys: list[bytes],
-    number: int = 0,
-) -> tuple[str, str, dict[str, Any]]:
-    """Builds `(offer id, name, params)` for a finished prefill."""
-    offer_id, name = _native.name_offer(
+) -> tuple[str, str]:
+    """`(offer id, name)` of an offer that both engines name after a transfer id. `tokens`: those of the whole prompt."""
+    return _native.name_offer(
         engine=engine,
         incarnation=incarnation,
         ranks=ranks,
@@ -93,10 +118,16 @@ def response(
         request=request[:256],
         fingerprints=fingerprints,
         seal_keys=seal_keys,
-        number=number,
+        transfer=transfer,
     )
+
+
+def response(
+    *, engine: str, request: str, addr: str, tokens: int, tp_size: int, name: str
+) -> dict[str, Any]:
+    """The params of a finished prefill, for the decode engine."""
     host, port = addr.rsplit(":", 1)
-    params = {
+    return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         # Keys that routers read or log.
@@ -109,7 +140,6 @@ def response(
         "tp_size": tp_size,
         KEY: {"offer": json.loads(name)},
     }
-    return offer_id, name, params
 
 
 def remote(params: dict[str, Any], seal_keys: list[bytes]) -> Remote:

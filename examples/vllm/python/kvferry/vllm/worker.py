@@ -5,6 +5,7 @@ load reports no invalid blocks. Each offering given to this rank is reported onc
 failure becomes one of these reports.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvferry import _native
 from kvferry.vllm import pool, weights
 from kvferry.vllm.guard import ENDING, StartFailed, logger
-from kvferry.vllm.messages import Handshake, Load, Meta, News, Offering
+from kvferry.vllm.messages import Growth, Handshake, Held, Load, Meta, News, Offering, Opening
 from kvferry.vllm.options import Options
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
@@ -89,6 +90,14 @@ class WorkerSide:
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
         self._offered: dict[str, str] = {}
+        # Open offers of running prefills: whether each is still live.
+        self._open: dict[str, bool] = {}
+        # Growths whose blocks the running step computes.
+        self._growing: list[Growth] = []
+        # A draft model may write its part of the blocks after the hook that ends the forward pass.
+        self._drafts = getattr(config, "speculative_config", None) is not None
+        # Engines from which a load has failed since the last news.
+        self._failed_peers: set[str] = set()
         self._report = Report(set(), set(), set())
         self._invalid: set[int] = set()
         self.stats = KvFerryStats()
@@ -137,6 +146,7 @@ class WorkerSide:
 
         options = Options.of(self._config)
         settings = options.native()
+        self._awaited_deadline = options.awaited_deadline()
         cache = pool.describe(kv_caches, self._kv_cache_config, pool.layout_name(self._config))
         if cache.on_gpu and not SLEEP_IS_ANNOUNCED and getattr(self._config.model_config, "enable_sleep_mode", False):
             raise pool.Unsupported(
@@ -193,21 +203,90 @@ class WorkerSide:
     def start(self, meta: Meta) -> None:
         """Starts the scheduler side's offers, loads and releases, once."""
         offerings, loads, releases, holds = meta.offerings, meta.loads, meta.releases, meta.holds
+        openings, cached, held = meta.openings, meta.cached, meta.held
+        self.revoke(meta)
+        # Those of an earlier step, which is done.
+        self._grow_all()
+        self._growing = meta.growths
         # In one process this may be the scheduler's own object. It is emptied, so that nothing is started twice.
         meta.offerings, meta.loads, meta.releases, meta.holds = [], [], [], []
+        meta.openings, meta.cached, meta.growths, meta.held = [], [], [], []
         if meta.stopping:
             self._drain()
         if meta.alarm is not None and self._bell is None and self._producer is not None:
             self._bell = Bell(meta.alarm, self._producer)
         # Before the loads, which may be of the same offers.
-        for offer in holds:
-            self._hold(offer)
+        for offer, awaited in holds:
+            self._hold(offer, awaited)
         for offering in offerings:
             self._offer(offering)
+        for opening in openings:
+            self._open_offer(opening)
+        for growth in cached:
+            self._grow(growth)
+        for end in held:
+            self._keep(end)
         for load in loads:
             self._load(load)
         for offer in releases:
             self._release(offer)
+
+    def revoke(self, meta: Meta) -> None:
+        """Ends the offers that the scheduler side ends, once. Before their blocks are used again."""
+        dropped, revokes = meta.dropped, meta.revokes
+        meta.dropped, meta.revokes = [], []
+        for offer_id in dropped:
+            self._open.pop(offer_id, None)
+        if self._producer is not None:
+            for offer_id in (*dropped, *revokes):
+                self._producer.revoke(offer_id)
+
+    def computed(self) -> None:
+        """This step's forward pass is done, or on the compute stream."""
+        # In this hook an exception may be on its way: then nothing was computed.
+        if not self._drafts and sys.exc_info()[0] is None:
+            self._grow_all()
+
+    def _grow_all(self) -> None:
+        growths, self._growing = self._growing, []
+        for growth in growths:
+            self._grow(growth)
+
+    def _open_offer(self, opening: Opening) -> None:
+        try:
+            if self._producer is None or self._asleep:
+                raise RuntimeError("this rank has no producer")
+            self._producer.enter_open(opening.offer)
+            self._open[opening.offer_id] = True
+        except ENDING:
+            raise
+        except BaseException as e:
+            self._repeats.log(logger.warning, "enter", f"kvferry: request {opening.request} is not offered: {e}")
+            self._give_up(opening.offer_id)
+
+    def _grow(self, growth: Growth) -> None:
+        if not self._open.get(growth.offer_id) or self._producer is None:
+            return
+        try:
+            groups = [(g.group, g.first_position, g.blocks) for g in growth.groups]
+            self._producer.grow(growth.offer_id, groups, growth.tokens, growth.last, self._stream())
+        except ENDING:
+            raise
+        except BaseException as e:
+            self._repeats.log(logger.warning, "grow", f"kvferry: offer {growth.offer_id} is revoked: {e}")
+            self._give_up(growth.offer_id)
+
+    def _give_up(self, offer_id: str) -> None:
+        """Revokes an offer that a decode engine may wait for."""
+        if self._producer is not None:
+            self._producer.revoke(offer_id)
+
+    def _keep(self, held: Held) -> None:
+        """A prefill with an open offer has finished. If that has ended, its blocks are free."""
+        if self._open.pop(held.offer_id, False):
+            self._offered[held.offer_id] = held.request
+        else:
+            self._report.sent.add(held.request)
 
     def _offer(self, offering: Offering) -> None:
         try:
@@ -231,7 +310,8 @@ class WorkerSide:
             if self._consumer is None or self._asleep or self._off or load.offer is None:
                 raise RuntimeError(f"there is no offer, or this rank does not pull {self._off}".rstrip())
             groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
-            number = self._consumer.pull(load.offer, groups, self._stream())
+            deadline = self._awaited_deadline if load.awaited else None
+            number = self._consumer.pull(load.offer, groups, self._stream(), load.awaited, deadline)
         except ENDING:
             raise
         except BaseException as e:
@@ -246,11 +326,11 @@ class WorkerSide:
         self._pulls[number] = Running(load)
         self._by_request[load.request] = number
 
-    def _hold(self, offer: str) -> None:
+    def _hold(self, offer: str, awaited: bool) -> None:
         if self._consumer is None or self._asleep:
             return
         try:
-            self._consumer.hold(offer)
+            self._consumer.hold(offer, awaited)
         except ENDING:
             raise
         except BaseException as e:
@@ -311,7 +391,7 @@ class WorkerSide:
                 self._ended(ended)
 
     def _poll_offers(self) -> None:
-        if self._producer is not None and self._offered:
+        if self._producer is not None and (self._offered or self._open):
             for offer_id, why in self._producer.poll_freed():
                 self._freed(offer_id, why)
             if self._bell is not None:
@@ -346,6 +426,7 @@ class WorkerSide:
             result = "partial" if ended.loaded and self._one_group else "failed"
             if ended.cause == "refused":
                 self.stats.mismatch("handshake")
+            self._failed_peers.add(ended.peer)
             self._repeats.log(
                 logger.warning,
                 (ended.peer, ended.cause),
@@ -372,15 +453,19 @@ class WorkerSide:
 
     def _freed(self, offer_id: str, why: str) -> None:
         request = self._offered.pop(offer_id, None)
-        if request is None:
+        if request is not None:
+            self._report.sent.add(request)
+        elif self._open.get(offer_id):
+            # Its prefill still runs, and needs the blocks.
+            self._open[offer_id] = False
+        else:
             return
-        self._report.sent.add(request)
         self.stats.offer_ended(why)
         if why != "released":
             self._repeats.log(
                 logger.warning,
                 ("offer", why),
-                f"kvferry: request {request}: its offer ended before a decode engine had all of it ({why})",
+                f"kvferry: {f'request {request}' if request else f'offer {offer_id}'}: its offer ended before a decode engine had all of it ({why})",
             )
 
     def invalid_blocks(self) -> set[int]:
@@ -430,7 +515,7 @@ class WorkerSide:
         # Cleared at the end: whatever fails in between, this rank must not use the memory again.
         self._lost = self._gpu is not None
         if self._producer is not None:
-            for offer_id in list(self._offered):
+            for offer_id in [*self._offered, *self._open]:
                 self._producer.revoke(offer_id)
         stopped = True
         if self._consumer is not None:
@@ -447,13 +532,13 @@ class WorkerSide:
         """Closes the producer and the consumer, which releases the memory; whether it is released."""
         self._poll_pulls()
         until = time.monotonic() + CLOSE_TO_SLEEP
-        while self._offered and time.monotonic() < until:
+        while (self._offered or any(self._open.values())) and time.monotonic() < until:
             self._poll_offers()
             time.sleep(0.001)
         if not self._close(CLOSE_TO_SLEEP):
             return False
         # Nothing reads the blocks of these offers any more.
-        for offer_id in list(self._offered):
+        for offer_id in [*self._offered, *self._open]:
             self._freed(offer_id, "revoked")
         return True
 
@@ -480,11 +565,12 @@ class WorkerSide:
         """This rank's new handshake, once after a wake-up or a failure, and the requests whose loads have wedged since the last
         call."""
         wedged = self._newly_wedged()
-        if not self._changed and not wedged:
+        failed, self._failed_peers = sorted(self._failed_peers), set()
+        if not self._changed and not wedged and not failed:
             return None
         handshakes = [self.handshake()] if self._changed else []
         self._changed = False
-        return News(handshakes, wedged)
+        return News(handshakes, wedged, failed)
 
     def _newly_wedged(self) -> list[str]:
         if self._consumer is None or self._off not in ("wedged", "died"):

@@ -1,8 +1,11 @@
 //! A decode rank's consumer.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Mutex, PoisonError},
+};
 
-use kvferry::{BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, LocalBlocks, Pull, PullId};
+use kvferry::{BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, LocalBlocks, Pull, PullId, WaitError};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{
@@ -15,6 +18,8 @@ use crate::{
 #[pyclass(frozen, module = "kvferry._native")]
 pub struct Consumer {
     inner: Handle<Inner>,
+    /// Ended pulls that `has_ended` has met.
+    met: Mutex<VecDeque<InnerEnded>>,
 }
 
 /// `(group, first position, block ids by position)`. A position with `None` is not pulled, or not offered.
@@ -30,7 +35,7 @@ impl Consumer {
             .memory(pool.memory.clone())
             .config(settings.config.clone());
         let inner = py.detach(|| builder.build()).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
-        Ok(Self { inner: Handle::new("consumer", inner) })
+        Ok(Self { inner: Handle::new("consumer", inner), met: Mutex::default() })
     }
 
     /// Starts a pull of an offer (JSON) and returns its number. The pull owns the local blocks until `poll` returns it. With
@@ -89,7 +94,34 @@ impl Consumer {
     /// Returns the pulls that have ended since the last call.
     fn poll(&self, py: Python<'_>) -> PyResult<Vec<Ended>> {
         let inner = self.inner.get()?;
-        Ok(py.detach(|| std::iter::from_fn(|| inner.poll()).map(Ended::from).collect()))
+        Ok(py.detach(|| {
+            let met = std::mem::take(&mut *self.met.lock().unwrap_or_else(PoisonError::into_inner));
+            met.into_iter().chain(std::iter::from_fn(|| inner.poll())).map(Ended::from).collect()
+        }))
+    }
+
+    /// Whether `poll` would return a pull, or a lane has wedged since the last call. Waits for that, for `limit` seconds at most.
+    fn has_ended(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
+        let (inner, limit) = (self.inner.get()?, seconds(limit)?);
+        Ok(py.detach(|| {
+            let met = || self.met.lock().unwrap_or_else(PoisonError::into_inner);
+            if !met().is_empty() {
+                return true;
+            }
+            match inner.wait(limit) {
+                Ok(ended) => {
+                    met().push_back(ended);
+                    true
+                }
+                Err(WaitError::Wedged { .. }) => true,
+                Err(WaitError::NotYet { .. }) => false,
+                // Nothing ends any more.
+                Err(_) => {
+                    std::thread::sleep(limit);
+                    false
+                }
+            }
+        }))
     }
 
     /// Number of running pulls.

@@ -36,7 +36,8 @@ def sent(path: str, body: Any, prefill: Any) -> tuple[int, list[dict[str, Any]],
             urls = [str(s.make_url("")).rstrip("/") for s in (p, d)]
             if prefill is None:
                 await p.close()
-            async with TestClient(TestServer(router.Router([urls[0]], [urls[1]]).app())) as client:
+            engines = [[router.Engine(url)] for url in urls]
+            async with TestClient(TestServer(router.Router(*engines).app())) as client:
                 async with client.post(path, data=json.dumps(body)) as answer:
                     return answer.status, prefilled, decoded
 

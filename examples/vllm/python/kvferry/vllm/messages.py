@@ -92,7 +92,7 @@ class Meta(KVConnectorMetadata):
     revokes: list[str] = field(default_factory=list)
     # Whether the engine stops: no new offers, and those that nobody has claimed end.
     stopping: bool = False
-    # Where to ring when an offer of this step is freed.
+    # Where to ring when an offer of this step is freed, or a load of it has ended.
     alarm: str | None = None
 
 

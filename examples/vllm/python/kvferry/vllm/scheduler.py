@@ -109,6 +109,7 @@ class SchedulerSide:
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         parallel = config.parallel_config
         self._world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        self._one_host = getattr(parallel, "nnodes", 1) == 1
         self._ranks: list[tuple[int, str, str]] = []
         options = Options.of(config)
         self._seal_keys = options.keys()
@@ -646,13 +647,15 @@ class SchedulerSide:
         if scheduled or self._todo.any() or self.transfers.todo.any() or self._unsent_gauges or stopping:
             self._core.busy()
         else:
-            self._core.wait()
+            # A rank on another host cannot tell that a load has ended.
+            self._core.wait(len(self._waiting) if self._one_host else 0)
             if self._asking:
                 self._peers.wait(ANSWER_WAIT)
         self._unsent_gauges = False
         todo, self._todo = self._todo, Todo()
         growing = self.transfers.take()
-        alarm = self._core.alarm() if todo.offerings or growing["openings"] or growing["held"] else None
+        rings = todo.offerings or todo.loads or growing["openings"] or growing["held"]
+        alarm = self._core.alarm() if rings else None
         return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping=stopping, alarm=alarm, **growing)
 
     def pending(self) -> bool:

@@ -106,7 +106,9 @@ class WorkerSide:
         self._off = ""
         self._weights = ""
         self._draining = False
+        # Ring when an offer is freed, and when a load has ended.
         self._bell: Bell | None = None
+        self._load_bell: Bell | None = None
         # Wedged pulls that the scheduler side knows of.
         self._told: set[int] = set()
         self._repeats = Repeats()
@@ -213,8 +215,11 @@ class WorkerSide:
         meta.openings, meta.cached, meta.growths, meta.held = [], [], [], []
         if meta.stopping:
             self._drain()
-        if meta.alarm is not None and self._bell is None and self._producer is not None:
-            self._bell = Bell(meta.alarm, self._producer)
+        if meta.alarm is not None:
+            if self._bell is None and self._producer is not None:
+                self._bell = Bell(meta.alarm, self._producer.has_freed)
+            if self._load_bell is None and self._consumer is not None:
+                self._load_bell = Bell(meta.alarm, self._consumer.has_ended)
         # Before the loads, which may be of the same offers.
         for offer, awaited in holds:
             self._hold(offer, awaited)
@@ -389,6 +394,8 @@ class WorkerSide:
         if self._consumer is not None and self._pulls:
             for ended in self._consumer.poll():
                 self._ended(ended)
+            if self._load_bell is not None:
+                self._load_bell.polled()
 
     def _poll_offers(self) -> None:
         if self._producer is not None and (self._offered or self._open):
@@ -587,9 +594,10 @@ class WorkerSide:
         """Stops the consumer and the producer, each within `limit` seconds; whether both have stopped."""
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            bell.stop()
+        bells, self._bell, self._load_bell = (self._bell, self._load_bell), None, None
+        for bell in bells:
+            if bell is not None:
+                bell.stop()
         stopped = True
         for name, part in (("consumer", consumer), ("producer", producer)):
             if part is not None and not part.close(limit):

@@ -116,6 +116,7 @@ def vllm(
     logs: Path,
     transfer: dict[str, Any] | None,
     env: dict[str, str] | None = None,
+    more: list[str] | None = None,
 ) -> Process:
     """A vLLM server. With the package `vllm`, `vllm serve` starts the same server."""
     port = free_port()
@@ -124,7 +125,13 @@ def vllm(
     argv += ["--max-model-len", "2048", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(256 << 20)]
     if transfer:
         argv += ["--kv-transfer-config", json.dumps(transfer)]
-    return Process(name, argv, port, logs, env)
+    # The last value of an option counts.
+    return Process(name, argv + (more or []), port, logs, env)
+
+
+def prepended(directory: str) -> str:
+    """PYTHONPATH with a directory in front."""
+    return os.pathsep.join([directory, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _engines(prefill: list[str], decode: list[str]) -> list[str]:

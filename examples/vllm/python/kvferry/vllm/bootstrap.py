@@ -51,7 +51,7 @@ class Server:
         self._key = str(replica)
         self._answer = b"{}"
         self._open = 0
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._ending = asyncio.new_event_loop(), asyncio.Event()
         threading.Thread(target=self._run, name="kvferry-bootstrap", daemon=True).start()
 
     def set(self, entry: dict[str, Any]) -> None:
@@ -59,24 +59,30 @@ class Server:
         self._answer = json.dumps({self._key: entry}).encode()
 
     def close(self) -> None:
-        """Stops serving."""
+        """Stops serving, soon."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._ending.set)
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        serving = asyncio.start_server(self._serve, sock=self._socket, limit=REQUEST_BYTES)
-        self._loop.run_until_complete(serving)
-        self._loop.run_forever()
-        self._socket.close()
+        self._loop.run_until_complete(self._main())
+        self._loop.close()
+
+    async def _main(self) -> None:
+        server = await asyncio.start_server(self._serve, sock=self._socket, limit=REQUEST_BYTES)
+        await self._ending.wait()
+        server.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
         try:
             if self._open <= CONNECTIONS:
                 await asyncio.wait_for(self._reply(reader, writer), REQUEST_SECONDS)
-        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            # A client that is slow, gone, or says too much.
+        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
+            # A client that is slow, gone, or says too much; or the end of the server.
             pass
         finally:
             self._open -= 1

@@ -4,13 +4,12 @@ A question is asked by a thread, so the scheduler never waits for one. Its addre
 hosts that `dial` lists are asked, and size, time and number of answers are bounded.
 """
 
-import http.client
 import ipaddress
 import json
+import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -133,6 +132,8 @@ class Peers:
 
 
 def _endpoint(bootstrap: str) -> tuple[str, int]:
+    if len(bootstrap) > 256 or not bootstrap.isascii() or not bootstrap.isprintable() or " " in bootstrap:
+        raise kv_params.BadParams("remote_bootstrap_addr is not http://HOST:PORT")
     try:
         url = urlsplit(bootstrap)
         host, port = url.hostname, url.port
@@ -143,25 +144,41 @@ def _endpoint(bootstrap: str) -> tuple[str, int]:
     return host, port or 80
 
 
-def fetch(host: str, port: int, path: str, clock: Callable[[], float] = time.monotonic) -> bytes:
-    """The body of a GET, within the bounds."""
-    until = clock() + ANSWER_SECONDS
-    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise ValueError(f"its bootstrap endpoint answered {answer.status}")
-        body = b""
-        while part := answer.read1(65536):
-            body += part
-            if len(body) > ANSWER_BYTES:
+def fetch(host: str, port: int, path: str) -> bytes:
+    """The body of a GET, within the bounds. Raises `OSError` or `ValueError`."""
+    until = time.monotonic() + ANSWER_SECONDS
+    request = f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\nAccept: application/json\r\n\r\n"
+    answer, head, length = bytearray(), b"", None
+    # Not http.client: its limits are per line and per read, so a slow endpoint could take hours.
+    with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as s:
+        s.sendall(request.encode("ascii"))
+        while length is None or len(answer) < length:
+            s.settimeout(max(until - time.monotonic(), 0.001))
+            part = s.recv(65536)
+            if not part:
+                break
+            answer += part
+            if not head and (end := answer.find(b"\r\n\r\n")) >= 0:
+                head = bytes(answer[:end])
+                del answer[: end + 4]
+                length = _length(head)
+            if len(answer) > ANSWER_BYTES:
                 raise ValueError(f"its bootstrap answer has more than {ANSWER_BYTES} bytes")
-            if clock() > until:
-                raise ValueError(f"its bootstrap answer took more than {ANSWER_SECONDS} s")
-        return body
-    finally:
-        connection.close()
+    status = head.split(b"\r\n", 1)[0].split(b" ")
+    if not status[0].startswith(b"HTTP/1.") or len(status) < 2:
+        raise ValueError("its bootstrap endpoint does not speak HTTP")
+    if status[1] != b"200":
+        raise ValueError(f"its bootstrap endpoint answered {status[1].decode('ascii', 'replace')[:16]}")
+    return bytes(answer)
+
+
+def _length(head: bytes) -> int | None:
+    """The length of a body that a complete head says."""
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-length" and value.strip().isdigit():
+            return int(value)
+    return None
 
 
 def read(body: bytes, seal_keys: list[bytes]) -> list[Peer]:

@@ -229,6 +229,36 @@ def test_all_running_prefills_are_preempted_at_once(pair: Pair, tiny_fleet: Flee
     pair.settled()
 
 
+def test_a_prefill_that_does_not_go_on_is_given_up(start: Start, pair: Pair, tiny: str, tiny_fleet: Fleet) -> None:
+    f = tiny_fleet
+    d = start("impatient", tiny, "kv_consumer", queued=1, stalled=1).ready()
+    free = d.state()["free"]
+    tokens, transfer = f.prompt(1000), transfer_id()
+    # It waits in the queue of an engine that makes no step.
+    pair.p.pause("blocks", CHUNK)
+    pair.p.add("blocks", f.prompt(300), max_tokens=1)
+    pair.p.wait("paused", "blocks")
+    pair.p.add("queued", tokens, params=prefill_params(transfer), max_tokens=1)
+    d.add("queued", tokens, params=decode_params(transfer, pair.bootstrap))
+    done = d.wait("done", "queued")
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 1000
+    pair.p.resume()
+    pair.p.wait("done", "queued")
+    # It stops in the middle.
+    tokens, transfer = f.prompt(1000), transfer_id()
+    pair.p.pause("stalled", 500)
+    pair.p.add("stalled", tokens, params=prefill_params(transfer), max_tokens=1)
+    d.add("stalled", tokens, params=decode_params(transfer, pair.bootstrap))
+    computed = pair.p.wait("paused", "stalled")["scheduled"]
+    done = d.wait("done", "stalled")
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 1000 - computed // BLOCK * BLOCK
+    assert d.metrics()["kvferry_blocks_invalid{cause=stalled}"] > 0
+    pair.p.resume()
+    pair.p.wait("done", "stalled")
+    assert d.settled()["free"] == free
+    pair.settled()
+
+
 def test_two_decode_engines_load_one_prompt(start: Start, pair: Pair, tiny: str, tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     other = start("second-decode", tiny, "kv_consumer").ready()

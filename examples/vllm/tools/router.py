@@ -189,10 +189,8 @@ class Router:
     async def _pass_on(
         self, request: web.Request, url: str, body: dict, prefilled: asyncio.Task | None = None
     ) -> web.StreamResponse:
-        assert self._session is not None
-        # Leaving this block closes the connection, also after a cancellation; the engine then aborts the request.
-        async with self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=None)) as answer:
-            first = await self._first(answer, prefilled)
+        answer, first = await self._begun(url, body, prefilled)
+        try:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(request)
             await response.write(first)
@@ -200,26 +198,45 @@ class Router:
                 await response.write(chunk)
             await response.write_eof()
             return response
+        finally:
+            # This closes the connection, also after a cancellation; the engine then aborts the request.
+            answer.close()
 
-    async def _first(self, answer: aiohttp.ClientResponse, prefilled: asyncio.Task | None) -> bytes:
-        """The first part of an answer's body. Raises `Refused` if the prefill engine refuses the prompt before it is there."""
-        reading = asyncio.create_task(answer.content.readany())
+    async def _begun(
+        self, url: str, body: dict, prefilled: asyncio.Task | None
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """An answer of which the first part has come. Raises `Refused` if the prefill engine refuses the prompt before that."""
+        beginning = asyncio.create_task(self._begin(url, body))
         try:
             if prefilled is not None:
-                await asyncio.wait([reading, prefilled], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([beginning, prefilled], return_when=asyncio.FIRST_COMPLETED)
                 # After a lost connection, the decode engine goes on with what it has loaded.
-                if not reading.done() and isinstance(prefilled.exception(), aiohttp.ClientResponseError):
+                if not beginning.done() and isinstance(prefilled.exception(), aiohttp.ClientResponseError):
                     raise Refused(f"the prompt is refused: {prefilled.exception()}")
-            return await reading
-        finally:
-            reading.cancel()
+            return await beginning
+        except BaseException:
+            beginning.cancel()
+            (begun,) = await asyncio.gather(beginning, return_exceptions=True)
+            if isinstance(begun, tuple):
+                begun[0].close()
+            raise
+
+    async def _begin(self, url: str, body: dict) -> tuple[aiohttp.ClientResponse, bytes]:
+        assert self._session is not None
+        answer = await self._session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=None))
+        try:
+            return answer, await answer.content.readany()
+        except BaseException:
+            answer.close()
+            raise
 
 
 def engine(given: list[str]) -> Engine:
     """An engine of the command line: a URL, and perhaps the port of its bootstrap endpoint."""
     url, *port = given
     url = url.rstrip("/")
-    return Engine(url, f"http://{urlsplit(url).hostname}:{int(port[0])}" if port else None)
+    host = urlsplit(url).hostname or ""
+    return Engine(url, f"http://{f'[{host}]' if ':' in host else host}:{int(port[0])}" if port else None)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The bootstrap endpoint: where a decode engine learns who a prefill engine is before the prefill has run.
 
-The scheduler side serves it over HTTP, from a thread of its own that touches nothing else. `GET /query` answers as the server of
-Mooncake's connector does, so routers for that one can use it: `{"0": {"engine_id": …, "worker_addr": {}, "kvferry": …}}`, by
-data-parallel replica. kvferry's part is the name of an offer that is never made: it holds the engine, its incarnation and the
+The scheduler side serves it over HTTP, from a thread of its own that touches nothing else. `GET /query` answers as the server
+of Mooncake's connector does, so routers for that one can use it: `{"0": {"engine_id": …, "worker_addr": {}, "kvferry": …}}`,
+by data-parallel replica. kvferry's part is the name of an offer that is never made: it holds the engine, its incarnation and the
 addresses of its ranks, within a name's bounds, and is sealed where names are.
 """
 

@@ -140,9 +140,9 @@ class Core:
         self._brisk = BRISK
 
     def wait(self, loading: int = 0) -> None:
-        """Waits for the next request, command, freed offer or ended load, for `IDLE_WAIT` at most. For a step in which nothing runs
-        and nothing but `loading` requests waits, each for a load: without this, vLLM's loop makes a thousand such steps a second
-        while finished requests are held for a decode engine, or while a prompt is loaded that is still computed."""
+        """Waits for the next request, command, freed offer or ended load, for `IDLE_WAIT` at most. For a step in which nothing
+        runs and nothing but `loading` requests waits, each for a load: without this, vLLM's loop makes a thousand such steps a
+        second while finished requests are held for a decode engine, or while a prompt is loaded that is still computed."""
         arriving = self._arriving()
         # A rank of a data-parallel engine must keep pace with the others.
         if arriving is None or getattr(self._core, "engines_running", False) or self.unfinished(loading):

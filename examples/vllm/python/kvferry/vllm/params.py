@@ -11,9 +11,12 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvferry import _native
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 # The key of kvferry's part. Routers pass on unknown keys.
 KEY = "kvferry"
@@ -54,6 +57,15 @@ def fingerprint(tokens: Sequence[int], *more: str) -> str:
     for text in more:
         h.update(b"\0" + text.encode())
     return h.hexdigest()
+
+
+def prompt_fingerprint(request: "Request", tokens: int) -> str | None:
+    """The fingerprint of a request's first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
+    if request.prompt_token_ids is None:
+        return None
+    # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
+    seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
+    return fingerprint(request.prompt_token_ids[:tokens], *seen)
 
 
 @dataclass(frozen=True)
@@ -122,9 +134,7 @@ def minted(
     )
 
 
-def response(
-    *, engine: str, request: str, addr: str, tokens: int, tp_size: int, name: str
-) -> dict[str, Any]:
+def response(*, engine: str, request: str, addr: str, tokens: int, tp_size: int, name: str) -> dict[str, Any]:
     """The params of a finished prefill, for the decode engine."""
     host, port = addr.rsplit(":", 1)
     return {

@@ -5,9 +5,7 @@ A prompt that cannot be loaded is prefilled here.
 """
 
 import itertools
-import re
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from kvferry.vllm.guard import ENDING, logger
 from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
 from kvferry.vllm.options import Options
 from kvferry.vllm.peers import Asking, Peers
+from kvferry.vllm.remotes import Remotes
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
 from kvferry.vllm.transfers import NULL_BLOCK, Growing, Transfers
@@ -32,12 +31,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-# Used offers to remember: a second request with the same offer (parallel sampling, a retry) is prefilled here.
-REMEMBERED = 1 << 16
 # How long an idle step waits for the answer of a bootstrap endpoint, in seconds.
 ANSWER_WAIT = 0.002
-# Offers of one engine that are refused for the same cause before an ERROR line tells the operator.
-MISMATCHES = 3
 # Only prefills with these statuses are offered.
 OFFERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
@@ -83,15 +78,6 @@ class Todo:
         return bool(self.offerings or self.loads or self.releases or self.holds)
 
 
-def _fingerprint(request: "Request", tokens: int) -> str | None:
-    """The fingerprint of the first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
-    if request.prompt_token_ids is None:
-        return None
-    # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
-    seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
-    return kv_params.fingerprint(request.prompt_token_ids[:tokens], *seen)
-
-
 class SchedulerSide:
     """The scheduler side of one engine."""
 
@@ -113,7 +99,6 @@ class SchedulerSide:
         self._ranks: list[tuple[int, str, str]] = []
         options = Options.of(config)
         self._seal_keys = options.keys()
-        self._peers = Peers(self._seal_keys, options.dial)
         self._bootstrap: bootstrap.Server | None = None
         if options.bootstrap_port is not None:
             replica = getattr(parallel, "data_parallel_index", 0)
@@ -127,24 +112,24 @@ class SchedulerSide:
         # Why nothing is transferred; empty: transfers work.
         self._off = ""
         self._repeats = Repeats()
-        # Refused offers, by engine and cause.
-        self._refusals: dict[tuple[str, str], int] = {}
         self._incarnation: str | None = None
         self._todo = Todo()
         # Names are numbered as they are minted, and the workers enter them in this order. From the clock in milliseconds, so
         # that numbers ascend even if this side restarts alone.
         self._numbers = itertools.count(time.time_ns() // 1_000_000)
-        # For requests that were looked up and not yet admitted: the offer, and the tokens that the last look-up found here.
-        self._remotes: dict[str, kv_params.Remote] = {}
+        # For requests that were looked up and not yet admitted: the tokens that the last look-up found here.
         self._local: dict[str, int] = {}
         # Requests whose prefill engine has not answered yet.
         self._asking: dict[str, Request] = {}
-        self._used: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[str, Waiting] = {}
         self._prefills: dict[str, Prefill] = {}
         # The gauges of this side and of the ranks are sent with a step. One is made after the start.
         self._unsent_gauges = False
         self.stats = KvFerryStats()
+        peers = Peers(self._seal_keys, options.dial)
+        release = lambda offer: self._todo.releases.append(offer)  # noqa: E731
+        self._remotes = Remotes(self._seal_keys, peers, self.stats, self._repeats, self._weights_of, release)
+        self._remotes.off = "" if self._pulls_here else "see kv_role"
 
     # ---- the handshake ------------------------------------------------------------------------------------------------
 
@@ -162,6 +147,7 @@ class SchedulerSide:
     def _shake_hands(self, new: list[Handshake]) -> None:
         """Uses new handshakes in place of earlier ones of the same ranks."""
         self._settle(new)
+        self._remotes.off = "" if self._pulls_here else self._off or "see kv_role"
         if self._bootstrap is not None:
             entry = bootstrap.entry(
                 engine=self._engine,
@@ -221,7 +207,7 @@ class SchedulerSide:
 
     def _hold(self, request: "Request") -> None:
         try:
-            if (remote := self._remote(request)) is not None:
+            if (remote := self._remotes.get(request)) is not None:
                 self._todo.holds.append((remote.offer, remote.awaited))
         except Asking:
             self._asking[request.request_id] = request
@@ -263,10 +249,11 @@ class SchedulerSide:
         if not kv_params.wants_prefill(request.kv_transfer_params):
             return 0, False
         try:
-            remote = self._remote(request)
+            remote = self._remotes.get(request)
         except Asking:
             return None, False
         if remote is None:
+            self._local.pop(request.request_id, None)
             return 0, False
         self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
@@ -280,114 +267,6 @@ class SchedulerSide:
             return 0, False
         return more, True
 
-    def _remote(self, request: "Request") -> kv_params.Remote | None:
-        """The request's offer, parsed once. An unusable offer is refused once, and the prompt is prefilled here. Raises `Asking`
-        while the prefill engine is asked who it is."""
-        params, known = request.kv_transfer_params, self._remotes.get(request.request_id)
-        assert params is not None
-        remote = known
-        try:
-            if remote is None and kv_params.is_minted(params):
-                remote = self._minted(request, params)
-            elif remote is None:
-                remote = kv_params.remote(params, self._seal_keys)
-                self._check_prompt(request, remote)
-            if not self._pulls_here:
-                raise kv_params.Refused("off", f"this engine does not pull ({self._off or 'see kv_role'})")
-            if remote.offer_id in self._used:
-                raise kv_params.BadParams("another request of this engine has used its offer")
-            self._check_weights(request, remote)
-        except kv_params.BadParams as e:
-            params["do_remote_prefill"] = False
-            self._remotes.pop(request.request_id, None)
-            self._local.pop(request.request_id, None)
-            self._refuse(request, remote, e)
-            return None
-        self._remotes[request.request_id] = remote
-        return remote
-
-    def _minted(self, request: "Request", params: dict[str, Any]) -> kv_params.Remote:
-        """The offer that a router has named and the prefill engine makes when it begins with the prompt. What its KV depends on is
-        known here; if the prefill engine has something else, the load fails."""
-        transfer, prompt = kv_params.transfer(params), _fingerprint(request, request.num_prompt_tokens)
-        address, engine = params.get("remote_bootstrap_addr"), params.get("remote_engine_id")
-        if not isinstance(address, str) or transfer is None:
-            raise kv_params.BadParams("the request has a transfer_id and no remote_bootstrap_addr")
-        if prompt is None:
-            raise kv_params.BadParams("a prompt without token ids cannot be loaded while it is computed")
-        peer = self._peers.get(address, engine if isinstance(engine, str) else None)
-        try:
-            fingerprints = self._weights_of(request) | {kv_params.PROMPT: prompt}
-        except Unknown as e:
-            raise kv_params.BadParams(str(e)) from e
-        offer_id, offer = kv_params.minted(
-            transfer,
-            engine=peer.engine,
-            incarnation=peer.incarnation,
-            ranks=peer.ranks,
-            request=request.request_id,
-            tokens=request.num_prompt_tokens,
-            fingerprints=fingerprints,
-            seal_keys=self._seal_keys,
-        )
-        return kv_params.Remote(offer_id, offer, request.num_prompt_tokens, fingerprints, peer.engine, awaited=True)
-
-    def _check_prompt(self, request: "Request", remote: kv_params.Remote) -> None:
-        tokens, prompt = request.prompt_token_ids, remote.fingerprints.get(kv_params.PROMPT)
-        if tokens is None:
-            return
-        if prompt is None:
-            raise kv_params.Refused("prompt", "its offer has no prompt fingerprint")
-        if len(tokens) < remote.tokens or _fingerprint(request, remote.tokens) != prompt:
-            raise kv_params.Refused("prompt", "its offer belongs to another prompt")
-
-    def _check_weights(self, request: "Request", remote: kv_params.Remote) -> None:
-        try:
-            here = self._weights_of(request)
-        except Unknown as e:
-            raise kv_params.Refused(kv_params.ADAPTER, str(e)) from e
-        there = remote.fingerprints
-        if there.get(kv_params.WEIGHTS) != here[kv_params.WEIGHTS]:
-            raise kv_params.Refused(
-                "weights",
-                f"its KV was computed with other weights ({there.get(kv_params.WEIGHTS)!r:.80} there, "
-                f"{here[kv_params.WEIGHTS]!r} here); start both engines with the same weights",
-            )
-        if there.get(kv_params.ADAPTER) != here.get(kv_params.ADAPTER):
-            raise kv_params.Refused(
-                "adapter", "its KV was computed with another LoRA adapter, or with other weights of it, or without one"
-            )
-
-    def _refuse(self, request: "Request", remote: kv_params.Remote | None, error: kv_params.BadParams) -> None:
-        """Counts and logs a refused offer, and releases it, so that it does not fill the prefill engine's memory."""
-        self.stats.refused()
-        line = f"kvferry: request {request.request_id} is prefilled here: {error}"
-        # Quoted input of a client would make each line a kind of its own.
-        kind: Any = re.split(r"[\"'`(0-9]", str(error), maxsplit=1)[0]
-        if isinstance(error, kv_params.NoPeer):
-            kind = error.key
-        if remote is None or not isinstance(error, kv_params.Refused):
-            return self._repeats.log(logger.warning, kind, line)
-        engine, part = remote.engine, error.part
-        self.stats.mismatch(part)
-        self._repeats.log(logger.warning, (engine, kind), f"{line} (from engine {engine})")
-        if remote.offer_id not in self._used:
-            self._use(remote)
-            self._todo.releases.append(remote.offer)
-        if part not in (kv_params.WEIGHTS, kv_params.ADAPTER):
-            # Clients and routers cause the others one by one.
-            return
-        if len(self._refusals) >= REMEMBERED:
-            self._refusals.clear()
-        refused = self._refusals[engine, part] = self._refusals.get((engine, part), 0) + 1
-        if refused == MISMATCHES:
-            self._repeats.log(
-                logger.error,
-                ("pair", engine, part),
-                f"kvferry: the last {refused} offers of engine {engine} were refused ({part}): each of their prompts is "
-                "prefilled twice until both engines run with the same weights",
-            )
-
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
         """The engine has allocated the request's blocks. If `external` is positive, the request waits from now on until its
         load is reported, even if this method fails."""
@@ -395,7 +274,7 @@ class SchedulerSide:
         if external <= 0 and not kv_params.wants_prefill(params):
             return
         request_id = request.request_id
-        remote = self._remotes.get(request_id)
+        remote = self._remotes.peek(request_id)
         first = self._local.pop(request_id, 0)
         if params is not None:
             params["do_remote_prefill"] = False
@@ -404,33 +283,26 @@ class SchedulerSide:
                 raise RuntimeError("the request is to be loaded and has no offer")
             groups = self._wanted(blocks, first, first + external)
             self._remotes.pop(request_id)
-            self._use(remote)
-            for part in (kv_params.WEIGHTS, kv_params.ADAPTER):
-                self._refusals.pop((remote.engine, part), None)
+            self._remotes.loads(remote)
             self._waiting[request_id] = self._wait(groups, first, first + external)
             self._todo.loads.append(Load(request_id, remote.offer, groups, remote.awaited))
         elif remote is not None:
             # The whole prompt is here, or another connector loads it.
             self._remotes.pop(request_id)
-            self._use(remote)
+            self._remotes.use(remote)
             self._todo.releases.append(remote.offer)
 
     def give_up(self, request: "Request") -> None:
         """`allocated` failed, but the request waits until its workers report a failed load. The next look-up must not load it
         again."""
-        remote = self._remotes.pop(request.request_id, None)
+        remote = self._remotes.pop(request.request_id)
         if remote is not None:
-            self._use(remote)
+            self._remotes.use(remote)
             self._todo.releases.append(remote.offer)
         self._local.pop(request.request_id, None)
         if request.kv_transfer_params:
             request.kv_transfer_params["do_remote_prefill"] = False
         self._todo.loads.append(Load(request.request_id, None))
-
-    def _use(self, remote: kv_params.Remote) -> None:
-        self._used[remote.offer_id] = None
-        if len(self._used) > REMEMBERED:
-            self._used.popitem(last=False)
 
     def _wanted(self, blocks: "KVCacheBlocks", first: int, end: int) -> list[GroupBlocks]:
         """The local blocks of the tokens from `first` to `end`, by group and position."""
@@ -462,7 +334,7 @@ class SchedulerSide:
             if news.handshakes:
                 self._shake_hands(news.handshakes)
             for engine in news.failed:
-                self._peers.forget(engine)
+                self._remotes.peers.forget(engine)
             if wedged := [r for r in news.wedged if self._waiting.pop(r, None) is not None]:
                 logger.error("kvferry: %s end with an error: their loads will never be quiet", ", ".join(wedged))
                 self._core.fail(wedged)
@@ -485,7 +357,6 @@ class SchedulerSide:
         request_id, params = request.request_id, request.kv_transfer_params
         # If the request was aborted while it waited, its workers learn that from vLLM; no tokens are counted.
         self._waiting.pop(request_id, None)
-        remote = self._remotes.pop(request_id, None)
         self._local.pop(request_id, None)
         self._asking.pop(request_id, None)
         prefill = self._prefills.pop(request_id, None)
@@ -493,9 +364,10 @@ class SchedulerSide:
             return self._finished_growing(request, prefill)
         if kv_params.wants_prefill(params):
             assert params is not None
-            self._release(request, remote, params)
+            self._remotes.end(request, params)
             params["do_remote_prefill"] = False
             return False, None
+        self._remotes.pop(request_id)
         if not kv_params.wants_decode(params) or not any(blocks):
             return False, None
         if request.status.name not in OFFERED:
@@ -511,7 +383,8 @@ class SchedulerSide:
     def _open_name(self, growing: Growing) -> str | None:
         """The name of the offer of a prefill that begins; `None`: it is not offered."""
         request = growing.request
-        prefill, prompt = self._prefills.get(request.request_id), _fingerprint(request, request.num_prompt_tokens)
+        prefill = self._prefills.get(request.request_id)
+        prompt = kv_params.prompt_fingerprint(request, request.num_prompt_tokens)
         if prefill is None or prompt is None or self._core.stopping() or not self._can_offer(request):
             return None
         weights = self._offered_weights(request, prefill)
@@ -573,18 +446,6 @@ class SchedulerSide:
         self._repeats.log(logger.warning, "weights", f"kvferry: request {request.request_id} is not offered: {why}")
         return None
 
-    def _release(self, request: "Request", remote: kv_params.Remote | None, params: dict[str, Any]) -> None:
-        """The request ended before its admission: releases its offer, so that its blocks are free before the lease ends."""
-        if remote is None and self._pulls_here:
-            try:
-                minted = kv_params.is_minted(params)
-                remote = self._minted(request, params) if minted else kv_params.remote(params, self._seal_keys)
-            except (kv_params.BadParams, Asking):
-                return
-        if remote is not None and self._pulls_here and remote.offer_id not in self._used:
-            self._use(remote)
-            self._todo.releases.append(remote.offer)
-
     def _offer(
         self, request: "Request", blocks: tuple[list[int], ...], weights: dict[str, str]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -598,7 +459,7 @@ class SchedulerSide:
             if len(ids) != count:
                 raise RuntimeError(f"group {gid} has {len(ids)} blocks for {count} positions")
             groups.append(GroupBlocks(gid, 0, [None if b == NULL_BLOCK else b for b in ids]))
-        prompt = _fingerprint(request, tokens)
+        prompt = kv_params.prompt_fingerprint(request, tokens)
         fingerprints = weights | ({kv_params.PROMPT: prompt} if prompt is not None else {})
         offer_id, name = _native.name_offer(
             engine=self._engine,
@@ -650,7 +511,7 @@ class SchedulerSide:
             # A rank on another host cannot tell that a load has ended.
             self._core.wait(len(self._waiting) if self._one_host else 0)
             if self._asking:
-                self._peers.wait(ANSWER_WAIT)
+                self._remotes.peers.wait(ANSWER_WAIT)
         self._unsent_gauges = False
         todo, self._todo = self._todo, Todo()
         growing = self.transfers.take()

@@ -57,8 +57,8 @@ class Todo:
 
 
 class Transfers:
-    """The prefills of one engine that have a transfer id. `name` makes the name of an offer (JSON), or `None` if the prefill must not
-    be offered; `unchanged`: whether its offer still holds."""
+    """The prefills of one engine that have a transfer id. `name` makes the name of an offer (JSON), or `None` if the prefill must
+    not be offered; `unchanged`: whether its offer still holds."""
 
     def __init__(
         self,

@@ -39,8 +39,8 @@ class Alarm:
 
 
 class Bell:
-    """A rank's end: a thread that sends a datagram when there is news. `has`: whether there is news that was not taken; it waits for
-    that, for the given seconds at most."""
+    """A rank's end: a thread that sends a datagram when there is news. `has`: whether there is news that was not taken; it waits
+    for that, for the given seconds at most."""
 
     def __init__(self, path: str, has: Callable[[float], bool]) -> None:
         self._path, self._has = path, has

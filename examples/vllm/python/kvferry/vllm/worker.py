@@ -5,7 +5,6 @@ load reports no invalid blocks. Each offering given to this rank is reported onc
 failure becomes one of these reports.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvferry import _native
 from kvferry.vllm import pool, weights
 from kvferry.vllm.guard import ENDING, StartFailed, logger
-from kvferry.vllm.messages import Growth, Handshake, Held, Load, Meta, News, Offering, Opening
+from kvferry.vllm.messages import Handshake, Load, Meta, News
+from kvferry.vllm.offers import Offers
 from kvferry.vllm.options import Options
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
@@ -89,13 +89,6 @@ class WorkerSide:
         self._changed = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
-        self._offered: dict[str, str] = {}
-        # Open offers of running prefills: whether each is still live.
-        self._open: dict[str, bool] = {}
-        # Growths whose blocks the running step computes.
-        self._growing: list[Growth] = []
-        # A draft model may write its part of the blocks after the hook that ends the forward pass.
-        self._drafts = getattr(config, "speculative_config", None) is not None
         # Engines from which a load has failed since the last news.
         self._failed_peers: set[str] = set()
         self._report = Report(set(), set(), set())
@@ -112,6 +105,9 @@ class WorkerSide:
         # Wedged pulls that the scheduler side knows of.
         self._told: set[int] = set()
         self._repeats = Repeats()
+        drafts = getattr(config, "speculative_config", None) is not None
+        sent = lambda request: self._report.sent.add(request)  # noqa: E731
+        self.offers = Offers(self.stats, self._repeats, sent, self._stream, drafts)
 
     # ---- registration -------------------------------------------------------------------------------------------------
 
@@ -166,6 +162,7 @@ class WorkerSide:
             listen = options.listen(self._rank, tp.world_size * pp.world_size, replica)
             self._producer = _native.Producer(me, memory, settings, listen, options.reached_at())
             self._addr = self._producer.addr
+            self.offers.producer = self._producer
         if self._pulls_here:
             self._consumer = _native.Consumer(me, memory, settings)
         logger.info(
@@ -204,15 +201,9 @@ class WorkerSide:
 
     def start(self, meta: Meta) -> None:
         """Starts the scheduler side's offers, loads and releases, once."""
-        offerings, loads, releases, holds = meta.offerings, meta.loads, meta.releases, meta.holds
-        openings, cached, held = meta.openings, meta.cached, meta.held
-        self.revoke(meta)
-        # Those of an earlier step, which is done.
-        self._grow_all()
-        self._growing = meta.growths
+        loads, releases, holds = meta.loads, meta.releases, meta.holds
         # In one process this may be the scheduler's own object. It is emptied, so that nothing is started twice.
-        meta.offerings, meta.loads, meta.releases, meta.holds = [], [], [], []
-        meta.openings, meta.cached, meta.growths, meta.held = [], [], [], []
+        meta.loads, meta.releases, meta.holds = [], [], []
         if meta.stopping:
             self._drain()
         if meta.alarm is not None:
@@ -223,92 +214,19 @@ class WorkerSide:
         # Before the loads, which may be of the same offers.
         for offer, awaited in holds:
             self._hold(offer, awaited)
-        for offering in offerings:
-            self._offer(offering)
-        for opening in openings:
-            self._open_offer(opening)
-        for growth in cached:
-            self._grow(growth)
-        for end in held:
-            self._keep(end)
+        self.offers.start(meta)
         for load in loads:
             self._load(load)
         for offer in releases:
             self._release(offer)
 
     def revoke(self, meta: Meta) -> None:
-        """Ends the offers that the scheduler side ends, once. Before their blocks are used again."""
-        dropped, revokes = meta.dropped, meta.revokes
-        meta.dropped, meta.revokes = [], []
-        for offer_id in dropped:
-            self._open.pop(offer_id, None)
-        if self._producer is not None:
-            for offer_id in (*dropped, *revokes):
-                self._producer.revoke(offer_id)
+        """Ends offers whose blocks are about to be used again."""
+        self.offers.revoke(meta)
 
     def computed(self) -> None:
         """This step's forward pass is done, or on the compute stream."""
-        # In this hook an exception may be on its way: then nothing was computed.
-        if not self._drafts and sys.exc_info()[0] is None:
-            self._grow_all()
-
-    def _grow_all(self) -> None:
-        growths, self._growing = self._growing, []
-        for growth in growths:
-            self._grow(growth)
-
-    def _open_offer(self, opening: Opening) -> None:
-        try:
-            if self._producer is None or self._asleep:
-                raise RuntimeError("this rank has no producer")
-            self._producer.enter_open(opening.offer)
-            self._open[opening.offer_id] = True
-        except ENDING:
-            raise
-        except BaseException as e:
-            self._repeats.log(logger.warning, "enter", f"kvferry: request {opening.request} is not offered: {e}")
-            self._give_up(opening.offer_id)
-
-    def _grow(self, growth: Growth) -> None:
-        if not self._open.get(growth.offer_id) or self._producer is None:
-            return
-        try:
-            groups = [(g.group, g.first_position, g.blocks) for g in growth.groups]
-            self._producer.grow(growth.offer_id, groups, growth.tokens, growth.last, self._stream())
-        except ENDING:
-            raise
-        except BaseException as e:
-            self._repeats.log(logger.warning, "grow", f"kvferry: offer {growth.offer_id} is revoked: {e}")
-            self._give_up(growth.offer_id)
-
-    def _give_up(self, offer_id: str) -> None:
-        """Revokes an offer that a decode engine may wait for."""
-        if self._producer is not None:
-            self._producer.revoke(offer_id)
-
-    def _keep(self, held: Held) -> None:
-        """A prefill with an open offer has finished. If that has ended, its blocks are free."""
-        if self._open.pop(held.offer_id, False):
-            self._offered[held.offer_id] = held.request
-        else:
-            self._report.sent.add(held.request)
-
-    def _offer(self, offering: Offering) -> None:
-        try:
-            if self._producer is None or self._asleep:
-                raise RuntimeError("this rank has no producer")
-            self._offered[offering.offer_id] = offering.request
-            groups = [(g.group, g.first_position, g.blocks) for g in offering.groups]
-            self._producer.enter(offering.offer, groups, self._stream())
-        except ENDING:
-            raise
-        except BaseException as e:
-            self._repeats.log(logger.warning, "enter", f"kvferry: request {offering.request} is not offered: {e}")
-            self._offered.pop(offering.offer_id, None)
-            self._report.sent.add(offering.request)
-            if self._producer is not None:
-                # Its params are on the way to the decode side, which would wait for the offer.
-                self._producer.revoke(offering.offer_id)
+        self.offers.computed()
 
     def _load(self, load: Load) -> None:
         try:
@@ -398,11 +316,9 @@ class WorkerSide:
                 self._load_bell.polled()
 
     def _poll_offers(self) -> None:
-        if self._producer is not None and (self._offered or self._open):
-            for offer_id, why in self._producer.poll_freed():
-                self._freed(offer_id, why)
-            if self._bell is not None:
-                self._bell.polled()
+        self.offers.poll()
+        if self._bell is not None:
+            self._bell.polled()
 
     def _ended(self, ended: _native.Ended) -> None:
         running = self._pulls.pop(ended.pull, None)
@@ -458,23 +374,6 @@ class WorkerSide:
         else:
             self._report.failed.add(load.request)
 
-    def _freed(self, offer_id: str, why: str) -> None:
-        request = self._offered.pop(offer_id, None)
-        if request is not None:
-            self._report.sent.add(request)
-        elif self._open.get(offer_id):
-            # Its prefill still runs, and needs the blocks.
-            self._open[offer_id] = False
-        else:
-            return
-        self.stats.offer_ended(why)
-        if why != "released":
-            self._repeats.log(
-                logger.warning,
-                ("offer", why),
-                f"kvferry: {f'request {request}' if request else f'offer {offer_id}'}: its offer ended before a decode engine had all of it ({why})",
-            )
-
     def invalid_blocks(self) -> set[int]:
         """The invalid blocks of the loads that `collect` has just reported."""
         invalid, self._invalid = self._invalid, set()
@@ -518,11 +417,11 @@ class WorkerSide:
         registrations and mappings in other processes end too."""
         if self._asleep:
             return
-        self._asleep = True
+        self._asleep = self.offers.asleep = True
         # Cleared at the end: whatever fails in between, this rank must not use the memory again.
         self._lost = self._gpu is not None
         if self._producer is not None:
-            for offer_id in [*self._offered, *self._open]:
+            for offer_id in [*self.offers.held, *self.offers.open]:
                 self._producer.revoke(offer_id)
         stopped = True
         if self._consumer is not None:
@@ -539,21 +438,21 @@ class WorkerSide:
         """Closes the producer and the consumer, which releases the memory; whether it is released."""
         self._poll_pulls()
         until = time.monotonic() + CLOSE_TO_SLEEP
-        while (self._offered or any(self._open.values())) and time.monotonic() < until:
+        while self.offers.any() and time.monotonic() < until:
             self._poll_offers()
             time.sleep(0.001)
         if not self._close(CLOSE_TO_SLEEP):
             return False
         # Nothing reads the blocks of these offers any more.
-        for offer_id in [*self._offered, *self._open]:
-            self._freed(offer_id, "revoked")
+        for offer_id in [*self.offers.held, *self.offers.open]:
+            self.offers.freed(offer_id, "revoked")
         return True
 
     def wake(self) -> None:
         """The memory is back, at the same addresses."""
         if not self._asleep:
             return
-        self._asleep = False
+        self._asleep = self.offers.asleep = False
         if self._gpu is None:
             return
         self._changed = True
@@ -593,7 +492,7 @@ class WorkerSide:
     def _close(self, limit: float) -> bool:
         """Stops the consumer and the producer, each within `limit` seconds; whether both have stopped."""
         consumer, self._consumer = self._consumer, None
-        producer, self._producer = self._producer, None
+        producer, self._producer, self.offers.producer = self._producer, None, None
         bells, self._bell, self._load_bell = (self._bell, self._load_bell), None, None
         for bell in bells:
             if bell is not None:

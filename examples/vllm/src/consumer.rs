@@ -5,7 +5,10 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use kvferry::{BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, LocalBlocks, Pull, PullId, WaitError};
+use kvferry::{
+    BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, Hold as InnerHold, HoldState, LocalBlocks, Pull, PullId,
+    WaitError,
+};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{
@@ -77,11 +80,12 @@ impl Consumer {
     /// Claims an offer (JSON) whose pull starts later, until its pull or its release. With `awaited`, the offer may be opened
     /// later.
     #[pyo3(signature = (json, awaited = false))]
-    fn hold(&self, py: Python<'_>, json: &str, awaited: bool) -> PyResult<()> {
+    fn hold(&self, py: Python<'_>, json: &str, awaited: bool) -> PyResult<Hold> {
         let inner = self.inner.get()?;
         py.detach(|| {
             let offer = offer(json)?;
-            if awaited { inner.hold_awaited(&offer) } else { inner.hold(&offer) }.map_err(value_error)
+            let hold = if awaited { inner.hold_awaited(&offer) } else { inner.hold(&offer) };
+            hold.map(|inner| Hold { inner }).map_err(value_error)
         })
     }
 
@@ -165,6 +169,20 @@ impl Consumer {
             inner.shutdown();
             drop(inner);
         }))
+    }
+}
+
+/// A claim of an offer whose pull starts later.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Hold {
+    inner: InnerHold,
+}
+
+#[pymethods]
+impl Hold {
+    /// Whether the claim waits: the offer is not open yet. `False`: it was granted, or has ended.
+    fn waits(&self) -> bool {
+        self.inner.state() == HoldState::Waiting
     }
 }
 

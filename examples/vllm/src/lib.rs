@@ -102,7 +102,7 @@ mod _native {
     #[pymodule_export]
     use super::{
         check_offer,
-        consumer::{Consumer, Ended},
+        consumer::{Consumer, Ended, Hold},
         engine_incarnation, name_offer,
         pool::{Identity, Pool},
         producer::Producer,

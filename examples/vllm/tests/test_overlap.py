@@ -74,6 +74,11 @@ def loaded(d: Engine) -> list[int]:
     return [n or 0 for n in d.python(LOADED)]
 
 
+def claims(d: Engine) -> int:
+    """Claims that wait for the beginning of a prefill."""
+    return d.python("len(self.worker()._holds)")
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + LIMIT
     while not holds():
@@ -145,7 +150,9 @@ def test_an_aborted_decode_costs_no_block(pair: Pair, tiny_fleet: Fleet, when: s
     tokens = f.prompt(1000)
     transfer = transfer_id()
     pair.d.add(when, tokens, params=decode_params(transfer, pair.bootstrap), max_tokens=400)
-    wait_until(lambda: loaded(pair.d) != [])
+    wait_until(lambda: claims(pair.d) == 1)
+    # A request takes no blocks before its prefill has begun.
+    assert pair.d.state()["free"] == pair.free[1]
     if when == "in the middle":
         pair.p.pause(when, 500)
     if when != "before the prefill":
@@ -183,7 +190,7 @@ def test_an_aborted_prefill_leaves_what_it_computed(pair: Pair, tiny_fleet: Flee
     pair.p.wait("paused", "first")
     tokens = f.prompt(300)
     pair.send("p-aborts-early", tokens)
-    wait_until(lambda: loaded(pair.d) != [])
+    wait_until(lambda: claims(pair.d) == 1)
     pair.p.send(op="abort", id="p-aborts-early")
     pair.p.wait("aborted", "p-aborts-early")
     pair.p.resume()
@@ -242,6 +249,7 @@ def test_a_prefill_that_does_not_go_on_is_given_up(start: Start, pair: Pair, tin
     d.add("queued", tokens, params=decode_params(transfer, pair.bootstrap))
     done = d.wait("done", "queued")
     assert done["tokens"] == f.alone(tokens) and done["computed"] == 1000
+    assert "its prefill has not begun within 1 s" in d.log.read_text()
     pair.p.resume()
     pair.p.wait("done", "queued")
     # It stops in the middle.
@@ -266,7 +274,7 @@ def test_two_decode_engines_load_one_prompt(start: Start, pair: Pair, tiny: str,
     tokens, transfer = f.prompt(1500), transfer_id()
     for d in (pair.d, other):
         d.add("both", tokens, params=decode_params(transfer, pair.bootstrap))
-        wait_until(lambda d=d: loaded(d) != [])
+        wait_until(lambda d=d: claims(d) == 1)
     pair.p.pause("both", 700)
     pair.p.add("both", tokens, params=prefill_params(transfer), max_tokens=1)
     computed = pair.paused("both")

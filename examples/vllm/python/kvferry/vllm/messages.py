@@ -71,6 +71,17 @@ class Load:
     awaited: bool = False
 
 
+@dataclass(frozen=True)
+class Hold:
+    """An offer to claim before its load."""
+
+    offer_id: str
+    # The name of the offer (JSON).
+    offer: str = field(repr=False)
+    # Whether the offer may not be open yet. Each rank says in its news when it is, or will not be.
+    awaited: bool
+
+
 @dataclass
 class Meta(KVConnectorMetadata):
     """The offers, loads and releases that the workers start in one step."""
@@ -79,8 +90,8 @@ class Meta(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     # Names of offers (JSON) to release without a pull.
     releases: list[str] = field(default_factory=list, repr=False)
-    # Names of offers (JSON) to claim now, and whether they may not be open yet; their pulls start later.
-    holds: list[tuple[str, bool]] = field(default_factory=list, repr=False)
+    # Offers to claim now; their pulls start later.
+    holds: list[Hold] = field(default_factory=list, repr=False)
     openings: list[Opening] = field(default_factory=list)
     # Growths of blocks that are computed already, and of those that this step computes.
     cached: list[Growth] = field(default_factory=list)
@@ -122,8 +133,15 @@ class News(KVConnectorWorkerMetadata):
     wedged: list[str] = field(default_factory=list)
     # Engines from which a load has failed.
     failed: list[str] = field(default_factory=list)
+    # Ids of awaited offers whose claims wait no longer, once for each rank.
+    begun: list[str] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "News":
         """Both ranks' news."""
         assert isinstance(other, News)
-        return News(self.handshakes + other.handshakes, self.wedged + other.wedged, self.failed + other.failed)
+        return News(
+            self.handshakes + other.handshakes,
+            self.wedged + other.wedged,
+            self.failed + other.failed,
+            self.begun + other.begun,
+        )

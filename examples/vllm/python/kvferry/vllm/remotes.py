@@ -109,6 +109,15 @@ class Remotes:
         self._known[request.request_id] = remote
         return remote
 
+    def give_up(self, request: "Request", remote: kv_params.Remote, why: str) -> None:
+        """The prompt is prefilled here, and its offer is released."""
+        self._known.pop(request.request_id, None)
+        if request.kv_transfer_params is not None:
+            request.kv_transfer_params["do_remote_prefill"] = False
+        self._refuse(request, None, kv_params.NoPeer(remote.engine, why))
+        self.use(remote)
+        self._release(remote.offer)
+
     def minted(self, request: "Request", params: dict[str, Any]) -> kv_params.Remote:
         """The offer that a router has named and the prefill engine makes when it begins with the prompt. What its KV depends on
         is known here; if the prefill engine has something else, the load fails."""

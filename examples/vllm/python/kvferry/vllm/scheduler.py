@@ -15,7 +15,7 @@ from kvferry import _native
 from kvferry.vllm import bootstrap, core, pool
 from kvferry.vllm import params as kv_params
 from kvferry.vllm.guard import ENDING, logger
-from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
+from kvferry.vllm.messages import GroupBlocks, Handshake, Hold, Load, Meta, News, Offering
 from kvferry.vllm.options import Options
 from kvferry.vllm.peers import Asking, Peers
 from kvferry.vllm.remotes import Remotes
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+# The library's default for the time that a prefill may wait in its queue, in seconds.
+QUEUED = 60.0
 # How long an idle step waits for the answer of a bootstrap endpoint, in seconds.
 ANSWER_WAIT = 0.002
 # Only prefills with these statuses are offered.
@@ -65,13 +67,24 @@ class Prefill:
 
 
 @dataclass
+class Awaited:
+    """An offer whose prefill may not have begun."""
+
+    offer_id: str
+    # Ranks whose claims wait for it.
+    ranks: int
+    # When this engine prefills the prompt itself. Of `time.monotonic`.
+    until: float
+
+
+@dataclass
 class Todo:
     """Messages for the workers in the next step."""
 
     offerings: list[Offering] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
-    holds: list[tuple[str, bool]] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
 
     def any(self) -> bool:
         """Whether there is a message."""
@@ -119,6 +132,9 @@ class SchedulerSide:
         self._numbers = itertools.count(time.time_ns() // 1_000_000)
         # For requests that were looked up and not yet admitted: the tokens that the last look-up found here.
         self._local: dict[str, int] = {}
+        # Awaited offers, by request that is not admitted.
+        self._awaited: dict[str, Awaited] = {}
+        self._queued = options.queued if options.queued is not None else QUEUED
         # Requests whose prefill engine has not answered yet.
         self._asking: dict[str, Request] = {}
         self._waiting: dict[str, Waiting] = {}
@@ -208,9 +224,29 @@ class SchedulerSide:
     def _hold(self, request: "Request") -> None:
         try:
             if (remote := self._remotes.get(request)) is not None:
-                self._todo.holds.append((remote.offer, remote.awaited))
+                self._claim(request, remote)
         except Asking:
             self._asking[request.request_id] = request
+
+    def _claim(self, request: "Request", remote: kv_params.Remote) -> None:
+        self._todo.holds.append(Hold(remote.offer_id, remote.offer, remote.awaited))
+        if remote.awaited:
+            until = time.monotonic() + self._queued
+            self._awaited[request.request_id] = Awaited(remote.offer_id, self._world, until)
+
+    def _has_begun(self, request: "Request", remote: kv_params.Remote) -> bool | None:
+        """Whether the prefill of an awaited offer has begun; `None`: the wait has been too long. A request takes no blocks before
+        that. Otherwise two engines with full pools could wait for each other, and the blocks would be idle while the prefill
+        waits in its queue."""
+        if not remote.awaited:
+            return True
+        awaited = self._awaited.get(request.request_id)
+        if awaited is None:
+            self._claim(request, remote)
+            return False
+        if awaited.ranks <= 0:
+            return True
+        return None if time.monotonic() > awaited.until else False
 
     def _arrived_with_transfer(self, request: "Request", prefill: Prefill) -> None:
         """A router may have sent the request to a decode engine at the same time, which waits for its offer."""
@@ -254,7 +290,14 @@ class SchedulerSide:
             return None, False
         if remote is None:
             self._local.pop(request.request_id, None)
+            self._awaited.pop(request.request_id, None)
             return 0, False
+        if not (begun := self._has_begun(request, remote)):
+            if begun is None:
+                del self._awaited[request.request_id]
+                self._remotes.give_up(request, remote, f"its prefill has not begun within {self._queued:.0f} s")
+                return 0, False
+            return None, False
         self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
         if tokens == request.num_prompt_tokens and self.windows:
@@ -283,18 +326,21 @@ class SchedulerSide:
                 raise RuntimeError("the request is to be loaded and has no offer")
             groups = self._wanted(blocks, first, first + external)
             self._remotes.pop(request_id)
+            self._awaited.pop(request_id, None)
             self._remotes.loads(remote)
             self._waiting[request_id] = self._wait(groups, first, first + external)
             self._todo.loads.append(Load(request_id, remote.offer, groups, remote.awaited))
         elif remote is not None:
             # The whole prompt is here, or another connector loads it.
             self._remotes.pop(request_id)
+            self._awaited.pop(request_id, None)
             self._remotes.use(remote)
             self._todo.releases.append(remote.offer)
 
     def give_up(self, request: "Request") -> None:
         """`allocated` failed, but the request waits until its workers report a failed load. The next look-up must not load it
         again."""
+        self._awaited.pop(request.request_id, None)
         remote = self._remotes.pop(request.request_id)
         if remote is not None:
             self._remotes.use(remote)
@@ -333,6 +379,10 @@ class SchedulerSide:
         if isinstance(news := getattr(output, "kv_connector_worker_meta", None), News):
             if news.handshakes:
                 self._shake_hands(news.handshakes)
+            awaited = {a.offer_id: a for a in self._awaited.values()} if news.begun else {}
+            for offer_id in news.begun:
+                if offer_id in awaited:
+                    awaited[offer_id].ranks -= 1
             for engine in news.failed:
                 self._remotes.peers.forget(engine)
             if wedged := [r for r in news.wedged if self._waiting.pop(r, None) is not None]:
@@ -359,6 +409,7 @@ class SchedulerSide:
         self._waiting.pop(request_id, None)
         self._local.pop(request_id, None)
         self._asking.pop(request_id, None)
+        self._awaited.pop(request_id, None)
         prefill = self._prefills.pop(request_id, None)
         if prefill is not None and prefill.named:
             return self._finished_growing(request, prefill)
@@ -509,13 +560,14 @@ class SchedulerSide:
             self._core.busy()
         else:
             # A rank on another host cannot tell that a load has ended.
-            self._core.wait(len(self._waiting) if self._one_host else 0)
+            loading = len(self._waiting) + sum(a.ranks > 0 for a in self._awaited.values())
+            self._core.wait(loading if self._one_host else 0)
             if self._asking:
                 self._remotes.peers.wait(ANSWER_WAIT)
         self._unsent_gauges = False
         todo, self._todo = self._todo, Todo()
         growing = self.transfers.take()
-        rings = todo.offerings or todo.loads or growing["openings"] or growing["held"]
+        rings = todo.offerings or todo.loads or todo.holds or growing["openings"] or growing["held"]
         alarm = self._core.alarm() if rings else None
         return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping=stopping, alarm=alarm, **growing)
 

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvferry import _native
 from kvferry.vllm import pool, weights
 from kvferry.vllm.guard import ENDING, StartFailed, logger
-from kvferry.vllm.messages import Handshake, Load, Meta, News
+from kvferry.vllm.messages import Handshake, Hold, Load, Meta, News
 from kvferry.vllm.offers import Offers
 from kvferry.vllm.options import Options
 from kvferry.vllm.repeats import Repeats
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CLOSE = 0.4
 # The same before sleep. vLLM unmaps GPU memory afterwards, so a copy that is still running must end first.
 CLOSE_TO_SLEEP = 5.0
+# How often the bell's thread looks whether a prefill has begun, in seconds: 200 looks take 0.5 % of a core.
+HOLD_LOOK = 0.005
 # Missing before vLLM 0.33: the engine does not tell a connector that it is going to sleep.
 SLEEP_IS_ANNOUNCED = hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
@@ -89,6 +91,9 @@ class WorkerSide:
         self._changed = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
+        # Awaited offers whose claims wait, and those that wait no longer since the last news.
+        self._holds: dict[str, _native.Hold] = {}
+        self._begun: list[str] = []
         # Engines from which a load has failed since the last news.
         self._failed_peers: set[str] = set()
         self._report = Report(set(), set(), set())
@@ -210,10 +215,10 @@ class WorkerSide:
             if self._bell is None and self._producer is not None:
                 self._bell = Bell(meta.alarm, self._producer.has_freed)
             if self._load_bell is None and self._consumer is not None:
-                self._load_bell = Bell(meta.alarm, self._consumer.has_ended)
+                self._load_bell = Bell(meta.alarm, self._has_news)
         # Before the loads, which may be of the same offers.
-        for offer, awaited in holds:
-            self._hold(offer, awaited)
+        for hold in holds:
+            self._hold(hold)
         self.offers.start(meta)
         for load in loads:
             self._load(load)
@@ -249,16 +254,20 @@ class WorkerSide:
         self._pulls[number] = Running(load)
         self._by_request[load.request] = number
 
-    def _hold(self, offer: str, awaited: bool) -> None:
-        if self._consumer is None or self._asleep:
-            return
+    def _hold(self, hold: Hold) -> None:
         try:
-            self._consumer.hold(offer, awaited)
+            if self._consumer is None or self._asleep:
+                raise RuntimeError("this rank does not pull")
+            held = self._consumer.hold(hold.offer, hold.awaited)
+            if hold.awaited:
+                self._holds[hold.offer_id] = held
         except ENDING:
             raise
         except BaseException as e:
             # The pull reports it.
             self._repeats.log(logger.warning, "hold", f"kvferry: an offer is not claimed before its load: {e}")
+            if hold.awaited:
+                self._begun.append(hold.offer_id)
 
     def _release(self, offer: str) -> None:
         # Each rank releases: it may hold a claim of its own.
@@ -312,8 +321,25 @@ class WorkerSide:
         if self._consumer is not None and self._pulls:
             for ended in self._consumer.poll():
                 self._ended(ended)
-            if self._load_bell is not None:
-                self._load_bell.polled()
+        for offer_id in [o for o, hold in self._holds.items() if not hold.waits()]:
+            del self._holds[offer_id]
+            self._begun.append(offer_id)
+        if self._load_bell is not None:
+            self._load_bell.polled()
+
+    def _has_news(self, limit: float) -> bool:
+        """Whether a load has ended, or a claim waits no longer. Waits for that. For the bell's thread."""
+        until = time.monotonic() + limit
+        while (consumer := self._consumer) is not None:
+            holds = list(self._holds.values())
+            left = until - time.monotonic()
+            if consumer.has_ended(min(max(left, 0), HOLD_LOOK) if holds else max(left, 0)):
+                return True
+            if any(not hold.waits() for hold in holds):
+                return True
+            if left <= 0:
+                break
+        return False
 
     def _poll_offers(self) -> None:
         self.offers.poll()
@@ -472,11 +498,12 @@ class WorkerSide:
         call."""
         wedged = self._newly_wedged()
         failed, self._failed_peers = sorted(self._failed_peers), set()
-        if not self._changed and not wedged and not failed:
+        begun, self._begun = self._begun, []
+        if not self._changed and not wedged and not failed and not begun:
             return None
         handshakes = [self.handshake()] if self._changed else []
         self._changed = False
-        return News(handshakes, wedged, failed)
+        return News(handshakes, wedged, failed, begun)
 
     def _newly_wedged(self) -> list[str]:
         if self._consumer is None or self._off not in ("wedged", "died"):

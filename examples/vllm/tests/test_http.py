@@ -75,8 +75,12 @@ def test_a_killed_prefill_server_costs_no_answer(site: dict[str, servers.Process
     alone = texts(site["decode"].url, "alone again")
     site["prefill"].kill()
     assert texts(site["router"].url, "no prefill") == alone
+    assert texts(site["router --overlap"].url, "no prefill, overlap") == alone
     site["prefill"].start().healthy()
     loads = metric(site["decode"], "loads_total{")
     assert texts(site["router"].url, "back") == alone
     # The next requests load from the restarted server.
     assert metric(site["decode"], "loads_total{") == loads + len(PROMPTS)
+    # The other router asks again every 5 s. Until then it sends one request after the other.
+    assert texts(site["router --overlap"].url, "back, overlap") == alone
+    assert metric(site["decode"], "loads_total{") == loads + 2 * len(PROMPTS)

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,6 +268,27 @@ def test_a_prefill_that_does_not_go_on_is_given_up(start: Start, pair: Pair, tin
     pair.settled()
 
 
+def test_engines_with_seal_keys_overlap(start: Start, tiny: str, tiny_fleet: Fleet, tmp_path: Path) -> None:
+    f = tiny_fleet
+    keys = [tmp_path / name for name in ("key", "other")]
+    for i, key in enumerate(keys):
+        key.write_text(f"{i}" * 64)
+    sealed = {"llm": CHUNKED, "seal_keys": str(keys[0])}
+    pair = Pair(start, tiny, "sealed", sealed, seal_keys=str(keys[0]))
+    tokens = f.prompt(500)
+    pair.send("sealed", tokens)
+    done = pair.d.wait("done", "sealed")
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 1
+    # An engine with another key does not believe the endpoint.
+    other = start("another-key", tiny, "kv_consumer", seal_keys=str(keys[1])).ready()
+    transfer = transfer_id()
+    other.add("other", tokens, params=decode_params(transfer, pair.bootstrap))
+    done = other.wait("done", "other")
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 500
+    assert "its bootstrap answer is unusable" in other.log.read_text()
+    pair.settled()
+
+
 def test_two_decode_engines_load_one_prompt(start: Start, pair: Pair, tiny: str, tiny_fleet: Fleet) -> None:
     f = tiny_fleet
     other = start("second-decode", tiny, "kv_consumer").ready()
@@ -343,10 +365,12 @@ def test_windows_are_loaded_at_the_end(start: Start, tiny_window: str) -> None:
     pair.settled()
 
 
-def test_ranks_of_another_number(start: Start, tiny: str, tiny_fleet: Fleet) -> None:
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2)])
+def test_ranks_of_another_number(start: Start, tiny: str, tiny_fleet: Fleet, prefill: int, decode: int) -> None:
     f = tiny_fleet
     slow = {"deadline": LIMIT, "patience": LIMIT, "stalled": LIMIT}
-    pair = Pair(start, tiny, "ranks", {"llm": CHUNKED | {"tensor_parallel_size": 2}, **slow}, **slow)
+    there = {"llm": CHUNKED | {"tensor_parallel_size": prefill}, **slow}
+    pair = Pair(start, tiny, f"ranks{prefill}{decode}", there, llm={"tensor_parallel_size": decode}, **slow)
     tokens = f.prompt(700)
     pair.send("ranks", tokens)
     done = pair.d.wait("done", "ranks")

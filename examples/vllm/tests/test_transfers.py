@@ -30,11 +30,12 @@ class Steps:
             self.transfers.looked_up(request_id, cached)
         return request
 
-    def step(self, **scheduled: int) -> dict[str, Any]:
+    def step(self, sync: bool = False, **scheduled: int) -> dict[str, Any]:
         """One step: the messages of it."""
         running = [(r, self.requests[r].num_computed_tokens) for r in scheduled]
         output = SimpleNamespace(
             num_scheduled_tokens=scheduled,
+            has_sync_kv_loads=sync,
             scheduled_new_reqs=[],
             scheduled_cached_reqs=SimpleNamespace(
                 req_ids=[r for r, _ in running], num_computed_tokens=[n for _, n in running]
@@ -85,6 +86,11 @@ def test_tokens_that_another_connector_loads_are_not_readable_at_once() -> None:
     request.num_computed_tokens = 48
     told = s.step(a=22)
     assert [g.tokens for g in told["cached"]] == [16]
+    # A load in the step itself may fail, and the offer would have wrong blocks.
+    s = Steps()
+    request = s.add("a", 70, [5, 6, 7, 8, 9], cached=16)
+    request.num_computed_tokens = 48
+    assert s.step(sync=True, a=22) == {"dropped": ["id-a"]}
 
 
 def test_blocks_of_a_window_are_listed_at_the_end() -> None:

@@ -251,10 +251,14 @@ def main() -> None:
         def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
-        seen, answers = handover.measure(names, model, logs, args.ucx_tls, prompt, lengths, requests, say)
+        def pair(name: str) -> handover.Pair:
+            return handover.Pair(name, model, logs, args.ucx_tls)
+
+        seen, answers = handover.measure(names, pair, prompt, lengths, requests, args.rounds, say)
         print(handover.table(seen))
         wrong = ", ".join(f"{n} {w} of {a}" for n, (w, a) in answers.items())
-        print(f"\nWrong answers: {wrong}. Milliseconds from the request on, medians of {requests}.\n{machine(args, load)}")
+        print(f"\nWrong answers: {wrong}. Milliseconds from the request on, medians of {requests}, in {args.rounds} rounds.")
+        print(machine(args, load))
         return
 
     names = {"kvferry": "kvferry", "nixl": "NIXL connector"}

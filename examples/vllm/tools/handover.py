@@ -180,7 +180,7 @@ def table(seen: dict[tuple[str, int], list[Times]]) -> str:
     """A line for each way and length of the prompt, and the ratios of the hand-overs."""
     head = ["", *COLUMNS, "decode step", "prefill answered", "decode answered", "steps between them"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " --: |" * (len(head) - 1)]
-    lines += [row(f"{way}, {tokens:,} tokens", times) for (way, tokens), times in seen.items()]
+    lines += [row(f"{way}, {tokens:,} tokens", seen[way, tokens]) for way, tokens in sorted(seen, key=lambda k: k[::-1])]
     lengths = sorted({tokens for _, tokens in seen})
     for other in ("kvferry sequential", "NIXL connector"):
         for tokens in lengths:
@@ -192,27 +192,34 @@ def table(seen: dict[tuple[str, int], list[Times]]) -> str:
 
 
 def measure(
-    names: list[str], model: str, logs: Path, tls: str | None, prompt: Prompt, lengths: list[int], requests: int, say: Callable
+    names: list[str],
+    make: Callable[[str], Pair],
+    prompt: Prompt,
+    lengths: list[int],
+    requests: int,
+    rounds: int,
+    say: Callable[[str], None],
 ) -> tuple[dict[tuple[str, int], list[Times]], dict[str, tuple[int, int]]]:
-    """Measures each connector, one pair of servers at a time. Returns the times by way and length, and the wrong answers and all
-    answers by connector."""
+    """Measures each connector in each round, one pair of servers at a time. Returns the times by way and length, and the wrong
+    answers and all answers by connector."""
     seen: dict[tuple[str, int], list[Times]] = {}
-    answers = {}
-    for name in names:
-        ways = {"kvferry overlap": True, "kvferry sequential": False} if name == "kvferry" else {"NIXL connector": False}
-        pair = Pair(name, model, logs, tls)
-        try:
-            pair.start()
-            for overlap in ways.values():
-                pair.request(prompt(lengths[0]), overlap)
-            for tokens in lengths:
-                say(f"{name}: {tokens} tokens")
-                for _ in range(requests):
-                    for way, overlap in ways.items():
-                        times = pair.request(prompt(tokens), overlap)
-                        say(f"{way} {tokens} {json.dumps({k: round(v, 5) for k, v in vars(times).items()})}")
-                        seen.setdefault((way, tokens), []).append(times)
-        finally:
-            pair.stop()
-        answers[name] = (pair.wrong, pair.answers)
+    answers = dict.fromkeys(names, (0, 0))
+    for i in range(rounds):
+        for name in names:
+            ways = {"kvferry overlap": True, "kvferry sequential": False} if name == "kvferry" else {"NIXL connector": False}
+            say(f"round {i + 1} of {rounds}: {name}")
+            pair = make(name)
+            try:
+                pair.start()
+                for overlap in ways.values():
+                    pair.request(prompt(lengths[0]), overlap)
+                for tokens in lengths:
+                    for _ in range(requests * (i + 1) // rounds - requests * i // rounds):
+                        for way, overlap in ways.items():
+                            times = pair.request(prompt(tokens), overlap)
+                            say(f"{way} {tokens} {json.dumps({k: round(v, 5) for k, v in vars(times).items()})}")
+                            seen.setdefault((way, tokens), []).append(times)
+            finally:
+                pair.stop()
+            answers[name] = (answers[name][0] + pair.wrong, answers[name][1] + pair.answers)
     return seen, answers

@@ -20,7 +20,7 @@ from kvferry.vllm.weights import Adapters
 # Longest wait in an idle step, in seconds. A rank in a process of its own spins for one second after each step.
 IDLE_WAIT = 20.0
 # The same while a load runs. Its end is told, unless that news is lost.
-LOAD_WAIT = 5.0
+LOAD_WAIT = 10.0
 # Steps without a wait after an event: with asynchronous scheduling, a step's report arrives with the next one.
 BRISK = 3
 

@@ -128,8 +128,11 @@ class Transfers:
             return False
         if scheduled is None or growing.complete:
             return True
-        if not growing.offer and not self._open(growing, output):
-            return False
+        if not growing.offer:
+            loaded = request.num_computed_tokens > growing.local
+            # Another connector loads in this step, which may fail.
+            if (loaded and getattr(output, "has_sync_kv_loads", True)) or not self._open(growing, output):
+                return False
         done = min(request.num_computed_tokens + scheduled, request.num_prompt_tokens)
         self.todo.growths.append(self._growth(growing, done))
         return True

@@ -216,7 +216,9 @@ def test_a_preempted_prefill_leaves_what_it_computed(start: Start, tiny: str, ti
     blocks = pair.d.metrics()["kvferry_blocks_loaded"]
     assert 0 < blocks < 50, "it was preempted before its end"
     assert len(tokens) - (blocks + 1) * BLOCK < done["computed"] <= len(tokens) - blocks * BLOCK
-    assert pair.d.metrics()["kvferry_blocks_invalid{cause=revoked}"] > 0
+    # The fence may notice it first.
+    causes = pair.d.metrics()
+    assert sum(causes.get(f"kvferry_blocks_invalid{{cause={c}}}", 0) for c in ("revoked", "stale")) == 60 - blocks
     assert pair.p.wait("done", "first")["tokens"] == first_alone
     assert pair.p.wait("done", "preempted")["tokens"] == alone[:1]
     pair.settled()

@@ -1,8 +1,14 @@
 //! A decode rank's consumer.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Mutex, PoisonError},
+};
 
-use kvferry::{BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, LocalBlocks, Pull, PullId};
+use kvferry::{
+    BlockId, Consumer as Inner, Ended as InnerEnded, GroupId, Hold as InnerHold, HoldState, LocalBlocks, Pull, PullId,
+    WaitError,
+};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::{
@@ -15,6 +21,8 @@ use crate::{
 #[pyclass(frozen, module = "kvferry._native")]
 pub struct Consumer {
     inner: Handle<Inner>,
+    /// Ended pulls that `has_ended` has met.
+    met: Mutex<VecDeque<InnerEnded>>,
 }
 
 /// `(group, first position, block ids by position)`. A position with `None` is not pulled, or not offered.
@@ -30,14 +38,24 @@ impl Consumer {
             .memory(pool.memory.clone())
             .config(settings.config.clone());
         let inner = py.detach(|| builder.build()).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
-        Ok(Self { inner: Handle::new("consumer", inner) })
+        Ok(Self { inner: Handle::new("consumer", inner), met: Mutex::default() })
     }
 
     /// Starts a pull of an offer (JSON) and returns its number. The pull owns the local blocks until `poll` returns it. With
-    /// `stream`, nothing is written before the work is done that this CUDA stream holds now.
-    #[pyo3(signature = (json, blocks, stream = None))]
-    fn pull(&self, py: Python<'_>, json: &str, blocks: Vec<PyBlocks>, stream: Option<usize>) -> PyResult<u64> {
+    /// `stream`, nothing is written before the work is done that this CUDA stream holds now. With `awaited`, the offer may be
+    /// opened later. `deadline`: seconds until the pull decides, in place of the setting.
+    #[pyo3(signature = (json, blocks, stream = None, awaited = false, deadline = None))]
+    fn pull(
+        &self,
+        py: Python<'_>,
+        json: &str,
+        blocks: Vec<PyBlocks>,
+        stream: Option<usize>,
+        awaited: bool,
+        deadline: Option<f64>,
+    ) -> PyResult<u64> {
         let inner = self.inner.get()?;
+        let deadline = deadline.map(seconds).transpose()?;
         py.detach(|| {
             let offer = offer(json)?;
             let blocks = blocks.into_iter().map(|(group, first_position, ids)| LocalBlocks {
@@ -47,6 +65,8 @@ impl Consumer {
             });
             let mut pull = Pull::new(offer, blocks.collect());
             pull.after = stream.map(cuda_stream);
+            pull.awaited = awaited;
+            pull.deadline = deadline.or(pull.deadline);
             inner.pull(pull).map(|id| id.0).map_err(value_error)
         })
     }
@@ -57,10 +77,16 @@ impl Consumer {
         Ok(())
     }
 
-    /// Claims an offer (JSON) whose pull starts later, until its pull or its release.
-    fn hold(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+    /// Claims an offer (JSON) whose pull starts later, until its pull or its release. With `awaited`, the offer may be opened
+    /// later.
+    #[pyo3(signature = (json, awaited = false))]
+    fn hold(&self, py: Python<'_>, json: &str, awaited: bool) -> PyResult<Hold> {
         let inner = self.inner.get()?;
-        py.detach(|| inner.hold(&offer(json)?).map_err(value_error))
+        py.detach(|| {
+            let offer = offer(json)?;
+            let hold = if awaited { inner.hold_awaited(&offer) } else { inner.hold(&offer) };
+            hold.map(|inner| Hold { inner }).map_err(value_error)
+        })
     }
 
     /// Releases an offer (JSON) without a pull.
@@ -72,7 +98,34 @@ impl Consumer {
     /// Returns the pulls that have ended since the last call.
     fn poll(&self, py: Python<'_>) -> PyResult<Vec<Ended>> {
         let inner = self.inner.get()?;
-        Ok(py.detach(|| std::iter::from_fn(|| inner.poll()).map(Ended::from).collect()))
+        Ok(py.detach(|| {
+            let met = std::mem::take(&mut *self.met.lock().unwrap_or_else(PoisonError::into_inner));
+            met.into_iter().chain(std::iter::from_fn(|| inner.poll())).map(Ended::from).collect()
+        }))
+    }
+
+    /// Whether `poll` would return a pull, or a lane has wedged since the last call. Waits for that, for `limit` seconds at most.
+    fn has_ended(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
+        let (inner, limit) = (self.inner.get()?, seconds(limit)?);
+        Ok(py.detach(|| {
+            let met = || self.met.lock().unwrap_or_else(PoisonError::into_inner);
+            if !met().is_empty() {
+                return true;
+            }
+            match inner.wait(limit) {
+                Ok(ended) => {
+                    met().push_back(ended);
+                    true
+                }
+                Err(WaitError::Wedged { .. }) => true,
+                Err(WaitError::NotYet { .. }) => false,
+                // Nothing ends any more.
+                Err(_) => {
+                    std::thread::sleep(limit);
+                    false
+                }
+            }
+        }))
     }
 
     /// Number of running pulls.
@@ -105,12 +158,31 @@ impl Consumer {
         Ok(self.inner.get()?.progress(PullId(pull)))
     }
 
+    /// Tokens from the prompt's start whose blocks are all loaded by a pull; `None` after its end.
+    fn loaded_prefix(&self, pull: u64) -> PyResult<Option<u64>> {
+        Ok(self.inner.get()?.loaded_prefix(PullId(pull)))
+    }
+
     /// Cancels every pull and shuts the consumer down. Returns within `limit` seconds; `True` if the shutdown is complete.
     fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
         Ok(self.inner.close(py, seconds(limit)?, |inner| {
             inner.shutdown();
             drop(inner);
         }))
+    }
+}
+
+/// A claim of an offer whose pull starts later.
+#[pyclass(frozen, module = "kvferry._native")]
+pub struct Hold {
+    inner: InnerHold,
+}
+
+#[pymethods]
+impl Hold {
+    /// Whether the claim waits: the offer is not open yet. `False`: it was granted, or has ended.
+    fn waits(&self) -> bool {
+        self.inner.state() == HoldState::Waiting
     }
 }
 

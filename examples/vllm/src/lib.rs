@@ -10,7 +10,7 @@ mod pool;
 mod producer;
 mod settings;
 
-use kvferry::{Fingerprints, Incarnation, Offer, OfferId, OfferRank, Rank};
+use kvferry::{Fingerprints, Incarnation, Offer, OfferId, OfferRank, Rank, Token};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 use self::pool::value_error;
@@ -26,10 +26,11 @@ fn engine_incarnation(ranks: Vec<String>) -> PyResult<String> {
 }
 
 /// Makes the name of a new offer, sealed with the first of `seal_keys`. `ranks` are `(rank, incarnation, HOST:PORT)`. `number`
-/// ascends from one name to the next; 0: not numbered. Returns the offer's id and the name (JSON), which contains its secret
+/// ascends from one name to the next; 0: not numbered. With `transfer`, a router's id for the transfer, the name's id and token
+/// are derived from it: both engines make the same name. Returns the offer's id and the name (JSON), which contains its secret
 /// token.
 #[pyfunction]
-#[pyo3(signature = (*, engine, incarnation, ranks, tokens, request, fingerprints, seal_keys, number = 0))]
+#[pyo3(signature = (*, engine, incarnation, ranks, tokens, request, fingerprints, seal_keys, number = 0, transfer = None))]
 #[allow(clippy::too_many_arguments)]
 fn name_offer(
     engine: &str,
@@ -40,6 +41,7 @@ fn name_offer(
     fingerprints: Fingerprints,
     seal_keys: Vec<Vec<u8>>,
     number: u64,
+    transfer: Option<&str>,
 ) -> PyResult<(String, String)> {
     let rank = |(rank, incarnation, addr): (u32, String, String)| {
         let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
@@ -48,14 +50,24 @@ fn name_offer(
     let ranks = ranks.into_iter().map(rank).collect::<PyResult<_>>()?;
     let engine = engine.parse().map_err(value_error)?;
     let incarnation = Incarnation::try_from(incarnation).map_err(value_error)?;
-    let mut name = Offer::new(OfferId::random(), engine, incarnation, ranks, tokens);
+    let id = transfer.map_or_else(OfferId::random, OfferId::of_transfer);
+    let mut name = Offer::new(id, engine, incarnation, ranks, tokens);
     name = name.request(request).fingerprints(fingerprints);
+    if let Some(transfer) = transfer {
+        name.token = Token::of_transfer(transfer);
+    }
     name.number = number;
     if let Some(key) = pool::seal_keys(seal_keys)?.first() {
         name = name.sealed(key);
     }
     name.check().map_err(value_error)?;
     Ok((name.id.to_string(), name.to_json()))
+}
+
+/// The id of the offer that a router calls by this transfer id.
+#[pyfunction]
+fn transfer_offer(transfer: &str) -> String {
+    OfferId::of_transfer(transfer).to_string()
 }
 
 /// Checks the name of an offer (JSON): all its bounds, and its seal if there are keys. The `ValueError` names the first
@@ -90,10 +102,11 @@ mod _native {
     #[pymodule_export]
     use super::{
         check_offer,
-        consumer::{Consumer, Ended},
+        consumer::{Consumer, Ended, Hold},
         engine_incarnation, name_offer,
         pool::{Identity, Pool},
         producer::Producer,
         settings::Settings,
+        transfer_offer,
     };
 }

@@ -1,6 +1,6 @@
 //! A prefill rank's producer.
 
-use kvferry::{BlockId, GroupId, OfferGroup, Producer as Inner, Ready};
+use kvferry::{BlockId, GroupId, Offer, OfferError, OfferGroup, PeerId, Producer as Inner, Ready};
 use pyo3::{
     exceptions::{PyRuntimeError, PyValueError},
     prelude::*,
@@ -68,22 +68,44 @@ impl Producer {
         let inner = self.inner.get()?;
         py.detach(|| {
             let name = offer(json)?;
-            let me = inner.me();
-            if let Some(rank) = name.ranks.iter().find(|r| r.rank == me.rank)
-                && rank.incarnation != me.incarnation
-            {
-                return Err(PyValueError::new_err(format!(
-                    "the offer names incarnation {} of this rank, which is {} since a restart; no consumer could read it",
-                    rank.incarnation, me.incarnation
-                )));
-            }
-            let groups = blocks.into_iter().map(|(group, first_position, ids)| OfferGroup {
-                group: GroupId(group),
-                first_position,
-                blocks: ids.into_iter().map(|b| b.map(BlockId)).collect(),
-            });
+            is_here(&name, inner.me())?;
             let ready = stream.map_or(Ready::Now, |s| Ready::After(cuda_stream(s)));
-            inner.enter(&name, groups.collect(), ready).map_err(value_error)
+            inner.enter(&name, groups(blocks), ready).map_err(value_error)
+        })
+    }
+
+    /// Opens an offer under a name (JSON), before any of its blocks is computed.
+    fn enter_open(&self, py: Python<'_>, json: &str) -> PyResult<()> {
+        let inner = self.inner.get()?;
+        py.detach(|| {
+            let name = offer(json)?;
+            is_here(&name, inner.me())?;
+            inner.enter_open(&name).map_err(value_error)
+        })
+    }
+
+    /// Appends blocks to an open offer and moves its mark to `tokens`, the tokens that are computed from the prompt's start: now
+    /// or, with `stream`, when the work is done that this CUDA stream holds now. `last`: nothing follows. Returns `False` if
+    /// the offer has ended.
+    #[pyo3(signature = (id, blocks, tokens, last = false, stream = None))]
+    fn grow(
+        &self,
+        py: Python<'_>,
+        id: String,
+        blocks: Vec<PyBlocks>,
+        tokens: u64,
+        last: bool,
+        stream: Option<usize>,
+    ) -> PyResult<bool> {
+        let (inner, id) = (self.inner.get()?, offer_id(id)?);
+        py.detach(|| {
+            let ready = stream.map_or(Ready::Now, |s| Ready::After(cuda_stream(s)));
+            let grown = inner.grow(id, groups(blocks), tokens, ready);
+            match if last { grown.and_then(|()| inner.finish(id, tokens)) } else { grown } {
+                Ok(()) => Ok(true),
+                Err(OfferError::Ended { .. }) => Ok(false),
+                Err(e) => Err(value_error(e)),
+            }
         })
     }
 
@@ -135,5 +157,25 @@ impl Producer {
     /// Shuts the producer down; all offers end. Returns within `limit` seconds; `True` if the shutdown is complete.
     fn close(&self, py: Python<'_>, limit: f64) -> PyResult<bool> {
         Ok(self.inner.close(py, seconds(limit)?, drop))
+    }
+}
+
+fn groups(blocks: Vec<PyBlocks>) -> Vec<OfferGroup> {
+    let group = |(group, first_position, ids): PyBlocks| OfferGroup {
+        group: GroupId(group),
+        first_position,
+        blocks: ids.into_iter().map(|b| b.map(BlockId)).collect(),
+    };
+    blocks.into_iter().map(group).collect()
+}
+
+/// Checks that a name is of this life of the rank.
+fn is_here(name: &Offer, me: &PeerId) -> PyResult<()> {
+    match name.ranks.iter().find(|r| r.rank == me.rank) {
+        Some(rank) if rank.incarnation != me.incarnation => Err(PyValueError::new_err(format!(
+            "the offer names incarnation {} of this rank, which is {} since a restart; no consumer could read it",
+            rank.incarnation, me.incarnation
+        ))),
+        _ => Ok(()),
     }
 }

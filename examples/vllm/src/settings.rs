@@ -26,7 +26,7 @@ impl Settings {
     #[pyo3(signature = (*, lanes = None, deadline = None, unclaimed_lease = None, claim_lease = None, hard_cap = None,
         early_grace = None, chunk_min = None, chunk_max = None, tcp_connections = None, on_wedge = None, fault = None,
         tls = None, seal_keys = Vec::new(), patience = None, dial = Vec::new(), engines = Vec::new(), tcp_checksum = false,
-        gpu_copy = None, gpu_ring = None))]
+        gpu_copy = None, gpu_ring = None, queued = None, stalled = None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         lanes: Option<Vec<String>>,
@@ -48,6 +48,8 @@ impl Settings {
         tcp_checksum: bool,
         gpu_copy: Option<&str>,
         gpu_ring: Option<u64>,
+        queued: Option<f64>,
+        stalled: Option<f64>,
     ) -> PyResult<Self> {
         let mut config = Config::default();
         let times = [
@@ -57,12 +59,16 @@ impl Settings {
             (hard_cap, &mut config.lease.hard_cap),
             (early_grace, &mut config.lease.early_grace),
             (patience, &mut config.pull.patience),
+            (queued, &mut config.pull.queued),
+            (stalled, &mut config.pull.stalled),
         ];
         for (given, to) in times {
             if let Some(s) = given {
                 *to = seconds(s)?;
             }
         }
+        // A producer keeps the claims that wait for an offer at least as long as its consumers wait.
+        config.lease.awaited = config.lease.awaited.max(config.pull.queued);
         // A retry may come as late as an unclaimed lease lasts. Until then it must still hear why its offer ended.
         config.lease.tombstone = config.lease.tombstone.max(config.lease.unclaimed);
         if let Some(bytes) = chunk_min {

@@ -122,6 +122,13 @@ class Engine:
         assert done["params"], self.tail()
         return done["params"]
 
+    def pause(self, id: str, at: int) -> None:
+        """The engine will stop after the step that schedules this request's `at`-th token; then it sends `paused`."""
+        self.send(op="pause", id=id, at=at)
+
+    def resume(self) -> None:
+        self.send(op="pause")
+
     def state(self) -> dict[str, Any]:
         self.send(op="state")
         return self.wait("state")

@@ -74,6 +74,8 @@ class Engine:
         self.idle = False
         # Blocks that the offer of a request leaves out: lists of (group, position).
         self.lost: dict[str, list[list[int]]] = {}
+        # The engine makes no step once this many tokens of a request were scheduled: `(request, tokens)`.
+        self.pause: tuple[str, int] | None = None
         self._watch()
         self._leave_out()
 
@@ -108,6 +110,15 @@ class Engine:
 
         side._offer = leaving_out
 
+    def total(self, id: str) -> int:
+        """The scheduled tokens of a request. The engine appends eight random digits to its id."""
+        mine = re.compile(f"{re.escape(id)}(-[0-9a-f]{{8}})?")
+        return sum(n for r, n in self.scheduled.items() if mine.fullmatch(r))
+
+    def paused(self) -> bool:
+        """Whether the engine makes no step. Its connector goes on."""
+        return self.pause is not None and self.total(self.pause[0]) >= self.pause[1]
+
     def worker(self) -> Any:
         """kvferry's worker side, if it is in this process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -121,9 +132,7 @@ class Engine:
         for out in self.engine.step():
             if out.finished:
                 tokens = list(out.outputs[0].token_ids)
-                # The engine appends eight random digits to a request's id.
-                mine = re.compile(f"{re.escape(out.request_id)}(-[0-9a-f]{{8}})?")
-                total = sum(n for r, n in self.scheduled.items() if mine.fullmatch(r))
+                total = self.total(out.request_id)
                 emit(
                     event="done",
                     id=out.request_id,
@@ -161,6 +170,8 @@ class Engine:
         elif op == "abort":
             self.engine.abort_request([c["id"]])
             emit(event="aborted", id=c["id"])
+        elif op == "pause":
+            self.pause = (c["id"], c["at"]) if c.get("id") else None
         elif op == "state":
             pool = self.scheduler.kv_cache_manager.block_pool
             emit(
@@ -186,7 +197,7 @@ class Engine:
     def run(self) -> None:
         rest = b""
         while True:
-            ready, _, _ = select.select([0], [], [], 0 if self.busy() else None)
+            ready, _, _ = select.select([0], [], [], 0 if self.busy() and not self.paused() else None)
             if ready:
                 got = os.read(0, 1 << 20)
                 if not got:
@@ -194,9 +205,11 @@ class Engine:
                 *lines, rest = (rest + got).split(b"\n")
                 for line in lines:
                     self.command(json.loads(line))
-            if self.busy():
+            if self.busy() and not self.paused():
                 self.step()
-                if self.idle:
+                if self.paused():
+                    emit(event="paused", id=self.pause[0], scheduled=self.total(self.pause[0]))
+                elif self.idle:
                     # vLLM's own core process does the same. Without the pause, a loop of empty steps keeps both cores busy
                     # and starves the transfers that the steps wait for.
                     time.sleep(0.001)

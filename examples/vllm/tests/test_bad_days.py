@@ -150,8 +150,8 @@ def test_a_claim_before_the_prefill_worker_knows_the_offer_waits_for_it(tiny_fle
     f = tiny_fleet
     tokens = f.prompt(300)
     # The worker receives the offer later, as after a long step.
-    hold = "[setattr(w, 'held', []) or setattr(w, '_offer', w.held.append) for w in [self.worker()]]"
-    deliver = "[delattr(w, '_offer') or [w._offer(o) for o in w.held] for w in [self.worker()]]"
+    hold = "[setattr(w, 'late', []) or setattr(w, 'offer', w.late.append) for w in [self.worker().offers]]"
+    deliver = "[delattr(w, 'offer') or [w.offer(o) for o in w.late] for w in [self.worker().offers]]"
     f.p.python(f"[0 for _ in {hold}]")
     params = f.p.prefill("early", tokens)
     f.d.add("early", tokens, params=params)
@@ -199,7 +199,7 @@ def test_policy_fail_fails_incomplete_loads_only(start: Start, tiny_fleet: Fleet
     params = f.p.prefill("total", tokens)
     params["kvferry"]["offer"]["ranks"][0]["addr"] = "127.0.0.1:9"
     assert d.generate("total", tokens, params=params)["reason"] == "error"
-    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     # Unusable params are not a failed load: the prompt is prefilled.
     done = d.generate("foreign", tokens, params={"do_remote_prefill": True})
     assert done["tokens"] == f.alone(tokens)

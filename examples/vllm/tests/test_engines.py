@@ -152,14 +152,14 @@ def test_no_failure_of_the_connector_reaches_the_engine(start: Start, tiny: str,
         done = d.generate(f"without {method}", tokens, params=params)
         assert done["tokens"] == f.alone(tokens), method
         d.python(f"delattr(self.connector._side, '{method}')")
-        f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+        f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     # Choosing the blocks of a load fails: the worker reports a failed load, and the prompt is prefilled here.
     tokens = f.prompt(200)
     d.python("setattr(self.connector._side, '_wanted', None)")
     done = d.generate("no plan", tokens, params=f.p.prefill("no plan", tokens))
     assert done["tokens"] == f.alone(tokens) and done["computed"] == 200
     d.python("delattr(self.connector._side, '_wanted')")
-    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     # The native part is closed.
     assert d.python("self.worker()._consumer.close(1.0)") is True
     assert d.python("self.worker()._producer.close(1.0)") is True
@@ -170,7 +170,7 @@ def test_no_failure_of_the_connector_reaches_the_engine(start: Start, tiny: str,
     # The scheduler side made an offer, but the worker cannot enter it and frees the blocks at once.
     assert d.settled()["free"] == free
     assert d.python("self.connector.shutdown()") is None
-    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     f.settled()
 
 

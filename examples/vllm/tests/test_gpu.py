@@ -20,7 +20,7 @@ import torch
 from kvferry import _native
 from kvferry.vllm import pool, worker
 from kvferry.vllm.guard import StartFailed
-from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
+from kvferry.vllm.messages import GroupBlocks, Growth, Handshake, Load, Meta, News, Offering, Opening
 from kvferry.vllm.scheduler import SchedulerSide
 from kvferry.vllm.worker import WorkerSide
 
@@ -259,7 +259,14 @@ class Recorder:
     def enter(self, offer: str, groups: list[Any], stream: int | None) -> None:
         self.given.append((offer, stream))
 
-    def pull(self, offer: str, groups: list[Any], stream: int | None) -> int:
+    def enter_open(self, offer: str) -> None:
+        self.given.append((f"open {offer}", None))
+
+    def grow(self, offer_id: str, groups: list[Any], tokens: int, last: bool, stream: int | None) -> bool:
+        self.given.append((f"grow {offer_id} to {tokens}", stream))
+        return True
+
+    def pull(self, offer: str, groups: list[Any], stream: int | None, awaited: bool, deadline: float | None) -> int:
         self.given.append((offer, stream))
         return len(self.given)
 
@@ -270,7 +277,7 @@ def test_each_step_marks_the_stream_that_is_current_when_it_begins(
 ) -> None:
     it, _ = side("kv_both")
     recorder = Recorder()
-    it._producer = it._consumer = recorder  # type: ignore[assignment]
+    it._producer = it._consumer = it.offers.producer = recorder  # type: ignore[assignment]
     it._gpu = gpu
     current = SimpleNamespace(cuda_stream=0)
     asked: list[torch.device] = []
@@ -287,11 +294,48 @@ def test_each_step_marks_the_stream_that_is_current_when_it_begins(
     streams = [None, None] if gpu is None else [0, 0x55]
     assert recorder.given == [(f"{what} {step}", streams[step]) for step in (0, 1) for what in ("offer", "load")]
     assert set(asked) == ({gpu} if gpu else set())
+    # What a step computes can be read behind its forward pass; what was in the prefix cache, behind the earlier steps.
+    recorder.given.clear()
+    current.cuda_stream = 1
+    opening, early, late = Opening("r", "7", "offer 7"), Growth("7", [], 16, False), Growth("7", [], 40, True)
+    it.start(Meta(openings=[opening], cached=[early], growths=[late]))
+    assert recorder.given == [("open offer 7", None), ("grow 7 to 16", None if gpu is None else 1)]
+    current.cuda_stream = 2
+    it.computed()
+    assert recorder.given[2:] == [("grow 7 to 40", None if gpu is None else 2)]
+    it.computed()
+    assert len(recorder.given) == 3
+
+
+def test_with_a_draft_model_a_step_is_readable_when_the_next_one_begins() -> None:
+    it, _ = side("kv_both")
+    recorder = Recorder()
+    it._producer = it._consumer = it.offers.producer = recorder  # type: ignore[assignment]
+    it.offers._drafts = True
+    it.start(Meta(openings=[Opening("r", "7", "offer 7")], growths=[Growth("7", [], 16, False)]))
+    it.computed()
+    assert recorder.given == [("open offer 7", None)]
+    it.start(Meta())
+    assert recorder.given[1:] == [("grow 7 to 16", None)]
+
+
+def test_a_step_that_failed_makes_nothing_readable() -> None:
+    it, _ = side("kv_both")
+    recorder = Recorder()
+    it._producer = it._consumer = it.offers.producer = recorder  # type: ignore[assignment]
+    it.start(Meta(openings=[Opening("r", "7", "offer 7")], growths=[Growth("7", [], 16, False)]))
+    with pytest.raises(RuntimeError):
+        try:
+            raise RuntimeError("the forward pass failed")
+        finally:
+            it.computed()
+    assert recorder.given == [("open offer 7", None)]
 
 
 def test_a_step_whose_stream_cannot_be_marked_reports_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     it, _ = side("kv_both")
     it._producer = it._consumer = SimpleNamespace(revoke=lambda _: None, release=lambda _: None)  # type: ignore[assignment]
+    it.offers.producer = it._producer
     it._gpu = torch.device("cuda", 0)
 
     def no_stream(_: torch.device) -> Any:

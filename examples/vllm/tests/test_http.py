@@ -11,11 +11,20 @@ PROMPTS = [f"[{i}] " + "The quick brown fox jumps over the lazy dog. " * n for i
 
 @pytest.fixture(scope="module")
 def site(tiny: str, log_dir: Path) -> Iterator[dict[str, servers.Process]]:
-    port = servers.free_port()
-    prefill = servers.vllm("http-prefill", tiny, log_dir, servers.kvferry_config("kv_producer", port=port))
-    decode = servers.vllm("http-decode", tiny, log_dir, servers.kvferry_config("kv_consumer"))
-    router = servers.router([prefill.url], [decode.url], log_dir)
-    site = {"prefill": prefill, "decode": decode, "router": router}
+    ports = [servers.free_port() for _ in range(3)]
+    there = servers.kvferry_config("kv_producer", port=ports[0], bootstrap_port=ports[1])
+    prefill = servers.vllm("http-prefill", tiny, log_dir, there)
+    here = servers.kvferry_config("kv_consumer", bootstrap_port=ports[2])
+    decode = servers.vllm("http-decode", tiny, log_dir, here)
+    known = [f"{prefill.url} {ports[1]}"], [f"{decode.url} {ports[2]}"]
+    site = {
+        "prefill": prefill,
+        "decode": decode,
+        "router": servers.router([prefill.url], [decode.url], log_dir),
+        "router --overlap": servers.router(*known, log_dir, "--overlap"),
+        "vllm-router nixl": servers.vllm_router([prefill.url], [decode.url], log_dir, "nixl"),
+        "vllm-router mooncake": servers.vllm_router(known[0], [decode.url], log_dir, "mooncake"),
+    }
     try:
         for s in site.values():
             s.start()
@@ -49,12 +58,29 @@ def test_the_router_gives_the_answer_of_one_engine(site: dict[str, servers.Proce
     assert 'engine="0"' in line and 'model_name="model"' in line and 'lane="local"' in line
 
 
+@pytest.mark.parametrize("router", ["router --overlap", "vllm-router nixl", "vllm-router mooncake"])
+def test_other_routers_give_the_answer_of_one_engine(site: dict[str, servers.Process], router: str) -> None:
+    alone = texts(site["decode"].url, "alone")
+    loads, recomputed = metric(site["decode"], "loads_total{"), metric(site["decode"], "tokens_recomputed_total")
+    for i in range(5):
+        assert texts(site[router].url, f"{router} {i}") == alone
+    assert metric(site["decode"], "loads_total{") == loads + 5 * len(PROMPTS)
+    assert metric(site["decode"], "tokens_recomputed_total") == recomputed
+    parts = list(servers.stream(site[router].url, PROMPTS[2], cache_salt=f"{router} stream"))
+    assert "".join(parts) == alone[2] and len(parts) > 5
+    assert metric(site["decode"], "loads_total{") == loads + 5 * len(PROMPTS) + 1
+
+
 def test_a_killed_prefill_server_costs_no_answer(site: dict[str, servers.Process]) -> None:
     alone = texts(site["decode"].url, "alone again")
     site["prefill"].kill()
     assert texts(site["router"].url, "no prefill") == alone
+    assert texts(site["router --overlap"].url, "no prefill, overlap") == alone
     site["prefill"].start().healthy()
     loads = metric(site["decode"], "loads_total{")
     assert texts(site["router"].url, "back") == alone
     # The next requests load from the restarted server.
     assert metric(site["decode"], "loads_total{") == loads + len(PROMPTS)
+    # The other router asks again every 5 s. Until then it sends one request after the other.
+    assert texts(site["router --overlap"].url, "back, overlap") == alone
+    assert metric(site["decode"], "loads_total{") == loads + 2 * len(PROMPTS)

@@ -11,7 +11,7 @@ from conftest import Fleet, Start, prompt
 from driver import LIMIT, Dead, Engine
 from kvferry.vllm.repeats import EVERY, Repeats
 
-REVOKE = "[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]"
+REVOKE = "[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]"
 
 
 def until(what: str, is_so: Callable[[], bool], engine: Engine) -> None:

@@ -67,7 +67,7 @@ def test_after_a_total_failure_the_decode_engine_prefills(fleet: Fleet) -> None:
         assert done["computed"] == len(tokens)
         fleet.d.settled()
         # No engine fetched the offer: revoke it, instead of waiting for the end of its lease.
-        fleet.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+        fleet.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
         fleet.settled()
 
 

@@ -90,7 +90,7 @@ def test_an_edited_offer_changes_no_answer(tiny_fleet: Fleet) -> None:
         done = f.d.generate(f"any-{i}", tokens, params=params)
         assert done["tokens"] == f.alone(tokens), i
         # The original offer would live until its lease ends: revoke it.
-        f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+        f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
         assert good["kvferry"]["offer"]["id"]
     f.settled()
 
@@ -102,7 +102,7 @@ def test_an_offer_of_another_prompt_is_not_used(tiny_fleet: Fleet) -> None:
     done = f.d.generate("another", tokens, params=params)
     assert done["tokens"] == f.alone(tokens)
     assert "its offer belongs to another prompt" in f.d.log.read_text()
-    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     f.settled()
 
 
@@ -137,7 +137,7 @@ def test_an_engine_logs_a_request_for_the_other_role(tiny_fleet: Fleet) -> None:
     done = f.p.generate("roles-p", tokens, params=params)
     assert done["tokens"] == f.alone(tokens)
     assert "this engine does not pull" in f.p.log.read_text()
-    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     f.settled()
 
 
@@ -162,7 +162,7 @@ def test_a_name_with_another_prompts_fingerprint_loads_nothing_and_poisons_no_ca
     assert done["tokens"] == f.alone(theirs) and done["computed"] == 100
     # An innocent request finds its prompt in the prefix cache.
     assert f.d.generate("innocent", theirs)["tokens"] == f.alone(theirs)
-    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    f.p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     f.settled()
 
 
@@ -189,7 +189,7 @@ def test_engines_with_a_seal_key_use_sealed_names_only(
     assert "is prefilled here: the kvferry offer is unusable: the offer is not sealed" in log
     assert "the offer's seal does not fit" in log
     for e in (p, f.p):
-        e.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+        e.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     d.settled()
     p.settled()
     f.settled()

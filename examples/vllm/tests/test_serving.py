@@ -68,6 +68,33 @@ def test_a_prefill_server_with_a_held_offer_sleeps_answers_and_ends_at_once(serv
     assert "makes no new offers: the engine stops" in p.log.read_text()
 
 
+def test_a_decode_server_that_waits_for_a_prefill_sleeps_and_answers(serve: Serve) -> None:
+    port = servers.free_port()
+    p = serve("late-prefill", "kv_producer", "--max-num-batched-tokens", "128", bootstrap_port=port)
+    d = serve("waiting-decode", "kv_consumer")
+    p.healthy()
+    d.healthy()
+    tokens, transfer = prompt(5, 1500), "xfer-of-a-late-prefill"
+    there = {"transfer_id": transfer, "remote_bootstrap_addr": f"http://127.0.0.1:{port}", "remote_engine_id": ""}
+    params = {"do_remote_prefill": True, "do_remote_decode": False} | there
+    asked = {"do_remote_prefill": False, "do_remote_decode": True, "transfer_id": transfer}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(servers.complete, d.url, tokens, 8, LIMIT, kv_transfer_params=params)
+        until("claimed", lambda: sum(metric(d, "peers_up{").values()) == 1, d)
+        # A rank's process spins for a second after the last step.
+        time.sleep(2)
+        before, began = d.cpu_seconds(), time.monotonic()
+        time.sleep(10)
+        share = (d.cpu_seconds() - before) / (time.monotonic() - began)
+        print(f"a waiting prompt costs {share:.3f} of a core")
+        # Without the wait in an idle step it is more than a whole core.
+        assert share < 0.4
+        servers.complete(p.url, tokens, 1, LIMIT, kv_transfer_params=asked)
+        answer = waiting.result(LIMIT)["choices"][0]["text"]
+    assert answer == servers.complete(p.url, tokens, 8, cache_salt="alone")["choices"][0]["text"]
+    assert sum(metric(d, "tokens_recomputed_total").values()) == 0
+
+
 def test_the_gauge_is_there_before_the_first_request(serve: Serve) -> None:
     p = serve("gauge", "kv_producer").healthy()
     until("up", lambda: any('reason=""' in line and value == 1 for line, value in metric(p, "up").items()), p)

@@ -60,7 +60,7 @@ def test_a_freed_offer_ends_the_wait() -> None:
     it, producer = idle_core(), Producer()
     address = it.alarm()
     assert address is not None
-    bell = Bell(address, producer)  # type: ignore[arg-type]
+    bell = Bell(address, producer.has_freed)
     step = waiting(it)
     producer.freed.set()
     assert ends(step)
@@ -82,10 +82,10 @@ def test_a_step_does_not_wait_while_requests_or_other_ranks_run(it: dict[str, An
 
 
 def test_a_bell_without_an_alarm_and_a_stopped_bell_end() -> None:
-    gone = Bell("/nonexistent/news", Producer())  # type: ignore[arg-type]
+    gone = Bell("/nonexistent/news", Producer().has_freed)
     assert ends(gone._thread)
     alarm = Alarm(lambda: None)
-    bell = Bell(alarm.path, Producer())  # type: ignore[arg-type]
+    bell = Bell(alarm.path, Producer().has_freed)
     bell.stop()
     assert ends(bell._thread)
     alarm.close()

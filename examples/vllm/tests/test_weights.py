@@ -254,6 +254,6 @@ def test_weights_replaced_in_place_on_one_side_are_noticed(start: Start, tiny: s
     assert done["tokens"] == f.alone(tokens) and done["computed"] == 1
     assert p.python("self.core.reset_prefix_cache()") is True
     assert p.generate("reset", warm, max_tokens=1, params=PREFILL)["params"] is not None
-    p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker()._offered)]")
+    p.python("[w.revoke(o) for w in [self.worker()._producer] for o in list(self.worker().offers.held)]")
     p.settled()
     d.settled()

@@ -1,10 +1,13 @@
 """Compares kvferry with vLLM's NIXL connector on this machine, and prints a Markdown table.
 
 `python tools/compare.py [--rounds 3] [--only kvferry|nixl] [--ucx-tls tcp]`
+`python tools/compare.py --hand-over [--lengths 1000,2000,4000,8000] [--requests 20]`
 
 Pairs of servers run one after the other, so that the progress threads of one never take time from another. In each round a
 pair starts, is measured, loses its prefill server in several ways, and ends. Every answer is compared with that of the decode
 server alone. With the defaults the run takes half an hour on two cores; run nothing beside it.
+
+With `--hand-over` it measures the stages of requests instead, with overlap and without; see `handover.py`.
 
 On vLLM 0.33: PYTHONPATH=$($PYTHON tools/versions.py 0.33):$PYTHONPATH VLLM_TARGET_DEVICE=cpu $PYTHON tools/compare.py
 """
@@ -26,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import handover
 import models
 import servers
 import versions
@@ -198,15 +202,21 @@ def table(pairs: dict[str, Pair]) -> str:
     return "\n".join(lines)
 
 
-def conditions(args: argparse.Namespace, load: float) -> str:
+def machine(args: argparse.Namespace, load: float) -> str:
+    """The date, the machine and the versions."""
     cpus = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     tls = f"UCX_TLS={args.ucx_tls}" if args.ucx_tls else "UCX auto"
     return (
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpus[1] if cpus else platform.machine()}, Linux "
         f"{platform.release()}, load {load:.1f} before the start. vLLM {versions.running()}, kvferry "
-        f"{importlib.metadata.version('kvferry')}, NIXL {importlib.metadata.version('nixl')} ({tls}), model {args.model}, "
-        f"prompts of {args.tokens} tokens. Rounds: {args.rounds}, each with {args.requests} requests for the second and third row; "
-        "medians, and ranges in brackets."
+        f"{importlib.metadata.version('kvferry')}, NIXL {importlib.metadata.version('nixl')} ({tls}), model {args.model}."
+    )
+
+
+def conditions(args: argparse.Namespace, load: float) -> str:
+    return (
+        f"{machine(args, load)} Prompts of {args.tokens} tokens. Rounds: {args.rounds}, each with {args.requests} requests for the "
+        "second and third row; medians, and ranges in brackets."
     )
 
 
@@ -221,6 +231,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["kvferry", "nixl"], help="measure one of them")
     parser.add_argument("--ucx-tls", help="UCX_TLS of the NIXL pair, for example tcp; by default UCX chooses")
     parser.add_argument("--json", type=Path, help="also write all values to this file")
+    parser.add_argument("--hand-over", action="store_true", help="measure the stages of a request")
+    parser.add_argument("--lengths", default="1000,2000,4000,8000", help="lengths of the prompts for --hand-over")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     model = str(models.make(args.model, CACHE / "models" / f"{args.model}-1"))
@@ -228,8 +240,26 @@ def main() -> None:
     print(f"logs: {logs}", file=sys.stderr, flush=True)
     dice = random.Random(1)
 
-    def prompt() -> list[int]:
-        return [dice.randrange(4, 259) for _ in range(args.tokens)]
+    def prompt(tokens: int = args.tokens) -> list[int]:
+        return [dice.randrange(4, 259) for _ in range(tokens)]
+
+    if args.hand_over:
+        lengths = [int(n) for n in args.lengths.split(",")]
+        names = [n for n in ("kvferry", "nixl") if args.only in (None, n)]
+        requests = min(args.requests, 20)
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        def pair(name: str) -> handover.Pair:
+            return handover.Pair(name, model, logs, args.ucx_tls)
+
+        seen, answers = handover.measure(names, pair, prompt, lengths, requests, args.rounds, say)
+        print(handover.table(seen))
+        wrong = ", ".join(f"{n} {w} of {a}" for n, (w, a) in answers.items())
+        print(f"\nWrong answers: {wrong}. Milliseconds from the request on, medians of {requests}, in {args.rounds} rounds.")
+        print(machine(args, load))
+        return
 
     names = {"kvferry": "kvferry", "nixl": "NIXL connector"}
     pairs = {text: Pair(n, model, logs, args.ucx_tls) for n, text in names.items() if args.only in (None, n)}

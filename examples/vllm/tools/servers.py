@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def vllm(
     logs: Path,
     transfer: dict[str, Any] | None,
     env: dict[str, str] | None = None,
+    more: list[str] | None = None,
 ) -> Process:
     """A vLLM server. With the package `vllm`, `vllm serve` starts the same server."""
     port = free_port()
@@ -123,21 +125,55 @@ def vllm(
     argv += ["--max-model-len", "2048", "--max-num-seqs", "64", "--kv-cache-memory-bytes", str(256 << 20)]
     if transfer:
         argv += ["--kv-transfer-config", json.dumps(transfer)]
-    return Process(name, argv, port, logs, env)
+    # The last value of an option counts.
+    return Process(name, argv + (more or []), port, logs, env)
 
 
-def router(prefill: list[str], decode: list[str], logs: Path) -> Process:
+def prepended(directory: str) -> str:
+    """PYTHONPATH with a directory in front."""
+    return os.pathsep.join([directory, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _engines(prefill: list[str], decode: list[str]) -> list[str]:
+    argv = [a for engine in prefill for a in ("--prefill", *engine.split())]
+    return argv + [a for engine in decode for a in ("--decode", *engine.split())]
+
+
+def router(prefill: list[str], decode: list[str], logs: Path, *more: str) -> Process:
+    """The router of this directory. An engine is `URL`, or `URL BOOTSTRAP_PORT`."""
     port = free_port()
-    argv = [sys.executable, str(HERE / "router.py"), "--port", str(port)]
-    argv += [a for url in prefill for a in ("--prefill", url)] + [a for url in decode for a in ("--decode", url)]
-    return Process("router", argv, port, logs)
+    argv = [sys.executable, str(HERE / "router.py"), "--port", str(port), *_engines(prefill, decode), *more]
+    return Process("router" + "".join(more), argv, port, logs)
 
 
-def complete(url: str, prompt: Any, max_tokens: int = 16, limit: float = 300, **more: Any) -> dict[str, Any]:
-    """Requests one greedy completion."""
+def vllm_router(prefill: list[str], decode: list[str], logs: Path, connector: str) -> Process:
+    """The package `vllm-router` in the mode for a connector: `nixl` or `mooncake`."""
+    port = free_port()
+    argv = [str(Path(sys.executable).parent / "vllm-router"), "--vllm-pd-disaggregation", "--kv-connector", connector]
+    argv += ["--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port), *_engines(prefill, decode)]
+    argv += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    return Process(f"vllm-router-{connector}", argv, port, logs)
+
+
+def ask(url: str, prompt: Any, max_tokens: int, limit: float, **more: Any) -> Any:
+    """Sends a request for a greedy completion. Returns the open answer."""
     body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=limit) as r:
+    return urllib.request.urlopen(request, timeout=limit)
+
+
+def complete(url: str, prompt: Any, max_tokens: int = 16, limit: float = 300, **more: Any) -> dict[str, Any]:
+    """Requests one greedy completion."""
+    with ask(url, prompt, max_tokens, limit, **more) as r:
         return json.loads(r.read())
+
+
+def stream(url: str, prompt: Any, max_tokens: int = 16, limit: float = 300, **more: Any) -> Iterator[str]:
+    """Requests one greedy completion, and yields its parts as they arrive."""
+    with ask(url, prompt, max_tokens, limit, stream=True, **more) as r:
+        for line in r:
+            data = line.decode().removeprefix("data: ").strip()
+            if data and data != "[DONE]":
+                yield json.loads(data)["choices"][0]["text"]

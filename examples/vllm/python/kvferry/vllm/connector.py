@@ -116,9 +116,11 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
             self._side.ranks(metadata)
 
     def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
-        """Receives the scheduler's cache manager. See `SchedulerSide.kept_tokens`."""
+        """Receives the scheduler's cache manager. See `Transfers` and `SchedulerSide.kept_tokens`."""
         super().bind_kv_cache_manager(kv_cache_manager)
         side, remove = self._side, getattr(kv_cache_manager, "remove_skipped_blocks", None)
+        if side is not None:
+            side.transfers.bind(kv_cache_manager)
         if side is None or remove is None or not side.windows:
             return
 
@@ -156,7 +158,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     @never_raises(Meta)
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         """The offers, loads and releases that the workers start in this step."""
-        return self._side.meta(scheduler_output.total_num_scheduled_tokens) if self._side is not None else Meta()
+        return self._side.meta(scheduler_output) if self._side is not None else Meta()
 
     @never_raises(lambda: None)
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -209,7 +211,13 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         elif isinstance(meta, Meta):
             # This rank's worker side failed to start. Its loads and offers must still be reported.
             self._orphans.update(load.request for load in meta.loads)
-            self._unsent.update(offering.request for offering in meta.offerings)
+            self._unsent.update(sent.request for sent in (*meta.offerings, *meta.held))
+
+    @never_raises(lambda: None)
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """The step is about to use blocks again. Offers of them end first."""
+        if self._worker is not None and isinstance(kv_connector_metadata, Meta):
+            self._worker.revoke(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Does nothing: loads started when the step began."""
@@ -220,8 +228,11 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Does nothing: decode engines read the blocks in place."""
 
+    @never_raises(lambda: None)
     def wait_for_save(self) -> None:
-        """Does nothing: nothing is saved."""
+        """The forward pass is done, or on the compute stream: what it has computed can be offered."""
+        if self._worker is not None:
+            self._worker.computed()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """The offers and loads that have ended since the last step."""
@@ -278,5 +289,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
         """Stops the producer and the consumer, within a second."""
         if self._worker is not None:
             self._worker.shutdown()
+        if self._side is not None:
+            self._side.close()
 
 

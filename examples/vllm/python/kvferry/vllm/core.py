@@ -19,6 +19,8 @@ from kvferry.vllm.weights import Adapters
 
 # Longest wait in an idle step, in seconds. A rank in a process of its own spins for one second after each step.
 IDLE_WAIT = 20.0
+# The same while a load runs. Its end is told, unless that news is lost.
+LOAD_WAIT = 10.0
 # Steps without a wait after an event: with asynchronous scheduling, a step's report arrives with the next one.
 BRISK = 3
 
@@ -111,10 +113,10 @@ class Core:
         state = getattr(self._core, "shutdown_state", None)
         return state is not None and state.value > 0
 
-    def unfinished(self) -> bool:
-        """Whether there is a request that is not finished."""
+    def unfinished(self, loading: int = 0) -> bool:
+        """Whether there is a request that is neither finished nor one of the `loading` ones."""
         scheduler = getattr(self._core, "scheduler", None)
-        return scheduler is None or scheduler.get_num_unfinished_requests() > 0
+        return scheduler is None or scheduler.get_num_unfinished_requests() > loading
 
     def alarm(self) -> str | None:
         """The address at which ranks ring; `None`: this process has no loop of its own."""
@@ -137,18 +139,19 @@ class Core:
         """This step has something to do."""
         self._brisk = BRISK
 
-    def wait(self) -> None:
-        """Waits for the next request, command or freed offer, for `IDLE_WAIT` at most. For a step in which nothing runs or waits:
-        without this, vLLM's loop makes a thousand such steps a second while finished requests are held for a decode engine."""
+    def wait(self, loading: int = 0) -> None:
+        """Waits for the next request, command, freed offer or ended load, for `IDLE_WAIT` at most. For a step in which nothing
+        runs and nothing but `loading` requests waits, each for a load: without this, vLLM's loop makes a thousand such steps a
+        second while finished requests are held for a decode engine, or while a prompt is loaded that is still computed."""
         arriving = self._arriving()
         # A rank of a data-parallel engine must keep pace with the others.
-        if arriving is None or getattr(self._core, "engines_running", False) or self.unfinished():
+        if arriving is None or getattr(self._core, "engines_running", False) or self.unfinished(loading):
             return self.busy()
         if self._brisk > 0:
             self._brisk -= 1
             return
         with arriving.not_empty:
-            if arriving.not_empty.wait_for(lambda: arriving._qsize() or self._rung, IDLE_WAIT):
+            if arriving.not_empty.wait_for(lambda: arriving._qsize() or self._rung, LOAD_WAIT if loading else IDLE_WAIT):
                 self._brisk = BRISK
             self._rung = False
 

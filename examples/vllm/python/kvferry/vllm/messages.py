@@ -30,6 +30,36 @@ class Offering:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """An offer of a prefill that begins. Its blocks follow."""
+
+    request: str
+    offer_id: str
+    # The name of the offer (JSON). It contains a secret: never log it.
+    offer: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Blocks to append to an open offer."""
+
+    offer_id: str
+    groups: list[GroupBlocks]
+    # Tokens that are computed with this step, from the prompt's start.
+    tokens: int
+    # Nothing follows.
+    last: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """A prefill with an open offer has finished. Its blocks are held until this offer ends, which it may have done already."""
+
+    request: str
+    offer_id: str
+
+
+@dataclass(frozen=True)
 class Load:
     """The load of a request that waits for remote KV. Each rank reports it exactly once."""
 
@@ -37,6 +67,19 @@ class Load:
     # The name of the offer (JSON). `None`: there is no offer to pull, so the workers report the load as failed.
     offer: str | None = field(repr=False)
     groups: list[GroupBlocks] = field(default_factory=list)
+    # Whether the offer may not be open yet.
+    awaited: bool = False
+
+
+@dataclass(frozen=True)
+class Hold:
+    """An offer to claim before its load."""
+
+    offer_id: str
+    # The name of the offer (JSON).
+    offer: str = field(repr=False)
+    # Whether the offer may not be open yet. Each rank says in its news when it is, or will not be.
+    awaited: bool
 
 
 @dataclass
@@ -47,11 +90,20 @@ class Meta(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     # Names of offers (JSON) to release without a pull.
     releases: list[str] = field(default_factory=list, repr=False)
-    # Names of offers (JSON) to claim now; their pulls start later.
-    holds: list[str] = field(default_factory=list, repr=False)
+    # Offers to claim now; their pulls start later.
+    holds: list[Hold] = field(default_factory=list, repr=False)
+    openings: list[Opening] = field(default_factory=list)
+    # Growths of blocks that are computed already, and of those that this step computes.
+    cached: list[Growth] = field(default_factory=list)
+    growths: list[Growth] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    # Ids of open offers that end while their requests go on: their blocks are about to be used again.
+    dropped: list[str] = field(default_factory=list)
+    # Ids of offers to revoke, open or not. Claims that wait for them are answered.
+    revokes: list[str] = field(default_factory=list)
     # Whether the engine stops: no new offers, and those that nobody has claimed end.
     stopping: bool = False
-    # Where to ring when an offer of this step is freed.
+    # Where to ring when an offer of this step is freed, or a load of it has ended.
     alarm: str | None = None
 
 
@@ -79,8 +131,17 @@ class News(KVConnectorWorkerMetadata):
     handshakes: list[Handshake]
     # Requests whose loads will never be reported, since their lane is wedged.
     wedged: list[str] = field(default_factory=list)
+    # Engines from which a load has failed.
+    failed: list[str] = field(default_factory=list)
+    # Ids of awaited offers whose claims wait no longer, once for each rank.
+    begun: list[str] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "News":
         """Both ranks' news."""
         assert isinstance(other, News)
-        return News(self.handshakes + other.handshakes, self.wedged + other.wedged)
+        return News(
+            self.handshakes + other.handshakes,
+            self.wedged + other.wedged,
+            self.failed + other.failed,
+            self.begun + other.begun,
+        )

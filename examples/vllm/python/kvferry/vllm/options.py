@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Longer than the library's default: a prefill worker receives an offer with its next step, and a step may be long.
 EARLY_GRACE = 15.0
+# The library's default for the longest life of an offer.
+HARD_CAP = 600.0
 # Covers the time from the prefill's answer to the claim, including the queues of the router and of the decode engine.
 UNCLAIMED_LEASE = 60.0
 
@@ -54,6 +56,11 @@ class Options:
     seal_keys: tuple[str, ...] = ()
     # How long a load may move nothing from a silent peer before it gives up.
     patience: float | None = None
+    # The longest waits of a load whose prompt is still computed: for its first block, and then for the next one.
+    queued: float | None = None
+    stalled: float | None = None
+    # Port of the bootstrap endpoint, on `host`. `None`: there is none, and nothing is offered before it is computed.
+    bootstrap_port: int | None = None
     # Hosts that this engine connects to: networks, addresses, host names, or `.suffix` of host names. Empty: every host.
     dial: tuple[str, ...] = ()
     # Engine ids that this engine exchanges KV with. Empty: every engine.
@@ -77,6 +84,9 @@ class Options:
             values["host"] = host
         if port := os.environ.get("KVFERRY_PORT"):
             values["port"] = port
+        # Deployments of Mooncake's connector set this one.
+        if port := os.environ.get("KVFERRY_BOOTSTRAP_PORT") or os.environ.get("VLLM_MOONCAKE_BOOTSTRAP_PORT"):
+            values["bootstrap_port"] = port
         for name, value in given.items():
             if name in known:
                 values[name] = value
@@ -89,10 +99,11 @@ class Options:
             if values.get(name):
                 listed = values[name]
                 values[name] = tuple(listed.split(",") if isinstance(listed, str) else listed)
-        for name in ("port", "chunk_min", "chunk_max", "tcp_connections", "gpu_ring"):
+        for name in ("port", "chunk_min", "chunk_max", "tcp_connections", "gpu_ring", "bootstrap_port"):
             if values.get(name) is not None:
                 values[name] = int(values[name])
-        for name in ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience"):
+        seconds = ("deadline", "unclaimed_lease", "claim_lease", "hard_cap", "early_grace", "patience", "queued", "stalled")
+        for name in seconds:
             if values.get(name) is not None:
                 values[name] = float(values[name])
         if values.get("on_start_failure", "exit") not in ("exit", "off"):
@@ -130,7 +141,13 @@ class Options:
             tcp_checksum=bool(self.tcp_checksum),
             gpu_copy=self.gpu_copy,
             gpu_ring=self.gpu_ring,
+            queued=self.queued,
+            stalled=self.stalled,
         )
+
+    def awaited_deadline(self) -> float:
+        """From the start of a load whose prompt is still computed to its decision: as long as an offer lives."""
+        return max(self.deadline, self.hard_cap or HARD_CAP)
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:
         """`HOST:PORT` that a rank listens on. Each data-parallel replica uses one port per rank."""

@@ -11,12 +11,17 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvferry import _native
 
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
 # The key of kvferry's part. Routers pass on unknown keys.
 KEY = "kvferry"
+# Fewest and most characters of a transfer id. The offer's secret is derived from it, so a short one could be guessed.
+TRANSFER = (16, 256)
 # The keys of a name's fingerprints: of the prompt's tokens, of the weights, and of the LoRA adapter. The consumer compares them
 # with the producer's own, so a client that changes one gets nothing loaded.
 PROMPT, WEIGHTS, ADAPTER = "prompt", "weights", "adapter"
@@ -34,6 +39,14 @@ class Refused(BadParams):
         self.part = part
 
 
+class NoPeer(BadParams):
+    """A prefill engine that cannot be asked for what it computes. `key`: the engine and the cause, for the log."""
+
+    def __init__(self, bootstrap: str, why: str) -> None:
+        super().__init__(f"the prefill engine behind {bootstrap!r:.200} cannot be loaded from while it computes: {why}")
+        self.key = (bootstrap, why)
+
+
 def fingerprint(tokens: Sequence[int], *more: str) -> str:
     """A hash of the tokens that an offer's blocks were computed from, and of everything else that the blocks depend on. It
     keeps another prompt from using them."""
@@ -44,6 +57,15 @@ def fingerprint(tokens: Sequence[int], *more: str) -> str:
     for text in more:
         h.update(b"\0" + text.encode())
     return h.hexdigest()
+
+
+def prompt_fingerprint(request: "Request", tokens: int) -> str | None:
+    """The fingerprint of a request's first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
+    if request.prompt_token_ids is None:
+        return None
+    # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
+    seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
+    return fingerprint(request.prompt_token_ids[:tokens], *seen)
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,8 @@ class Remote:
     fingerprints: dict[str, str]
     # The engine that made it.
     engine: str
+    # Whether the prefill may not have begun: its request waits in a queue.
+    awaited: bool = False
 
 
 def wants_decode(params: dict[str, Any] | None) -> bool:
@@ -71,21 +95,34 @@ def wants_prefill(params: dict[str, Any] | None) -> bool:
     return bool(params) and bool(params.get("do_remote_prefill"))
 
 
-def response(
+def transfer(params: dict[str, Any] | None) -> str | None:
+    """The id that a router has given the transfer; `None`: it has given none. Raises `BadParams`."""
+    found = (params or {}).get("transfer_id")
+    if found is None:
+        return None
+    if not isinstance(found, str) or not TRANSFER[0] <= len(found) <= TRANSFER[1] or not found.isprintable():
+        raise BadParams(f"transfer_id is not a text of {TRANSFER[0]} to {TRANSFER[1]} characters")
+    return found
+
+
+def is_minted(params: dict[str, Any]) -> bool:
+    """Whether a decode request names its offer by a transfer id alone: the prefill may still run."""
+    return KEY not in params and params.get("transfer_id") is not None
+
+
+def minted(
+    transfer: str,
     *,
     engine: str,
-    request: str,
-    addr: str,
-    ranks: list[tuple[int, str, str]],
     incarnation: str,
+    ranks: list[tuple[int, str, str]],
+    request: str,
     tokens: int,
     fingerprints: dict[str, str],
-    tp_size: int,
     seal_keys: list[bytes],
-    number: int = 0,
-) -> tuple[str, str, dict[str, Any]]:
-    """Builds `(offer id, name, params)` for a finished prefill."""
-    offer_id, name = _native.name_offer(
+) -> tuple[str, str]:
+    """`(offer id, name)` of an offer that both engines name after a transfer id. `tokens`: those of the whole prompt."""
+    return _native.name_offer(
         engine=engine,
         incarnation=incarnation,
         ranks=ranks,
@@ -93,10 +130,14 @@ def response(
         request=request[:256],
         fingerprints=fingerprints,
         seal_keys=seal_keys,
-        number=number,
+        transfer=transfer,
     )
+
+
+def response(*, engine: str, request: str, addr: str, tokens: int, tp_size: int, name: str) -> dict[str, Any]:
+    """The params of a finished prefill, for the decode engine."""
     host, port = addr.rsplit(":", 1)
-    params = {
+    return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         # Keys that routers read or log.
@@ -109,7 +150,6 @@ def response(
         "tp_size": tp_size,
         KEY: {"offer": json.loads(name)},
     }
-    return offer_id, name, params
 
 
 def remote(params: dict[str, Any], seal_keys: list[bytes]) -> Remote:

@@ -5,36 +5,36 @@ A prompt that cannot be loaded is prefilled here.
 """
 
 import itertools
-import re
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvferry import _native
-from kvferry.vllm import core, pool
+from kvferry.vllm import bootstrap, core, pool
 from kvferry.vllm import params as kv_params
-from kvferry.vllm.guard import logger
-from kvferry.vllm.messages import GroupBlocks, Handshake, Load, Meta, News, Offering
+from kvferry.vllm.guard import ENDING, logger
+from kvferry.vllm.messages import GroupBlocks, Handshake, Hold, Load, Meta, News, Offering
 from kvferry.vllm.options import Options
+from kvferry.vllm.peers import Asking, Peers
+from kvferry.vllm.remotes import Remotes
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
+from kvferry.vllm.transfers import NULL_BLOCK, Growing, Transfers
 from kvferry.vllm.weights import Unknown
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-# Used offers to remember: a second request with the same offer (parallel sampling, a retry) is prefilled here.
-REMEMBERED = 1 << 16
-# The block id that means "no block".
-NULL_BLOCK = 0
-# Offers of one engine that are refused for the same cause before an ERROR line tells the operator.
-MISMATCHES = 3
+# The library's default for the time that a prefill may wait in its queue, in seconds.
+QUEUED = 60.0
+# How long an idle step waits for the answer of a bootstrap endpoint, in seconds.
+ANSWER_WAIT = 0.002
 # Only prefills with these statuses are offered.
 OFFERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
@@ -62,6 +62,19 @@ class Prefill:
     tokens: int
     # Number of its tokens that were in the prefix cache at its first look-up; `None` before.
     cached: int | None = None
+    # Whether a router has named its offer: the decode engine knows no other one.
+    named: bool = False
+
+
+@dataclass
+class Awaited:
+    """An offer whose prefill may not have begun."""
+
+    offer_id: str
+    # Ranks whose claims wait for it.
+    ranks: int
+    # When this engine prefills the prompt itself. Of `time.monotonic`.
+    until: float
 
 
 @dataclass
@@ -71,20 +84,11 @@ class Todo:
     offerings: list[Offering] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
-    holds: list[str] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
 
     def any(self) -> bool:
         """Whether there is a message."""
         return bool(self.offerings or self.loads or self.releases or self.holds)
-
-
-def _fingerprint(request: "Request", tokens: int) -> str | None:
-    """The fingerprint of the first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
-    if request.prompt_token_ids is None:
-        return None
-    # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
-    seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
-    return kv_params.fingerprint(request.prompt_token_ids[:tokens], *seen)
 
 
 class SchedulerSide:
@@ -104,30 +108,44 @@ class SchedulerSide:
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         parallel = config.parallel_config
         self._world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        self.windows = any(pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec) for g in self._group_ids)
+        self._one_host = getattr(parallel, "nnodes", 1) == 1
         self._ranks: list[tuple[int, str, str]] = []
-        self._seal_keys = Options.of(config).keys()
+        options = Options.of(config)
+        self._seal_keys = options.keys()
+        self._bootstrap: bootstrap.Server | None = None
+        if options.bootstrap_port is not None:
+            replica = getattr(parallel, "data_parallel_index", 0)
+            port = options.bootstrap_port + replica if options.bootstrap_port else 0
+            self._bootstrap = bootstrap.Server(options.host, port, replica)
+        windows = {g for g in self._group_ids if pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec)}
+        self.windows = bool(windows)
+        self.transfers = Transfers(self._block_tokens, windows, self._open_name, self._unchanged)
         self._core = core.Core(core.find())
         self._weights = ""
         # Why nothing is transferred; empty: transfers work.
         self._off = ""
         self._repeats = Repeats()
-        # Refused offers, by engine and cause.
-        self._refusals: dict[tuple[str, str], int] = {}
         self._incarnation: str | None = None
         self._todo = Todo()
         # Names are numbered as they are minted, and the workers enter them in this order. From the clock in milliseconds, so
         # that numbers ascend even if this side restarts alone.
         self._numbers = itertools.count(time.time_ns() // 1_000_000)
-        # For requests that were looked up and not yet admitted: the offer, and the tokens that the last look-up found here.
-        self._remotes: dict[str, kv_params.Remote] = {}
+        # For requests that were looked up and not yet admitted: the tokens that the last look-up found here.
         self._local: dict[str, int] = {}
-        self._used: OrderedDict[str, None] = OrderedDict()
+        # Awaited offers, by request that is not admitted.
+        self._awaited: dict[str, Awaited] = {}
+        self._queued = options.queued if options.queued is not None else QUEUED
+        # Requests whose prefill engine has not answered yet.
+        self._asking: dict[str, Request] = {}
         self._waiting: dict[str, Waiting] = {}
         self._prefills: dict[str, Prefill] = {}
         # The gauges of this side and of the ranks are sent with a step. One is made after the start.
         self._unsent_gauges = False
         self.stats = KvFerryStats()
+        peers = Peers(self._seal_keys, options.dial)
+        release = lambda offer: self._todo.releases.append(offer)  # noqa: E731
+        self._remotes = Remotes(self._seal_keys, peers, self.stats, self._repeats, self._weights_of, release)
+        self._remotes.off = "" if self._pulls_here else "see kv_role"
 
     # ---- the handshake ------------------------------------------------------------------------------------------------
 
@@ -144,6 +162,20 @@ class SchedulerSide:
 
     def _shake_hands(self, new: list[Handshake]) -> None:
         """Uses new handshakes in place of earlier ones of the same ranks."""
+        self._settle(new)
+        self._remotes.off = "" if self._pulls_here else self._off or "see kv_role"
+        if self._bootstrap is not None:
+            entry = bootstrap.entry(
+                engine=self._engine,
+                incarnation=self._incarnation,
+                ranks=self._ranks,
+                seal_keys=self._seal_keys,
+                pulls=self._pulls_here,
+            )
+            self._bootstrap.set(entry)
+            logger.info("kvferry: engine %s answers GET /query at port %d", self._engine, self._bootstrap.port)
+
+    def _settle(self, new: list[Handshake]) -> None:
         self._unsent_gauges = True
         self._handshakes |= {h.rank: h for h in new}
         ours = [self._handshakes[rank] for rank in sorted(self._handshakes)]
@@ -184,9 +216,49 @@ class SchedulerSide:
             except Unknown as e:
                 self._repeats.log(logger.warning, "unknown", f"kvferry: request {request.request_id} is not offered: {e}")
                 weights = None
-            self._prefills[request.request_id] = Prefill(weights, request.num_prompt_tokens)
-        elif kv_params.wants_prefill(params) and (remote := self._remote(request)) is not None:
-            self._todo.holds.append(remote.offer)
+            prefill = self._prefills[request.request_id] = Prefill(weights, request.num_prompt_tokens)
+            self._arrived_with_transfer(request, prefill)
+        elif kv_params.wants_prefill(params):
+            self._hold(request)
+
+    def _hold(self, request: "Request") -> None:
+        try:
+            if (remote := self._remotes.get(request)) is not None:
+                self._claim(request, remote)
+        except Asking:
+            self._asking[request.request_id] = request
+
+    def _claim(self, request: "Request", remote: kv_params.Remote) -> None:
+        self._todo.holds.append(Hold(remote.offer_id, remote.offer, remote.awaited))
+        if remote.awaited:
+            until = time.monotonic() + self._queued
+            self._awaited[request.request_id] = Awaited(remote.offer_id, self._world, until)
+
+    def _has_begun(self, request: "Request", remote: kv_params.Remote) -> bool | None:
+        """Whether the prefill of an awaited offer has begun; `None`: the wait has been too long. A request takes no blocks before
+        that. Otherwise two engines with full pools could wait for each other, and the blocks would be idle while the prefill
+        waits in its queue."""
+        if not remote.awaited:
+            return True
+        awaited = self._awaited.get(request.request_id)
+        if awaited is None:
+            self._claim(request, remote)
+            return False
+        if awaited.ranks <= 0:
+            return True
+        return None if time.monotonic() > awaited.until else False
+
+    def _arrived_with_transfer(self, request: "Request", prefill: Prefill) -> None:
+        """A router may have sent the request to a decode engine at the same time, which waits for its offer."""
+        try:
+            transfer = kv_params.transfer(request.kv_transfer_params)
+        except kv_params.BadParams as e:
+            self._repeats.log(logger.warning, "transfer", f"kvferry: request {request.request_id} is not offered: {e}")
+            prefill.named = True
+            return
+        if transfer is not None:
+            prefill.named = True
+            self.transfers.add(request, transfer, _native.transfer_offer(transfer))
 
     def _weights_of(self, request: "Request") -> dict[str, str]:
         """The fingerprints of the weights that a request's KV is computed from. Raises `Unknown`."""
@@ -204,16 +276,28 @@ class SchedulerSide:
 
     # ---- the decode side ----------------------------------------------------------------------------------------------
 
-    def matched(self, request: "Request", computed: int) -> tuple[int, bool]:
-        """The number of prompt tokens that can be loaded after the first `computed`, which are here. The engine may call it
-        several times for one request."""
+    def matched(self, request: "Request", computed: int) -> tuple[int | None, bool]:
+        """The number of prompt tokens that can be loaded after the first `computed`, which are here; `None`: not known yet. The
+        engine may call it several times for one request."""
         if (prefill := self._prefills.get(request.request_id)) is not None and prefill.cached is None:
             prefill.cached = computed
+        self.transfers.looked_up(request.request_id, computed)
         if not kv_params.wants_prefill(request.kv_transfer_params):
             return 0, False
-        remote = self._remote(request)
+        try:
+            remote = self._remotes.get(request)
+        except Asking:
+            return None, False
         if remote is None:
+            self._local.pop(request.request_id, None)
+            self._awaited.pop(request.request_id, None)
             return 0, False
+        if not (begun := self._has_begun(request, remote)):
+            if begun is None:
+                del self._awaited[request.request_id]
+                self._remotes.give_up(request, remote, f"its prefill has not begun within {self._queued:.0f} s")
+                return 0, False
+            return None, False
         self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
         if tokens == request.num_prompt_tokens and self.windows:
@@ -226,83 +310,6 @@ class SchedulerSide:
             return 0, False
         return more, True
 
-    def _remote(self, request: "Request") -> kv_params.Remote | None:
-        """The request's offer, parsed once. An unusable offer is refused once, and the prompt is prefilled here."""
-        params, known = request.kv_transfer_params, self._remotes.get(request.request_id)
-        assert params is not None
-        remote = known
-        try:
-            if remote is None:
-                remote = kv_params.remote(params, self._seal_keys)
-                self._check_prompt(request, remote)
-            if not self._pulls_here:
-                raise kv_params.Refused("off", f"this engine does not pull ({self._off or 'see kv_role'})")
-            if remote.offer_id in self._used:
-                raise kv_params.BadParams("another request of this engine has used its offer")
-            self._check_weights(request, remote)
-        except kv_params.BadParams as e:
-            params["do_remote_prefill"] = False
-            self._remotes.pop(request.request_id, None)
-            self._local.pop(request.request_id, None)
-            self._refuse(request, remote, e)
-            return None
-        self._remotes[request.request_id] = remote
-        return remote
-
-    def _check_prompt(self, request: "Request", remote: kv_params.Remote) -> None:
-        tokens, prompt = request.prompt_token_ids, remote.fingerprints.get(kv_params.PROMPT)
-        if tokens is None:
-            return
-        if prompt is None:
-            raise kv_params.Refused("prompt", "its offer has no prompt fingerprint")
-        if len(tokens) < remote.tokens or _fingerprint(request, remote.tokens) != prompt:
-            raise kv_params.Refused("prompt", "its offer belongs to another prompt")
-
-    def _check_weights(self, request: "Request", remote: kv_params.Remote) -> None:
-        try:
-            here = self._weights_of(request)
-        except Unknown as e:
-            raise kv_params.Refused(kv_params.ADAPTER, str(e)) from e
-        there = remote.fingerprints
-        if there.get(kv_params.WEIGHTS) != here[kv_params.WEIGHTS]:
-            raise kv_params.Refused(
-                "weights",
-                f"its KV was computed with other weights ({there.get(kv_params.WEIGHTS)!r:.80} there, "
-                f"{here[kv_params.WEIGHTS]!r} here); start both engines with the same weights",
-            )
-        if there.get(kv_params.ADAPTER) != here.get(kv_params.ADAPTER):
-            raise kv_params.Refused(
-                "adapter", "its KV was computed with another LoRA adapter, or with other weights of it, or without one"
-            )
-
-    def _refuse(self, request: "Request", remote: kv_params.Remote | None, error: kv_params.BadParams) -> None:
-        """Counts and logs a refused offer, and releases it, so that it does not fill the prefill engine's memory."""
-        self.stats.refused()
-        line = f"kvferry: request {request.request_id} is prefilled here: {error}"
-        # Quoted input of a client would make each line a kind of its own.
-        kind = re.split(r"[\"'`(0-9]", str(error), maxsplit=1)[0]
-        if remote is None or not isinstance(error, kv_params.Refused):
-            return self._repeats.log(logger.warning, kind, line)
-        engine, part = remote.engine, error.part
-        self.stats.mismatch(part)
-        self._repeats.log(logger.warning, (engine, kind), f"{line} (from engine {engine})")
-        if remote.offer_id not in self._used:
-            self._use(remote)
-            self._todo.releases.append(remote.offer)
-        if part not in (kv_params.WEIGHTS, kv_params.ADAPTER):
-            # Clients and routers cause the others one by one.
-            return
-        if len(self._refusals) >= REMEMBERED:
-            self._refusals.clear()
-        refused = self._refusals[engine, part] = self._refusals.get((engine, part), 0) + 1
-        if refused == MISMATCHES:
-            self._repeats.log(
-                logger.error,
-                ("pair", engine, part),
-                f"kvferry: the last {refused} offers of engine {engine} were refused ({part}): each of their prompts is "
-                "prefilled twice until both engines run with the same weights",
-            )
-
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
         """The engine has allocated the request's blocks. If `external` is positive, the request waits from now on until its
         load is reported, even if this method fails."""
@@ -310,7 +317,7 @@ class SchedulerSide:
         if external <= 0 and not kv_params.wants_prefill(params):
             return
         request_id = request.request_id
-        remote = self._remotes.get(request_id)
+        remote = self._remotes.peek(request_id)
         first = self._local.pop(request_id, 0)
         if params is not None:
             params["do_remote_prefill"] = False
@@ -319,33 +326,29 @@ class SchedulerSide:
                 raise RuntimeError("the request is to be loaded and has no offer")
             groups = self._wanted(blocks, first, first + external)
             self._remotes.pop(request_id)
-            self._use(remote)
-            for part in (kv_params.WEIGHTS, kv_params.ADAPTER):
-                self._refusals.pop((remote.engine, part), None)
+            self._awaited.pop(request_id, None)
+            self._remotes.loads(remote)
             self._waiting[request_id] = self._wait(groups, first, first + external)
-            self._todo.loads.append(Load(request_id, remote.offer, groups))
+            self._todo.loads.append(Load(request_id, remote.offer, groups, remote.awaited))
         elif remote is not None:
             # The whole prompt is here, or another connector loads it.
             self._remotes.pop(request_id)
-            self._use(remote)
+            self._awaited.pop(request_id, None)
+            self._remotes.use(remote)
             self._todo.releases.append(remote.offer)
 
     def give_up(self, request: "Request") -> None:
         """`allocated` failed, but the request waits until its workers report a failed load. The next look-up must not load it
         again."""
-        remote = self._remotes.pop(request.request_id, None)
+        self._awaited.pop(request.request_id, None)
+        remote = self._remotes.pop(request.request_id)
         if remote is not None:
-            self._use(remote)
+            self._remotes.use(remote)
             self._todo.releases.append(remote.offer)
         self._local.pop(request.request_id, None)
         if request.kv_transfer_params:
             request.kv_transfer_params["do_remote_prefill"] = False
         self._todo.loads.append(Load(request.request_id, None))
-
-    def _use(self, remote: kv_params.Remote) -> None:
-        self._used[remote.offer_id] = None
-        if len(self._used) > REMEMBERED:
-            self._used.popitem(last=False)
 
     def _wanted(self, blocks: "KVCacheBlocks", first: int, end: int) -> list[GroupBlocks]:
         """The local blocks of the tokens from `first` to `end`, by group and position."""
@@ -376,6 +379,12 @@ class SchedulerSide:
         if isinstance(news := getattr(output, "kv_connector_worker_meta", None), News):
             if news.handshakes:
                 self._shake_hands(news.handshakes)
+            awaited = {a.offer_id: a for a in self._awaited.values()} if news.begun else {}
+            for offer_id in news.begun:
+                if offer_id in awaited:
+                    awaited[offer_id].ranks -= 1
+            for engine in news.failed:
+                self._remotes.peers.forget(engine)
             if wedged := [r for r in news.wedged if self._waiting.pop(r, None) is not None]:
                 logger.error("kvferry: %s end with an error: their loads will never be quiet", ", ".join(wedged))
                 self._core.fail(wedged)
@@ -398,14 +407,18 @@ class SchedulerSide:
         request_id, params = request.request_id, request.kv_transfer_params
         # If the request was aborted while it waited, its workers learn that from vLLM; no tokens are counted.
         self._waiting.pop(request_id, None)
-        remote = self._remotes.pop(request_id, None)
         self._local.pop(request_id, None)
+        self._asking.pop(request_id, None)
+        self._awaited.pop(request_id, None)
         prefill = self._prefills.pop(request_id, None)
+        if prefill is not None and prefill.named:
+            return self._finished_growing(request, prefill)
         if kv_params.wants_prefill(params):
             assert params is not None
-            self._release(remote, params)
+            self._remotes.end(request, params)
             params["do_remote_prefill"] = False
             return False, None
+        self._remotes.pop(request_id)
         if not kv_params.wants_decode(params) or not any(blocks):
             return False, None
         if request.status.name not in OFFERED:
@@ -415,6 +428,56 @@ class SchedulerSide:
             return False, None
         weights = self._offered_weights(request, prefill)
         return self._offer(request, blocks, weights) if weights is not None else (False, None)
+
+    # ---- offers that grow ---------------------------------------------------------------------------------------------
+
+    def _open_name(self, growing: Growing) -> str | None:
+        """The name of the offer of a prefill that begins; `None`: it is not offered."""
+        request = growing.request
+        prefill = self._prefills.get(request.request_id)
+        prompt = kv_params.prompt_fingerprint(request, request.num_prompt_tokens)
+        if prefill is None or prompt is None or self._core.stopping() or not self._can_offer(request):
+            return None
+        weights = self._offered_weights(request, prefill)
+        if weights is None:
+            return None
+        _, name = kv_params.minted(
+            growing.transfer,
+            engine=self._engine,
+            incarnation=self._incarnation or "",
+            ranks=self._ranks,
+            request=request.request_id,
+            tokens=request.num_prompt_tokens,
+            fingerprints=weights | {kv_params.PROMPT: prompt},
+            seal_keys=self._seal_keys,
+        )
+        return name
+
+    def _unchanged(self, growing: Growing) -> bool:
+        return self._is_unchanged(growing.request, self._prefills.get(growing.request.request_id))
+
+    def _finished_growing(self, request: "Request", prefill: Prefill) -> tuple[bool, dict[str, Any] | None]:
+        growing = self.transfers.finished(request)
+        if growing is None:
+            return False, None
+        # From here on the blocks must stay, whatever fails: the offer is open.
+        try:
+            if request.status.name in OFFERED and growing.complete and self._is_unchanged(request, prefill):
+                response = self._response(request, request.num_prompt_tokens, growing.offer)
+                self.transfers.keep(growing)
+                return True, response
+        except ENDING:
+            raise
+        except BaseException:
+            logger.exception("kvferry: request %s is not offered any more", request.request_id)
+        self.transfers.end(growing)
+        return True, None
+
+    def _is_unchanged(self, request: "Request", prefill: Prefill | None) -> bool:
+        """Whether a prefill goes on with the weights that it began with, on ranks that its offer names."""
+        if prefill is None or self._incarnation is None:
+            return False
+        return self._offered_weights(request, prefill) is not None
 
     def _offered_weights(self, request: "Request", prefill: Prefill | None) -> dict[str, str] | None:
         """The fingerprints of the weights that a finished prefill was computed from; `None`: it is not known which."""
@@ -434,27 +497,10 @@ class SchedulerSide:
         self._repeats.log(logger.warning, "weights", f"kvferry: request {request.request_id} is not offered: {why}")
         return None
 
-    def _release(self, remote: kv_params.Remote | None, params: dict[str, Any]) -> None:
-        """The request ended before its admission: releases its offer, so that its blocks are free before the lease ends."""
-        if remote is None and self._pulls_here:
-            try:
-                remote = kv_params.remote(params, self._seal_keys)
-            except kv_params.BadParams:
-                return
-        if remote is not None and self._pulls_here and remote.offer_id not in self._used:
-            self._use(remote)
-            self._todo.releases.append(remote.offer)
-
     def _offer(
         self, request: "Request", blocks: tuple[list[int], ...], weights: dict[str, str]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._incarnation is None:
-            self._repeats.log(
-                logger.warning,
-                "no offers",
-                f"kvferry: request {request.request_id} asks for a remote decode, but this engine does not offer (see kv_role, "
-                "or the errors above); the decode engine will prefill it again",
-            )
+        if not self._can_offer(request):
             return False, None
         tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         groups = []
@@ -464,37 +510,73 @@ class SchedulerSide:
             if len(ids) != count:
                 raise RuntimeError(f"group {gid} has {len(ids)} blocks for {count} positions")
             groups.append(GroupBlocks(gid, 0, [None if b == NULL_BLOCK else b for b in ids]))
-        prompt = _fingerprint(request, tokens)
+        prompt = kv_params.prompt_fingerprint(request, tokens)
         fingerprints = weights | ({kv_params.PROMPT: prompt} if prompt is not None else {})
-        offer_id, offer, response = kv_params.response(
+        offer_id, name = _native.name_offer(
             engine=self._engine,
-            request=request.request_id,
-            addr=self._ranks[0][2],
+            incarnation=self._incarnation or "",
             ranks=self._ranks,
-            incarnation=self._incarnation,
             tokens=tokens,
+            request=request.request_id[:256],
             fingerprints=fingerprints,
-            tp_size=self._tp_size,
             seal_keys=self._seal_keys,
             number=next(self._numbers),
         )
-        self._todo.offerings.append(Offering(request.request_id, offer_id, offer, groups))
-        return True, response
+        self._todo.offerings.append(Offering(request.request_id, offer_id, name, groups))
+        return True, self._response(request, tokens, name)
+
+    def _can_offer(self, request: "Request") -> bool:
+        if self._incarnation is None:
+            self._repeats.log(
+                logger.warning,
+                "no offers",
+                f"kvferry: request {request.request_id} asks for a remote decode, but this engine does not offer (see kv_role, "
+                "or the errors above); the decode engine will prefill it again",
+            )
+        return self._incarnation is not None
+
+    def _response(self, request: "Request", tokens: int, name: str) -> dict[str, Any]:
+        return kv_params.response(
+            engine=self._engine,
+            request=request.request_id,
+            addr=self._ranks[0][2],
+            tokens=tokens,
+            tp_size=self._tp_size,
+            name=name,
+        )
 
     # ---- the step -----------------------------------------------------------------------------------------------------
 
-    def meta(self, scheduled: int) -> Meta:
-        """The offers, loads and releases that the workers start in this step, which computes `scheduled` tokens."""
-        stopping = self._core.stopping()
-        if scheduled or self._todo.any() or self._unsent_gauges or stopping:
+    def meta(self, output: "SchedulerOutput") -> Meta:
+        """The messages that the workers receive with this step."""
+        stopping, scheduled = self._core.stopping(), output.total_num_scheduled_tokens
+        for request in list(self._asking.values()):
+            # Its answer may have come: it is claimed now.
+            del self._asking[request.request_id]
+            if kv_params.wants_prefill(request.kv_transfer_params) and request.request_id not in self._remotes:
+                self._hold(request)
+        self.transfers.step(output)
+        if scheduled or self._todo.any() or self.transfers.todo.any() or self._unsent_gauges or stopping:
             self._core.busy()
         else:
-            self._core.wait()
+            # A rank on another host cannot tell that a load has ended.
+            loading = len(self._waiting) + sum(a.ranks > 0 for a in self._awaited.values())
+            self._core.wait(loading if self._one_host else 0)
+            if self._asking:
+                self._remotes.peers.wait(ANSWER_WAIT)
         self._unsent_gauges = False
         todo, self._todo = self._todo, Todo()
-        alarm = self._core.alarm() if todo.offerings else None
-        return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping, alarm)
+        growing = self.transfers.take()
+        rings = todo.offerings or todo.loads or todo.holds or growing["openings"] or growing["held"]
+        alarm = self._core.alarm() if rings else None
+        return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping=stopping, alarm=alarm, **growing)
 
     def pending(self) -> bool:
         """Whether a message waits for a step; there may be no request that causes one."""
-        return bool(self._todo.releases or self._todo.offerings or self._unsent_gauges)
+        todo = self._todo
+        return bool(todo.releases or todo.offerings or self.transfers.todo.any() or self._unsent_gauges)
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self._bootstrap is not None:
+            self._bootstrap.close()

@@ -1,4 +1,5 @@
-"""Wakes the engine's loop when an offer is freed. A rank may be another process than the scheduler, so the news is a datagram."""
+"""Wakes the engine's loop when an offer is freed or a load has ended. A rank may be another process than the scheduler, so the
+news is a datagram."""
 
 import os
 import shutil
@@ -7,9 +8,8 @@ import tempfile
 import threading
 from collections.abc import Callable
 
-from kvferry import _native
-
-# How long a rank's thread waits before it looks whether it must end, in seconds. Meanwhile it keeps the producer alive.
+# How long a rank's thread waits before it looks whether it must end, in seconds. Meanwhile it keeps the producer or the consumer
+# alive.
 LOOK = 0.1
 
 
@@ -39,21 +39,22 @@ class Alarm:
 
 
 class Bell:
-    """A rank's end: a thread that sends a datagram when the producer has freed an offer."""
+    """A rank's end: a thread that sends a datagram when there is news. `has`: whether there is news that was not taken; it waits
+    for that, for the given seconds at most."""
 
-    def __init__(self, path: str, producer: _native.Producer) -> None:
-        self._path, self._producer = path, producer
+    def __init__(self, path: str, has: Callable[[float], bool]) -> None:
+        self._path, self._has = path, has
         self._polled = threading.Event()
         self._stopped = False
         self._thread = threading.Thread(target=self._watch, name="kvferry-bell", daemon=True)
         self._thread.start()
 
     def polled(self) -> None:
-        """The freed offers were taken."""
+        """The news was taken."""
         self._polled.set()
 
     def stop(self) -> None:
-        """Ends the thread: from now on it does not use the producer."""
+        """Ends the thread: from now on it does not call `has`."""
         self._stopped = True
         self._polled.set()
         self._thread.join(1)
@@ -64,14 +65,14 @@ class Bell:
             try:
                 out.connect(self._path)
                 while not self._stopped:
-                    if self._producer.has_freed(LOOK):
+                    if self._has(LOOK):
                         self._polled.clear()
-                        # Freed before the line above, and taken since: then nothing is left to tell.
-                        if self._producer.has_freed(0):
+                        # Came before the line above, and taken since: then nothing is left to tell.
+                        if self._has(0):
                             self._send(out)
                             self._polled.wait(1)
             except (OSError, RuntimeError):
-                # The scheduler is on another host, or gone; or the producer was closed. Without news the loop looks by itself.
+                # The scheduler is on another host, or gone; or this end was closed. Without news the loop looks by itself.
                 return
 
     @staticmethod

@@ -16,7 +16,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvferry import _native
 from kvferry.vllm import pool, weights
 from kvferry.vllm.guard import ENDING, StartFailed, logger
-from kvferry.vllm.messages import Handshake, Load, Meta, News, Offering
+from kvferry.vllm.messages import Handshake, Hold, Load, Meta, News
+from kvferry.vllm.offers import Offers
 from kvferry.vllm.options import Options
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 CLOSE = 0.4
 # The same before sleep. vLLM unmaps GPU memory afterwards, so a copy that is still running must end first.
 CLOSE_TO_SLEEP = 5.0
+# How often the bell's thread looks whether a prefill has begun, in seconds: 200 looks take 0.5 % of a core.
+HOLD_LOOK = 0.005
 # Missing before vLLM 0.33: the engine does not tell a connector that it is going to sleep.
 SLEEP_IS_ANNOUNCED = hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
@@ -88,7 +91,11 @@ class WorkerSide:
         self._changed = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
-        self._offered: dict[str, str] = {}
+        # Awaited offers whose claims wait, and those that wait no longer since the last news.
+        self._holds: dict[str, _native.Hold] = {}
+        self._begun: list[str] = []
+        # Engines from which a load has failed since the last news.
+        self._failed_peers: set[str] = set()
         self._report = Report(set(), set(), set())
         self._invalid: set[int] = set()
         self.stats = KvFerryStats()
@@ -97,10 +104,15 @@ class WorkerSide:
         self._off = ""
         self._weights = ""
         self._draining = False
+        # Ring when an offer is freed, and when a load has ended.
         self._bell: Bell | None = None
+        self._load_bell: Bell | None = None
         # Wedged pulls that the scheduler side knows of.
         self._told: set[int] = set()
         self._repeats = Repeats()
+        drafts = getattr(config, "speculative_config", None) is not None
+        sent = lambda request: self._report.sent.add(request)  # noqa: E731
+        self.offers = Offers(self.stats, self._repeats, sent, self._stream, drafts)
 
     # ---- registration -------------------------------------------------------------------------------------------------
 
@@ -137,6 +149,7 @@ class WorkerSide:
 
         options = Options.of(self._config)
         settings = options.native()
+        self._awaited_deadline = options.awaited_deadline()
         cache = pool.describe(kv_caches, self._kv_cache_config, pool.layout_name(self._config))
         if cache.on_gpu and not SLEEP_IS_ANNOUNCED and getattr(self._config.model_config, "enable_sleep_mode", False):
             raise pool.Unsupported(
@@ -154,6 +167,7 @@ class WorkerSide:
             listen = options.listen(self._rank, tp.world_size * pp.world_size, replica)
             self._producer = _native.Producer(me, memory, settings, listen, options.reached_at())
             self._addr = self._producer.addr
+            self.offers.producer = self._producer
         if self._pulls_here:
             self._consumer = _native.Consumer(me, memory, settings)
         logger.info(
@@ -192,46 +206,40 @@ class WorkerSide:
 
     def start(self, meta: Meta) -> None:
         """Starts the scheduler side's offers, loads and releases, once."""
-        offerings, loads, releases, holds = meta.offerings, meta.loads, meta.releases, meta.holds
+        loads, releases, holds = meta.loads, meta.releases, meta.holds
         # In one process this may be the scheduler's own object. It is emptied, so that nothing is started twice.
-        meta.offerings, meta.loads, meta.releases, meta.holds = [], [], [], []
+        meta.loads, meta.releases, meta.holds = [], [], []
         if meta.stopping:
             self._drain()
-        if meta.alarm is not None and self._bell is None and self._producer is not None:
-            self._bell = Bell(meta.alarm, self._producer)
+        if meta.alarm is not None:
+            if self._bell is None and self._producer is not None:
+                self._bell = Bell(meta.alarm, self._producer.has_freed)
+            if self._load_bell is None and self._consumer is not None:
+                self._load_bell = Bell(meta.alarm, self._has_news)
         # Before the loads, which may be of the same offers.
-        for offer in holds:
-            self._hold(offer)
-        for offering in offerings:
-            self._offer(offering)
+        for hold in holds:
+            self._hold(hold)
+        self.offers.start(meta)
         for load in loads:
             self._load(load)
         for offer in releases:
             self._release(offer)
 
-    def _offer(self, offering: Offering) -> None:
-        try:
-            if self._producer is None or self._asleep:
-                raise RuntimeError("this rank has no producer")
-            self._offered[offering.offer_id] = offering.request
-            groups = [(g.group, g.first_position, g.blocks) for g in offering.groups]
-            self._producer.enter(offering.offer, groups, self._stream())
-        except ENDING:
-            raise
-        except BaseException as e:
-            self._repeats.log(logger.warning, "enter", f"kvferry: request {offering.request} is not offered: {e}")
-            self._offered.pop(offering.offer_id, None)
-            self._report.sent.add(offering.request)
-            if self._producer is not None:
-                # Its params are on the way to the decode side, which would wait for the offer.
-                self._producer.revoke(offering.offer_id)
+    def revoke(self, meta: Meta) -> None:
+        """Ends offers whose blocks are about to be used again."""
+        self.offers.revoke(meta)
+
+    def computed(self) -> None:
+        """This step's forward pass is done, or on the compute stream."""
+        self.offers.computed()
 
     def _load(self, load: Load) -> None:
         try:
             if self._consumer is None or self._asleep or self._off or load.offer is None:
                 raise RuntimeError(f"there is no offer, or this rank does not pull {self._off}".rstrip())
             groups = [(g.group, g.first_position, g.blocks) for g in load.groups]
-            number = self._consumer.pull(load.offer, groups, self._stream())
+            deadline = self._awaited_deadline if load.awaited else None
+            number = self._consumer.pull(load.offer, groups, self._stream(), load.awaited, deadline)
         except ENDING:
             raise
         except BaseException as e:
@@ -246,16 +254,20 @@ class WorkerSide:
         self._pulls[number] = Running(load)
         self._by_request[load.request] = number
 
-    def _hold(self, offer: str) -> None:
-        if self._consumer is None or self._asleep:
-            return
+    def _hold(self, hold: Hold) -> None:
         try:
-            self._consumer.hold(offer)
+            if self._consumer is None or self._asleep:
+                raise RuntimeError("this rank does not pull")
+            held = self._consumer.hold(hold.offer, hold.awaited)
+            if hold.awaited:
+                self._holds[hold.offer_id] = held
         except ENDING:
             raise
         except BaseException as e:
             # The pull reports it.
             self._repeats.log(logger.warning, "hold", f"kvferry: an offer is not claimed before its load: {e}")
+            if hold.awaited:
+                self._begun.append(hold.offer_id)
 
     def _release(self, offer: str) -> None:
         # Each rank releases: it may hold a claim of its own.
@@ -309,13 +321,30 @@ class WorkerSide:
         if self._consumer is not None and self._pulls:
             for ended in self._consumer.poll():
                 self._ended(ended)
+        for offer_id in [o for o, hold in self._holds.items() if not hold.waits()]:
+            del self._holds[offer_id]
+            self._begun.append(offer_id)
+        if self._load_bell is not None:
+            self._load_bell.polled()
+
+    def _has_news(self, limit: float) -> bool:
+        """Whether a load has ended, or a claim waits no longer. Waits for that. For the bell's thread."""
+        until = time.monotonic() + limit
+        while (consumer := self._consumer) is not None:
+            holds = list(self._holds.values())
+            left = until - time.monotonic()
+            if consumer.has_ended(min(max(left, 0), HOLD_LOOK) if holds else max(left, 0)):
+                return True
+            if any(not hold.waits() for hold in holds):
+                return True
+            if left <= 0:
+                break
+        return False
 
     def _poll_offers(self) -> None:
-        if self._producer is not None and self._offered:
-            for offer_id, why in self._producer.poll_freed():
-                self._freed(offer_id, why)
-            if self._bell is not None:
-                self._bell.polled()
+        self.offers.poll()
+        if self._bell is not None:
+            self._bell.polled()
 
     def _ended(self, ended: _native.Ended) -> None:
         running = self._pulls.pop(ended.pull, None)
@@ -346,6 +375,7 @@ class WorkerSide:
             result = "partial" if ended.loaded and self._one_group else "failed"
             if ended.cause == "refused":
                 self.stats.mismatch("handshake")
+            self._failed_peers.add(ended.peer)
             self._repeats.log(
                 logger.warning,
                 (ended.peer, ended.cause),
@@ -369,19 +399,6 @@ class WorkerSide:
             self._invalid.update(invalid)
         else:
             self._report.failed.add(load.request)
-
-    def _freed(self, offer_id: str, why: str) -> None:
-        request = self._offered.pop(offer_id, None)
-        if request is None:
-            return
-        self._report.sent.add(request)
-        self.stats.offer_ended(why)
-        if why != "released":
-            self._repeats.log(
-                logger.warning,
-                ("offer", why),
-                f"kvferry: request {request}: its offer ended before a decode engine had all of it ({why})",
-            )
 
     def invalid_blocks(self) -> set[int]:
         """The invalid blocks of the loads that `collect` has just reported."""
@@ -426,11 +443,11 @@ class WorkerSide:
         registrations and mappings in other processes end too."""
         if self._asleep:
             return
-        self._asleep = True
+        self._asleep = self.offers.asleep = True
         # Cleared at the end: whatever fails in between, this rank must not use the memory again.
         self._lost = self._gpu is not None
         if self._producer is not None:
-            for offer_id in list(self._offered):
+            for offer_id in [*self.offers.held, *self.offers.open]:
                 self._producer.revoke(offer_id)
         stopped = True
         if self._consumer is not None:
@@ -447,21 +464,21 @@ class WorkerSide:
         """Closes the producer and the consumer, which releases the memory; whether it is released."""
         self._poll_pulls()
         until = time.monotonic() + CLOSE_TO_SLEEP
-        while self._offered and time.monotonic() < until:
+        while self.offers.any() and time.monotonic() < until:
             self._poll_offers()
             time.sleep(0.001)
         if not self._close(CLOSE_TO_SLEEP):
             return False
         # Nothing reads the blocks of these offers any more.
-        for offer_id in list(self._offered):
-            self._freed(offer_id, "revoked")
+        for offer_id in [*self.offers.held, *self.offers.open]:
+            self.offers.freed(offer_id, "revoked")
         return True
 
     def wake(self) -> None:
         """The memory is back, at the same addresses."""
         if not self._asleep:
             return
-        self._asleep = False
+        self._asleep = self.offers.asleep = False
         if self._gpu is None:
             return
         self._changed = True
@@ -480,11 +497,13 @@ class WorkerSide:
         """This rank's new handshake, once after a wake-up or a failure, and the requests whose loads have wedged since the last
         call."""
         wedged = self._newly_wedged()
-        if not self._changed and not wedged:
+        failed, self._failed_peers = sorted(self._failed_peers), set()
+        begun, self._begun = self._begun, []
+        if not self._changed and not wedged and not failed and not begun:
             return None
         handshakes = [self.handshake()] if self._changed else []
         self._changed = False
-        return News(handshakes, wedged)
+        return News(handshakes, wedged, failed, begun)
 
     def _newly_wedged(self) -> list[str]:
         if self._consumer is None or self._off not in ("wedged", "died"):
@@ -500,10 +519,11 @@ class WorkerSide:
     def _close(self, limit: float) -> bool:
         """Stops the consumer and the producer, each within `limit` seconds; whether both have stopped."""
         consumer, self._consumer = self._consumer, None
-        producer, self._producer = self._producer, None
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            bell.stop()
+        producer, self._producer, self.offers.producer = self._producer, None, None
+        bells, self._bell, self._load_bell = (self._bell, self._load_bell), None, None
+        for bell in bells:
+            if bell is not None:
+                bell.stop()
         stopped = True
         for name, part in (("consumer", consumer), ("producer", producer)):
             if part is not None and not part.close(limit):

@@ -45,6 +45,6 @@ def test_the_table_compares_the_hand_overs() -> None:
         return [handover.Times(0.01, 0.02, 1.0, 1.1, 1.2, 1.0 + hand_over + 0.02, 0.02, 1.1, 1.2)]
 
     text = handover.table({("kvferry overlap", 1000): seen(0.01), ("kvferry sequential", 1000): seen(0.05)})
-    assert "| kvferry overlap, 1,000 tokens | 10.0 | 20.0 | 1000.0 | 1100.0 | 1200.0 | 1030.0 | **10.0** | 20.0 |" in text
+    assert "| kvferry overlap, 1,000 tokens (1) | 10.0 | 20.0 | 1000.0 | 1100.0 | 1200.0 | 1030.0 | **10.0** | 20.0 |" in text
     assert "1,000 tokens: the hand-over with overlap is 0.20 of that of kvferry sequential." in text
     assert "NIXL" not in text

@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--ucx-tls", help="UCX_TLS of the NIXL pair, for example tcp; by default UCX chooses")
     parser.add_argument("--json", type=Path, help="also write all values to this file")
     parser.add_argument("--hand-over", action="store_true", help="measure the stages of a request")
+    parser.add_argument("--budget", type=float, default=300, help="most seconds for a connector and a length with --hand-over")
     parser.add_argument("--lengths", default="1000,2000,4000,8000", help="lengths of the prompts for --hand-over")
     args = parser.parse_args()
     load = os.getloadavg()[0]
@@ -254,10 +255,13 @@ def main() -> None:
         def pair(name: str) -> handover.Pair:
             return handover.Pair(name, model, logs, args.ucx_tls)
 
-        seen, answers = handover.measure(names, pair, prompt, lengths, requests, args.rounds, say)
+        seen, answers = handover.measure(names, pair, prompt, lengths, requests, args.rounds, args.budget, say)
         print(handover.table(seen))
         wrong = ", ".join(f"{n} {w} of {a}" for n, (w, a) in answers.items())
-        print(f"\nWrong answers: {wrong}. Milliseconds from the request on, medians of {requests}, in {args.rounds} rounds.")
+        print(
+            f"\nWrong answers: {wrong}. Milliseconds from the request on, medians of the requests in brackets, in "
+            f"{args.rounds} rounds."
+        )
         print(machine(args, load))
         return
 

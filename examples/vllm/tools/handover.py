@@ -180,7 +180,7 @@ def table(seen: dict[tuple[str, int], list[Times]]) -> str:
     """A line for each way and length of the prompt, and the ratios of the hand-overs."""
     head = ["", *COLUMNS, "decode step", "prefill answered", "decode answered", "steps between them"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " --: |" * (len(head) - 1)]
-    lines += [row(f"{way}, {tokens:,} tokens", seen[way, tokens]) for way, tokens in sorted(seen, key=lambda k: k[::-1])]
+    lines += [row(f"{way}, {tokens:,} tokens ({len(seen[way, tokens])})", seen[way, tokens]) for way, tokens in sorted(seen, key=lambda k: k[::-1])]
     lengths = sorted({tokens for _, tokens in seen})
     for other in ("kvferry sequential", "NIXL connector"):
         for tokens in lengths:
@@ -198,9 +198,10 @@ def measure(
     lengths: list[int],
     requests: int,
     rounds: int,
+    budget: float,
     say: Callable[[str], None],
 ) -> tuple[dict[tuple[str, int], list[Times]], dict[str, tuple[int, int]]]:
-    """Measures each connector in each round, one pair of servers at a time. Returns the times by way and length, and the wrong
+    """Measures each connector in each round, one pair of servers at a time, for `budget` seconds for each length at most. Returns the times by way and length, and the wrong
     answers and all answers by connector."""
     seen: dict[tuple[str, int], list[Times]] = {}
     answers = dict.fromkeys(names, (0, 0))
@@ -214,7 +215,11 @@ def measure(
                 for overlap in ways.values():
                     pair.request(prompt(lengths[0]), overlap)
                 for tokens in lengths:
+                    until = time.monotonic() + budget / rounds
                     for _ in range(requests * (i + 1) // rounds - requests * i // rounds):
+                        if time.monotonic() > until:
+                            say(f"{name}, {tokens} tokens: the time for this is over")
+                            break
                         for way, overlap in ways.items():
                             times = pair.request(prompt(tokens), overlap)
                             say(f"{way} {tokens} {json.dumps({k: round(v, 5) for k, v in vars(times).items()})}")

@@ -261,21 +261,24 @@ fn thirty_two_prompts_at_once_are_answered_like_one_by_one() -> Result<()> {
 }
 
 #[test]
-fn a_request_does_not_wait_for_the_load_of_another_ones_prompt_that_is_not_computed_yet() -> Result<()> {
-    // Room for one prompt. The second one is computed first, and its offer keeps the blocks until it is loaded.
-    let (prefill, decode) = (linked(Role::Prefill, 45, 64)?, decode()?);
-    let all = prompts(2, 1, 400, 100, 11);
+fn a_request_does_not_wait_for_the_load_of_another_ones_prompt() -> Result<()> {
+    let (slow, quick, decode) = (prefill(4)?, prefill(64)?, decode()?);
+    let all: Vec<_> = [1700, 100].iter().map(|own| prompts(1, 1, 400, *own, 11).remove(0)).collect();
     let right = right(&all, 8)?;
-    let names: Vec<_> = all.iter().map(|p| prefill.name(p)).collect();
-    let follows: Vec<_> = all.iter().zip(&names).map(|(p, n)| decode.follow(p, 8, n)).collect();
-    decode.wait(|s| s.waiting == 2)?;
-    let made: Vec<_> = all.iter().zip(&names).rev().map(|(p, n)| prefill.compute(p, 1, n)).collect();
-    for (follows, right) in follows.into_iter().zip(&right) {
-        let done = answer(follows)?;
-        assert_eq!((&done.tokens, done.parts.recomputed()), (right, 0));
-    }
-    made.into_iter().try_for_each(|m| answer(m).map(drop))?;
-    settled(&[&prefill, &decode])
+    let names = [slow.name(&all[0]), quick.name(&all[1])];
+    let (first, computed) = (decode.follow(&all[0], 8, &names[0]), slow.compute(&all[0], 1, &names[0]));
+    decode.wait(|s| s.pulls.len() == 1)?;
+    let held = slow.pause()?;
+    decode.wait(|s| s.pulls.len() == 1)?;
+    // They have the same beginning.
+    let (second, also) = (decode.follow(&all[1], 8, &names[1]), quick.compute(&all[1], 1, &names[1]));
+    let done = answer(second)?;
+    assert_eq!((&done.tokens, done.parts.external as usize), (&right[1], all[1].len() - 1));
+    answer(also)?;
+    drop(held);
+    assert_eq!(answer(first)?.tokens, right[0]);
+    answer(computed)?;
+    settled(&[&slow, &quick, &decode])
 }
 
 /// Each engine has room for one prompt, and they get the prompts in another order.

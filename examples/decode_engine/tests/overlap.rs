@@ -58,7 +58,7 @@ fn a_prompt_is_loaded_while_it_is_computed_and_only_its_last_token_is_computed_a
         ensure!(p.queued <= p.admitted && p.admitted < p.first_chunk && p.first_chunk < p.first_token, "{p:?}");
         ensure!(d.queued < p.queued && p.admitted < d.admitted && d.admitted < p.first_token, "{p:?} {d:?}");
         ensure!(d.first_loaded < p.first_token, "nothing was loaded before the end: {p:?} {d:?}");
-        ensure!(p.first_token < d.loaded && d.loaded < d.first_token && d.first_token < d.last_token, "{p:?} {d:?}");
+        ensure!(d.loaded < d.first_token && d.first_token < d.last_token, "{p:?} {d:?}");
     }
     settled(&[&prefill, &decode])
 }

@@ -4,7 +4,7 @@ use super::{
     rig::{BLOCK, BLOCKS, DEADLINE, NANO, PATIENCE, Pull, SECOND, sets, wanted},
     *,
 };
-use kvferry_proto::{ChunkSize, OfferGroup, Offered, Plan, PoolLayout, Shard, Source};
+use kvferry_proto::{ChunkSize, Group, GroupKind, OfferGroup, Offered, Plan, PoolLayout, Region, Shard, Source};
 
 const TOKENS: u64 = 16 * BLOCKS as u64;
 const QUEUED: Duration = Duration::from_secs(5);
@@ -197,4 +197,54 @@ fn a_new_lane_reads_what_the_old_one_had_not_fenced_and_what_has_grown_since() {
     let Some(Out::Ended(o)) = outs.last() else { panic!("{outs:?}") };
     assert!(o.complete());
     assert_eq!(o.bytes, u64::from(BLOCKS) * BLOCK);
+}
+
+#[test]
+fn a_pull_decides_when_the_last_chunk_is_loaded_from_the_one_source_that_holds_it() {
+    let group = |id, names: &[&str]| {
+        let region = |(i, name): (usize, &&str)| Region {
+            name: (*name).into(),
+            segment: id,
+            offset: i as u64 * BLOCK,
+            block_bytes: BLOCK,
+            stride: BLOCK,
+        };
+        let regions = names.iter().enumerate().map(region).collect();
+        Group { id: GroupId(id), kind: GroupKind::Full, block_tokens: 16, blocks: 1, regions }
+    };
+    let pool = |groups: Vec<Group>| PoolLayout { segments: vec![2 * BLOCK; 2], groups };
+    let here = pool(vec![group(0, &["l0", "l1"]), group(1, &["l2"])]);
+    let first = pool(vec![group(0, &["l0"]), group(1, &["l2"])]);
+    let second = pool(vec![group(0, &["l1"])]);
+    let shard = Shard::whole(1, 3);
+    let side = |layout| Source { layout, shard: &shard };
+    let (sources, to) = ([side(&first), side(&second)], side(&here));
+    let list = |group| OfferGroup { group: GroupId(group), first_position: 0, blocks: vec![Some(BlockId(0))] };
+    let wanted: Vec<_> = [0, 1]
+        .map(|group| LocalBlocks { group: GroupId(group), first_position: 0, blocks: vec![Some(BlockId(0))] })
+        .into();
+    let retry = Retry::new(3, Duration::from_millis(10), PATIENCE);
+    let mut p = Pull::new(2, wanted[0].clone());
+    p.tracker = PullTracker::new(p.start, wanted.clone(), 2, p.start + DEADLINE, retry, true);
+
+    let mut plan = Box::new(Plan::open(to, &wanted, ChunkSize::default(), 100).unwrap());
+    plan.extend(Offered { groups: &[list(0)], tokens: 16, complete: false }, &sources, to).unwrap();
+    p.tell(In::Planned(plan));
+    let attempts = [0, 1].map(|source| {
+        p.grant(source);
+        p.lane(source, FenceKind::Trailer)
+    });
+    for (source, a) in attempts.into_iter().enumerate() {
+        assert_eq!(p.post_all(source), [0]);
+        p.good(a, 0);
+    }
+    p.outs();
+    // The second group is on the first source only. The second source's lane is full: it posts nothing any more.
+    let mut plan = p.tracker.take_plan().unwrap();
+    plan.extend(Offered { groups: &[list(0), list(1)], tokens: 16, complete: true }, &sources, to).unwrap();
+    p.tell(In::Planned(plan));
+    assert!(p.tracker.rests(1));
+    assert_eq!(p.post_all(0), [1]);
+    p.good(attempts[0], 1);
+    assert_eq!(p.outs()[0], Out::Decided);
 }

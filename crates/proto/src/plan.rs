@@ -225,7 +225,7 @@ impl Plan {
         Ok(Self { groups, chunks: Vec::new(), sources: 0, bytes: 0, size, complete: false })
     }
 
-    /// Adds chunks for what is readable now and was not before. On an error the chunks stay as they are.
+    /// Adds chunks for the blocks that have become readable. On an error the chunks stay as they are.
     ///
     /// # Errors
     /// The granted blocks, the layouts and the local blocks do not fit together.
@@ -306,7 +306,7 @@ impl Plan {
     }
 }
 
-/// What is offered so far.
+/// The offered blocks so far.
 #[derive(Debug, Clone, Copy)]
 pub struct Offered<'a> {
     /// The lists of blocks.
@@ -318,8 +318,8 @@ pub struct Offered<'a> {
 }
 
 impl<'a> Offered<'a> {
-    /// What each of an offer's ranks has granted: the contents of the rank that has grown least. The ranks grow by the same
-    /// steps; `None`: not these.
+    /// The blocks that all of an offer's ranks have granted: those of the rank that has grown least. `None`: the ranks have not grown by
+    /// the same steps.
     pub fn by_all(contents: &[&'a Contents]) -> Option<Self> {
         let extents: Vec<_> = contents.iter().map(|c| Extent::of(c)).collect();
         let least = extents.iter().position(|e| extents.iter().all(|other| other.covers(e)))?;
@@ -358,7 +358,7 @@ impl GroupPlan {
         Ok(Self { id: g.id, block_tokens: g.block_tokens, wants, not_offered, waiting, cut: 0, pieces: Vec::new() })
     }
 
-    /// Takes what is readable out of the waiting blocks.
+    /// Takes the readable blocks out of the waiting ones.
     fn extend(
         &mut self,
         offered: &Offered<'_>,

@@ -108,7 +108,7 @@ pub enum Out {
     Grown {
         /// The claim.
         claim: ClaimId,
-        /// What was added.
+        /// The added blocks, and the new mark.
         growth: Growth,
     },
     /// The claim is gone, or was never granted. No event of it follows.

@@ -63,7 +63,7 @@ pub struct HoldRequest {
     pub reader: Reader,
     /// Whether its claims wait for an offer that is not entered yet.
     pub awaited: bool,
-    /// What the engine sees of it.
+    /// Shows the engine its state.
     pub seen: Hold,
 }
 

@@ -60,7 +60,7 @@ pub(super) fn want(claim: ClaimId, offer: &Offer, at: usize, reader: Reader, awa
     }
 }
 
-/// Whether the contents are those that were granted before, and what they have grown by.
+/// Whether the contents are those that were granted before, with or without growth.
 pub(super) fn follows(contents: &Contents, before: &Contents) -> bool {
     Extent::of(contents).covers(&Extent::of(before)) && contents.agrees(before)
 }
@@ -157,7 +157,7 @@ impl Pulls {
         }
     }
 
-    /// Notes what a source's offer has grown by. `false`: it does not follow what was granted.
+    /// Adds the growth of a source's offer. `false`: it does not follow what was granted.
     pub(super) fn grown(&mut self, of: PullSource, growth: &Growth) -> bool {
         let granted = self.by_id.get_mut(&of.pull).and_then(|p| p.granted[of.source].as_mut());
         granted.is_some_and(|contents| add(contents, growth))

@@ -1,4 +1,4 @@
-//! The growth of an open offer: which growths wait for their data, and what each claim has been told.
+//! The growth of an open offer: which growths wait for their data, and how much of them each claim knows.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -20,7 +20,7 @@ pub(super) struct Growing {
     applied: u64,
     /// The extent once the queue is applied.
     planned: Extent,
-    /// What each claim knows: the number of growths, and their extent.
+    /// The growth that each claim knows of: the number of growths, and their extent.
     told: BTreeMap<ClaimKey, (u64, Extent)>,
     told_at: Option<Instant>,
     /// When the claims are told.
@@ -94,7 +94,7 @@ impl Growing {
         self.due
     }
 
-    /// For each claim that is behind: the number of growths that it knows, and what was added since.
+    /// For each claim that is behind: the number of growths that it knows, and the gain since then.
     pub(super) fn news(
         &mut self,
         at: Instant,

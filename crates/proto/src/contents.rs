@@ -153,7 +153,7 @@ impl Contents {
 
     /// Whether a listed block can be read: the one at this position of a group with `block_tokens` tokens in a block.
     pub fn is_readable(&self, block_tokens: u32, position: u32) -> bool {
-        self.complete || (u64::from(position) + 1) * u64::from(block_tokens) <= self.tokens
+        self.complete || is_below(self.tokens, block_tokens, position)
     }
 
     /// Adds a growth. `limit` bounds the blocks, null ones included.
@@ -235,6 +235,11 @@ impl Contents {
         }
         Ok(())
     }
+}
+
+/// Whether the block at a position is below a mark with its last token.
+pub(crate) fn is_below(mark: u64, block_tokens: u32, position: u32) -> bool {
+    (u64::from(position) + 1) * u64::from(block_tokens) <= mark
 }
 
 /// Checks the bounds of lists of blocks.

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 
 use crate::{
     Block, BlockId, Contents, Extent, Group, GroupId, Marks, OfferGroup, PoolLayout, Shard,
+    contents::is_below,
     sabotage::{Bug, planted},
 };
 
@@ -328,9 +329,7 @@ impl<'a> Offered<'a> {
     }
 
     fn is_readable(&self, block_tokens: u32, position: u32) -> bool {
-        self.complete
-            || (u64::from(position) + 1) * u64::from(block_tokens) <= self.tokens
-            || planted(Bug::ReadAboveMark)
+        self.complete || is_below(self.tokens, block_tokens, position) || planted(Bug::ReadAboveMark)
     }
 }
 

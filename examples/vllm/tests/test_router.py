@@ -115,7 +115,7 @@ class Engines:
         if "transfer_id" in body.get("kv_transfer_params", {}):
             self._decoding.set()
             if self._prefill == "dies":
-                # It goes on with what it has loaded.
+                # It goes on with the loaded blocks.
                 await asyncio.sleep(0.2)
             elif isinstance(self._prefill, int):
                 await request.content.read()

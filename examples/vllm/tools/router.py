@@ -10,7 +10,7 @@ prefills the prompt itself. If a decode engine is unreachable, the router tries 
 With `--overlap`, it names the transfer and sends the request to both engines at the same time: the decode engine loads while the
 prefill engine computes. It asks both bootstrap endpoints whether they know this; other pairs take the steps above. If the
 prefill engine refuses the request, the decode engine gets it again without a transfer. If the prefill engine dies, the decode
-engine keeps what it has loaded, and computes the rest.
+engine keeps the loaded blocks, and computes the rest.
 
 A client's own `kv_transfer_params` reach no engine: they could name an offer of another request, or another producer.
 """
@@ -210,7 +210,7 @@ class Router:
         try:
             if prefilled is not None:
                 await asyncio.wait([beginning, prefilled], return_when=asyncio.FIRST_COMPLETED)
-                # After a lost connection, the decode engine goes on with what it has loaded.
+                # After a lost connection, the decode engine goes on with the loaded blocks.
                 if not beginning.done() and isinstance(prefilled.exception(), aiohttp.ClientResponseError):
                     raise Refused(f"the prompt is refused: {prefilled.exception()}")
             return await beginning

@@ -50,6 +50,7 @@ fn destroy(device: &'static Device) {
 api! {
     AfterInit fn cuDevicePrimaryCtxRetain(context: Out<usize>, device: i32) {
         let device = driver()?.device(device)?;
+        let _alone = device.lifetime.lock();
         context.put(device.context())?;
         *device.retained.lock() += 1;
         Ok(())
@@ -57,6 +58,7 @@ api! {
 
     AfterInit fn cuDevicePrimaryCtxRelease_v2(device: i32) {
         let device = driver()?.device(device)?;
+        let _alone = device.lifetime.lock();
         let mut retained = device.retained.lock();
         match *retained {
             0 => Err(Error::INVALID_CONTEXT),

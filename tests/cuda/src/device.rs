@@ -23,6 +23,8 @@ pub(crate) struct Driver {
 pub(crate) struct Device {
     pub(crate) ordinal: i32,
     pub(crate) retained: Mutex<u32>,
+    /// Held while the context is retained or released: a context that is destroyed has no resources of the next one.
+    pub(crate) lifetime: Mutex<()>,
     /// The error that every call in the context returns from now on; 0 is none.
     sticky: AtomicI32,
     /// The error to raise, and the data operations before it.
@@ -54,6 +56,7 @@ impl Device {
         Device {
             ordinal,
             retained: Mutex::new(0),
+            lifetime: Mutex::new(()),
             sticky: AtomicI32::new(0),
             planned: AtomicI32::new(planned),
             countdown: AtomicU64::new(countdown),

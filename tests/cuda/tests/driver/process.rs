@@ -109,3 +109,26 @@ fn a_private_folder_is_removed_at_exit() {
     assert!(child.wait().expect("an end").success());
     assert!(!std::path::Path::new(&folder(child.id())).exists());
 }
+
+#[test]
+fn a_context_that_ends_takes_nothing_of_the_next_one_with_it() {
+    alone("process::a_context_that_ends_takes_nothing_of_the_next_one_with_it", "memory=1M", || {
+        let _control = Control::new().expect("the stand-in");
+        cu!(cuInit(0));
+        let lives = || {
+            for _ in 0..2000 {
+                set_context(0);
+                let (stream, event) = (stream(), event());
+                cu!(cuEventRecord(event, stream));
+                cu!(cuEventSynchronize(event));
+                cu!(cuEventDestroy_v2(event));
+                cu!(cuStreamDestroy_v2(stream));
+                cu!(cuDevicePrimaryCtxRelease_v2(0));
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(lives);
+            scope.spawn(lives);
+        });
+    });
+}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import Fleet, Start
 from driver import LIMIT, Engine
+from kvferry.vllm.peers import FRESH
 from servers import free_port
 
 BLOCK = 32
@@ -19,6 +20,8 @@ NUMBERS = itertools.count()
 
 # Tokens from the prompt's start that the only pull of an engine has loaded.
 LOADED = "[self.worker()._consumer.loaded_prefix(n) for n in self.worker()._pulls]"
+# Whether the answers of all endpoints are so old that they are asked for again.
+STALE = f"all(time.monotonic() > e.answered + {FRESH} for e in self.connector._side._remotes.peers._entries.values())"
 
 
 def prefill_params(transfer: str) -> dict[str, Any]:
@@ -133,15 +136,14 @@ def test_what_a_prefill_computed_before_it_died_stays_loaded(
         done = pair.d.wait("done", f"down-{i}")
         assert done["tokens"] == tiny_fleet.alone(tokens) and done["computed"] == 100
     assert pair.d.log.read_text().count("cannot be loaded from while it computes") == 1
-    # A new prefill engine at the same address is used at once.
+    # A new prefill engine at the same address is used as soon as its endpoint may be asked again.
     pair.p = start("reborn", tiny, "kv_producer", bootstrap_port=pair.bootstrap, llm=CHUNKED).ready()
-    time.sleep(1.1)
+    wait_until(lambda: pair.d.python(STALE))
     for i in range(2):
         tokens = tiny_fleet.prompt(300)
         pair.send(f"reborn-{i}", tokens)
         done = pair.d.wait("done", f"reborn-{i}")
-        assert done["tokens"] == tiny_fleet.alone(tokens)
-    assert done["computed"] == 1
+        assert done["tokens"] == tiny_fleet.alone(tokens) and done["computed"] == 1
     pair.settled()
 
 

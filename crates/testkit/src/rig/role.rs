@@ -127,9 +127,9 @@ pub fn play() {
         // The test has ended, and nothing else needs this process.
         std::process::exit(0);
     });
-    // An engine's loop, with one step per millisecond.
+    // An engine's loop.
     loop {
-        match said.recv_timeout(Duration::from_millis(1)) {
+        match said.recv_timeout(Duration::from_millis(spec.step_ms)) {
             Ok(Say::Offer { blocks, ready }) => {
                 let tokens = blocks.len() as u64 * 16;
                 let prompt = [("prompt".to_owned(), format!("{:?}", blocks.first()))].into();

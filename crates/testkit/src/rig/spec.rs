@@ -87,6 +87,8 @@ pub struct Spec {
     pub sessions_per_peer: Option<usize>,
     /// The producer's pool is GPU memory.
     pub gpu: bool,
+    /// Longest time of an idle step of the producer's engine.
+    pub step_ms: u64,
 }
 
 impl Default for Spec {
@@ -110,6 +112,7 @@ impl Default for Spec {
             early_grace_ms: 2_000,
             seal: None,
             sessions_per_peer: None,
+            step_ms: 1,
             gpu: on_gpu().0,
         }
     }

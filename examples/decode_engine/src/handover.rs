@@ -4,6 +4,8 @@
 //! The command takes the part of the router, so that it gets the times that both engines report. All are of one clock. Prefill and
 //! decode engines have one thread each, and are idle otherwise.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result};
 use kvferry::Token;
 
@@ -19,6 +21,8 @@ const ANSWER: usize = 9;
 /// Longest hand-over with overlap, without the decode step, in microseconds.
 const MOST: i64 = 10_000;
 
+const NO_TIMES: &str = "the prefill engine reported no times";
+
 /// The times of one request, in microseconds since it was sent.
 struct Seen {
     queued: i64,
@@ -29,12 +33,13 @@ struct Seen {
     first_token: i64,
     /// One decode step.
     step: i64,
-    /// The first token, at the client.
+    /// At the client: the prefill engine's answer, and the first token.
+    prefilled: i64,
     at_client: i64,
 }
 
 impl Seen {
-    fn new(sent: u64, prefill: &Times, decode: &Reply) -> Result<Self> {
+    fn new(sent: u64, (prefill, prefilled): (&Times, Duration), decode: &Reply) -> Result<Self> {
         let since = |t: u64| t as i64 - sent as i64;
         let d = decode.times.context("the decode engine reported no times")?;
         Ok(Self {
@@ -45,6 +50,7 @@ impl Seen {
             admitted: since(d.admitted),
             first_token: since(d.first_token),
             step: (d.last_token - d.first_token) as i64 / (ANSWER as i64 - 1),
+            prefilled: prefilled.as_micros() as i64,
             at_client: decode.first.as_micros() as i64,
         })
     }
@@ -54,15 +60,9 @@ impl Seen {
         self.first_token - self.computed - self.step
     }
 
-    /// The time that the prompt takes on the prefill engine, its queue included.
-    fn prefill(&self) -> i64 {
-        self.computed - self.queued
-    }
-
     fn columns(&self) -> [i64; 10] {
-        let Self { queued, first_chunk, computed, loaded, admitted, first_token, step, at_client } = *self;
-        let (handover, prefill) = (self.handover(), self.prefill());
-        [queued, first_chunk, computed, loaded, admitted, first_token, step, handover, at_client, prefill]
+        let Self { queued, first_chunk, computed, loaded, admitted, first_token, step, prefilled, at_client } = *self;
+        [queued, first_chunk, computed, loaded, admitted, first_token, step, self.handover(), prefilled, at_client]
     }
 }
 
@@ -75,8 +75,8 @@ const NAMES: [&str; 10] = [
     "first token",
     "step",
     "hand-over",
+    "prefilled",
     "at client",
-    "prefill",
 ];
 
 fn ms(micros: i64) -> String {
@@ -116,13 +116,13 @@ impl Pair {
     }
 
     async fn one_after_the_other(&self, ask: &Ask) -> Result<Seen> {
-        let (sent, began) = (Times::now(), std::time::Instant::now());
+        let (sent, began) = (Times::now(), Instant::now());
         let made = self.computed(ask, Transfer::default()).await?;
         let before = began.elapsed();
         let offer = made.kv_transfer_params.context("the prefill engine made no offer")?;
         let mut reply = self.decoded(ask, offer).await?;
         reply.first += before;
-        Seen::new(sent, &made.times.context("the prefill engine reported no times")?, &reply)
+        Seen::new(sent, (&made.times.context(NO_TIMES)?, before), &reply)
     }
 
     async fn at_the_same_time(&self, ask: &Ask) -> Result<Seen> {
@@ -131,9 +131,10 @@ impl Pair {
             source: self.identity.source.clone(),
             ..Transfer::default()
         };
-        let sent = Times::now();
-        let (made, reply) = tokio::join!(self.computed(ask, transfer.clone()), self.decoded(ask, transfer));
-        Seen::new(sent, &made?.times.context("the prefill engine reported no times")?, &reply?)
+        let (sent, began) = (Times::now(), Instant::now());
+        let computed = async { (self.computed(ask, transfer.clone()).await, began.elapsed()) };
+        let ((made, prefilled), reply) = tokio::join!(computed, self.decoded(ask, transfer.clone()));
+        Seen::new(sent, (&made?.times.context(NO_TIMES)?, prefilled), &reply?)
     }
 }
 
@@ -182,8 +183,8 @@ pub async fn run(model: &str, lengths: &[u64], rounds: usize) -> Result<bool> {
         let (before, after) = (middle(&sequential, Seen::handover), middle(&overlap, Seen::handover));
         let text = format!("{} ms and a decode step, for {} ms in sequence", ms(after), ms(before));
         report.saw(&format!("hand-over, {tokens}"), after <= MOST, text);
-        let (late, step) = (middle(&overlap, |s| s.at_client - s.prefill()), middle(&overlap, |s| s.step));
-        let text = format!("{} ms after the prefill's own time; a decode step takes {} ms", ms(late), ms(step));
+        let (late, step) = (middle(&overlap, |s| s.at_client - s.prefilled), middle(&overlap, |s| s.step));
+        let text = format!("{} ms after the prefill's answer; a decode step takes {} ms", ms(late), ms(step));
         report.saw(&format!("first token, {tokens}"), late <= 2 * step, text);
     }
     Ok(report.print())

@@ -204,10 +204,10 @@ impl Consumer {
         offer.check()?;
         offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(offer);
-        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited, seen: Hold::default() };
-        let seen = wait.seen.clone();
+        let hold = Hold::default();
+        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited, seen: hold.setter() };
         self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
-        Ok(seen)
+        Ok(hold)
     }
 
     /// Releases an offer that will not be pulled (a full local prefix hit, a request refused at admission), so that the

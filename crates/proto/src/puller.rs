@@ -30,7 +30,7 @@ use self::{
 };
 pub use self::{
     event::{Addr, Ended, In, LaneWish, Need, Out, Progress, PullId, Start},
-    holds::{Hold, HoldRequest, HoldState},
+    holds::{Hold, HoldRequest, HoldSetter, HoldState},
 };
 
 /// One source rank of a pull.

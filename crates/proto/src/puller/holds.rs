@@ -7,7 +7,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU8, Ordering},
     },
     time::{Duration, Instant},
@@ -34,21 +34,76 @@ pub enum HoldState {
 }
 
 /// A hold as the engine sees it, from any thread.
-#[derive(Debug, Clone, Default)]
-pub struct Hold(Arc<AtomicU8>);
+#[derive(Clone, Default)]
+pub struct Hold(Arc<Mutex<Shown>>);
+
+/// The part of a hold that both sides share.
+struct Shown {
+    state: HoldState,
+    on_change: Option<Arc<dyn Fn() + Send + Sync>>,
+}
+
+impl Default for Shown {
+    fn default() -> Self {
+        Self { state: HoldState::Waiting, on_change: None }
+    }
+}
 
 impl Hold {
     /// Its state now.
     pub fn state(&self) -> HoldState {
-        match self.0.load(Ordering::Relaxed) {
-            0 => HoldState::Waiting,
-            1 => HoldState::Granted,
-            _ => HoldState::Ended,
+        self.shown().state
+    }
+
+    /// Calls `f` after each change of the state, in a thread of kvferry, which `f` must not block. If the hold does not wait any
+    /// more, `f` is called at once, in this thread. It replaces an earlier function.
+    pub fn on_change(&self, f: impl Fn() + Send + Sync + 'static) {
+        let f: Arc<dyn Fn() + Send + Sync> = Arc::new(f);
+        let mut shown = self.shown();
+        shown.on_change = Some(f.clone());
+        let state = shown.state;
+        drop(shown);
+        if state != HoldState::Waiting {
+            f();
         }
     }
 
+    /// The other side of it.
+    pub fn setter(&self) -> HoldSetter {
+        HoldSetter(self.clone())
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Hold").field(&self.state()).finish()
+    }
+}
+
+/// Sets the state of a [`Hold`]. Dropped, it ends the hold: no engine waits for a consumer that is gone.
+#[derive(Debug)]
+pub struct HoldSetter(Hold);
+
+impl HoldSetter {
     fn set(&self, state: HoldState) {
-        self.0.store(state as u8, Ordering::Relaxed);
+        let mut shown = self.0.shown();
+        if std::mem::replace(&mut shown.state, state) == state {
+            return;
+        }
+        let f = shown.on_change.clone();
+        // It may look at the state.
+        drop(shown);
+        f.into_iter().for_each(|f| f());
+    }
+}
+
+impl Drop for HoldSetter {
+    fn drop(&mut self) {
+        self.set(HoldState::Ended);
     }
 }
 
@@ -64,7 +119,7 @@ pub struct HoldRequest {
     /// Whether its claims wait for an offer that is not entered yet.
     pub awaited: bool,
     /// Shows the engine its state.
-    pub seen: Hold,
+    pub seen: HoldSetter,
 }
 
 /// A claim of a hold.
@@ -82,7 +137,7 @@ struct Held {
     /// Which hold of this consumer it is.
     number: u64,
     /// Of later calls for the same offer.
-    also: Vec<Hold>,
+    also: Vec<HoldSetter>,
 }
 
 impl Held {
@@ -150,11 +205,11 @@ impl Holds {
                 () => HoldState::Waiting,
             });
             // The engine may have dropped its earlier ones.
-            held.also.retain(|seen| Arc::strong_count(&seen.0) > 1);
+            held.also.retain(|seen| Arc::strong_count(&seen.0.0) > 1);
             return held.also.push(request.seen);
         }
         if self.by_offer.len() >= MOST {
-            return request.seen.set(HoldState::Ended);
+            return;
         }
         let mut claims = Vec::with_capacity(request.sources.len());
         for (source, &at) in request.sources.iter().enumerate() {
@@ -239,7 +294,6 @@ impl Holds {
     /// Ends all holds.
     pub(super) fn end_all(&mut self, out: &mut VecDeque<Out>) {
         for hold in self.by_offer.values() {
-            hold.show(HoldState::Ended);
             out.extend(hold.releases(false));
         }
         *self = Self { made: self.made, ..Self::default() };
@@ -265,7 +319,6 @@ impl Holds {
 
     fn remove(&mut self, id: Key) -> Option<Held> {
         let hold = self.by_offer.remove(&id)?;
-        hold.show(HoldState::Ended);
         for claimed in hold.claims.iter().flatten() {
             self.by_claim.remove(&claimed.claim);
         }

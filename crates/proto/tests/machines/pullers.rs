@@ -148,7 +148,7 @@ impl Rig {
             sources: vec![0],
             reader: start.reader,
             awaited: false,
-            seen: Hold::default(),
+            seen: Hold::default().setter(),
         };
         self.puller.handle(self.now, In::Hold(Box::new(wait), 60 * SECOND));
         let want = self.claimed();
@@ -412,7 +412,7 @@ fn a_name_with_another_token_leaves_the_hold_alone() {
         sources: vec![0],
         reader: Reader::ONLY,
         awaited: false,
-        seen: Hold::default(),
+        seen: Hold::default().setter(),
     };
     rig.puller.handle(rig.now, In::Hold(Box::new(wrong), 60 * SECOND));
     assert_ne!(rig.claimed().claim, claim, "a hold of its own, which the producer refuses");

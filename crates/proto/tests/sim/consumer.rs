@@ -332,7 +332,7 @@ impl World {
             self.puller(
                 c,
                 puller::In::Hold(
-                    Box::new(puller::HoldRequest { offer, sources, reader, awaited, seen: puller::Hold::default() }),
+                    Box::new(puller::HoldRequest { offer, sources, reader, awaited, seen: puller::Hold::default().setter() }),
                     limit,
                 ),
             );

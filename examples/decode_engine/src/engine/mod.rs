@@ -85,6 +85,8 @@ enum Msg {
     Status(oneshot::Sender<Status>),
     /// Runs between two steps, when all counts are consistent.
     Between(Box<dyn FnOnce() + Send>),
+    /// A request may have become ready: another engine has begun its prompt.
+    Begun,
     Stop,
 }
 
@@ -184,6 +186,8 @@ pub struct Engine {
     counts: Counts,
     link: Link,
     inbox: Receiver<Msg>,
+    /// For news of held offers.
+    news: Option<Sender<Msg>>,
     /// Pulls that have ended and are not reported yet.
     ends: Vec<Ended>,
     /// Loads that could not start and are not reported yet.
@@ -200,6 +204,7 @@ impl Engine {
     /// An engine that is not running yet.
     pub fn new(model: Arc<Llama>, kv: Kv, settings: Settings, link: Link) -> anyhow::Result<(Self, Handle)> {
         let (tx, inbox) = channel();
+        let news = link.consumer.is_some().then(|| tx.clone());
         if let Some(c) = &link.consumer {
             let (consumer, tx) = (Arc::downgrade(c), tx.clone());
             watch("pull-ends", move || {
@@ -230,6 +235,7 @@ impl Engine {
             counts: Counts::default(),
             link,
             inbox,
+            news,
             ends: Vec::new(),
             refused: Vec::new(),
             pulls: HashMap::new(),
@@ -267,15 +273,11 @@ impl Engine {
     }
 
     /// Handles all messages. If the last step did nothing, waits for one; with requests at hand only briefly, since a
-    /// client may disconnect and another engine may begin a prompt without a message.
+    /// client may disconnect without a message.
     fn receive(&mut self, moved: bool) -> bool {
         if !moved {
-            let limit = match self.waiting.iter().any(|r| !r.is_ready()) {
-                true => 2,
-                false if self.running.is_empty() && self.waiting.is_empty() => 60_000,
-                false => 20,
-            };
-            let limit = Duration::from_millis(limit);
+            let idle = self.running.is_empty() && self.waiting.is_empty();
+            let limit = Duration::from_millis(if idle { 60_000 } else { 20 });
             match self.inbox.recv_timeout(limit) {
                 Ok(msg) => self.handle(msg),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -298,6 +300,7 @@ impl Engine {
                 let _ = tx.send(self.status());
             }
             Msg::Between(f) => f(),
+            Msg::Begun => {}
             Msg::Stop => self.stopping = true,
         }
     }
@@ -363,6 +366,9 @@ impl Engine {
         if let (true, Some(offer), Some(c)) = (r.job.awaited, &r.job.offer, &self.link.consumer) {
             // Otherwise its pull says why there is none.
             r.hold = c.hold_awaited(offer).ok();
+            if let (Some(hold), Some(tx)) = (&r.hold, self.news.clone()) {
+                hold.on_change(move || drop(tx.send(Msg::Begun)));
+            }
         }
         self.ledger.admit(id, r.prompt());
         self.waiting.push_back(r);

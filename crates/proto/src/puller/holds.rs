@@ -81,7 +81,7 @@ struct Held {
     claims: Vec<Option<Claimed>>,
     /// Which hold of this consumer it is.
     number: u64,
-    /// Of later calls for the same offer.
+    /// Handles of later calls for the same offer.
     also: Vec<Hold>,
 }
 
@@ -191,7 +191,7 @@ impl Holds {
         if let Some(claimed) = self.by_offer.get_mut(&id).and_then(|h| h.claims[source].as_mut())
             && let Some((_, contents)) = &mut claimed.granted
         {
-            // One that does not follow is of no use: the session claims again.
+            // A growth that does not follow is ignored: the session claims again.
             let _ = add(contents, growth);
         }
         true

@@ -1,7 +1,7 @@
 """The bootstrap endpoint: a decode engine learns the identity of a prefill engine there, before the prefill has run.
 
 The scheduler side serves it over HTTP, from a thread of its own that touches nothing else. `GET /query` answers as the server
-of Mooncake's connector does, so routers for that connector can use it: `{"0": {"engine_id": …, "worker_addr": {}, "kvferry": …}}`,
+of Mooncake's connector does, so routers for it can use this one: `{"0": {"engine_id": …, "worker_addr": {}, "kvferry": …}}`,
 by data-parallel replica. kvferry's part is the name of an offer that is never made: it holds the engine, its incarnation and the
 addresses of its ranks, within a name's bounds, and is sealed where names are.
 """

@@ -273,7 +273,7 @@ impl Holds {
     }
 }
 
-/// Tells a new pull what its claims have been granted before.
+/// Tells a new pull of the grants that its claims already have.
 pub(super) fn grants(
     taken: HashMap<usize, Claimed>,
     of: impl Fn(usize) -> PullSource,

@@ -128,7 +128,7 @@ pub struct VerbsConfig {
     /// Longest READ, in bytes. Longer reads are cut, so that several are in flight and a lost packet costs little.
     pub max_read: u32,
     /// How long the data thread spins for the completion of little data (64 KiB at most) before it sleeps, since the last
-    /// completion or post. A wake-up takes longer than a short READ. Zero sleeps at once. A NIC answers in some
+    /// completion or post. A wake-up takes longer than a short READ. Zero sleeps at once. A NIC answers in a few
     /// microseconds; soft-RoCE in an emulated machine takes up to half a millisecond, so the default is longer than that.
     pub spin: Duration,
     /// READs that a queue pair has in flight on the wire, if both devices support as many.

@@ -53,7 +53,7 @@ impl DialList {
     }
 }
 
-/// An address. One of IPv4 in the form of IPv6 is the same host.
+/// An address. An IPv4-mapped IPv6 address is the same host.
 fn address(host: &str) -> Option<IpAddr> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
     bare.parse::<IpAddr>().ok().map(|ip| ip.to_canonical())

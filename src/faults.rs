@@ -77,7 +77,7 @@ impl FromStr for Faults {
 /// follow the letter. The one rule for sizes in faults and on the command line.
 ///
 /// # Errors
-/// The text is none, or the number is over 2^64 - 1.
+/// The text is not a byte count, or the number is over 2^64 - 1.
 pub fn parse_bytes(text: &str) -> Result<u64, BadSize> {
     let bad = || BadSize(text.into());
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));

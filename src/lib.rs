@@ -1,8 +1,8 @@
 //! kvferry moves KV-cache blocks from a prefill engine to a decode engine, and reports, block by block, which ones arrived.
 //!
 //! One side **offers** blocks, the other **pulls** them: inside one host, over TCP, or over RDMA. A gRPC control plane
-//! does the handshake and detects dead peers. It is built around the bad day: a prefill process restarts, a lease runs
-//! out, a link stalls.
+//! does the handshake and detects dead peers. It is built for failures in the middle of a transfer: a prefill process
+//! restarts, a lease runs out, a link stalls.
 //!
 //! # The contract
 //! 1. **Exact.** Every block of a pull ends in exactly one of two sets, `loaded` or `invalid`. A loaded block holds the

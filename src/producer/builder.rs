@@ -235,12 +235,12 @@ fn reserve_at(at: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// The address that offers name: `advertise`, or the bound address. It must be of use to consumers on other hosts.
+/// The address that offers name: `advertise`, or the bound address. Consumers on other hosts must be able to use it.
 fn advertised(bound: SocketAddr, advertise: Option<&str>) -> Result<String, StartError> {
     let Some(addr) = advertise else {
         let addr = bound.to_string();
         let why = |e: BadAddress| {
-            format!("{addr} cannot be the address in offers, since {e}; or set `advertise` to such a HOST:PORT")
+            format!("{addr} cannot be the address in offers: {e}; or set `advertise` to such a HOST:PORT")
         };
         check_address(&addr).map_err(|e| StartError::Config { field: "listen", why: why(e) })?;
         return Ok(addr);

@@ -231,7 +231,7 @@ impl Core {
     pub(super) fn grow(self: &Arc<Self>, offer: OfferId, growth: Growth, ready: Ready) -> Result<(), OfferError> {
         if ready == Ready::Later {
             return Err(OfferError::Stream {
-                why: "a growth is readable now, or after a stream: wait, and grow then".into(),
+                why: "a growth cannot be `Ready::Later`: call `grow` when its data is in place".into(),
             });
         }
         self.check_blocks(&growth.groups)?;
@@ -276,7 +276,7 @@ impl Core {
         Ok(())
     }
 
-    /// A mark behind the work that the stream of `ready` holds now.
+    /// A mark after the work that the stream of `ready` holds now.
     fn mark(&self, ready: Ready) -> Result<Option<Mark>, OfferError> {
         let Ready::After(stream) = ready else { return Ok(None) };
         Mark::record(&self.export.memory, stream).map(Some).map_err(|why| OfferError::Stream { why })

@@ -88,7 +88,7 @@ impl Default for SessionConfig {
 #[non_exhaustive]
 pub struct Limits {
     /// Largest control frame to a consumer, in bytes. A grant of 1,000,000 scattered blocks takes about 6 MB, one of
-    /// consecutive blocks some bytes. A frame to a producer has at most 128 KiB.
+    /// consecutive blocks a few bytes. A frame to a producer has at most 128 KiB.
     pub frame_bytes: usize,
     /// Blocks in an offer or a pull.
     pub blocks_per_offer: usize,

@@ -35,7 +35,7 @@ pub enum Cause {
     Stale,
     /// The lane broke, and no other lane was left.
     LaneFailed,
-    /// Bytes were changed on their way, again and again.
+    /// Bytes were repeatedly changed in transit.
     Corrupt,
     /// Wanted here, but not in the offer.
     NotOffered,

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{Cause, Contents, EngineId, Grant, Growth, Incarnation, OfferId, Rank, Token};
 
-/// A rank in one process life: a consumer or a producer.
+/// A rank in one run of its process: a consumer or a producer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId {
     /// The engine.

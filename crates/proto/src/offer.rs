@@ -154,7 +154,7 @@ impl Offer {
         self
     }
 
-    /// Sets its place among the names that the engine's scheduler mints. A number that is lower than one before means that the
+    /// Sets its place among the names that the engine's scheduler mints. A number that is lower than an earlier one means that the
     /// name is passed over, so a scheduler that may restart without its ranks starts from the clock.
     pub fn number(mut self, number: u64) -> Self {
         self.number = number;

@@ -9,7 +9,7 @@ use crate::{Block, Cause, GroupId, LaneKind, LocalBlocks, PositionSet};
 pub struct GroupOutcome {
     /// The group.
     pub group: GroupId,
-    /// Positions whose blocks hold the producer's bytes of a time when the offer was live.
+    /// Positions whose blocks hold bytes that the producer had there while the offer was live.
     pub loaded: PositionSet,
     /// Positions whose blocks have unusable content.
     pub invalid: PositionSet,
@@ -30,7 +30,7 @@ impl GroupOutcome {
 /// Times of a pull's steps, counted from the call. `None`: the step was not reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Times {
-    /// The peers' Hellos were there; zero if the sessions were up already.
+    /// The peers had answered Hello; zero if the sessions were up already.
     pub hello: Option<Duration>,
     /// The last claim was granted.
     pub claim: Option<Duration>,

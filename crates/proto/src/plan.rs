@@ -166,7 +166,7 @@ pub struct GroupPlan {
     pub wants: Vec<Want>,
     /// Wanted, but not offered: `(position, local block)`.
     pub not_offered: Vec<(u32, BlockId)>,
-    /// Wanted, and not known yet to be offered or not, ascending by position.
+    /// Wanted, and not yet known to be offered or not, ascending by position.
     waiting: VecDeque<(u32, BlockId)>,
     /// Number of `wants` that are in chunks.
     cut: u32,
@@ -285,7 +285,7 @@ impl Plan {
         self.group_of(chunk).pieces.get(source).is_some_and(|pieces| !pieces.is_empty())
     }
 
-    /// Whether something is known to be offered or not.
+    /// Whether any wanted block is known to be offered or not.
     pub fn has_begun(&self) -> bool {
         self.groups.iter().any(|g| !g.wants.is_empty() || !g.not_offered.is_empty())
     }
@@ -413,7 +413,7 @@ fn all_pieces(sources: &[Source<'_>], here: Source<'_>, g: &Group) -> Result<Vec
                 region: r.name.to_string(),
                 group: g.id.0,
                 why: format!(
-                    "the peer's ranks hold {} of its {} bytes a block in order, and then none of them or one twice",
+                    "the peer's ranks hold the first {} of a block's {} bytes; the next are missing or held twice",
                     end.unwrap_or_else(|at| at),
                     r.block_bytes
                 ),

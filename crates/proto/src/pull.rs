@@ -363,7 +363,7 @@ impl PullTracker {
         self.deadline.checked_sub(self.quiet_bound()).map_or(half, |t| t.max(half))
     }
 
-    /// When it gives up, since a source moves nothing and its peer is silent. Data that moves is no reason to give up: a device
+    /// When it gives up because a source moves nothing and its peer is silent. Data that moves is no reason to give up: a device
     /// or a mapping may serve the memory of a stopped process.
     fn patience_ends(&self) -> Option<Instant> {
         let patience = self.retry.patience;

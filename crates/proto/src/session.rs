@@ -70,7 +70,7 @@ pub struct Want {
     pub number: u64,
     /// The engine that made the offer.
     pub engine: EngineId,
-    /// The rank of it that the claim is for.
+    /// The engine's rank that the claim is for.
     pub rank: Rank,
     /// The incarnation of the producer rank that made the offer.
     pub expect: Incarnation,
@@ -217,7 +217,7 @@ impl PeerSession {
             }
             return;
         };
-        // The name gives this process for another engine or rank.
+        // The name says that this process is another engine or rank.
         self.claims.lose(Cause::Refused, &mut self.out, |c| c.want.expect == peer.incarnation && !c.is_for(&peer));
         let peer = peer.incarnation;
         let resend = now + self.config.heartbeat * 2;
@@ -307,7 +307,7 @@ impl PeerSession {
         }
     }
 
-    /// Handles a frame. `false`: it made nothing due that is to be sent.
+    /// Handles a frame. `false`: it made nothing due for sending.
     fn frame(&mut self, now: Instant, frame: ServerFrame) -> bool {
         // While a stream is opening, only its one answer ends the silence.
         if self.link.is_up() || matches!(frame.body, Some(ServerBody::Opened(_))) {

@@ -118,7 +118,7 @@ impl Source {
             self.set_good(chunk);
         }
         if all > old {
-            // The lanes have served it until here: their failures lie behind.
+            // The lanes have served everything so far: earlier failures no longer count.
             self.tries.failed = 0;
             self.failed.clear();
         }

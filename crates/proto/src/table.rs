@@ -13,7 +13,7 @@
 //! answered when the offer is entered.
 //!
 //! An open offer grows: it is entered before anything is computed, and its growths become readable in their order, each once
-//! its data is in place. The word and the nonce stay. Claims hear of growths together, not of each one.
+//! its data is in place. The word and the nonce stay. Claims hear of growths in batches.
 
 mod aged;
 mod awaiting;
@@ -110,15 +110,15 @@ const UNREADY_RETRY: Duration = Duration::from_millis(5);
 /// be entered; 2 ms is about one step of a fast engine.
 const EARLY_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
-/// After this time a claim that waits is sent again. The answer comes when the offer is entered; the second claim is for the case
-/// that the first one was lost here.
+/// After this time a waiting claim is sent again. The answer comes when the offer is entered; the second claim covers the loss of
+/// the first one on this side.
 const AWAITED_RETRY: Duration = Duration::from_secs(5);
 
 /// A name that was used before its offer was entered.
 #[derive(Debug)]
 struct Early {
     since: Instant,
-    /// Tokens of releases that came. One counts once the offer is entered with it.
+    /// Tokens of early releases. One takes effect when the offer is entered with the same token.
     released: Vec<Token>,
 }
 
@@ -143,7 +143,7 @@ pub struct OfferTable {
     /// Entries by a time no later than their end. A renewal leaves the old, earlier time in place; the entry is looked at
     /// again at that time, so renewals in any order cannot hide an end.
     timers: BTreeSet<(Instant, OfferId)>,
-    /// Open offers of whose growth the claims are told later.
+    /// Open offers whose claims are told of growth later, by the time for that.
     news: BTreeSet<(Instant, OfferId)>,
     /// Number of growths of all offers: the number of the last one.
     growths: u64,
@@ -318,7 +318,7 @@ impl OfferTable {
         ServerBody::NotYet { claim, retry: AWAITED_RETRY }
     }
 
-    /// An offer whose name has this number was entered: see [`Offer::number`](crate::Offer::number).
+    /// The offer whose name has this number was entered: see [`Offer::number`](crate::Offer::number).
     pub fn numbered(&mut self, now: Instant, number: u64) {
         self.order.entered(now, number, self.lease.reorder);
     }
@@ -366,7 +366,7 @@ impl OfferTable {
             ClientBody::Ping(n) => self.reply(to, ServerBody::Pong(n)),
             ClientBody::Claim { claim, offer, token, number, awaited, .. } => {
                 let body = self.claim(now, (to, claim), (offer, token), number, awaited);
-                // It has its answer, and waits no more.
+                // It has its answer, and no longer waits.
                 if matches!(body, ServerBody::Gone { .. }) && self.awaiting.remove(offer, (to, claim)) {
                     self.claims.remove((to, claim));
                 }

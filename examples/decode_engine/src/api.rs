@@ -124,12 +124,12 @@ pub struct Identity {
     /// It can begin a transfer before the prompt is computed.
     #[serde(default)]
     pub overlap: bool,
-    /// Its offers come from here, if it makes any.
+    /// The source of its offers, if it makes any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
 }
 
-/// A running prefill engine, as names of its offers give it. After a restart it is another one.
+/// A running prefill engine, as the names of its offers describe it. After a restart its source is another one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     pub engine: EngineId,

@@ -105,7 +105,7 @@ impl Client {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// What an engine says about itself.
+    /// An engine's description of itself.
     pub async fn identity(&self, addr: &str) -> Result<Identity> {
         let r = self.0.get(format!("http://{addr}/kvferry")).send().await?;
         Ok(r.error_for_status()?.json().await?)

@@ -1,5 +1,5 @@
 //! `decode-engine ttft --hand-over`: the time from the last computed chunk of a prompt to the decode engine's first token, one
-//! engine after the other beside both at the same time.
+//! engine after the other compared with both at the same time.
 //!
 //! The command takes the part of the router, so that it gets the times that both engines report. All are of one clock. Prefill and
 //! decode engines have one thread each, and are idle otherwise.

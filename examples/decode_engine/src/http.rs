@@ -196,7 +196,7 @@ impl Answers {
         }
     }
 
-    /// Server-sent events. Headers wait for the first word, so that a request that fails before has a status of its own.
+    /// Server-sent events. Headers wait for the first word, so that a request that fails earlier gets its own HTTP status.
     async fn stream(mut self) -> Response {
         let first = self.next().await;
         if let Event::Failed(reason) = &first {
@@ -238,7 +238,7 @@ impl Answers {
         }
     }
 
-    /// Text that was not given out yet. A character that is not whole yet waits, unless this is the end.
+    /// Text that was not given out yet. An incomplete character waits, unless this is the end.
     fn more(&mut self, end: bool) -> String {
         let text = self.front.text.decode(&self.tokens).unwrap_or_default();
         let whole = if end { &text[..] } else { text.trim_end_matches(char::REPLACEMENT_CHARACTER) };

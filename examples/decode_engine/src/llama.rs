@@ -161,7 +161,7 @@ impl Llama {
     }
 }
 
-/// The most likely token; the first one of equals.
+/// The most likely token; of several, the first.
 pub fn greedy(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |b, (i, l)| if *l > b.1 { (i, *l) } else { b });
     best.0 as u32

@@ -135,7 +135,7 @@ impl Req {
         self.job.prompt.len() as u64
     }
 
-    /// Whether it may get blocks: the other engine has begun its prompt, or will not.
+    /// Whether it may get blocks: the other engine has begun its prompt, or never will.
     pub fn is_ready(&self) -> bool {
         self.hold.as_ref().is_none_or(|h| h.state() != HoldState::Waiting)
     }

@@ -67,7 +67,7 @@ pub struct Args {
 const REST: Duration = Duration::from_millis(200);
 /// Longest time for which the router skips an engine.
 const LONGEST_REST: Duration = Duration::from_secs(10);
-/// Time limit for an engine's identity, which it has at hand.
+/// Time limit for an engine's identity, which it can give at once.
 const ASK: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -77,7 +77,7 @@ struct Labels {
 
 struct Peer {
     addr: String,
-    /// Its answer about itself; `None`: it was not asked since it failed.
+    /// Its description of itself; `None`: it was not asked since it failed.
     identity: Mutex<Option<Identity>>,
     /// The start and the length of the current rest.
     resting: Mutex<Option<(Instant, Duration)>>,
@@ -92,7 +92,7 @@ impl Peer {
         format!("http://{}/v1/completions", self.addr)
     }
 
-    /// What it says about itself. An engine that does not know the question knows no overlap.
+    /// Its description of itself. An engine that does not know this path does not support overlap.
     async fn identity(&self, http: &reqwest::Client) -> Identity {
         if let Some(known) = self.identity.lock().clone() {
             return known;
@@ -206,16 +206,16 @@ async fn complete(State(engines): State<Arc<Engines>>, ask: std::result::Result<
     engines.decode(&ask, turn).await
 }
 
-/// What became of a prompt at a prefill engine.
+/// The result of a prompt at a prefill engine.
 enum Computed {
     Yes(Option<Box<Transfer>>),
-    /// It is not a prompt for it.
+    /// It refused the prompt.
     Refused,
     /// It did not answer.
     Failed,
 }
 
-/// A task that is aborted when nobody waits for it any more.
+/// A task that is aborted when nobody waits for it.
 struct AbortOnDrop(tokio::task::JoinHandle<()>);
 
 impl Drop for AbortOnDrop {
@@ -265,7 +265,7 @@ impl Engines {
         let sent = self.http.post(peer.url()).timeout(self.prefill_timeout).json(&ask).send().await;
         let answer = match sent {
             Ok(r) if r.status().is_success() => r.json::<Answer>().await.map_err(|e| e.to_string()),
-            // The decode engine will refuse the prompt too, and tell the client. Or this was restarted.
+            // The decode engine will refuse the prompt too, and tell the client. Or the prefill engine was restarted.
             Ok(r) if r.status().is_client_error() => {
                 peer.forget();
                 return Computed::Refused;

@@ -46,5 +46,5 @@ def test_the_table_compares_the_hand_overs() -> None:
 
     text = handover.table({("kvferry overlap", 1000): seen(0.01), ("kvferry sequential", 1000): seen(0.05)})
     assert "| kvferry overlap, 1,000 tokens (1) | 10.0 | 20.0 | 1000.0 | 1100.0 | 1200.0 | 1030.0 | **10.0** | 20.0 |" in text
-    assert "1,000 tokens: the hand-over with overlap is 0.20 of that of kvferry sequential." in text
+    assert "1,000 tokens: ratio of the hand-overs, kvferry overlap to kvferry sequential: 0.20." in text
     assert "NIXL" not in text

@@ -43,7 +43,7 @@ CPU_SECONDS = 15
 
 FIRST = "first request ever, handshake included"
 TOTAL = "request to first token"
-LEG = "of it, the decode leg"
+LEG = "of which the decode leg"
 IDLE_PREFILL = "idle prefill engine"
 IDLE_DECODE = "idle decode engine"
 HELD = "prefill engine while one unclaimed offer is held"
@@ -259,8 +259,8 @@ def main() -> None:
         print(handover.table(seen))
         wrong = ", ".join(f"{n} {w} of {a}" for n, (w, a) in answers.items())
         print(
-            f"\nWrong answers: {wrong}. Milliseconds from the request on, medians of the requests in brackets, in "
-            f"{args.rounds} rounds."
+            f"\nWrong answers: {wrong}. Milliseconds since the request was sent. Medians; the number of requests is in brackets. "
+            f"Rounds: {args.rounds}."
         )
         print(machine(args, load))
         return

@@ -187,7 +187,7 @@ def table(seen: dict[tuple[str, int], list[Times]]) -> str:
             ours, theirs = seen.get(("kvferry overlap", tokens)), seen.get((other, tokens))
             if ours and theirs:
                 a, b = (statistics.median(t.hand_over for t in ts) for ts in (ours, theirs))
-                lines.append(f"\n{tokens:,} tokens: the hand-over with overlap is {a / b:.2f} of that of {other}.")
+                lines.append(f"\n{tokens:,} tokens: ratio of the hand-overs, kvferry overlap to {other}: {a / b:.2f}.")
     return "\n".join(lines)
 
 
@@ -201,8 +201,8 @@ def measure(
     budget: float,
     say: Callable[[str], None],
 ) -> tuple[dict[tuple[str, int], list[Times]], dict[str, tuple[int, int]]]:
-    """Measures each connector in each round, one pair of servers at a time, for `budget` seconds for each length at most. Returns the times by way and length, and the wrong
-    answers and all answers by connector."""
+    """Measures each connector in each round, one pair of servers at a time, for `budget` seconds at most for each length. Returns
+    the times by way and length, and the wrong answers and all answers by connector."""
     seen: dict[tuple[str, int], list[Times]] = {}
     answers = dict.fromkeys(names, (0, 0))
     for i in range(rounds):
@@ -218,7 +218,7 @@ def measure(
                     until = time.monotonic() + budget / rounds
                     for _ in range(requests * (i + 1) // rounds - requests * i // rounds):
                         if time.monotonic() > until:
-                            say(f"{name}, {tokens} tokens: the time for this is over")
+                            say(f"{name}, {tokens} tokens: the time budget is used up")
                             break
                         for way, overlap in ways.items():
                             times = pair.request(prompt(tokens), overlap)

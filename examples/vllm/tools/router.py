@@ -8,7 +8,7 @@ goes to a decode engine, and the router streams its answer to the client. If the
 prefills the prompt itself. If a decode engine is unreachable, the router tries the next one.
 
 With `--overlap`, it names the transfer and sends the request to both engines at the same time: the decode engine loads while the
-prefill engine computes. It asks both bootstrap endpoints whether they know this; other pairs take the steps above. If the
+prefill engine computes. It asks both bootstrap endpoints whether they support this; other pairs take the steps above. If the
 prefill engine refuses the request, the decode engine gets it again without a transfer. If the prefill engine dies, the decode
 engine keeps the loaded blocks, and computes the rest.
 
@@ -118,13 +118,13 @@ class Router:
             return None
 
     async def _knows(self, engine: Engine) -> dict[str, Any] | None:
-        """What an engine tells of itself, if it knows overlap."""
+        """An engine's bootstrap answer, if it supports overlap."""
         assert self._session is not None
         if engine.bootstrap is None:
             return None
         if time.monotonic() < engine.asked + BOOTSTRAP_FRESH:
             return engine.known
-        # Requests that come before the answer use the last one.
+        # Requests that arrive before the answer use the previous one.
         engine.asked = time.monotonic()
         try:
             timeout = aiohttp.ClientTimeout(total=BOOTSTRAP_LIMIT)
@@ -205,7 +205,7 @@ class Router:
     async def _begun(
         self, url: str, body: dict, prefilled: asyncio.Task | None
     ) -> tuple[aiohttp.ClientResponse, bytes]:
-        """An answer of which the first part has come. Raises `Refused` if the prefill engine refuses the prompt before that."""
+        """An answer whose first part has arrived. Raises `Refused` if the prefill engine refuses the prompt before that."""
         beginning = asyncio.create_task(self._begin(url, body))
         try:
             if prefilled is not None:
@@ -246,7 +246,7 @@ def main() -> None:
     form = dict(action="append", required=True, nargs="+", metavar=("URL", "BOOTSTRAP_PORT"))
     parser.add_argument("--prefill", **form)
     parser.add_argument("--decode", **form)
-    parser.add_argument("--overlap", action="store_true", help="load while the prefill runs, where both engines know it")
+    parser.add_argument("--overlap", action="store_true", help="load while the prefill runs, where both engines support it")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     # With handler_cancellation, a client that disconnects cancels its request.

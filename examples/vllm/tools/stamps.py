@@ -1,7 +1,7 @@
 """Notes when a vLLM engine queues, schedules, computes and samples, and when a load has ended, whatever its connector.
 
-vLLM loads it as a plugin in each process: `plugin` makes the package that says so, first in PYTHONPATH. An event is a line of JSON
-in the file that KVFERRY_STAMPS names. Times are of CLOCK_MONOTONIC, which all processes of a host share.
+vLLM loads it as a plugin in each process: `plugin` makes the package that declares the plugin, to be put first in PYTHONPATH. An
+event is a line of JSON in the file that KVFERRY_STAMPS names. Times are of CLOCK_MONOTONIC, which all processes of a host share.
 """
 
 import functools

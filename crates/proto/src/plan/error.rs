@@ -25,7 +25,7 @@ pub enum PlanError {
         /// The block.
         block: u32,
     },
-    /// The name says something else than the producer's table.
+    /// The name disagrees with the producer's table.
     #[error("the name does not fit the offer: {0}; pass on the producer's offer unchanged")]
     Name(String),
     /// The source ranks have entered different blocks for one offer.

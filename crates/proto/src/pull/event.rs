@@ -96,7 +96,7 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// Of a pull whose offer is there, and which waits for growths until its deadline.
+    /// For a pull whose offer is entered, and which waits for growths until its deadline.
     pub fn new(attempts: u32, wait: Duration, patience: Duration) -> Self {
         Self { attempts, wait, patience, awaited: false, queued: Duration::MAX, stalled: Duration::MAX }
     }

@@ -136,7 +136,7 @@ struct Held {
     claims: Vec<Option<Claimed>>,
     /// Which hold of this consumer it is.
     number: u64,
-    /// Of later calls for the same offer.
+    /// Those of later calls for the same offer.
     also: Vec<HoldSetter>,
 }
 
@@ -246,7 +246,7 @@ impl Holds {
         if let Some(claimed) = self.by_offer.get_mut(&id).and_then(|h| h.claims[source].as_mut())
             && let Some((_, contents)) = &mut claimed.granted
         {
-            // One that does not follow is of no use: the session claims again.
+            // A growth that does not follow is ignored: the session claims again.
             let _ = add(contents, growth);
         }
         true
@@ -326,7 +326,7 @@ impl Holds {
     }
 }
 
-/// Tells a new pull what its claims have been granted before.
+/// Tells a new pull of the grants that its claims already have.
 pub(super) fn grants(
     taken: HashMap<usize, Claimed>,
     of: impl Fn(usize) -> PullSource,

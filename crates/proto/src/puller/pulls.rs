@@ -112,8 +112,7 @@ impl Pulls {
         sources.collect()
     }
 
-    /// Adds a pull and claims its offer at each source.
-    /// Claims that a hold has made come in `taken`, by source.
+    /// Adds a pull and claims its offer at each source. `taken`: claims that a hold has made, by source.
     pub(super) fn start(
         &mut self,
         mut start: Box<Start>,

@@ -16,11 +16,11 @@ use crate::{
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ClaimState {
-    /// To be sent when the session can.
+    /// To be sent once the session is up.
     Waiting,
-    /// To be sent again then.
+    /// To be sent again at this time.
     RetryAt(Instant),
-    /// Sent and not answered; sent again then.
+    /// Sent and not answered; to be sent again at this time.
     Sent(Instant),
     /// Granted.
     Held,
@@ -37,7 +37,7 @@ struct Open {
     extent: Extent,
     /// Number of its growths.
     growths: u64,
-    /// Number of frames of growth that came for the claim.
+    /// Number of frames of growth received for the claim.
     heard: u32,
 }
 
@@ -53,7 +53,7 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Whether it is for this engine's rank, in whichever incarnation.
+    /// Whether it is for this engine's rank, in any incarnation.
     pub(super) fn is_for(&self, peer: &PeerId) -> bool {
         self.want.engine == peer.engine && self.want.rank == peer.rank
     }
@@ -183,7 +183,7 @@ impl Claims {
     }
 
     /// The offer of a claim has grown, from `after` growths to `growths`. `limit` bounds its blocks. If another growth is missing
-    /// before these, the claim goes out again, and its grant brings everything. `true`: it does.
+    /// before these, the claim goes out again, and its grant brings everything. `true`: it goes out.
     pub(super) fn grown(
         &mut self,
         claim: ClaimId,
@@ -215,8 +215,8 @@ impl Claims {
         false
     }
 
-    /// The producer asks for the claim again after `wait`, or answers it when the offer is entered. The peer's word is bounded:
-    /// a claim waits for `most`, ten times that long if its request waits in the prefill engine's queue.
+    /// The producer asks for the claim again after `wait`, or answers it when the offer is entered. `wait` comes from the peer:
+    /// it is bounded by `most`, or by ten times that if the request waits in the prefill engine's queue.
     pub(super) fn not_yet(&mut self, now: Instant, claim: ClaimId, wait: Duration, most: Duration) {
         if let Some(c) = self.claims.get_mut(&claim)
             && matches!(c.state, ClaimState::Sent(_))

@@ -42,7 +42,7 @@ pub(super) struct Link {
     entropy: Entropy,
     /// Since when the stream is up, while it has not yet lived for [`PROVEN`].
     unproven: Option<Instant>,
-    /// The stream before broke unproven.
+    /// The previous stream broke before it was proven.
     brief: bool,
     /// Streams opened since one was answered.
     unanswered: u32,

@@ -14,11 +14,11 @@ pub(super) struct Job {
 /// An attempt that is not quiet.
 pub(super) struct AttemptState {
     pub(super) nonce: u64,
-    /// `Failed` of it is out.
+    /// Its `Failed` event is out.
     pub(super) failed: bool,
-    /// Nothing of it is posted or submitted any more.
+    /// Nothing more is posted or submitted for it.
     pub(super) closed: bool,
-    /// The inner lane writes no slot of it any more.
+    /// The inner lane no longer writes its slots.
     pub(super) inner_quiet: bool,
     /// Jobs that are not finished.
     pub(super) jobs: u32,

@@ -1,5 +1,5 @@
-//! Claims that wait for an offer: it is not entered yet, or not ready. They last for a bounded time, and no longer than the sessions of
-//! the consumer that made them, which claims again in its next one.
+//! Claims that wait for an offer that is not entered yet, or not ready. A claim lasts for a bounded time, and no longer than its
+//! consumer's sessions: in a new session the consumer claims again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,19 +25,18 @@ pub(super) struct Wait {
 pub(super) struct Awaiting {
     by_offer: BTreeMap<OfferId, Vec<Wait>>,
     by_consumer: BTreeMap<Incarnation, BTreeSet<(OfferId, ClaimKey)>>,
-    /// The oldest first. Without those of live offers whose time is over.
+    /// Oldest first, without the claims that [`Awaiting::since`] has returned.
     ages: BTreeSet<(Instant, OfferId, ClaimKey)>,
 }
 
 impl Awaiting {
-    /// Adds a claim, or finds it. `false`: as many claims of its consumer wait for the offer already.
+    /// Adds a claim, or finds it. `false`: too many claims of its consumer already wait for the offer.
     pub(super) fn add(&mut self, now: Instant, id: OfferId, (key, token): (ClaimKey, Token)) -> bool {
         let waits = self.by_offer.entry(id).or_default();
         if let Some(wait) = waits.iter_mut().find(|w| w.key == key) {
             wait.token = token;
             return true;
         }
-        // The offer's list is not empty if there are that many.
         if waits.iter().filter(|w| w.key.0 == key.0).count() >= MOST {
             return false;
         }
@@ -57,7 +56,7 @@ impl Awaiting {
         self.take_if(id, |_| true)
     }
 
-    /// Takes those that show this token.
+    /// Takes the claims that show this token.
     pub(super) fn take_with(&mut self, id: OfferId, token: Token) -> Vec<ClaimKey> {
         self.take_if(id, |w| w.token == token).into_iter().map(|w| w.key).collect()
     }
@@ -76,7 +75,7 @@ impl Awaiting {
         self.by_offer.keys().copied().collect()
     }
 
-    /// The claims that have waited since then or longer. Each is told once.
+    /// The claims that have waited since then or longer. Returns each claim once.
     pub(super) fn since(&mut self, then: Instant) -> Vec<(OfferId, ClaimKey)> {
         let mut old = Vec::new();
         while let Some(&(since, id, key)) = self.ages.first().filter(|(since, ..)| *since <= then) {
@@ -86,7 +85,7 @@ impl Awaiting {
         old
     }
 
-    /// Since when the oldest one waits.
+    /// Since when the oldest claim has waited.
     pub(super) fn first(&self) -> Option<Instant> {
         self.ages.first().map(|(since, ..)| *since)
     }

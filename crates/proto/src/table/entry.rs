@@ -22,7 +22,7 @@ pub(super) struct Entry {
     pub(super) ready: bool,
     /// While it grows.
     pub(super) growing: Option<Box<Growing>>,
-    /// By how many growths it became complete.
+    /// Number of its growths when it became complete.
     pub(super) growths: u64,
     /// The time under which the table's timers list it; its true end may be later.
     pub(super) timer: Instant,
@@ -82,7 +82,7 @@ impl Entry {
         self.unclaimed_until = now + unclaimed;
     }
 
-    /// It grows no more.
+    /// The offer is complete.
     pub(super) fn set_complete(&mut self, now: Instant, unclaimed: Duration) {
         self.growths = self.growing.take().map_or(0, |growing| growing.applied());
         self.unclaimed_until = self.unclaimed_until.max(now + unclaimed);

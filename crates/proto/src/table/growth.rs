@@ -39,7 +39,7 @@ impl Growing {
         }
     }
 
-    /// Queues a growth under a number that no other one of the table has. One that brings nothing is dropped.
+    /// Queues a growth under a number that is unique in the table. Drops a growth that brings nothing.
     pub(super) fn add(&mut self, number: u64, mut growth: Growth, ready: bool, limit: usize) -> Result<(), BadOffer> {
         growth.groups.retain(|g| !g.blocks.is_empty());
         if growth.is_empty_after(self.planned.tokens()) && !self.planned.is_complete() {
@@ -57,7 +57,7 @@ impl Growing {
         }
     }
 
-    /// The next growth to apply: the data of it and of all before it is in place. `early`: it need not be.
+    /// The next growth to apply, if its data and that of all earlier growths is in place. `early`: even if it is not.
     pub(super) fn next(&mut self, early: bool) -> Option<Growth> {
         self.queue.front().filter(|(.., ready)| *ready || early)?;
         let (_, growth, _) = self.queue.pop_front()?;
@@ -80,7 +80,7 @@ impl Growing {
         self.applied
     }
 
-    /// Growths were applied: when to tell the claims of it.
+    /// Growths were applied. Returns when to tell the claims.
     pub(super) fn tell_at(&mut self, now: Instant, complete: bool) -> Instant {
         let at = match self.told_at {
             Some(last) if !complete => now.max(last + GROWN_EVERY),
@@ -94,7 +94,7 @@ impl Growing {
         self.due
     }
 
-    /// For each claim that is behind: the number of growths that it knows, and the gain since then.
+    /// For each claim that is behind: the number of growths that it knows of, and the gain since then.
     pub(super) fn news(
         &mut self,
         at: Instant,

@@ -1,8 +1,8 @@
 //! Which numbered names will never be entered: those that the engine has passed over.
 //!
-//! A scheduler numbers names as it mints them, and a rank enters them in that order, but for threads and steps of the engine
-//! that overlap. So a name is passed over once a later one was entered [`LeaseConfig::reorder`](crate::LeaseConfig::reorder)
-//! ago. Names that are not numbered, and later ones, say nothing.
+//! A scheduler numbers names as it mints them, and a rank enters them in that order, except where threads and steps of the
+//! engine overlap. So a name is passed over once a later one was entered [`LeaseConfig::reorder`](crate::LeaseConfig::reorder)
+//! ago. Nothing is known of later names, and of names without a number.
 
 use std::{
     collections::VecDeque,

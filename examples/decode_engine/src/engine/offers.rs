@@ -63,7 +63,7 @@ impl Engine {
         for r in running.iter_mut().filter(|r| r.job.growing.is_some() && !r.gone && r.load.is_none()) {
             if let Err(e) = self.grow(r, &unfilled) {
                 // For example, its consumer is gone and has released it.
-                tracing::info!(request = %r.job.name, "its offer does not grow any more: {e}");
+                tracing::info!(request = %r.job.name, "its offer no longer grows: {e}");
                 match e {
                     // The name belongs to another request.
                     OfferError::Duplicate(_) => r.job.growing = None,

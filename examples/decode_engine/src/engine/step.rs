@@ -22,7 +22,7 @@ impl Engine {
         if self.settings.sync_loads {
             self.wait_for_loads();
         } else {
-            // Prefix hits. In the other mode, they may lie in blocks whose load has failed.
+            // Prefix hits. With synchronous loads, they may lie in blocks whose load has failed.
             self.grow_offers();
         }
         let tokens = match self.run_model() {

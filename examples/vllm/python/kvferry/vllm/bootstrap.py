@@ -1,7 +1,7 @@
-"""The bootstrap endpoint: where a decode engine learns who a prefill engine is before the prefill has run.
+"""The bootstrap endpoint: a decode engine learns the identity of a prefill engine there, before the prefill has run.
 
 The scheduler side serves it over HTTP, from a thread of its own that touches nothing else. `GET /query` answers as the server
-of Mooncake's connector does, so routers for that one can use it: `{"0": {"engine_id": …, "worker_addr": {}, "kvferry": …}}`,
+of Mooncake's connector does, so routers for it can use this one: `{"0": {"engine_id": …, "worker_addr": {}, "kvferry": …}}`,
 by data-parallel replica. kvferry's part is the name of an offer that is never made: it holds the engine, its incarnation and the
 addresses of its ranks, within a name's bounds, and is sealed where names are.
 """
@@ -25,7 +25,7 @@ CONNECTIONS = 64
 def entry(
     *, engine: str, incarnation: str | None, ranks: list[tuple[int, str, str]], seal_keys: list[bytes], pulls: bool
 ) -> dict[str, Any]:
-    """What this engine tells of itself. Without an incarnation it offers nothing. `pulls`: whether it loads."""
+    """This engine's entry in the answer. Without an incarnation it offers nothing. `pulls`: whether it loads."""
     ours: dict[str, Any] = {"overlap": OVERLAP, "pulls": pulls}
     if incarnation is not None:
         _, name = _native.name_offer(
@@ -82,7 +82,7 @@ class Server:
             if self._open <= CONNECTIONS:
                 await asyncio.wait_for(self._reply(reader, writer), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
-            # A client that is slow, gone, or says too much; or the end of the server.
+            # A client that is slow, gone, or sends too much; or the end of the server.
             pass
         finally:
             self._open -= 1

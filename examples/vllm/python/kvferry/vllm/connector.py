@@ -143,7 +143,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
     ) -> None:
-        """The request's blocks are allocated. With tokens to load it waits from now on, so a worker must report its load."""
+        """The request's blocks are allocated. If it has tokens to load, it now waits until the workers report its load."""
         if self._side is None:
             return
         try:
@@ -215,7 +215,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     @never_raises(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """The step is about to use blocks again. Offers of them end first."""
+        """The step is about to use blocks again. Their offers end first."""
         if self._worker is not None and isinstance(kv_connector_metadata, Meta):
             self._worker.revoke(kv_connector_metadata)
 
@@ -230,7 +230,7 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
 
     @never_raises(lambda: None)
     def wait_for_save(self) -> None:
-        """The forward pass is done, or on the compute stream: what it has computed can be offered."""
+        """The forward pass is done, or on the compute stream: its blocks can be offered."""
         if self._worker is not None:
             self._worker.computed()
 

@@ -2,8 +2,8 @@
 whether weights or LoRA adapters were replaced.
 
 vLLM makes the scheduler's connector inside the engine core's constructor, so the core is found on the call stack. Its methods
-for weights and adapters are wrapped on that one object. In another version of vLLM a missing part turns its use off, and a line
-in the log says so.
+for weights and adapters are wrapped on that one object. If another version of vLLM lacks a part, the feature that needs it is
+off, and a line in the log says so.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from kvferry.vllm.weights import Adapters
 
 # Longest wait in an idle step, in seconds. A rank in a process of its own spins for one second after each step.
 IDLE_WAIT = 20.0
-# The same while a load runs. Its end is told, unless that news is lost.
+# The same while a load runs. A datagram tells its end, unless it is lost.
 LOAD_WAIT = 10.0
 # Steps without a wait after an event: with asynchronous scheduling, a step's report arrives with the next one.
 BRISK = 3
@@ -98,7 +98,7 @@ class Core:
         if replaces_weights(name):
             self.updates += 1
             self.stale = True
-            logger.info("kvferry: the weights were replaced in place (%s), for the %d. time", name, self.updates)
+            logger.info("kvferry: the weights were replaced in place (%s), %d times so far", name, self.updates)
 
     def _cache_reset(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
         # vLLM refuses while requests run.
@@ -141,8 +141,8 @@ class Core:
 
     def wait(self, loading: int = 0) -> None:
         """Waits for the next request, command, freed offer or ended load, for `IDLE_WAIT` at most. For a step in which nothing
-        runs and nothing but `loading` requests waits, each for a load: without this, vLLM's loop makes a thousand such steps a
-        second while finished requests are held for a decode engine, or while a prompt is loaded that is still computed."""
+        runs and only `loading` requests wait, each for a load. Without this, vLLM's loop makes a thousand such steps a second
+        while finished requests are held for a decode engine, or while a prompt is loaded whose prefill still runs."""
         arriving = self._arriving()
         # A rank of a data-parallel engine must keep pace with the others.
         if arriving is None or getattr(self._core, "engines_running", False) or self.unfinished(loading):

@@ -1,5 +1,5 @@
-"""Keeps exceptions away from vLLM: an exception in a worker's method kills the whole server. Only an error at the start may, if
-the operator wants that."""
+"""Keeps exceptions away from vLLM: an exception in a worker's method kills the whole server. Only an error at the start may do
+so, if the operator wants that."""
 
 import functools
 from collections.abc import Callable

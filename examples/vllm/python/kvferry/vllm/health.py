@@ -37,7 +37,7 @@ def _extend() -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
     except ImportError:
-        logger.exception("kvferry: this version of vLLM has another health check, which does not fail")
+        logger.exception("kvferry: this version of vLLM has another health check, which will not fail")
         return
     check = AsyncLLM.check_health
 

@@ -47,7 +47,7 @@ class Growth:
     groups: list[GroupBlocks]
     # Tokens that are computed with this step, from the prompt's start.
     tokens: int
-    # Nothing follows.
+    # Whether nothing follows.
     last: bool
 
 
@@ -78,7 +78,7 @@ class Hold:
     offer_id: str
     # The name of the offer (JSON).
     offer: str = field(repr=False)
-    # Whether the offer may not be open yet. Each rank says in its news when it is, or will not be.
+    # Whether the offer may not be open yet. Each rank says in its news when the offer is open, or never will be.
     awaited: bool
 
 
@@ -101,9 +101,9 @@ class Meta(KVConnectorMetadata):
     dropped: list[str] = field(default_factory=list)
     # Ids of offers to revoke, open or not. Claims that wait for them are answered.
     revokes: list[str] = field(default_factory=list)
-    # Whether the engine stops: no new offers, and those that nobody has claimed end.
+    # Whether the engine stops: no new offers, and unclaimed ones end.
     stopping: bool = False
-    # Where to ring when an offer of this step is freed, or a load of it has ended.
+    # The address to ring at when an offer or a load of this step has ended.
     alarm: str | None = None
 
 
@@ -127,7 +127,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 class News(KVConnectorWorkerMetadata):
     """The new state of ranks, for the scheduler side."""
 
-    # Of ranks that have restarted, or do not work any more.
+    # Handshakes of ranks that have restarted, or no longer work.
     handshakes: list[Handshake]
     # Requests whose loads will never be reported, since their lane is wedged.
     wedged: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """A rank's offers: finished prefills, and running ones whose offers grow with each step.
 
-Each held offer is reported once, when its blocks may be used again. An offer of a running prefill may end before: its blocks
-are the prefill's until that has finished.
+Each held offer is reported once, when its blocks may be used again. An offer may end while its prefill runs: the blocks then
+belong to the prefill until it has finished.
 """
 
 import sys
@@ -30,7 +30,7 @@ class Offers:
         self._stats, self._repeats, self._sent, self._stream, self._drafts = stats, repeats, sent, stream, drafts
         # `None`: this rank offers nothing.
         self.producer: _native.Producer | None = None
-        # Whether the memory is away.
+        # Whether the engine sleeps: its memory must not be used.
         self.asleep = False
         # By offer, the request whose blocks are held for it.
         self.held: dict[str, str] = {}
@@ -47,7 +47,7 @@ class Offers:
         """Starts the offers of a step, once."""
         offerings, openings, cached, held = meta.offerings, meta.openings, meta.cached, meta.held
         self.revoke(meta)
-        # Those of an earlier step, which is done.
+        # The growths of an earlier step, which is done.
         self._grow_all()
         self._growing = meta.growths
         meta.offerings, meta.openings, meta.cached, meta.growths, meta.held = [], [], [], [], []
@@ -61,7 +61,7 @@ class Offers:
             self._keep(end)
 
     def revoke(self, meta: Meta) -> None:
-        """Ends the offers that the scheduler side ends, once. Before their blocks are used again."""
+        """Ends the offers that the scheduler side ends, once, before their blocks are used again."""
         dropped, revokes = meta.dropped, meta.revokes
         meta.dropped, meta.revokes = [], []
         for offer_id in dropped:
@@ -72,7 +72,7 @@ class Offers:
 
     def computed(self) -> None:
         """This step's forward pass is done, or on the compute stream."""
-        # In this hook an exception may be on its way: then nothing was computed.
+        # vLLM calls this hook while an exception propagates, too: then nothing was computed.
         if not self._drafts and sys.exc_info()[0] is None:
             self._grow_all()
 
@@ -111,7 +111,7 @@ class Offers:
             self.producer.revoke(offer_id)
 
     def _keep(self, held: Held) -> None:
-        """A prefill with an open offer has finished. If that has ended, its blocks are free."""
+        """A prefill with an open offer has finished. If the offer has ended, its blocks are free."""
         if self.open.pop(held.offer_id, False):
             self.held[held.offer_id] = held.request
         else:

@@ -56,7 +56,7 @@ class Options:
     seal_keys: tuple[str, ...] = ()
     # How long a load may move nothing from a silent peer before it gives up.
     patience: float | None = None
-    # The longest waits of a load whose prompt is still computed: for its first block, and then for the next one.
+    # The longest waits of a load whose prefill still runs: for its first block, and for each further one.
     queued: float | None = None
     stalled: float | None = None
     # Port of the bootstrap endpoint, on `host`. `None`: there is none, and nothing is offered before it is computed.
@@ -146,7 +146,7 @@ class Options:
         )
 
     def awaited_deadline(self) -> float:
-        """From the start of a load whose prompt is still computed to its decision: as long as an offer lives."""
+        """From the start of a load whose prefill still runs to its decision: as long as an offer lives."""
         return max(self.deadline, self.hard_cap or HARD_CAP)
 
     def listen(self, rank: int, ranks: int, replica: int) -> str:

@@ -40,10 +40,10 @@ class Refused(BadParams):
 
 
 class NoPeer(BadParams):
-    """A prefill engine that cannot be asked for what it computes. `key`: the engine and the cause, for the log."""
+    """A prefill engine whose running prefills cannot be loaded. `key`: the engine and the cause, for the log."""
 
     def __init__(self, bootstrap: str, why: str) -> None:
-        super().__init__(f"the prefill engine behind {bootstrap!r:.200} cannot be loaded from while it computes: {why}")
+        super().__init__(f"no running prefill can be loaded from prefill engine {bootstrap!r:.200}: {why}")
         self.key = (bootstrap, why)
 
 
@@ -96,7 +96,7 @@ def wants_prefill(params: dict[str, Any] | None) -> bool:
 
 
 def transfer(params: dict[str, Any] | None) -> str | None:
-    """The id that a router has given the transfer; `None`: it has given none. Raises `BadParams`."""
+    """The id that a router has given the transfer; `None` if there is none. Raises `BadParams`."""
     found = (params or {}).get("transfer_id")
     if found is None:
         return None

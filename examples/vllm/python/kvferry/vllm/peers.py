@@ -1,7 +1,7 @@
 """Prefill engines that this engine knows from their bootstrap endpoints.
 
-A question is asked by a thread, so the scheduler never waits for one. Its address comes with a request, from outside: only
-hosts that `dial` lists are asked, and size, time and number of answers are bounded.
+Threads query the endpoints, so the scheduler never waits for an answer. An endpoint's address comes with a request, from
+outside: only hosts that `dial` lists are queried, and size, time and number of answers are bounded.
 """
 
 import ipaddress
@@ -18,14 +18,14 @@ from kvferry import _native
 from kvferry.vllm import params as kv_params
 from kvferry.vllm.bootstrap import OVERLAP
 
-# Longest time for one answer, and its size: 1,024 ranks, which is the most that a name has, take 120 KiB.
+# Longest time for one answer, and its largest size: 1,024 ranks, the most that a name has, take 120 KiB.
 ANSWER_SECONDS = 2.0
 ANSWER_BYTES = 256 << 10
-# Endpoints that are remembered, and questions at a time.
+# Endpoints that are remembered, and queries at a time.
 REMEMBERED = 256
 QUESTIONS = 8
-# An answer is used at once, and asked for again in the background when it is older than this, in seconds. So a restart of the
-# engine is noticed even where no load has failed.
+# A known answer is used at once. When it is older than this, in seconds, the endpoint is queried again in the background, so a
+# restart of the engine is noticed even if no load has failed.
 FRESH = 1.0
 # After a failure, requests wait for another answer only if the failure came within this time, in seconds: a dead host must not
 # delay each request.
@@ -49,10 +49,10 @@ class Peer:
 class Entry:
     """The state of one endpoint."""
 
-    # When it was asked last, and whether that question is open. Times of `time.monotonic`.
+    # When it was last queried, and whether that query still runs. Times of `time.monotonic`.
     asked: float
     running: bool = True
-    # When it answered last, or failed; 0: never.
+    # When it last answered, or failed; 0: never.
     answered: float = 0.0
     peers: list[Peer] = field(default_factory=list)
     # Why there are no peers; empty: there are, or it is not known.
@@ -60,7 +60,7 @@ class Entry:
 
 
 class Peers:
-    """The endpoints that were asked."""
+    """The endpoints that were queried."""
 
     def __init__(self, seal_keys: list[bytes], dial: tuple[str, ...] = ()) -> None:
         self._seal_keys, self._dial = seal_keys, dial
@@ -85,7 +85,7 @@ class Peers:
             self._entries.move_to_end(bootstrap)
             if not entry.running and now > entry.answered + FRESH:
                 self._ask(bootstrap, host, port, entry)
-                # The time that the last question took.
+                # `answered - asked` is the time that the last query took.
                 if not entry.peers and (not entry.answered or entry.answered - entry.asked < QUICK):
                     entry.answered, entry.why = 0.0, ""
                 entry.asked = now
@@ -98,7 +98,7 @@ class Peers:
             return _choose(bootstrap, entry.peers, engine)
 
     def forget(self, engine: str) -> None:
-        """A load from this engine failed: it may have restarted, so it is asked again before the next one."""
+        """A load from this engine failed: it may have restarted, so its endpoint is queried again before the next load."""
         with self._changed:
             for bootstrap in [b for b, e in self._entries.items() if any(p.engine == engine for p in e.peers)]:
                 del self._entries[bootstrap]
@@ -110,7 +110,7 @@ class Peers:
                 self._changed.wait(seconds)
 
     def _ask(self, bootstrap: str, host: str, port: int, entry: Entry) -> None:
-        # With too many questions, this one is asked at a later look-up.
+        # With too many queries, this one waits for a later look-up.
         if self._running < QUESTIONS:
             entry.running = True
             self._running += 1
@@ -173,7 +173,7 @@ def fetch(host: str, port: int, path: str) -> bytes:
 
 
 def _length(head: bytes) -> int | None:
-    """The length of a body that a complete head says."""
+    """The length of the body, from a complete head."""
     for line in head.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
         if name.strip().lower() == b"content-length" and value.strip().isdigit():
@@ -242,5 +242,5 @@ def _address(host: str) -> "ipaddress.IPv4Address | ipaddress.IPv6Address | None
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return None
-    # An address of IPv4 in the form of IPv6 is the same host.
+    # An IPv4-mapped IPv6 address is the same host.
     return getattr(address, "ipv4_mapped", None) or address

@@ -41,7 +41,7 @@ class Remotes:
         self._weights_of, self._release = weights_of, release
         # Why this engine loads nothing; empty: it loads.
         self.off = ""
-        # Those of requests that were looked up and not yet admitted.
+        # The offers of requests that were looked up and not yet admitted.
         self._known: dict[str, kv_params.Remote] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         # Refused offers, by engine and cause.
@@ -55,7 +55,7 @@ class Remotes:
         return self._known.get(request_id)
 
     def pop(self, request_id: str) -> kv_params.Remote | None:
-        """The same, and forgets it."""
+        """Like `peek`, and forgets the offer."""
         return self._known.pop(request_id, None)
 
     def use(self, remote: kv_params.Remote) -> None:
@@ -87,7 +87,7 @@ class Remotes:
 
     def get(self, request: "Request") -> kv_params.Remote | None:
         """The request's offer, parsed once. An unusable offer is refused once, and the prompt is prefilled here. Raises `Asking`
-        while the prefill engine is asked who it is."""
+        while the prefill engine's endpoint has not answered."""
         params, remote = request.kv_transfer_params, self._known.get(request.request_id)
         assert params is not None
         try:
@@ -119,8 +119,8 @@ class Remotes:
         self._release(remote.offer)
 
     def minted(self, request: "Request", params: dict[str, Any]) -> kv_params.Remote:
-        """The offer that a router has named and the prefill engine makes when it begins with the prompt. What its KV depends on
-        is known here; if the prefill engine has something else, the load fails."""
+        """The offer that a router has named, and that the prefill engine makes when it begins the prompt. Its fingerprints are
+        computed here; if those of the prefill engine differ, the load fails."""
         transfer = kv_params.transfer(params)
         address, engine = params.get("remote_bootstrap_addr"), params.get("remote_engine_id")
         if not isinstance(address, str) or transfer is None:
@@ -188,7 +188,7 @@ class Remotes:
             self.use(remote)
             self._release(remote.offer)
         if part not in (kv_params.WEIGHTS, kv_params.ADAPTER):
-            # Clients and routers cause the others one by one.
+            # Clients and routers cause other mismatches, request by request.
             return
         if len(self._refusals) >= REMEMBERED:
             self._refusals.clear()

@@ -73,7 +73,7 @@ class Awaited:
     offer_id: str
     # Ranks whose claims wait for it.
     ranks: int
-    # When this engine prefills the prompt itself. Of `time.monotonic`.
+    # When this engine gives up and prefills the prompt itself, by `time.monotonic`.
     until: float
 
 
@@ -132,14 +132,14 @@ class SchedulerSide:
         self._numbers = itertools.count(time.time_ns() // 1_000_000)
         # For requests that were looked up and not yet admitted: the tokens that the last look-up found here.
         self._local: dict[str, int] = {}
-        # Awaited offers, by request that is not admitted.
+        # Awaited offers, by request that is not yet admitted.
         self._awaited: dict[str, Awaited] = {}
         self._queued = options.queued if options.queued is not None else QUEUED
         # Requests whose prefill engine has not answered yet.
         self._asking: dict[str, Request] = {}
         self._waiting: dict[str, Waiting] = {}
         self._prefills: dict[str, Prefill] = {}
-        # The gauges of this side and of the ranks are sent with a step. One is made after the start.
+        # The gauges of this side and of the ranks are sent with a step. After the start, one step is made for them.
         self._unsent_gauges = False
         self.stats = KvFerryStats()
         peers = Peers(self._seal_keys, options.dial)
@@ -249,7 +249,7 @@ class SchedulerSide:
         return None if time.monotonic() > awaited.until else False
 
     def _arrived_with_transfer(self, request: "Request", prefill: Prefill) -> None:
-        """A router may have sent the request to a decode engine at the same time, which waits for its offer."""
+        """A router may have sent the request to a decode engine at the same time. That engine waits for the offer."""
         try:
             transfer = kv_params.transfer(request.kv_transfer_params)
         except kv_params.BadParams as e:
@@ -424,7 +424,7 @@ class SchedulerSide:
         if request.status.name not in OFFERED:
             return False, None
         if self._core.stopping():
-            # The decode engine prefills it again. Otherwise the offer would hold this process back.
+            # The decode engine prefills it again. Otherwise the offer would keep this process from exiting.
             return False, None
         weights = self._offered_weights(request, prefill)
         return self._offer(request, blocks, weights) if weights is not None else (False, None)
@@ -551,7 +551,7 @@ class SchedulerSide:
         """The messages that the workers receive with this step."""
         stopping, scheduled = self._core.stopping(), output.total_num_scheduled_tokens
         for request in list(self._asking.values()):
-            # Its answer may have come: it is claimed now.
+            # The endpoint may have answered: then the offer is claimed now.
             del self._asking[request.request_id]
             if kv_params.wants_prefill(request.kv_transfer_params) and request.request_id not in self._remotes:
                 self._hold(request)

@@ -1,8 +1,9 @@
 """Prefills whose decode engine loads while they run: their open offers grow with each step.
 
 An offer is opened when its request is first scheduled. Each step then appends the blocks that it computes; the workers make them
-readable once the step has computed them. The blocks of a sliding window come with the last step, since the engine frees the ones
-before it on the way. A prefill that is preempted loses its blocks, so its offer ends, and what was loaded until then stays loaded.
+readable once the step has computed them. The blocks of a sliding window come with the last step, because the engine frees
+earlier ones as it advances. A prefill that is preempted loses its blocks, so its offer ends; blocks that were loaded before stay
+loaded.
 """
 
 from collections.abc import Callable
@@ -130,7 +131,7 @@ class Transfers:
             return True
         if not growing.offer:
             loaded = request.num_computed_tokens > growing.local
-            # Another connector loads in this step, which may fail.
+            # Another connector loads in this step, and that load may fail.
             if (loaded and getattr(output, "has_sync_kv_loads", True)) or not self._open(growing, output):
                 return False
         done = min(request.num_computed_tokens + scheduled, request.num_prompt_tokens)

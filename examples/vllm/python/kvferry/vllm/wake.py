@@ -1,5 +1,5 @@
-"""Wakes the engine's loop when an offer is freed or a load has ended. A rank may be another process than the scheduler, so the
-news is a datagram."""
+"""Wakes the engine's loop when an offer is freed or a load has ended. A rank may run in another process than the scheduler, so
+the news is a datagram."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ import tempfile
 import threading
 from collections.abc import Callable
 
-# How long a rank's thread waits before it looks whether it must end, in seconds. Meanwhile it keeps the producer or the consumer
-# alive.
+# How long a rank's thread waits before it checks whether it must end, in seconds. Meanwhile it keeps the producer or the
+# consumer alive.
 LOOK = 0.1
 
 
@@ -67,12 +67,12 @@ class Bell:
                 while not self._stopped:
                     if self._has(LOOK):
                         self._polled.clear()
-                        # Came before the line above, and taken since: then nothing is left to tell.
+                        # The news may have been taken before the line above: then there is nothing left to tell.
                         if self._has(0):
                             self._send(out)
                             self._polled.wait(1)
             except (OSError, RuntimeError):
-                # The scheduler is on another host, or gone; or this end was closed. Without news the loop looks by itself.
+                # The scheduler is on another host, or gone; or this end was closed. Without datagrams the loop polls by itself.
                 return
 
     @staticmethod
@@ -80,5 +80,5 @@ class Bell:
         try:
             out.send(b"!")
         except BlockingIOError:
-            # It has enough of them.
+            # Its queue is full, so it will wake up anyway.
             pass

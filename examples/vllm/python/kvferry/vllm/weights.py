@@ -78,7 +78,7 @@ def _directory(model: "ModelConfig") -> Path:
 
         return Path(snapshot_download(named, revision=model.revision, local_files_only=True))
     except Exception as e:
-        # Streamed from an object store, say.
+        # For example, the weights are streamed from an object store.
         logger.debug("kvferry: %s has no directory: %s", named, e)
         return Path(named)
 
@@ -147,7 +147,7 @@ def _adapter_files(path: str) -> list[Path]:
 
             where = Path(snapshot_download(path, local_files_only=True))
         except Exception as e:
-            raise FileNotFoundError(f"{path} is no directory: {e}") from e
+            raise FileNotFoundError(f"{path} is not a directory: {e}") from e
     names = ("adapter_config.json", "new_embeddings.safetensors", "new_embeddings.bin")
     return [*weight_files(where), *(where / n for n in names if (where / n).is_file())]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CLOSE = 0.4
 # The same before sleep. vLLM unmaps GPU memory afterwards, so a copy that is still running must end first.
 CLOSE_TO_SLEEP = 5.0
-# How often the bell's thread looks whether a prefill has begun, in seconds: 200 looks take 0.5 % of a core.
+# How often the bell's thread checks whether a prefill has begun, in seconds: 200 checks a second take 0.5 % of a core.
 HOLD_LOOK = 0.005
 # Missing before vLLM 0.33: the engine does not tell a connector that it is going to sleep.
 SLEEP_IS_ANNOUNCED = hasattr(KVConnectorBase_V1, "unregister_kv_caches")
@@ -86,12 +86,12 @@ class WorkerSide:
         # The device of a cache in GPU memory.
         self._gpu: torch.device | None = None
         self._asleep = False
-        # Whether something may still use the memory of before a sleep: this rank must not start again.
+        # Whether something may still use the memory from before a sleep: this rank must not start again.
         self._lost = False
         self._changed = False
         self._pulls: dict[int, Running] = {}
         self._by_request: dict[str, int] = {}
-        # Awaited offers whose claims wait, and those that wait no longer since the last news.
+        # Awaited offers whose claims wait, and the ids of those that have stopped waiting since the last news.
         self._holds: dict[str, _native.Hold] = {}
         self._begun: list[str] = []
         # Engines from which a load has failed since the last news.
@@ -328,7 +328,8 @@ class WorkerSide:
             self._load_bell.polled()
 
     def _has_news(self, limit: float) -> bool:
-        """Whether a load has ended, or a claim waits no longer. Waits for that. For the bell's thread."""
+        """Waits until a load has ended or a claim waits no longer, for `limit` seconds at most. `False`: neither. For the
+        bell's thread."""
         until = time.monotonic() + limit
         while (consumer := self._consumer) is not None:
             holds = list(self._holds.values())
@@ -406,7 +407,7 @@ class WorkerSide:
         return invalid
 
     def _check(self) -> None:
-        """After a wedge, or the death of the data thread, this rank starts no new pull: it may hang as well."""
+        """After a wedge, or the death of the data thread, this rank starts no new pull: it might hang too."""
         if self._off or self._consumer is None:
             return
         if not self._consumer.is_alive():

@@ -22,7 +22,7 @@ use std::{
 use kvferry_proto::{
     BadOffer, Cause, Offer, Outcome, PeerId, PoolLayout, PullError, Reader, Shard, WaitError,
     pull::Retry,
-    puller::{Ended, Hold, HoldRequest, In, PullId, Start},
+    puller::{Ended, Hold, HoldRequest, HoldSetter, In, PullId, Start},
 };
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -205,7 +205,8 @@ impl Consumer {
         offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(offer);
         let hold = Hold::default();
-        let wait = HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited, seen: hold.setter() };
+        let wait =
+            HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited, seen: HoldSetter::of(&hold) };
         self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
         Ok(hold)
     }

@@ -413,7 +413,7 @@ fn all_pieces(sources: &[Source<'_>], here: Source<'_>, g: &Group) -> Result<Vec
                 region: r.name.to_string(),
                 group: g.id.0,
                 why: format!(
-                    "the peer's ranks hold the first {} of a block's {} bytes; the next are missing or held twice",
+                    "the peer's ranks hold {} of a block's {} bytes in order; the next are missing or held twice",
                     end.unwrap_or_else(|at| at),
                     r.block_bytes
                 ),

@@ -6,10 +6,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU8, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -68,11 +65,6 @@ impl Hold {
         }
     }
 
-    /// The other side of it.
-    pub fn setter(&self) -> HoldSetter {
-        HoldSetter(self.clone())
-    }
-
     fn shown(&self) -> MutexGuard<'_, Shown> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,6 +81,11 @@ impl std::fmt::Debug for Hold {
 pub struct HoldSetter(Hold);
 
 impl HoldSetter {
+    /// The setter of a hold.
+    pub fn of(hold: &Hold) -> Self {
+        Self(hold.clone())
+    }
+
     fn set(&self, state: HoldState) {
         let mut shown = self.0.shown();
         if std::mem::replace(&mut shown.state, state) == state {

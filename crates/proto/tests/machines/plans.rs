@@ -270,7 +270,7 @@ fn regions_that_do_not_match_are_refused_by_name() {
     let (region, why) = refusal(|l, _| l.groups[0].regions[1].block_bytes = 16);
     assert!(region == "r1" && why.contains("24") && why.contains("16"), "{region}: {why}");
     let (region, why) = refusal(|l, _| l.groups[0].regions[1].name = "other".into());
-    assert!(region == "r1" && why.contains("hold 0 of its 24 bytes"), "{region}: {why}");
+    assert!(region == "r1" && why.contains("hold 0 of a block's 24 bytes"), "{region}: {why}");
     let (region, why) = refusal(|l, _| l.groups[0].block_tokens = 32);
     assert!(region == "r0" && why.contains("block_tokens"), "{region}: {why}");
     let (_, why) = refusal(|l, _| l.groups[0].kind = GroupKind::State);
@@ -286,7 +286,7 @@ fn heads_that_do_not_match_are_refused_by_name() {
         l.groups[0].regions.iter_mut().for_each(|r| r.block_bytes = 12);
     });
     assert!(
-        region == "r0" && why.contains("hold 12 of its 24 bytes"),
+        region == "r0" && why.contains("hold 12 of a block's 24 bytes"),
         "half of the heads are nowhere: {region}: {why}"
     );
 }

@@ -16,7 +16,7 @@ use kvferry_proto::{
     Read, Reader, Shard, Token,
     hello::Welcome,
     pull::Retry,
-    puller::{Hold, HoldRequest, HoldState, In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
+    puller::{Hold, HoldRequest, HoldSetter, HoldState, In, Need, Out, Progress, PullId, Puller, Start, better::Waits},
     session::Want,
 };
 
@@ -148,7 +148,7 @@ impl Rig {
             sources: vec![0],
             reader: start.reader,
             awaited: false,
-            seen: Hold::default().setter(),
+            seen: HoldSetter::of(&Hold::default()),
         };
         self.puller.handle(self.now, In::Hold(Box::new(wait), 60 * SECOND));
         let want = self.claimed();
@@ -412,7 +412,7 @@ fn a_name_with_another_token_leaves_the_hold_alone() {
         sources: vec![0],
         reader: Reader::ONLY,
         awaited: false,
-        seen: Hold::default().setter(),
+        seen: HoldSetter::of(&Hold::default()),
     };
     rig.puller.handle(rig.now, In::Hold(Box::new(wrong), 60 * SECOND));
     assert_ne!(rig.claimed().claim, claim, "a hold of its own, which the producer refuses");

@@ -332,7 +332,13 @@ impl World {
             self.puller(
                 c,
                 puller::In::Hold(
-                    Box::new(puller::HoldRequest { offer, sources, reader, awaited, seen: puller::Hold::default().setter() }),
+                    Box::new(puller::HoldRequest {
+                        offer,
+                        sources,
+                        reader,
+                        awaited,
+                        seen: puller::HoldSetter::of(&puller::Hold::default()),
+                    }),
                     limit,
                 ),
             );

@@ -103,7 +103,7 @@ fn a_hold_whose_claim_is_lost_has_ended() {
     let (start, _) = rig.start();
     let seen = Hold::default();
     let (offer, reader) = (start.offer.clone(), start.reader);
-    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen.setter() };
+    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: HoldSetter::of(&seen) };
     rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
     let claim = rig.claimed().claim;
     rig.puller.handle(rig.now, In::Lost(claim, Cause::Unknown));
@@ -118,7 +118,7 @@ fn a_hold_tells_of_each_change_and_of_its_end_when_the_puller_is_gone() {
     let (of, to) = (seen.clone(), changes.clone());
     seen.on_change(move || to.lock().unwrap().push(of.state()));
     let (offer, reader) = (start.offer, start.reader);
-    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen.setter() };
+    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: HoldSetter::of(&seen) };
     rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
     let claim = rig.claimed().claim;
     assert_eq!(*changes.lock().unwrap(), []);
@@ -130,7 +130,9 @@ fn a_hold_tells_of_each_change_and_of_its_end_when_the_puller_is_gone() {
     // A function that comes late is called at once.
     let late = Arc::new(AtomicU32::new(0));
     let calls = late.clone();
-    seen.on_change(move || drop(calls.fetch_add(1, Ordering::Relaxed)));
+    seen.on_change(move || {
+        calls.fetch_add(1, Ordering::Relaxed);
+    });
     assert_eq!(late.load(Ordering::Relaxed), 1);
 }
 
@@ -159,7 +161,7 @@ fn a_hold_hands_over_what_its_offer_has_grown_by() {
     let seen = Hold::default();
     let hold = |seen: &Hold| {
         let (offer, reader) = (start.offer.clone(), start.reader);
-        let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen.setter() };
+        let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: HoldSetter::of(&seen) };
         In::Hold(Box::new(request), 60 * SECOND)
     };
     rig.puller.handle(rig.now, hold(&seen));

@@ -204,9 +204,15 @@ impl Consumer {
         offer.check()?;
         offer.check_seal(&self.config.names.seal_keys)?;
         let (sources, reader) = self.sources(offer);
-        let hold = Hold::default();
-        let wait =
-            HoldRequest { offer: Arc::new(offer.clone()), sources, reader, awaited, seen: HoldSetter::of(&hold) };
+        let (hold, patience) = (Hold::default(), self.config.pull.patience);
+        let wait = HoldRequest {
+            offer: Arc::new(offer.clone()),
+            sources,
+            reader,
+            awaited,
+            seen: HoldSetter::of(&hold),
+            patience,
+        };
         self.tell(Mail::Puller(In::Hold(Box::new(wait), self.config.lease.hard_cap)));
         Ok(hold)
     }

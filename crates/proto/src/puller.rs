@@ -134,7 +134,11 @@ impl<L: Lane> Puller<L> {
             }
             In::Hold(wait, limit) => {
                 let Self { holds, pulls, out, .. } = self;
+                let at: Vec<Addr> = wait.sources.iter().map(|at| wait.offer.ranks[*at].addr.as_str().into()).collect();
                 holds.hold(now, *wait, limit, &mut || pulls.next_claim(), out);
+                for addr in at.iter().filter(|addr| self.peers.is_silent(addr)) {
+                    self.holds.set_silent(now, addr, true);
+                }
             }
             In::Release(offer) => self.holds.release(&offer, &mut self.out),
             In::LocalReady(id) => self.pulls.tell(now, id, pull::In::LocalReady),
@@ -164,6 +168,7 @@ impl<L: Lane> Puller<L> {
             In::Lane { peer, incarnation, need, lane } => self.connected(now, peer, incarnation, need, lane),
             In::Silent(addr, silent) if !planted(Bug::SilenceIgnored) => {
                 self.peers.set_silent(&addr, silent);
+                self.holds.set_silent(now, &addr, silent);
                 for PullSource { pull, source } in self.pulls.sources_at(&addr) {
                     self.pulls.tell(now, pull, pull::In::Silent { source, silent });
                 }
@@ -268,7 +273,7 @@ impl<L: Lane> Puller<L> {
         let contents: Vec<&Contents> = contents.iter().map(|c| &**c).collect();
         let fits = match contents.first() {
             None => Err(PlanError::Name("it has no ranks".into())),
-            Some(first) if contents.iter().any(|c| !c.agrees(first)) => Err(PlanError::Ranks),
+            Some(first) if contents[1..].iter().any(|c| !c.agrees(first)) => Err(PlanError::Ranks),
             Some(first) => first.fits(&p.start.offer).map_err(PlanError::Name),
         };
         if let Err(error) = fits {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Out, PullSource, Start,
+    Addr, Out, PullSource, Start,
     pulls::{add, follows, want},
 };
 use crate::{
@@ -37,8 +37,10 @@ pub struct Hold(Arc<Mutex<Shown>>);
 /// The part of a hold that both sides share.
 struct Shown {
     state: HoldState,
-    on_change: Option<Arc<dyn Fn() + Send + Sync>>,
+    on_change: Option<OnChange>,
 }
+
+type OnChange = Arc<dyn Fn(HoldState) + Send + Sync>;
 
 impl Default for Shown {
     fn default() -> Self {
@@ -52,16 +54,21 @@ impl Hold {
         self.shown().state
     }
 
-    /// Calls `f` after each change of the state, in a thread of kvferry, which `f` must not block. If the hold does not wait any
-    /// more, `f` is called at once, in this thread. It replaces an earlier function.
-    pub fn on_change(&self, f: impl Fn() + Send + Sync + 'static) {
-        let f: Arc<dyn Fn() + Send + Sync> = Arc::new(f);
+    /// Calls `f` with each new state, in a thread of kvferry, which `f` must not block. If the hold does not wait any more, `f` is
+    /// called at once, in this thread. It replaces an earlier function, and is dropped after the end of the hold.
+    pub fn on_change(&self, f: impl Fn(HoldState) + Send + Sync + 'static) {
+        let f: OnChange = Arc::new(f);
         let mut shown = self.shown();
-        shown.on_change = Some(f.clone());
         let state = shown.state;
+        let before = match state {
+            HoldState::Ended => shown.on_change.take(),
+            _ => shown.on_change.replace(f.clone()),
+        };
         drop(shown);
+        // It may look at the state.
+        drop(before);
         if state != HoldState::Waiting {
-            f();
+            f(state);
         }
     }
 
@@ -91,10 +98,13 @@ impl HoldSetter {
         if std::mem::replace(&mut shown.state, state) == state {
             return;
         }
-        let f = shown.on_change.clone();
+        let f = match state {
+            HoldState::Ended => shown.on_change.take(),
+            _ => shown.on_change.clone(),
+        };
         // It may look at the state.
         drop(shown);
-        f.into_iter().for_each(|f| f());
+        f.into_iter().for_each(|f| f(state));
     }
 }
 
@@ -117,6 +127,8 @@ pub struct HoldRequest {
     pub awaited: bool,
     /// Shows the engine its state.
     pub seen: HoldSetter,
+    /// The hold ends if a source's peer is silent for so long before its claim is granted.
+    pub patience: Duration,
 }
 
 /// A claim of a hold.
@@ -178,6 +190,8 @@ pub(super) struct Holds {
     /// When each hold ends, oldest first. A hold that ended before stays listed until then.
     ends: VecDeque<(Instant, Key, u64)>,
     made: u64,
+    /// Silent peers that holds wait for, and when these holds end.
+    silent: HashMap<Addr, Instant>,
 }
 
 impl Holds {
@@ -196,6 +210,10 @@ impl Holds {
     ) {
         let id = key(&request.offer);
         if let Some(held) = self.by_offer.get_mut(&id) {
+            if held.request.offer.ranks != request.offer.ranks {
+                // An edited name, or one transfer at two engines: the claims of the first are not those of the second.
+                return;
+            }
             request.seen.set(match () {
                 () if held.claims.iter().any(Option::is_none) => HoldState::Ended,
                 () if held.is_granted() => HoldState::Granted,
@@ -276,7 +294,9 @@ impl Holds {
     /// Ends the hold of an offer that will not be pulled, on behalf of all readers. The other ranks of the offer hear of it
     /// without a claim.
     pub(super) fn release(&mut self, offer: &Offer, out: &mut VecDeque<Out>) {
-        let held = self.remove(key(offer)).filter(|h| h.request.offer.ranks == offer.ranks);
+        let id = key(offer);
+        let fits = self.by_offer.get(&id).is_some_and(|h| h.request.offer.ranks == offer.ranks);
+        let held = if fits { self.remove(id) } else { None };
         for (at, rank) in offer.ranks.iter().enumerate() {
             let source = held.as_ref().and_then(|h| h.request.sources.iter().position(|s| *s == at).map(|s| (h, s)));
             let (claim, reader) = match source {
@@ -296,8 +316,43 @@ impl Holds {
         *self = Self { made: self.made, ..Self::default() };
     }
 
+    /// A peer owes an answer and gives none, or answers again.
+    pub(super) fn set_silent(&mut self, now: Instant, addr: &Addr, silent: bool) {
+        if !silent {
+            self.silent.remove(addr);
+        } else if let Some(end) = self.waiting_at(addr).filter_map(|(_, patience)| now.checked_add(patience)).min() {
+            self.silent.entry(addr.clone()).or_insert(end);
+        }
+    }
+
+    /// The holds with a claim at a peer that is not granted, and their patience.
+    fn waiting_at(&self, addr: &Addr) -> impl Iterator<Item = (Key, Duration)> {
+        self.by_offer.iter().filter_map(move |(id, held)| {
+            let HoldRequest { offer, sources, patience, .. } = &held.request;
+            let mut claims = sources.iter().zip(&held.claims);
+            let waits = |(at, c): (&usize, &Option<Claimed>)| {
+                *offer.ranks[*at].addr == **addr && c.as_ref().is_some_and(|c| c.granted.is_none())
+            };
+            claims.any(waits).then_some((*id, *patience))
+        })
+    }
+
+    /// Ends the holds that wait for a peer which has been silent for too long.
+    fn end_silent(&mut self, now: Instant, out: &mut VecDeque<Out>) {
+        while let Some(addr) = self.silent.iter().find(|(_, end)| **end <= now).map(|(addr, _)| addr.clone()) {
+            self.silent.remove(&addr);
+            let over: Vec<_> = self.waiting_at(&addr).map(|(id, _)| id).collect();
+            for id in over {
+                if let Some(hold) = self.remove(id) {
+                    out.extend(hold.releases(false));
+                }
+            }
+        }
+    }
+
     /// Ends the holds whose time is over.
     pub(super) fn tick(&mut self, now: Instant, out: &mut VecDeque<Out>) {
+        self.end_silent(now, out);
         while let Some(&(end, id, number)) = self.ends.front()
             && end <= now
         {
@@ -311,7 +366,7 @@ impl Holds {
     }
 
     pub(super) fn next_timeout(&self) -> Option<Instant> {
-        self.ends.front().map(|e| e.0)
+        self.ends.front().map(|e| e.0).into_iter().chain(self.silent.values().copied()).min()
     }
 
     fn remove(&mut self, id: Key) -> Option<Held> {

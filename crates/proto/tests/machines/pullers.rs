@@ -149,6 +149,7 @@ impl Rig {
             reader: start.reader,
             awaited: false,
             seen: HoldSetter::of(&Hold::default()),
+            patience: 2 * SECOND,
         };
         self.puller.handle(self.now, In::Hold(Box::new(wait), 60 * SECOND));
         let want = self.claimed();
@@ -413,6 +414,7 @@ fn a_name_with_another_token_leaves_the_hold_alone() {
         reader: Reader::ONLY,
         awaited: false,
         seen: HoldSetter::of(&Hold::default()),
+        patience: 2 * SECOND,
     };
     rig.puller.handle(rig.now, In::Hold(Box::new(wrong), 60 * SECOND));
     assert_ne!(rig.claimed().claim, claim, "a hold of its own, which the producer refuses");

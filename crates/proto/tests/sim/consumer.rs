@@ -338,6 +338,7 @@ impl World {
                         reader,
                         awaited,
                         seen: puller::HoldSetter::of(&puller::Hold::default()),
+                        patience: std::time::Duration::from_secs(2),
                     }),
                     limit,
                 ),

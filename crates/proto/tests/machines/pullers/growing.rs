@@ -103,7 +103,14 @@ fn a_hold_whose_claim_is_lost_has_ended() {
     let (start, _) = rig.start();
     let seen = Hold::default();
     let (offer, reader) = (start.offer.clone(), start.reader);
-    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: HoldSetter::of(&seen) };
+    let request = HoldRequest {
+        offer,
+        sources: vec![0],
+        reader,
+        awaited: true,
+        seen: HoldSetter::of(&seen),
+        patience: 2 * SECOND,
+    };
     rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
     let claim = rig.claimed().claim;
     rig.puller.handle(rig.now, In::Lost(claim, Cause::Unknown));
@@ -116,21 +123,29 @@ fn a_hold_tells_of_each_change_and_of_its_end_when_the_puller_is_gone() {
     let (start, contents) = rig.start();
     let (seen, changes) = (Hold::default(), Arc::new(Mutex::new(Vec::new())));
     let (of, to) = (seen.clone(), changes.clone());
-    seen.on_change(move || to.lock().unwrap().push(of.state()));
+    seen.on_change(move |state| to.lock().unwrap().push((state, of.state())));
     let (offer, reader) = (start.offer, start.reader);
-    let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: HoldSetter::of(&seen) };
+    let request = HoldRequest {
+        offer,
+        sources: vec![0],
+        reader,
+        awaited: true,
+        seen: HoldSetter::of(&seen),
+        patience: 2 * SECOND,
+    };
     rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
     let claim = rig.claimed().claim;
     assert_eq!(*changes.lock().unwrap(), []);
     rig.grant(claim, computed(&contents, 1));
     rig.grant(claim, computed(&contents, 2));
-    assert_eq!(*changes.lock().unwrap(), [HoldState::Granted]);
+    assert_eq!(*changes.lock().unwrap(), [(HoldState::Granted, HoldState::Granted)]);
     drop(rig);
-    assert_eq!(*changes.lock().unwrap(), [HoldState::Granted, HoldState::Ended]);
+    let [first, last] = [HoldState::Granted, HoldState::Ended].map(|state| (state, state));
+    assert_eq!(*changes.lock().unwrap(), [first, last]);
     // A function that comes late is called at once.
     let late = Arc::new(AtomicU32::new(0));
     let calls = late.clone();
-    seen.on_change(move || {
+    seen.on_change(move |_| {
         calls.fetch_add(1, Ordering::Relaxed);
     });
     assert_eq!(late.load(Ordering::Relaxed), 1);
@@ -161,7 +176,14 @@ fn a_hold_hands_over_what_its_offer_has_grown_by() {
     let seen = Hold::default();
     let hold = |seen: &Hold| {
         let (offer, reader) = (start.offer.clone(), start.reader);
-        let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: HoldSetter::of(&seen) };
+        let request = HoldRequest {
+            offer,
+            sources: vec![0],
+            reader,
+            awaited: true,
+            seen: HoldSetter::of(seen),
+            patience: 2 * SECOND,
+        };
         In::Hold(Box::new(request), 60 * SECOND)
     };
     rig.puller.handle(rig.now, hold(&seen));
@@ -177,4 +199,52 @@ fn a_hold_hands_over_what_its_offer_has_grown_by() {
     assert!(rig.wish().is_some(), "it is planned with the hold's grant");
     assert!(progress.get().1 > 0);
     assert_eq!([seen.state(), again.state()], [HoldState::Ended; 2]);
+}
+
+#[test]
+fn a_hold_ends_when_its_peer_is_silent_for_too_long() {
+    for answers in [false, true] {
+        let mut rig = Rig::new();
+        let (start, _) = rig.start();
+        let seen = Hold::default();
+        let (offer, reader) = (start.offer, start.reader);
+        let seen_by = HoldSetter::of(&seen);
+        let request =
+            HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen_by, patience: 2 * SECOND };
+        rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+        let claim = rig.claimed().claim;
+        rig.puller.handle(rig.now, In::Silent(ADDR.into(), true));
+        assert_eq!(rig.puller.next_timeout(), Some(rig.now + 2 * SECOND));
+        if answers {
+            rig.puller.handle(rig.now + SECOND, In::Silent(ADDR.into(), false));
+        }
+        rig.puller.turn(rig.now + 2 * SECOND);
+        if answers {
+            assert_eq!(seen.state(), HoldState::Waiting);
+        } else {
+            assert_eq!(seen.state(), HoldState::Ended);
+            assert_eq!(rig.released(), (Some(claim), false));
+        }
+    }
+}
+
+#[test]
+fn a_name_with_other_ranks_neither_joins_nor_ends_a_hold() {
+    let mut rig = Rig::new();
+    let (start, _) = rig.start();
+    let mut edited = Offer::clone(&start.offer);
+    edited.ranks[0].addr = "10.0.0.9:7400".into();
+    let edited = Arc::new(edited);
+    let seen = [Hold::default(), Hold::default()];
+    let reader = start.reader;
+    for (offer, seen) in [start.offer, edited.clone()].into_iter().zip(&seen) {
+        let seen = HoldSetter::of(seen);
+        let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen, patience: 2 * SECOND };
+        rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+    }
+    assert_eq!(seen.each_ref().map(Hold::state), [HoldState::Waiting, HoldState::Ended]);
+    rig.claimed();
+    rig.puller.handle(rig.now, In::Release(edited));
+    assert_eq!(rig.released(), (None, true), "the other peer hears of it");
+    assert_eq!(seen[0].state(), HoldState::Waiting);
 }

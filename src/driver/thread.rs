@@ -57,6 +57,10 @@ pub(crate) trait Reports: Send + Sync {
     fn stopped(&self);
 }
 
+/// How long mail is handled at a time. Events are small, but a peer may send many, and those that list a million blocks take
+/// a millisecond each.
+const READING: Duration = Duration::from_millis(1);
+
 /// Starts the data thread.
 pub(crate) fn spawn(
     puller: LanePuller,
@@ -72,6 +76,9 @@ pub(crate) fn spawn(
             Ok(()) => this.reports.stopped(),
             Err(_) => this.reports.died(),
         }
+        // Nobody else reads it: a request for a hold ends it.
+        this.mailbox.take(&mut this.mail);
+        this.mail.clear();
     })
 }
 
@@ -88,14 +95,14 @@ struct Driver {
 impl Driver {
     fn run(&mut self) {
         loop {
-            self.read_mail();
+            let unread = self.read_mail();
             let now = Instant::now();
             let more = self.puller.turn(now);
             let acted = self.act();
             if self.stop.is_some_and(|t| self.puller.pulls() == 0 || t <= now) {
                 return;
             }
-            if more || acted {
+            if more || acted || unread {
                 continue;
             }
             let timeout = [self.puller.next_timeout(), self.stop].into_iter().flatten().min();
@@ -107,10 +114,14 @@ impl Driver {
         }
     }
 
-    fn read_mail(&mut self) {
+    /// Handles mail for `READING` at most, since lanes and deadlines wait meanwhile. Returns whether there is more.
+    fn read_mail(&mut self) -> bool {
         self.mailbox.take(&mut self.mail);
-        while let Some(mail) = self.mail.pop_front() {
-            let now = Instant::now();
+        let began = Instant::now();
+        let mut now = began;
+        while now.saturating_duration_since(began) < READING
+            && let Some(mail) = self.mail.pop_front()
+        {
             match mail {
                 Mail::Puller(In::Dropped(peer)) => {
                     if self.peers.dropped(&peer) {
@@ -124,7 +135,9 @@ impl Driver {
                 }
             }
             self.act();
+            now = Instant::now();
         }
+        !self.mail.is_empty()
     }
 
     fn act(&mut self) -> bool {

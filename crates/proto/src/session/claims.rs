@@ -160,7 +160,8 @@ impl Claims {
         })
     }
 
-    /// A claim was granted. Ignores a grant that brings nothing new, and one that comes after the claim's release.
+    /// A claim was granted. Ignores a grant that brings nothing new, one that comes after the claim's release, and one that no
+    /// claim has asked for: each brings all blocks, so a peer could send more than the data thread can read.
     pub(super) fn granted(
         &mut self,
         claim: ClaimId,
@@ -169,12 +170,12 @@ impl Claims {
         out: &mut VecDeque<Out>,
     ) {
         let Some(c) = self.claims.get_mut(&claim) else { return };
-        let held = c.state == ClaimState::Held;
-        c.state = ClaimState::Held;
+        if std::mem::replace(&mut c.state, ClaimState::Held) == ClaimState::Held {
+            return;
+        }
         let known = c.open.as_ref().map(|open| open.growths);
         // Frames may come late: a grant takes nothing back.
-        let old = known.map_or(held, |known| known >= growths);
-        if old || (planted(Bug::GrownLost) && known.is_some()) {
+        if known.is_some_and(|known| known >= growths) || (planted(Bug::GrownLost) && known.is_some()) {
             return;
         }
         let heard = c.open.as_ref().map_or(0, |open| open.heard);

@@ -128,3 +128,12 @@ fn a_claim_that_waits_for_its_offer_is_not_sent_at_every_heartbeat() {
     s.grant_open(1);
     assert_eq!(s.heard(), (vec![1], vec![]));
 }
+
+#[test]
+fn a_grant_that_no_claim_has_asked_for_is_ignored() {
+    let mut s = Session::holding(2);
+    s.grant_open(5);
+    assert_eq!(s.heard(), (vec![], vec![]));
+    s.grown(2..3, false);
+    assert_eq!(s.heard(), (vec![1], vec![]));
+}

@@ -182,6 +182,7 @@ pub struct Plan {
     sources: usize,
     bytes: u64,
     size: ChunkSize,
+    mark: u64,
     complete: bool,
 }
 
@@ -223,7 +224,7 @@ impl Plan {
             }
             groups.push(GroupPlan::open(g, l)?);
         }
-        Ok(Self { groups, chunks: Vec::new(), sources: 0, bytes: 0, size, complete: false })
+        Ok(Self { groups, chunks: Vec::new(), sources: 0, bytes: 0, size, mark: 0, complete: false })
     }
 
     /// Adds chunks for the blocks that have become readable. On an error the chunks stay as they are.
@@ -236,6 +237,7 @@ impl Plan {
             let Some(layout) = here.layout.group(g.id) else { continue };
             g.extend(&offered, sources, here, layout)?;
         }
+        self.mark = offered.tokens;
         self.complete = offered.complete || self.groups.iter().all(|g| g.waiting.is_empty());
         let of = |count: &dyn Fn(&GroupPlan) -> usize| -> u64 {
             self.groups.iter().map(|g| count(g) as u64 * g.bytes_per_block()).sum()
@@ -285,9 +287,9 @@ impl Plan {
         self.group_of(chunk).pieces.get(source).is_some_and(|pieces| !pieces.is_empty())
     }
 
-    /// Whether any wanted block is known to be offered or not.
-    pub fn has_begun(&self) -> bool {
-        self.groups.iter().any(|g| !g.wants.is_empty() || !g.not_offered.is_empty())
+    /// The mark of the offer when it was last extended, in tokens.
+    pub fn mark(&self) -> u64 {
+        self.mark
     }
 
     /// The group of a chunk.

@@ -47,6 +47,8 @@ pub struct PullTracker {
     outcome: Option<Box<Outcome>>,
     /// When the plan was made or grew.
     grown: Option<Instant>,
+    /// The plan's mark and number of chunks then.
+    extent: (u64, usize),
     /// For each group of the plan, a chunk before which all its chunks are loaded.
     low: Vec<usize>,
     out: VecDeque<Out>,
@@ -76,6 +78,7 @@ impl PullTracker {
             times: Times { deadline: deadline.saturating_duration_since(now), ..Times::default() },
             outcome: None,
             grown: None,
+            extent: (0, 0),
             low: Vec::new(),
             out: VecDeque::new(),
         }
@@ -380,7 +383,7 @@ impl PullTracker {
 
     /// When the pull ends as `Stalled`. The peer is alive meanwhile: a silent one ends the pull earlier.
     fn growth_ends(&self) -> Option<Instant> {
-        let begun = self.plan.as_ref().is_some_and(|p| p.has_begun());
+        let begun = self.plan.as_ref().is_some_and(|p| p.mark() > 0);
         match (&self.plan, self.grown) {
             (Some(p), _) if p.is_complete() || !self.has_read_all() => None,
             (Some(_), Some(grown)) if begun => grown.checked_add(self.retry.stalled),
@@ -443,7 +446,11 @@ impl Machine for PullTracker {
                     s.planned(&plan, number);
                 }
                 let nothing = plan.is_complete() && plan.chunks().is_empty();
-                self.grown = Some(now);
+                // One source's growth moves nothing while another source lags behind.
+                let extent = (plan.mark(), plan.chunks().len());
+                if std::mem::replace(&mut self.extent, extent) != extent || self.grown.is_none() {
+                    self.grown = Some(now);
+                }
                 self.plan = Some(plan);
                 if nothing {
                     return self.conclude(now, Cause::NotOffered);

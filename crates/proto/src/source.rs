@@ -113,11 +113,12 @@ impl Source {
     /// The plan is known, or has more chunks than before.
     pub(crate) fn planned(&mut self, plan: &Plan, number: usize) {
         let (old, all) = (self.parts.len(), plan.chunks().len());
+        let served = self.good == old;
         self.parts.resize(all, Part::Waiting);
         for chunk in (old..all).filter(|&chunk| !plan.has_part(chunk as u32, number)) {
             self.set_good(chunk);
         }
-        if all > old {
+        if all > old && served {
             // The lanes have served everything so far: earlier failures no longer count.
             self.tries.failed = 0;
             self.failed.clear();

@@ -248,3 +248,58 @@ fn a_pull_decides_when_the_last_chunk_is_loaded_from_the_one_source_that_holds_i
     p.good(attempts[0], 1);
     assert_eq!(p.outs()[0], Out::Decided);
 }
+
+#[test]
+fn growth_before_the_first_wanted_block_is_growth() {
+    let mut p = Pull::growing(true);
+    let mut rest = wanted(BLOCKS);
+    rest.blocks.drain(..4);
+    rest.first_position = 4;
+    let retry = Retry { awaited: true, queued: QUEUED, stalled: STALLED, ..Retry::new(3, SECOND, PATIENCE) };
+    p.tracker = PullTracker::new(p.start, vec![rest], 1, p.start + DEADLINE, retry, true);
+    p.grant(ONLY);
+    for computed in 1..4 {
+        p.at((STALLED - SECOND) * computed);
+        p.grows(computed, false);
+        p.outs();
+    }
+    let last = (STALLED - SECOND) * 3;
+    assert!(last > QUEUED);
+    p.at(last + STALLED - NANO);
+    assert_eq!(p.outs(), []);
+    p.at(last + STALLED);
+    assert_eq!(p.decided_and_ended().cause(), Some(Cause::Stalled));
+}
+
+#[test]
+fn news_that_move_nothing_are_no_growth() {
+    let mut p = Pull::growing(false);
+    p.grant(ONLY);
+    p.at(SECOND);
+    p.grows(3, false);
+    let a = p.lane(ONLY, FenceKind::Trailer);
+    p.reads(a);
+    // Another source has grown, and this one has not.
+    p.at(2 * SECOND);
+    p.grows(3, false);
+    p.outs();
+    p.at(SECOND + STALLED);
+    assert_eq!(p.outs(), [Out::Decided, Out::Stop(a)]);
+}
+
+#[test]
+fn lanes_that_fail_are_counted_while_the_offer_grows() {
+    let mut p = Pull::growing(false);
+    p.grant(ONLY);
+    for attempt in 1..=3 {
+        p.at(SECOND * attempt / 10);
+        p.grows(attempt, false);
+        p.outs();
+        let a = p.lane(ONLY, FenceKind::Trailer);
+        p.fails(a, Cause::LaneFailed);
+        p.quiet(a);
+    }
+    let outs = p.outs();
+    let Some(Out::Ended(o)) = outs.last() else { panic!("{outs:?}") };
+    assert_eq!(sets(o), (vec![], vec![(Cause::LaneFailed, vec![[0, 7]])]));
+}

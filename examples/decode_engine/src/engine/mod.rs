@@ -358,6 +358,13 @@ impl Engine {
             None
         };
         let mut r = Req::new(id, job);
+        if let Some(name) = &r.job.growing {
+            let mut others = self.running.iter().chain(&self.waiting).filter_map(|o| o.job.growing.as_ref());
+            if self.offers.contains_key(&name.id) || others.any(|o| o.id == name.id) {
+                // The name belongs to another request.
+                r.job.growing = None;
+            }
+        }
         if let Some(reason) = bad {
             self.withdraw(&mut r);
             self.release_offer(&mut r);
@@ -367,7 +374,7 @@ impl Engine {
             // Otherwise its pull says why there is none.
             r.hold = c.hold_awaited(offer).ok();
             if let (Some(hold), Some(tx)) = (&r.hold, self.news.clone()) {
-                hold.on_change(move || drop(tx.send(Msg::Begun)));
+                hold.on_change(move |_| drop(tx.send(Msg::Begun)));
             }
         }
         self.ledger.admit(id, r.prompt());

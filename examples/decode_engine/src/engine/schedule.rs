@@ -1,7 +1,7 @@
 //! The requests of a step: turns, admission, preemption.
 
 use kvferry::{
-    BlockId,
+    BlockId, HoldState,
     scheduler::{
         ledger::EndReason,
         table::Held,
@@ -137,6 +137,10 @@ impl Engine {
             && (budget > 0 || self.waiting[next].job.offer.is_some())
             && let Some(mut r) = self.waiting.remove(next)
         {
+            if r.hold.take().is_some_and(|h| h.state() == HoldState::Ended) {
+                // The other engine does not offer the prompt: a pull would hold blocks for nothing.
+                self.release_offer(&mut r);
+            }
             r.update_keys();
             let hit = self.look_up(&mut r);
             let shares = self.share(&mut r);

@@ -118,16 +118,19 @@ class KvFerryConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
         """Receives the scheduler's cache manager. See `Transfers` and `SchedulerSide.kept_tokens`."""
         super().bind_kv_cache_manager(kv_cache_manager)
-        side, remove = self._side, getattr(kv_cache_manager, "remove_skipped_blocks", None)
+        side = self._side
         if side is not None:
             side.transfers.bind(kv_cache_manager)
-        if side is None or remove is None or not side.windows:
+        if side is None or not side.windows:
             return
+        # The manager frees blocks through it in each step and at the end of a request.
+        coordinator = kv_cache_manager.coordinator
+        remove = coordinator.remove_skipped_blocks
 
         def removing(request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any) -> None:
             remove(request_id, side.kept_tokens(request_id, processed_computed_tokens), *args, **kwargs)
 
-        kv_cache_manager.remove_skipped_blocks = removing  # type: ignore[method-assign]
+        coordinator.remove_skipped_blocks = removing  # type: ignore[method-assign]
 
     @never_raises(lambda: None)
     def on_new_request(self, request: "Request") -> None:

@@ -20,13 +20,15 @@ class Steps:
         self.transfers = Transfers(groups, windows, lambda _: name, lambda _: self.unchanged)
         self.transfers.bind(SimpleNamespace(get_block_ids=lambda r: self.blocks[r]))  # type: ignore[arg-type]
 
-    def add(self, request_id: str, tokens: int, *blocks: list[int], cached: int = 0, transfer: bool = True) -> Any:
+    def add(
+        self, request_id: str, tokens: int, *blocks: list[int], cached: int = 0, transfer: bool = True, offer_id: str = ""
+    ) -> Any:
         request = SimpleNamespace(
             request_id=request_id, num_prompt_tokens=tokens, num_computed_tokens=cached, num_preemptions=0
         )
         self.requests[request_id], self.blocks[request_id] = request, blocks
         if transfer:
-            self.transfers.add(request, "transfer", f"id-{request_id}")
+            self.transfers.add(request, "transfer", offer_id or f"id-{request_id}")
             self.transfers.looked_up(request_id, cached)
         return request
 
@@ -91,6 +93,27 @@ def test_tokens_that_another_connector_loads_are_not_readable_at_once() -> None:
     request = s.add("a", 70, [5, 6, 7, 8, 9], cached=16)
     request.num_computed_tokens = 48
     assert s.step(sync=True, a=22) == {"dropped": ["id-a"]}
+    # So may one of another request, whose blocks are in the prefix cache before they are filled; also of an earlier step, whose
+    # outcome is not known yet.
+    for earlier in (False, True):
+        s = Steps()
+        if earlier:
+            s.step(sync=True)
+        s.add("a", 70, [5, 6, 7, 8, 9], cached=48)
+        assert s.step(sync=not earlier, a=22) == {"dropped": ["id-a"]}
+        s.add("b", 70, [5, 6, 7, 8, 9])
+        assert [o.offer_id for o in s.step(b=22)["openings"]] == ["id-b"]
+
+
+def test_only_the_first_of_several_requests_with_one_transfer_id_is_offered() -> None:
+    s = Steps()
+    s.add("a", 70, [5, 6, 7, 8, 9])
+    s.step(a=32)
+    second = s.add("b", 70, [5, 6, 7, 8, 19], offer_id="id-a")
+    assert "openings" not in s.step(a=1, b=32)
+    assert s.transfers.finished(second) is None
+    # Its end, or its abort, does not end the offer of the first one.
+    assert grown(s.step(a=37))[0][1:] == (70, True)
 
 
 def test_blocks_of_a_window_are_listed_at_the_end() -> None:

@@ -82,6 +82,10 @@ class Offers:
             self._grow(growth)
 
     def _open(self, opening: Opening) -> None:
+        if opening.offer_id in self.open or opening.offer_id in self.held:
+            # Another request has offered it under the same name.
+            line = f"kvferry: request {opening.request} is not offered: another request has the same transfer id"
+            return self._repeats.log(logger.warning, "enter", line)
         try:
             if self.producer is None or self.asleep:
                 raise RuntimeError("this rank has no producer")

@@ -72,6 +72,8 @@ class Transfers:
         self._name, self._unchanged = name, unchanged
         self._manager: KVCacheManager | None = None
         self._growing: dict[str, Growing] = {}
+        # Whether another connector has loaded blocks within a step.
+        self._synchronous = False
         self.todo = Todo()
 
     def bind(self, manager: "KVCacheManager") -> None:
@@ -80,6 +82,9 @@ class Transfers:
 
     def add(self, request: "Request", transfer: str, offer_id: str) -> None:
         """A prefill has arrived."""
+        if any(g.offer_id == offer_id for g in self._growing.values()):
+            # Parallel sampling: the decode engine loads one of them.
+            return
         self._growing[request.request_id] = Growing(request, transfer, offer_id, preemptions=request.num_preemptions)
 
     def looked_up(self, request_id: str, local: int) -> None:
@@ -110,6 +115,7 @@ class Transfers:
 
     def step(self, output: "SchedulerOutput") -> None:
         """The engine has scheduled a step."""
+        self._synchronous |= getattr(output, "has_sync_kv_loads", True)
         for request_id, growing in list(self._growing.items()):
             try:
                 goes_on = self._step(growing, output.num_scheduled_tokens.get(request_id), output)
@@ -130,9 +136,9 @@ class Transfers:
         if scheduled is None or growing.complete:
             return True
         if not growing.offer:
-            loaded = request.num_computed_tokens > growing.local
-            # Another connector loads in this step, and that load may fail.
-            if (loaded and getattr(output, "has_sync_kv_loads", True)) or not self._open(growing, output):
+            # Blocks that another connector loads within a step are in the prefix cache before they are filled, and the load may
+            # fail.
+            if (self._synchronous and request.num_computed_tokens) or not self._open(growing, output):
                 return False
         done = min(request.num_computed_tokens + scheduled, request.num_prompt_tokens)
         self.todo.growths.append(self._growth(growing, done))

@@ -2,8 +2,12 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from conftest import Fleet, Start
+from kvferry.vllm.params import prompt_fingerprint
 
 
 def test_cached_blocks_are_not_pulled(tiny_fleet: Fleet) -> None:
@@ -193,3 +197,19 @@ def test_engines_with_a_seal_key_use_sealed_names_only(
     d.settled()
     p.settled()
     f.settled()
+
+
+def test_prompts_with_other_embeddings_have_other_fingerprints() -> None:
+    def of(ids: list[int] | None, embeds: Any = None, is_ids: Any = None, tokens: int = 4) -> str | None:
+        request = SimpleNamespace(prompt_token_ids=ids, prompt_embeds=embeds, prompt_is_token_ids=is_ids, mm_features=[])
+        return prompt_fingerprint(request, tokens)  # type: ignore[arg-type]
+
+    ids, embeds = [1, 2, 3, 4, 5], torch.arange(10, dtype=torch.bfloat16).reshape(5, 2)
+    other, tail = embeds.clone(), embeds.clone()
+    other[1, 0], tail[4, 0] = 99, 99
+    mask = [True, False, True, True, True]
+    seen = [of(ids), of(None, embeds), of(None, other), of(ids, embeds, mask), of(ids, other, mask), of(ids, embeds, mask[::-1])]
+    assert len(set(seen)) == len(seen) and None not in seen
+    assert of(None) is None
+    # Only the tokens of the offer count.
+    assert of(None, tail) == of(None, embeds) != of(None, tail, tokens=5)

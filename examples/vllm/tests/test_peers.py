@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,7 +190,8 @@ def test_a_hostile_endpoint_costs_a_bounded_time_and_size(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "127.0.0.1:1", "ftp://127.0.0.1:1", "http://", "http://user@127.0.0.1:1", "http://127.0.0.1:99999", "http://[::1"]
+    "address", ["", "127.0.0.1:1", "ftp://127.0.0.1:1", "http://", "http://user@127.0.0.1:1", "http://127.0.0.1:99999", "http://[::1",
+     "http://127.0.0.1:1/x"]
 )
 def test_only_addresses_of_http_are_asked(address: str) -> None:
     with pytest.raises(BadParams):
@@ -229,13 +231,57 @@ def test_the_endpoint_answers_one_question_and_survives_other_clients(server: bo
         s.close()
 
 
-def test_the_number_of_known_endpoints_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_known_endpoints_is_bounded_and_no_waiting_request_loses_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Peers, "_query", lambda self, *_: None)
     known = Peers([])
-    for port in range(1, 2 * peers.REMEMBERED):
+
+    def get(port: int) -> None:
+        known.get(f"http://127.0.0.1:{port}", None)
+
+    for port in range(1, 1 + peers.REMEMBERED):
         with pytest.raises(Asking):
-            known.get(f"http://127.0.0.1:{port}", None)
-    assert len(known._entries) == peers.REMEMBERED and known._running == peers.QUESTIONS
+            get(port)
+    assert len(known._queries) == peers.QUESTIONS
+    # All of them still wait, so another one is refused, and none of them is forgotten.
+    with pytest.raises(NoPeer, match="other endpoints"):
+        get(1000)
+    assert list(known._entries) == [("127.0.0.1", port) for port in range(1, 1 + peers.REMEMBERED)]
+    # Their requests have given up.
+    now[0] += peers.ASK_SECONDS + 1
+    with pytest.raises(Asking):
+        get(1000)
+    assert len(known._entries) == peers.REMEMBERED and ("127.0.0.1", 1) not in known._entries
+    # Queries that never end leave room for others, and are bounded.
+    for _ in range(20):
+        now[0] += peers.ASK_SECONDS + 1
+        for port in range(2000, 2000 + peers.QUESTIONS):
+            with pytest.raises((Asking, NoPeer)):
+                get(port + int(now[0]))
+    assert len(known._queries) == peers.THREADS
+
+
+def test_a_request_waits_for_an_endpoint_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvferry.vllm import remotes
+    from kvferry.vllm.repeats import Repeats
+    from kvferry.vllm.stats import KvFerryStats
+
+    now = [100.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    # Its query does not even begin.
+    monkeypatch.setattr(Peers, "_ask", lambda self, *_: False)
+    it = remotes.Remotes([], Peers([]), KvFerryStats(), Repeats(), lambda _: {}, lambda _: None)
+    params = {"do_remote_prefill": True, "transfer_id": "x" * 32, "remote_bootstrap_addr": "http://127.0.0.1:9"}
+    request = SimpleNamespace(request_id="r", kv_transfer_params=params)
+    for _ in range(2):
+        with pytest.raises(Asking):
+            it.get(request)  # type: ignore[arg-type]
+        now[0] += peers.ASK_SECONDS - 0.5
+    assert it.get(request) is None and not params["do_remote_prefill"]  # type: ignore[arg-type]
+    assert it._asked == {}
 
 
 def test_engines_with_seal_keys_overlap(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvferry import _native
 
 if TYPE_CHECKING:
@@ -60,12 +62,18 @@ def fingerprint(tokens: Sequence[int], *more: str) -> str:
 
 
 def prompt_fingerprint(request: "Request", tokens: int) -> str | None:
-    """The fingerprint of a request's first `tokens` tokens. `None`: the prompt has no token ids (embeddings)."""
-    if request.prompt_token_ids is None:
+    """The fingerprint of a request's first `tokens` tokens. `None`: the prompt has neither token ids nor embeddings."""
+    ids, embeds = request.prompt_token_ids, getattr(request, "prompt_embeds", None)
+    if ids is None and embeds is None:
         return None
     # Images and other media: their placeholder tokens are all equal, so their identifiers count too.
     seen = [f"{f.identifier}@{f.mm_position.offset}" for f in getattr(request, "mm_features", None) or ()]
-    return fingerprint(request.prompt_token_ids[:tokens], *seen)
+    if embeds is not None:
+        part = embeds[:tokens].detach().cpu().contiguous()
+        is_ids = getattr(request, "prompt_is_token_ids", None)
+        values = hashlib.blake2b(part.view(torch.uint8).numpy(), digest_size=16).hexdigest()
+        seen.append(f"{part.dtype} {tuple(part.shape)} {values} {None if is_ids is None else list(is_ids)[:tokens]}")
+    return fingerprint((ids or ())[:tokens], *seen)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Remote:
     offer: str = field(repr=False)
     # Number of prompt tokens in its blocks.
     tokens: int
-    # Fingerprints of the prompt and the weights of its KV. Without `PROMPT`, the producer has no token ids (a prompt of embeddings).
+    # Fingerprints of the prompt and the weights of its KV.
     fingerprints: dict[str, str]
     # The engine that made it.
     engine: str

@@ -24,6 +24,10 @@ ANSWER_BYTES = 256 << 10
 # Endpoints that are remembered, and queries at a time.
 REMEMBERED = 256
 QUESTIONS = 8
+# How long a request waits for an answer, and the time after which a query that still runs (the look-up of a host's name has no
+# limit) counts no longer towards `QUESTIONS`, but towards these threads.
+ASK_SECONDS = 2 * ANSWER_SECONDS
+THREADS = 64
 # A known answer is used at once. When it is older than this, in seconds, the endpoint is queried again in the background, so a
 # restart of the engine is noticed even if no load has failed.
 FRESH = 1.0
@@ -49,9 +53,10 @@ class Peer:
 class Entry:
     """The state of one endpoint."""
 
-    # When it was last queried, and whether that query still runs. Times of `time.monotonic`.
-    asked: float
-    running: bool = True
+    # When it was first looked up, and last queried, and whether that query still runs. Times of `time.monotonic`.
+    made: float
+    asked: float = 0.0
+    running: bool = False
     # When it last answered, or failed; 0: never.
     answered: float = 0.0
     peers: list[Peer] = field(default_factory=list)
@@ -64,69 +69,79 @@ class Peers:
 
     def __init__(self, seal_keys: list[bytes], dial: tuple[str, ...] = ()) -> None:
         self._seal_keys, self._dial = seal_keys, dial
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        # By host and port, the one that was used last at the end.
+        self._entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
         self._changed = threading.Condition()
-        self._running = 0
+        # When each running query has begun.
+        self._queries: list[float] = []
 
     def get(self, bootstrap: str, engine: str | None) -> Peer:
         """The engine behind an endpoint. Raises `Asking`, or `NoPeer`."""
-        host, port = _endpoint(bootstrap)
+        key = host, _ = _endpoint(bootstrap)
         if not allows(self._dial, host):
             raise kv_params.NoPeer(bootstrap, "the setting `dial` does not list its host")
         now = time.monotonic()
         with self._changed:
-            entry = self._entries.get(bootstrap)
+            entry = self._entries.get(key)
             if entry is None:
-                while len(self._entries) >= REMEMBERED:
-                    self._entries.popitem(last=False)
-                entry = self._entries[bootstrap] = Entry(now, running=False)
-                self._ask(bootstrap, host, port, entry)
-                raise Asking
-            self._entries.move_to_end(bootstrap)
+                self._make_room(bootstrap, now)
+                entry = self._entries[key] = Entry(now)
+            self._entries.move_to_end(key)
             if not entry.running and now > entry.answered + FRESH:
-                self._ask(bootstrap, host, port, entry)
-                # `answered - asked` is the time that the last query took.
-                if not entry.peers and (not entry.answered or entry.answered - entry.asked < QUICK):
+                took = entry.answered - entry.asked
+                if self._ask(key, entry, now) and not entry.peers and took < QUICK:
                     entry.answered, entry.why = 0.0, ""
-                entry.asked = now
             if not entry.answered:
-                if now > entry.asked + 2 * ANSWER_SECONDS:
-                    raise kv_params.NoPeer(bootstrap, f"no answer within {2 * ANSWER_SECONDS:.0f} s")
+                if entry.running and now > entry.asked + ASK_SECONDS:
+                    raise kv_params.NoPeer(bootstrap, f"no answer within {ASK_SECONDS:.0f} s")
                 raise Asking
             if entry.why:
                 raise kv_params.NoPeer(bootstrap, entry.why)
             return _choose(bootstrap, entry.peers, engine)
 
+    def _make_room(self, bootstrap: str, now: float) -> None:
+        """Forgets the endpoint that was not used for longest. Requests still wait for the answers of new ones."""
+        if len(self._entries) < REMEMBERED:
+            return
+        oldest = next((k for k, e in self._entries.items() if e.answered or now > e.made + ASK_SECONDS), None)
+        if oldest is None:
+            raise kv_params.NoPeer(bootstrap, f"{REMEMBERED} other endpoints are queried")
+        del self._entries[oldest]
+
     def forget(self, engine: str) -> None:
         """A load from this engine failed: it may have restarted, so its endpoint is queried again before the next load."""
         with self._changed:
-            for bootstrap in [b for b, e in self._entries.items() if any(p.engine == engine for p in e.peers)]:
-                del self._entries[bootstrap]
+            for key in [k for k, e in self._entries.items() if any(p.engine == engine for p in e.peers)]:
+                del self._entries[key]
 
     def wait(self, seconds: float) -> None:
         """Waits for an answer, if one is outstanding."""
         with self._changed:
-            if self._running:
+            if self._queries:
                 self._changed.wait(seconds)
 
-    def _ask(self, bootstrap: str, host: str, port: int, entry: Entry) -> None:
-        # With too many queries, this one waits for a later look-up.
-        if self._running < QUESTIONS:
-            entry.running = True
-            self._running += 1
-            name = "kvferry-peers"
-            threading.Thread(target=self._query, args=(bootstrap, host, port, entry), name=name, daemon=True).start()
+    def _ask(self, key: tuple[str, int], entry: Entry, now: float) -> bool:
+        """Starts a query. `False`: too many run, so this one waits for a later look-up."""
+        if sum(now < t + ASK_SECONDS for t in self._queries) >= QUESTIONS or len(self._queries) >= THREADS:
+            return False
+        thread = threading.Thread(target=self._query, args=(key, entry, now), name="kvferry-peers", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        entry.running, entry.asked = True, now
+        self._queries.append(now)
+        return True
 
-    def _query(self, bootstrap: str, host: str, port: int, entry: Entry) -> None:
+    def _query(self, key: tuple[str, int], entry: Entry, started: float) -> None:
         peers: list[Peer] = []
         why = ""
         try:
-            path = urlsplit(bootstrap).path.rstrip("/") + "/query"
-            peers = read(fetch(host, port, path), self._seal_keys)
+            peers = read(fetch(*key, "/query"), self._seal_keys)
         except Exception as e:
             why = f"{type(e).__name__}: {e}"[:300] if not isinstance(e, ValueError) else str(e)[:300]
         with self._changed:
-            self._running -= 1
+            self._queries.remove(started)
             entry.running, entry.answered, entry.peers, entry.why = False, time.monotonic(), peers, why
             self._changed.notify_all()
 
@@ -139,7 +154,8 @@ def _endpoint(bootstrap: str) -> tuple[str, int]:
         host, port = url.hostname, url.port
     except ValueError:
         host, port, url = None, None, None
-    if url is None or url.scheme != "http" or not host or url.username is not None or url.query or url.fragment:
+    bare = url is not None and url.path in ("", "/") and not url.query and not url.fragment and url.username is None
+    if url is None or url.scheme != "http" or not host or not bare:
         raise kv_params.BadParams("remote_bootstrap_addr is not http://HOST:PORT")
     return host, port or 80
 
@@ -150,7 +166,7 @@ def fetch(host: str, port: int, path: str) -> bytes:
     request = f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\nAccept: application/json\r\n\r\n"
     answer, head, length = bytearray(), b"", None
     # Not http.client: its limits are per line and per read, so a slow endpoint could take hours.
-    with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as s:
+    with _connect(host, port, until) as s:
         s.sendall(request.encode("ascii"))
         while length is None or len(answer) < length:
             s.settimeout(max(until - time.monotonic(), 0.001))
@@ -170,6 +186,21 @@ def fetch(host: str, port: int, path: str) -> bytes:
     if status[1] != b"200":
         raise ValueError(f"its bootstrap endpoint answered {status[1].decode('ascii', 'replace')[:16]}")
     return bytes(answer)
+
+
+def _connect(host: str, port: int, until: float) -> socket.socket:
+    """Connects to the first address of a host that answers in time."""
+    failed: OSError = TimeoutError("timed out")
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        s = socket.socket(family, kind, protocol)
+        try:
+            s.settimeout(max(until - time.monotonic(), 0.001))
+            s.connect(address)
+            return s
+        except OSError as e:
+            s.close()
+            failed = e
+    raise failed
 
 
 def _length(head: bytes) -> int | None:

@@ -4,13 +4,14 @@ An offer is used once. A prompt whose offer is refused is prefilled here, and th
 """
 
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvferry.vllm import params as kv_params
 from kvferry.vllm.guard import logger
-from kvferry.vllm.peers import Asking, Peers
+from kvferry.vllm.peers import ASK_SECONDS, Asking, Peers
 from kvferry.vllm.repeats import Repeats
 from kvferry.vllm.stats import KvFerryStats
 from kvferry.vllm.weights import Unknown
@@ -43,6 +44,8 @@ class Remotes:
         self.off = ""
         # The offers of requests that were looked up and not yet admitted.
         self._known: dict[str, kv_params.Remote] = {}
+        # Since when each request has waited for the answer of an endpoint, by `time.monotonic`.
+        self._asked: dict[str, float] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         # Refused offers, by engine and cause.
         self._refusals: dict[tuple[str, str], int] = {}
@@ -56,6 +59,7 @@ class Remotes:
 
     def pop(self, request_id: str) -> kv_params.Remote | None:
         """Like `peek`, and forgets the offer."""
+        self._asked.pop(request_id, None)
         return self._known.pop(request_id, None)
 
     def use(self, remote: kv_params.Remote) -> None:
@@ -87,7 +91,7 @@ class Remotes:
 
     def get(self, request: "Request") -> kv_params.Remote | None:
         """The request's offer, parsed once. An unusable offer is refused once, and the prompt is prefilled here. Raises `Asking`
-        while the prefill engine's endpoint has not answered."""
+        while the prefill engine's endpoint has not answered, for `ASK_SECONDS` at most."""
         params, remote = request.kv_transfer_params, self._known.get(request.request_id)
         assert params is not None
         try:
@@ -97,21 +101,33 @@ class Remotes:
             if self.off:
                 raise kv_params.Refused("off", f"this engine does not pull ({self.off})")
             if remote is None:
-                remote = self.minted(request, params)
+                remote = self._asking(request, params)
             if remote.offer_id in self._used:
                 raise kv_params.BadParams("another request of this engine has used its offer")
             self._check_weights(request, remote)
         except kv_params.BadParams as e:
             params["do_remote_prefill"] = False
-            self._known.pop(request.request_id, None)
+            self.pop(request.request_id)
             self._refuse(request, remote, e)
             return None
+        self._asked.pop(request.request_id, None)
         self._known[request.request_id] = remote
         return remote
 
+    def _asking(self, request: "Request", params: dict[str, Any]) -> kv_params.Remote:
+        """`minted` within the time for it."""
+        try:
+            return self.minted(request, params)
+        except Asking:
+            now = time.monotonic()
+            if now < self._asked.setdefault(request.request_id, now) + ASK_SECONDS:
+                raise
+            why = f"no answer within {ASK_SECONDS:.0f} s"
+            raise kv_params.NoPeer(str(params["remote_bootstrap_addr"]), why) from None
+
     def give_up(self, request: "Request", remote: kv_params.Remote, why: str) -> None:
         """The prompt is prefilled here, and its offer is released."""
-        self._known.pop(request.request_id, None)
+        self.pop(request.request_id)
         if request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
         self._refuse(request, None, kv_params.NoPeer(remote.engine, why))
@@ -146,12 +162,10 @@ class Remotes:
         return kv_params.Remote(offer_id, offer, request.num_prompt_tokens, fingerprints, peer.engine, awaited=True)
 
     def _check_prompt(self, request: "Request", remote: kv_params.Remote) -> None:
-        tokens, prompt = request.prompt_token_ids, remote.fingerprints.get(kv_params.PROMPT)
-        if tokens is None:
-            return
+        prompt = remote.fingerprints.get(kv_params.PROMPT)
         if prompt is None:
             raise kv_params.Refused("prompt", "its offer has no prompt fingerprint")
-        if len(tokens) < remote.tokens or kv_params.prompt_fingerprint(request, remote.tokens) != prompt:
+        if request.num_prompt_tokens < remote.tokens or kv_params.prompt_fingerprint(request, remote.tokens) != prompt:
             raise kv_params.Refused("prompt", "its offer belongs to another prompt")
 
     def _check_weights(self, request: "Request", remote: kv_params.Remote) -> None:

@@ -184,6 +184,11 @@ impl Hold {
     fn waits(&self) -> bool {
         self.inner.state() == HoldState::Waiting
     }
+
+    /// Whether the claim is granted: the offer is open.
+    fn is_granted(&self) -> bool {
+        self.inner.state() == HoldState::Granted
+    }
 }
 
 /// A pull after its end: nothing writes its local blocks any more.

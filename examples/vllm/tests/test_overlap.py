@@ -272,6 +272,65 @@ def test_a_prefill_that_does_not_go_on_is_given_up(start: Start, pair: Pair, tin
     pair.settled()
 
 
+def test_a_prompt_that_is_not_offered_is_prefilled_by_an_engine_that_fails_lost_loads(
+    start: Start, pair: Pair, tiny: str, tiny_fleet: Fleet
+) -> None:
+    f = tiny_fleet
+    d = start("fails-loads", tiny, "kv_consumer", policy="fail").ready()
+    free = d.state()["free"]
+    pair.p.pause("stops", 128)
+    pair.p.add("stops", f.prompt(1000), max_tokens=1)
+    pair.p.wait("paused", "stops")
+    tokens, transfer = f.prompt(300), transfer_id()
+    d.add("not-offered", tokens, params=decode_params(transfer, pair.bootstrap))
+    pair.p.add("not-offered", tokens, params=prefill_params(transfer), max_tokens=1)
+    wait_until(lambda: claims(d) == 1)
+    pair.p.send(op="abort", id="not-offered")
+    pair.p.wait("aborted", "not-offered")
+    pair.p.resume()
+    done = d.wait("done", "not-offered")
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 300
+    # It took no blocks for a load.
+    assert sum(n for name, n in d.metrics().items() if name.startswith("kvferry_loads")) == 0
+    assert d.settled()["free"] == free
+    pair.settled()
+
+
+@pytest.mark.parametrize("length", [1, 20, 129])
+def test_a_prompt_with_nothing_to_load_does_not_wait_for_its_prefill(pair: Pair, tiny_fleet: Fleet, length: int) -> None:
+    f = tiny_fleet
+    tokens = f.prompt(length)
+    if length > 1:
+        # All blocks of it are cached, and the last token is always computed.
+        pair.d.generate(f"warm-{length}", tokens + f.prompt(40), max_tokens=1)
+        tokens = tokens[: length // BLOCK * BLOCK + 1]
+    done = pair.d.generate(f"nothing-{length}", tokens, params=decode_params(transfer_id(), pair.bootstrap))
+    assert done["tokens"] == f.alone(tokens) and done["computed"] == 1
+    pair.settled()
+
+
+def test_requests_with_one_transfer_id_are_answered_and_one_of_them_is_loaded(pair: Pair, tiny_fleet: Fleet) -> None:
+    """As with parallel sampling, where each answer is a request of its own."""
+    f = tiny_fleet
+    tokens, transfer = f.prompt(1000), transfer_id()
+    for i in range(3):
+        pair.d.add(f"d-sample-{i}", tokens, params=decode_params(transfer, pair.bootstrap))
+    pair.p.pause("p-sample-0", 500)
+    for i in range(3):
+        pair.p.add(f"p-sample-{i}", tokens, params=prefill_params(transfer), max_tokens=1)
+    pair.p.wait("paused", "p-sample-0")
+    pair.p.send(op="abort", id="p-sample-1")
+    pair.p.wait("aborted", "p-sample-1")
+    pair.p.resume()
+    done = [pair.d.wait("done", f"d-sample-{i}") for i in range(3)]
+    assert [d["tokens"] for d in done] == [f.alone(tokens)] * 3
+    # The others compute the prompt, or find it in the cache.
+    assert min(d["computed"] for d in done) == 1
+    for i in (0, 2):
+        pair.p.wait("done", f"p-sample-{i}")
+    pair.settled()
+
+
 def test_engines_with_seal_keys_overlap(start: Start, tiny: str, tiny_fleet: Fleet, tmp_path: Path) -> None:
     f = tiny_fleet
     keys = [tmp_path / name for name in ("key", "other")]
@@ -366,6 +425,27 @@ def test_windows_are_loaded_at_the_end(start: Start, tiny_window: str) -> None:
         done = pair.d.wait("done", name)
         assert done["tokens"] == mono.generate(name, tokens)["tokens"]
         assert done["computed"] == 1
+    pair.settled()
+
+
+def test_a_prefill_engine_that_goes_on_with_its_answer_keeps_the_windows_of_its_offer(start: Start, tiny_window: str) -> None:
+    """The engine frees blocks that its own window has left, in each step. Other requests then use them."""
+    from conftest import prompt
+
+    pair = Pair(start, tiny_window, "long-window", {"llm": CHUNKED, "cache": 16 << 20})
+    mono = start("long-window-mono", tiny_window).ready()
+    tokens, transfer = prompt(71, 700), transfer_id()
+    pair.p.pause("long", len(tokens) + 200)
+    pair.p.add("long", tokens, params=prefill_params(transfer), max_tokens=300)
+    pair.p.wait("paused", "long")
+    pair.p.resume()
+    pair.p.wait("done", "long")
+    for i in range(4):
+        pair.p.generate(f"reuses-{i}", prompt(72 + i, 1500), max_tokens=1)
+    pair.d.add("late", tokens, params=decode_params(transfer, pair.bootstrap))
+    done = pair.d.wait("done", "late")
+    assert done["tokens"] == mono.generate("late", tokens)["tokens"]
+    assert done["computed"] == 1
     pair.settled()
 
 

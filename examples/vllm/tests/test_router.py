@@ -79,6 +79,7 @@ class Engines:
 
     def __init__(self, prefill: Any = "answers", there: Any = KNOWS, here: Any = KNOWS) -> None:
         self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.replicas: list[str | None] = []
         self._prefill, self._decoding, self._end = prefill, asyncio.Event(), asyncio.Event()
         self.servers = [self._server("prefill", there), self._server("decode", here)]
 
@@ -98,6 +99,7 @@ class Engines:
     async def _serve_prefill(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.seen.append(("prefill", body))
+        self.replicas.append(request.headers.get("X-data-parallel-rank"))
         if "transfer_id" in body["kv_transfer_params"]:
             # The router must not wait for this answer.
             await self._decoding.wait()
@@ -139,7 +141,7 @@ def overlapped(path: str, body: Any, **more: Any) -> tuple[int, list[tuple[str, 
             known = [[router.Engine(url, url)] for url in urls]
             async with TestClient(TestServer(router.Router(*known, overlap=True).app())) as client:
                 async with client.post(path, json=body) as answer:
-                    return answer.status, engines.seen
+                    return answer.status, [*engines.seen, *(("replica", r) for r in engines.replicas if r is not None)]
 
     return asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -164,6 +166,15 @@ def test_with_overlap_both_engines_have_the_request_at_the_same_time(path: str) 
         "transfer_id": transfer,
         "remote_engine_id": "prefill-0",
     }
+
+
+def test_the_replica_that_makes_the_offer_gets_the_prompt_once() -> None:
+    knows = {"3": {"engine_id": "prefill-3", "kvferry": KNOWS["0"]["kvferry"] | {"data_parallel_rank": 3}}}
+    status, seen = overlapped("/v1/completions", {"prompt": "x", "n": 2, "best_of": 4}, there=knows)
+    assert status == 200 and ("replica", "3") in seen
+    bodies = dict(seen)
+    assert "n" not in bodies["prefill"] and "best_of" not in bodies["prefill"]
+    assert (bodies["decode"]["n"], bodies["decode"]["best_of"]) == (2, 4)
 
 
 UNKNOWING = {

@@ -81,6 +81,23 @@ def test_a_step_does_not_wait_while_requests_or_other_ranks_run(it: dict[str, An
     assert ends(waiting(idle_core(**it)))
 
 
+def test_an_engine_with_a_queue_of_steps_waits_only_when_all_reports_have_come() -> None:
+    it = idle_core(batch_queue_size=9)
+    it.busy()
+    for _ in range(9 + 1):
+        it.wait()
+    assert it._brisk == 0
+
+
+def test_without_a_socket_an_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(core, "Alarm", full)
+    it = idle_core()
+    assert it.alarm() is None and it.alarm() is None
+
+
 def test_a_bell_without_an_alarm_and_a_stopped_bell_end() -> None:
     gone = Bell("/nonexistent/news", Producer().has_freed)
     assert ends(gone._thread)

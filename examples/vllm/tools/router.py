@@ -96,16 +96,19 @@ class Router:
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response()
 
-    async def _prefilled(self, url: str, body: dict, params: dict) -> dict | None:
-        """Has a prompt computed, and returns the `kv_transfer_params` of the answer."""
+    async def _prefilled(self, url: str, body: dict, params: dict, replica: int | None = None) -> dict | None:
+        """Has a prompt computed, and returns the `kv_transfer_params` of the answer. `replica`: the data-parallel rank that
+        computes it."""
         assert self._session is not None
         asked = {**body, "stream": False, "max_tokens": 1, KEY: params}
-        asked.pop("stream_options", None)
-        asked.pop("min_tokens", None)
+        # The prompt is computed once, however many answers the client wants.
+        for key in ("stream_options", "min_tokens", "n", "best_of"):
+            asked.pop(key, None)
         if "max_completion_tokens" in asked:
             asked["max_completion_tokens"] = 1
         timeout = aiohttp.ClientTimeout(total=PREFILL_LIMIT)
-        async with self._session.post(url, json=asked, timeout=timeout) as response:
+        headers = {} if replica is None else {"X-data-parallel-rank": str(replica)}
+        async with self._session.post(url, json=asked, headers=headers, timeout=timeout) as response:
             response.raise_for_status()
             return (await response.json()).get(KEY)
 
@@ -179,7 +182,8 @@ class Router:
             "remote_engine_id": there["engine_id"],
         }
         asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
-        prefilled = asyncio.create_task(self._prefilled(prefill.url + request.path, body, asked))
+        replica = there["kvferry"].get("data_parallel_rank")
+        prefilled = asyncio.create_task(self._prefilled(prefill.url + request.path, body, asked, replica))
         try:
             return await self._pass_on(request, decode.url + request.path, {**body, KEY: params}, prefilled)
         finally:

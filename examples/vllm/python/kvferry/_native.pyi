@@ -125,6 +125,7 @@ class Consumer:
 
 class Hold:
     def waits(self) -> bool: ...
+    def is_granted(self) -> bool: ...
 
 class Ended:
     pull: int

@@ -23,10 +23,18 @@ CONNECTIONS = 64
 
 
 def entry(
-    *, engine: str, incarnation: str | None, ranks: list[tuple[int, str, str]], seal_keys: list[bytes], pulls: bool
+    *,
+    engine: str,
+    incarnation: str | None,
+    ranks: list[tuple[int, str, str]],
+    seal_keys: list[bytes],
+    pulls: bool,
+    replica: int = 0,
 ) -> dict[str, Any]:
-    """This engine's entry in the answer. Without an incarnation it offers nothing. `pulls`: whether it loads."""
-    ours: dict[str, Any] = {"overlap": OVERLAP, "pulls": pulls}
+    """This engine's entry in the answer. Without an incarnation it offers nothing. `pulls`: whether it loads. `replica`: its
+    data-parallel rank, which a router sends with a prompt (the header `X-data-parallel-rank`): the offer is made by this replica
+    alone."""
+    ours: dict[str, Any] = {"overlap": OVERLAP, "pulls": pulls, "data_parallel_rank": replica}
     if incarnation is not None:
         _, name = _native.name_offer(
             engine=engine,

@@ -51,6 +51,7 @@ class Core:
         self._brisk = BRISK
         self._rung = False
         self._alarm: Alarm | None = None
+        self._no_alarm = False
         # Whether the prefix cache may hold KV of earlier weights.
         self.stale = False
         if core is None:
@@ -119,9 +120,15 @@ class Core:
         return scheduler is None or scheduler.get_num_unfinished_requests() > loading
 
     def alarm(self) -> str | None:
-        """The address at which ranks ring; `None`: this process has no loop of its own."""
-        if self._alarm is None and self._arriving() is not None:
-            self._alarm = Alarm(self._ring)
+        """The address at which ranks ring; `None`: this process has no loop of its own, or no socket."""
+        if self._alarm is None and self._arriving() is not None and not self._no_alarm:
+            try:
+                self._alarm = Alarm(self._ring)
+            except (OSError, RuntimeError) as e:
+                # The messages of this step must reach the workers without it.
+                self._no_alarm = True
+                logger.warning("kvferry: an idle engine notices the end of a load up to %.0f s late: %s", LOAD_WAIT, e)
+                return None
             atexit.register(self._alarm.close)
         return None if self._alarm is None else self._alarm.path
 
@@ -137,10 +144,11 @@ class Core:
 
     def busy(self) -> None:
         """This step has something to do."""
-        self._brisk = BRISK
+        # With pipeline parallelism, a step's report arrives once the queue of steps is full.
+        self._brisk = max(BRISK, 1 + getattr(self._core, "batch_queue_size", 1))
 
-    def wait(self, loading: int = 0) -> None:
-        """Waits for the next request, command, freed offer or ended load, for `IDLE_WAIT` at most. For a step in which nothing
+    def wait(self, loading: int = 0, limit: float = IDLE_WAIT) -> None:
+        """Waits for the next request, command, freed offer or ended load, for `limit` seconds at most. For a step in which nothing
         runs and only `loading` requests wait, each for a load. Without this, vLLM's loop makes a thousand such steps a second
         while finished requests are held for a decode engine, or while a prompt is loaded whose prefill still runs."""
         arriving = self._arriving()
@@ -151,8 +159,9 @@ class Core:
             self._brisk -= 1
             return
         with arriving.not_empty:
-            if arriving.not_empty.wait_for(lambda: arriving._qsize() or self._rung, LOAD_WAIT if loading else IDLE_WAIT):
-                self._brisk = BRISK
+            limit = min(limit, LOAD_WAIT if loading else IDLE_WAIT)
+            if arriving.not_empty.wait_for(lambda: arriving._qsize() or self._rung, limit):
+                self.busy()
             self._rung = False
 
     def fail(self, requests: list[str]) -> None:

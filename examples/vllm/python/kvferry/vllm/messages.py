@@ -78,7 +78,7 @@ class Hold:
     offer_id: str
     # The name of the offer (JSON).
     offer: str = field(repr=False)
-    # Whether the offer may not be open yet. Each rank says in its news when the offer is open, or never will be.
+    # Whether the offer may not be open yet. Each rank says in its news when the offer is open, or that its claim is over.
     awaited: bool
 
 
@@ -133,8 +133,9 @@ class News(KVConnectorWorkerMetadata):
     wedged: list[str] = field(default_factory=list)
     # Engines from which a load has failed.
     failed: list[str] = field(default_factory=list)
-    # Ids of awaited offers whose claims wait no longer, once for each rank.
+    # Ids of awaited offers that are open, once for each rank, and of those whose claims have ended without that.
     begun: list[str] = field(default_factory=list)
+    over: list[str] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "News":
         """Both ranks' news."""
@@ -144,4 +145,5 @@ class News(KVConnectorWorkerMetadata):
             self.wedged + other.wedged,
             self.failed + other.failed,
             self.begun + other.begun,
+            self.over + other.over,
         )

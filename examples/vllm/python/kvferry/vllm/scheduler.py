@@ -5,6 +5,7 @@ A prompt that cannot be loaded is prefilled here.
 """
 
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 QUEUED = 60.0
 # How long an idle step waits for the answer of a bootstrap endpoint, in seconds.
 ANSWER_WAIT = 0.002
+# Why some engines do not offer running prefills.
+ZEROES = "caches of mixed precision are offered only when the prefill has finished"
 # Only prefills with these statuses are offered.
 OFFERED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
@@ -75,6 +78,8 @@ class Awaited:
     ranks: int
     # When this engine gives up and prefills the prompt itself, by `time.monotonic`.
     until: float
+    # Whether a claim has ended without an offer.
+    over: bool = False
 
 
 @dataclass
@@ -89,6 +94,21 @@ class Todo:
     def any(self) -> bool:
         """Whether there is a message."""
         return bool(self.offerings or self.loads or self.releases or self.holds)
+
+
+def replica_of(parallel: Any) -> int:
+    """The number of this data-parallel replica at its API server. A server with one replica knows it as 0, and so does one whose
+    load balancer is on another host."""
+    replica = getattr(parallel, "data_parallel_index", 0)
+    if getattr(parallel, "data_parallel_external_lb", False):
+        return 0
+    if getattr(parallel, "data_parallel_hybrid_lb", False):
+        return replica % max(getattr(parallel, "data_parallel_size_local", 1), 1)
+    return replica
+
+
+class NotOffered(Exception):
+    """A prefill engine that does not offer a prompt, or not in time."""
 
 
 class SchedulerSide:
@@ -113,10 +133,13 @@ class SchedulerSide:
         options = Options.of(config)
         self._seal_keys = options.keys()
         self._bootstrap: bootstrap.Server | None = None
+        self._replica = replica_of(parallel)
         if options.bootstrap_port is not None:
             replica = getattr(parallel, "data_parallel_index", 0)
             port = options.bootstrap_port + replica if options.bootstrap_port else 0
             self._bootstrap = bootstrap.Server(options.host, port, replica)
+        # Blocks of these caches are zeroed before their next use, in some runners before the hook that ends their offers.
+        self._zeroes = bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
         windows = {g for g in self._group_ids if pool.windowed(kv_cache_config.kv_cache_groups[g].kv_cache_spec)}
         self.windows = bool(windows)
         self.transfers = Transfers(self._block_tokens, windows, self._open_name, self._unchanged)
@@ -171,6 +194,7 @@ class SchedulerSide:
                 ranks=self._ranks,
                 seal_keys=self._seal_keys,
                 pulls=self._pulls_here,
+                replica=self._replica,
             )
             self._bootstrap.set(entry)
             logger.info("kvferry: engine %s answers GET /query at port %d", self._engine, self._bootstrap.port)
@@ -234,19 +258,21 @@ class SchedulerSide:
             until = time.monotonic() + self._queued
             self._awaited[request.request_id] = Awaited(remote.offer_id, self._world, until)
 
-    def _has_begun(self, request: "Request", remote: kv_params.Remote) -> bool | None:
-        """Whether the prefill of an awaited offer has begun; `None`: the wait has been too long. A request takes no blocks before
-        that. Otherwise two engines with full pools could wait for each other, and the blocks would be idle while the prefill
-        waits in its queue."""
+    def _has_begun(self, request: "Request", remote: kv_params.Remote) -> bool:
+        """Whether the prefill of an awaited offer has begun. A request takes no blocks before that. Otherwise two engines with
+        full pools could wait for each other, and the blocks would be idle while the prefill waits in its queue. Raises
+        `NotOffered` if there is nothing to wait for."""
         if not remote.awaited:
             return True
         awaited = self._awaited.get(request.request_id)
         if awaited is None:
             self._claim(request, remote)
             return False
-        if awaited.ranks <= 0:
-            return True
-        return None if time.monotonic() > awaited.until else False
+        if awaited.over:
+            raise NotOffered("it does not offer the prompt")
+        if awaited.ranks > 0 and time.monotonic() > awaited.until:
+            raise NotOffered(f"its prefill has not begun within {self._queued:.0f} s")
+        return awaited.ranks <= 0
 
     def _arrived_with_transfer(self, request: "Request", prefill: Prefill) -> None:
         """A router may have sent the request to a decode engine at the same time. That engine waits for the offer."""
@@ -292,23 +318,24 @@ class SchedulerSide:
             self._local.pop(request.request_id, None)
             self._awaited.pop(request.request_id, None)
             return 0, False
-        if not (begun := self._has_begun(request, remote)):
-            if begun is None:
-                del self._awaited[request.request_id]
-                self._remotes.give_up(request, remote, f"its prefill has not begun within {self._queued:.0f} s")
-                return 0, False
-            return None, False
-        self._local[request.request_id] = computed
         tokens = min(remote.tokens, request.num_prompt_tokens)
-        if tokens == request.num_prompt_tokens and self.windows:
-            # The last token is computed here, and its window starts one token earlier than the next token's (see
-            # `kept_tokens`). Without the last token in the load, the engine wants the block of that earlier token.
-            return (tokens - 1 - computed, True) if tokens - 1 > computed else (0, False)
-        more = tokens - computed
         # The engine computes a prompt's last token itself, to sample from it. A load of that token alone is useless.
-        if more <= (1 if tokens == request.num_prompt_tokens else 0):
+        last = 1 if tokens == request.num_prompt_tokens else 0
+        if tokens - computed <= last:
             return 0, False
-        return more, True
+        try:
+            if not self._has_begun(request, remote):
+                return None, False
+        except NotOffered as e:
+            del self._awaited[request.request_id]
+            # It may have restarted.
+            self._remotes.peers.forget(remote.engine)
+            self._remotes.give_up(request, remote, str(e))
+            return 0, False
+        self._local[request.request_id] = computed
+        # The last token's window starts one token earlier than the next token's (see `kept_tokens`). Without the last token in
+        # the load, the engine wants the block of that earlier token.
+        return tokens - computed - (last if self.windows else 0), True
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
         """The engine has allocated the request's blocks. If `external` is positive, the request waits from now on until its
@@ -379,10 +406,13 @@ class SchedulerSide:
         if isinstance(news := getattr(output, "kv_connector_worker_meta", None), News):
             if news.handshakes:
                 self._shake_hands(news.handshakes)
-            awaited = {a.offer_id: a for a in self._awaited.values()} if news.begun else {}
+            awaited = {a.offer_id: a for a in self._awaited.values()} if news.begun or news.over else {}
             for offer_id in news.begun:
                 if offer_id in awaited:
                     awaited[offer_id].ranks -= 1
+            for offer_id in news.over:
+                if offer_id in awaited:
+                    awaited[offer_id].over = True
             for engine in news.failed:
                 self._remotes.peers.forget(engine)
             if wedged := [r for r in news.wedged if self._waiting.pop(r, None) is not None]:
@@ -411,14 +441,16 @@ class SchedulerSide:
         self._asking.pop(request_id, None)
         self._awaited.pop(request_id, None)
         prefill = self._prefills.pop(request_id, None)
-        if prefill is not None and prefill.named:
-            return self._finished_growing(request, prefill)
-        if kv_params.wants_prefill(params):
+        loading = kv_params.wants_prefill(params)
+        if loading:
             assert params is not None
             self._remotes.end(request, params)
             params["do_remote_prefill"] = False
-            return False, None
         self._remotes.pop(request_id)
+        if prefill is not None and prefill.named:
+            return self._finished_growing(request, prefill)
+        if loading:
+            return False, None
         if not kv_params.wants_decode(params) or not any(blocks):
             return False, None
         if request.status.name not in OFFERED:
@@ -437,6 +469,9 @@ class SchedulerSide:
         prefill = self._prefills.get(request.request_id)
         prompt = kv_params.prompt_fingerprint(request, request.num_prompt_tokens)
         if prefill is None or prompt is None or self._core.stopping() or not self._can_offer(request):
+            return None
+        if self._zeroes:
+            self._repeats.log(logger.warning, "zeroes", f"kvferry: request {request.request_id} is not offered: {ZEROES}")
             return None
         weights = self._offered_weights(request, prefill)
         if weights is None:
@@ -550,18 +585,16 @@ class SchedulerSide:
     def meta(self, output: "SchedulerOutput") -> Meta:
         """The messages that the workers receive with this step."""
         stopping, scheduled = self._core.stopping(), output.total_num_scheduled_tokens
-        for request in list(self._asking.values()):
-            # The endpoint may have answered: then the offer is claimed now.
-            del self._asking[request.request_id]
-            if kv_params.wants_prefill(request.kv_transfer_params) and request.request_id not in self._remotes:
-                self._hold(request)
+        # First: offers whose blocks are used again end in this step, whatever fails.
         self.transfers.step(output)
+        self._ask()
         if scheduled or self._todo.any() or self.transfers.todo.any() or self._unsent_gauges or stopping:
             self._core.busy()
         else:
             # A rank on another host cannot tell that a load has ended.
             loading = len(self._waiting) + sum(a.ranks > 0 for a in self._awaited.values())
-            self._core.wait(loading if self._one_host else 0)
+            until = min((a.until for a in self._awaited.values() if a.ranks > 0), default=math.inf)
+            self._core.wait(loading if self._one_host else 0, max(until - time.monotonic(), 0.1))
             if self._asking:
                 self._remotes.peers.wait(ANSWER_WAIT)
         self._unsent_gauges = False
@@ -570,6 +603,19 @@ class SchedulerSide:
         rings = todo.offerings or todo.loads or todo.holds or growing["openings"] or growing["held"]
         alarm = self._core.alarm() if rings else None
         return Meta(todo.offerings, todo.loads, todo.releases, todo.holds, stopping=stopping, alarm=alarm, **growing)
+
+    def _ask(self) -> None:
+        """Claims the offers of engines whose endpoints have answered."""
+        for request in list(self._asking.values()):
+            del self._asking[request.request_id]
+            try:
+                if kv_params.wants_prefill(request.kv_transfer_params) and request.request_id not in self._remotes:
+                    self._hold(request)
+            except ENDING:
+                raise
+            except BaseException:
+                # Its look-up tries again.
+                logger.exception("kvferry: request %s: its offer is not claimed", request.request_id)
 
     def pending(self) -> bool:
         """Whether a message waits for a step; there may be no request that causes one."""

@@ -94,6 +94,7 @@ class WorkerSide:
         # Awaited offers whose claims wait, and the ids of those that have stopped waiting since the last news.
         self._holds: dict[str, _native.Hold] = {}
         self._begun: list[str] = []
+        self._over: list[str] = []
         # Engines from which a load has failed since the last news.
         self._failed_peers: set[str] = set()
         self._report = Report(set(), set(), set())
@@ -264,10 +265,10 @@ class WorkerSide:
         except ENDING:
             raise
         except BaseException as e:
-            # The pull reports it.
+            # A pull reports it. An awaited offer is not pulled: its prompt is prefilled here.
             self._repeats.log(logger.warning, "hold", f"kvferry: an offer is not claimed before its load: {e}")
             if hold.awaited:
-                self._begun.append(hold.offer_id)
+                self._over.append(hold.offer_id)
 
     def _release(self, offer: str) -> None:
         # Each rank releases: it may hold a claim of its own.
@@ -322,8 +323,8 @@ class WorkerSide:
             for ended in self._consumer.poll():
                 self._ended(ended)
         for offer_id in [o for o, hold in self._holds.items() if not hold.waits()]:
-            del self._holds[offer_id]
-            self._begun.append(offer_id)
+            granted = self._holds.pop(offer_id).is_granted()
+            (self._begun if granted else self._over).append(offer_id)
         if self._load_bell is not None:
             self._load_bell.polled()
 
@@ -499,12 +500,12 @@ class WorkerSide:
         call."""
         wedged = self._newly_wedged()
         failed, self._failed_peers = sorted(self._failed_peers), set()
-        begun, self._begun = self._begun, []
-        if not self._changed and not wedged and not failed and not begun:
+        begun, over, self._begun, self._over = self._begun, self._over, [], []
+        if not (self._changed or wedged or failed or begun or over):
             return None
         handshakes = [self.handshake()] if self._changed else []
         self._changed = False
-        return News(handshakes, wedged, failed, begun)
+        return News(handshakes, wedged, failed, begun, over)
 
     def _newly_wedged(self) -> list[str]:
         if self._consumer is None or self._off not in ("wedged", "died"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,9 +27,16 @@ ENVIRONMENT = {
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free, and that the system gives to no other process by itself until it is used."""
+    # Below the ports of outgoing connections, see net.ipv4.ip_local_port_range.
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no port between 20000 and 32000 is free")
 
 
 def kvferry_config(role: str, **extra: Any) -> dict[str, Any]:

@@ -15,6 +15,19 @@ fn computed(whole: &Contents, blocks: usize) -> Arc<Contents> {
 }
 
 impl Rig {
+    /// Claims an offer that may not be open yet, for up to a minute.
+    fn holds(&mut self, offer: &Arc<Offer>, seen: &Hold) {
+        let request = HoldRequest {
+            offer: offer.clone(),
+            sources: vec![0],
+            reader: Reader::ONLY,
+            awaited: true,
+            seen: HoldSetter::of(seen),
+            patience: 2 * SECOND,
+        };
+        self.puller.handle(self.now, In::Hold(Box::new(request), 60 * SECOND));
+    }
+
     /// A pull of an open offer that has a lane and nothing to read, its claim, and what the offer will contain.
     fn waits(&mut self) -> (ClaimId, Arc<Contents>) {
         let (start, contents) = self.start();
@@ -102,16 +115,7 @@ fn a_hold_whose_claim_is_lost_has_ended() {
     let mut rig = Rig::new();
     let (start, _) = rig.start();
     let seen = Hold::default();
-    let (offer, reader) = (start.offer.clone(), start.reader);
-    let request = HoldRequest {
-        offer,
-        sources: vec![0],
-        reader,
-        awaited: true,
-        seen: HoldSetter::of(&seen),
-        patience: 2 * SECOND,
-    };
-    rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+    rig.holds(&start.offer, &seen);
     let claim = rig.claimed().claim;
     rig.puller.handle(rig.now, In::Lost(claim, Cause::Unknown));
     assert_eq!(seen.state(), HoldState::Ended);
@@ -124,16 +128,7 @@ fn a_hold_tells_of_each_change_and_of_its_end_when_the_puller_is_gone() {
     let (seen, changes) = (Hold::default(), Arc::new(Mutex::new(Vec::new())));
     let (of, to) = (seen.clone(), changes.clone());
     seen.on_change(move |state| to.lock().unwrap().push((state, of.state())));
-    let (offer, reader) = (start.offer, start.reader);
-    let request = HoldRequest {
-        offer,
-        sources: vec![0],
-        reader,
-        awaited: true,
-        seen: HoldSetter::of(&seen),
-        patience: 2 * SECOND,
-    };
-    rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+    rig.holds(&start.offer, &seen);
     let claim = rig.claimed().claim;
     assert_eq!(*changes.lock().unwrap(), []);
     rig.grant(claim, computed(&contents, 1));
@@ -174,25 +169,13 @@ fn a_hold_hands_over_what_its_offer_has_grown_by() {
     let mut rig = Rig::new();
     let (start, contents) = rig.start();
     let seen = Hold::default();
-    let hold = |seen: &Hold| {
-        let (offer, reader) = (start.offer.clone(), start.reader);
-        let request = HoldRequest {
-            offer,
-            sources: vec![0],
-            reader,
-            awaited: true,
-            seen: HoldSetter::of(seen),
-            patience: 2 * SECOND,
-        };
-        In::Hold(Box::new(request), 60 * SECOND)
-    };
-    rig.puller.handle(rig.now, hold(&seen));
+    rig.holds(&start.offer, &seen);
     let claim = rig.claimed().claim;
     assert_eq!(seen.state(), HoldState::Waiting, "it is not open yet");
     rig.grant(claim, computed(&contents, 1));
     rig.grant(claim, computed(&contents, 3));
     let again = Hold::default();
-    rig.puller.handle(rig.now, hold(&again));
+    rig.holds(&start.offer, &again);
     assert_eq!([seen.state(), again.state()], [HoldState::Granted; 2]);
     let progress = start.progress.clone();
     rig.puller.handle(rig.now, In::Start(start));
@@ -207,11 +190,7 @@ fn a_hold_ends_when_its_peer_is_silent_for_too_long() {
         let mut rig = Rig::new();
         let (start, _) = rig.start();
         let seen = Hold::default();
-        let (offer, reader) = (start.offer, start.reader);
-        let seen_by = HoldSetter::of(&seen);
-        let request =
-            HoldRequest { offer, sources: vec![0], reader, awaited: true, seen: seen_by, patience: 2 * SECOND };
-        rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+        rig.holds(&start.offer, &seen);
         let claim = rig.claimed().claim;
         rig.puller.handle(rig.now, In::Silent(ADDR.into(), true));
         assert_eq!(rig.puller.next_timeout(), Some(rig.now + 2 * SECOND));
@@ -236,11 +215,8 @@ fn a_name_with_other_ranks_neither_joins_nor_ends_a_hold() {
     edited.ranks[0].addr = "10.0.0.9:7400".into();
     let edited = Arc::new(edited);
     let seen = [Hold::default(), Hold::default()];
-    let reader = start.reader;
-    for (offer, seen) in [start.offer, edited.clone()].into_iter().zip(&seen) {
-        let seen = HoldSetter::of(seen);
-        let request = HoldRequest { offer, sources: vec![0], reader, awaited: true, seen, patience: 2 * SECOND };
-        rig.puller.handle(rig.now, In::Hold(Box::new(request), 60 * SECOND));
+    for (offer, seen) in [&start.offer, &edited].into_iter().zip(&seen) {
+        rig.holds(offer, seen);
     }
     assert_eq!(seen.each_ref().map(Hold::state), [HoldState::Waiting, HoldState::Ended]);
     rig.claimed();

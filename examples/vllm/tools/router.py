@@ -183,6 +183,8 @@ class Router:
         }
         asked = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
         replica = there["kvferry"].get("data_parallel_rank")
+        # It becomes a header.
+        replica = replica if isinstance(replica, int) else None
         prefilled = asyncio.create_task(self._prefilled(prefill.url + request.path, body, asked, replica))
         try:
             return await self._pass_on(request, decode.url + request.path, {**body, KEY: params}, prefilled)
